@@ -1,0 +1,76 @@
+// The importance of an entry, one copy for all compiled backends (reference.importance in Python).
+//
+//   importance = |grad| / (|param| + eps)^exp,  float32
+//
+// Only correctly rounded operations, so that every backend gets the same bits; compile without
+// contraction to fused multiply-add. Each of them is monotone, so the importance of (greatest
+// |grad|, extreme |param|) bounds that of every entry between, without a margin. `pow` is neither
+// exact nor monotone: general exponents get a margin and promise no equality across backends.
+#pragma once
+#include <cmath>
+
+#include "core/types.h"
+
+namespace sparse_optim {
+
+struct Exp0 {
+  float eps;
+  SPARSE_OPTIM_INLINE float operator()(float grad, float) const { return fabsf(grad); }
+};
+struct Exp1 {
+  float eps;
+  SPARSE_OPTIM_INLINE float operator()(float grad, float param) const {
+    return fabsf(grad) / (fabsf(param) + eps);
+  }
+};
+struct Exp2 {
+  float eps;
+  SPARSE_OPTIM_INLINE float operator()(float grad, float param) const {
+    const float base = fabsf(param) + eps;
+    return fabsf(grad) / (base * base);
+  }
+};
+struct ExpHalf {
+  float eps;
+  SPARSE_OPTIM_INLINE float operator()(float grad, float param) const {
+    return fabsf(grad) / sqrtf(fabsf(param) + eps);
+  }
+};
+struct ExpMinus1 {
+  float eps;
+  SPARSE_OPTIM_INLINE float operator()(float grad, float param) const {
+    return fabsf(grad) * (fabsf(param) + eps);
+  }
+};
+struct ExpMinusHalf {
+  float eps;
+  SPARSE_OPTIM_INLINE float operator()(float grad, float param) const {
+    return fabsf(grad) * sqrtf(fabsf(param) + eps);
+  }
+};
+struct ExpAny {
+  float eps, exp;
+  SPARSE_OPTIM_INLINE float operator()(float grad, float param) const {
+    return fabsf(grad) / powf(fabsf(param) + eps, exp);
+  }
+};
+
+// Calls visit(functor) with the functor of this exponent.
+template <class Visit>
+void visit_importance(double exp, float eps, Visit&& visit) {
+  if (exp == 0.0) visit(Exp0{eps});
+  else if (exp == 1.0) visit(Exp1{eps});
+  else if (exp == 2.0) visit(Exp2{eps});
+  else if (exp == 0.5) visit(ExpHalf{eps});
+  else if (exp == -1.0) visit(ExpMinus1{eps});
+  else if (exp == -0.5) visit(ExpMinusHalf{eps});
+  else visit(ExpAny{eps, float(exp)});
+}
+
+// Scores as integers of the same order; 0 (never unmasked) for scores of 0 and NaN.
+SPARSE_OPTIM_INLINE int32_t importance_key(float score) { return score > 0.f ? to_bits(score) : 0; }
+
+// Units in the last place that a bound through pow is raised by.
+constexpr int32_t kPowMargin = 16;
+
+}  // namespace sparse_optim

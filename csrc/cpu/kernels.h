@@ -1,0 +1,78 @@
+// The four operations on the CPU, on raw pointers: no torch headers. ops.cpp checks the arguments.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "core/types.h"
+
+namespace sparse_optim::cpu {
+
+// A tensor of the pool. grad is null where the gradient is missing in this step.
+struct PoolTensor {
+  const void* grad;
+  void* param;
+  int64_t numel;
+  int64_t first_tile;
+  DType grad_dtype;
+  DType param_dtype;
+};
+
+// The active set; offsets[i]:offsets[i + 1] are the entries of pool tensor i.
+struct Active {
+  int32_t* position;
+  float* exp_avg;
+  float* exp_avg_sq;
+  int32_t* unmask_step;
+  float* master;  // null where every parameter is float32
+  float* grad;
+  int64_t* offsets;
+  int64_t* progress;  // applied steps, active entries, skipped steps
+};
+
+struct NewEntries {
+  int32_t* tensor;
+  int32_t* position;
+  int64_t* count;
+  int64_t capacity;
+};
+
+struct DenseGrad {
+  const void* grad;
+  int64_t numel;
+  DType dtype;
+};
+
+struct ScanResult {
+  double sum_of_squares;
+  bool non_finite;
+};
+
+// Runs worker(i, context) for i in 0..workers-1, concurrently where it can.
+struct Threads {
+  int workers;
+  void (*spawn)(int workers, void (*worker)(int, void*), void* context);
+};
+
+// One row of `hyper`: what AdamW needs to know of a param group.
+struct Hyper {
+  double lr, beta1, beta2, eps, weight_decay, sign;
+};
+
+constexpr int64_t kMaxTile = 4096;
+
+ScanResult scan(const Threads& threads, const std::vector<PoolTensor>& pool,
+                const std::vector<DenseGrad>& dense, const Active& active, int64_t tile,
+                int32_t* tile_max);
+
+// Returns the threshold's key, 0 if nothing was unmasked.
+int32_t cut(const Threads& threads, const std::vector<PoolTensor>& pool, const Active& active,
+            int64_t num_tiles, const int32_t* tile_max, const float* param_bound, int64_t quota,
+            double exp, float eps, int64_t tile, NewEntries& found);
+
+void append(const Threads& threads, const std::vector<PoolTensor>& pool, const NewEntries& found,
+            Active& active);
+
+void update(const Threads& threads, const std::vector<PoolTensor>& pool, Active& active,
+            const Hyper* hyper, const int32_t* group_index, bool entry_age, float grad_factor);
+
+}  // namespace sparse_optim::cpu

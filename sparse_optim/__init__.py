@@ -1,0 +1,25 @@
+"""Selective fine-tuning at the cost of what it changes."""
+
+from sparse_optim.delta import Delta, apply_delta, load_delta, save_delta
+from sparse_optim.id3 import IncrementalMaskedAdamW
+from sparse_optim.importance import D3
+from sparse_optim.optimizer import MaskedAdamW
+from sparse_optim.schedule import Linear, Uniform, Warmup
+from sparse_optim.selection import Increment, Static
+from sparse_optim.version import __version__
+
+__all__ = [
+    "D3",
+    "Delta",
+    "Increment",
+    "IncrementalMaskedAdamW",
+    "Linear",
+    "MaskedAdamW",
+    "Static",
+    "Uniform",
+    "Warmup",
+    "__version__",
+    "apply_delta",
+    "load_delta",
+    "save_delta",
+]

@@ -1,0 +1,452 @@
+"""MaskedAdamW, and IncrementalMaskedAdamW (ID3) as its front door."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_optim import backends, checkpoint
+from sparse_optim.active_set import ActiveSet, WorkSpace, max_quota, num_bytes
+from sparse_optim.delta import Delta, SparseValues
+from sparse_optim.dense import dense_adamw_step
+from sparse_optim.fingerprint import fingerprint
+from sparse_optim.importance import D3
+from sparse_optim.parameters import (
+    check_group_options,
+    check_param,
+    check_together,
+    check_rejected_options,
+    normalize_group,
+    readable_grads,
+)
+from sparse_optim.reference import tile_abs_max
+from sparse_optim.schedule import Schedule, Uniform
+from sparse_optim.selection import Increment, Static, resolve_budget
+
+logger = logging.getLogger(__name__)
+
+BIAS_CORRECTIONS = ("entry", "global")
+
+
+class MaskedAdamW(torch.optim.Optimizer):
+    """AdamW that moves only the entries which an importance and a selection unmask.
+
+    Each step ranks all still-frozen entries of the pool together, unmasks the most important ones,
+    and updates the active entries. Frozen entries keep their initial bits: weight decay, too,
+    applies to active entries only. Moments (and float32 master values in bfloat16 and float16
+    models) exist for active entries only.
+
+    Args:
+        params: parameters, named parameters, or param groups. A group may set `lr`, `betas`, `eps`,
+            `weight_decay`, `maximize`, and `unmask`:
+            "rank" (default): its entries compete for the budget;
+            "all": trained densely as by torch.optim.AdamW, outside the budget (a fresh head);
+            "none": stays frozen, and counts in no norm.
+        lr: float or one-element tensor, parameter units per step.
+        betas, eps, weight_decay: as in torch.optim.AdamW.
+        amsgrad, differentiable: only False.
+        importance: ranks the frozen entries.
+        selection: `Increment` or `Static`.
+        max_grad_norm: clip gradients to this global norm, within the step and without touching
+            `.grad`. Use it instead of `clip_grad_norm_`; with both, gradients are clipped twice.
+        bias_correction: "entry" counts Adam's step from the entry's own unmasking; "global" from
+            the first step, as dense AdamW under a mask does.
+        backend: "auto", "cpp" or "reference".
+        maximize: ascend instead of descend.
+        capturable, foreach, fused: accepted so that AdamW's arguments can stay as they are. The
+            step is always fused; capturable needs CUDA parameters.
+
+    Raises:
+        ValueError, TypeError: names the argument or parameter, what arrived, what to do.
+
+    Reference: Agarwal et al. 2025, Step-by-Step Unmasking, TACL 13:1767-1788.
+    """
+
+    _step_supports_amp_scaling = True
+
+    # What copy.deepcopy and pickle keep besides torch's own attributes.
+    _KEPT = (
+        "importance", "selection", "max_grad_norm", "bias_correction", "backend",
+        "_pool", "_names", "_dense", "_targets", "_active", "_work", "_versions", "_fingerprints",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        importance: D3,
+        selection: Increment | Static,
+        max_grad_norm: float | None = None,
+        bias_correction: str = "entry",
+        backend: str = "auto",
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        if bias_correction not in BIAS_CORRECTIONS:
+            raise ValueError(f"bias_correction must be one of {BIAS_CORRECTIONS}, got {bias_correction!r}")
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm must be above 0 (None does not clip), got {max_grad_norm}")
+        if not isinstance(importance, D3):
+            raise ValueError(f"importance must be D3(...), got {importance!r}")
+        if not isinstance(selection, (Increment, Static)):
+            raise ValueError(f"selection must be Increment(...) or Static(...), got {selection!r}")
+        self.importance = importance
+        self.selection = selection
+        self.max_grad_norm = max_grad_norm
+        self.bias_correction = bias_correction
+        defaults = {
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad,
+            "maximize": maximize, "unmask": "rank",
+        }  # fmt: skip
+        super().__init__(params, defaults)
+        check_rejected_options(capturable, differentiable, self._device)
+        self.backend = backends.resolve(backend, self._device)
+        trainable = sum(param.numel() for param in self._pool if param.requires_grad)
+        ranked = any(group["unmask"] == "rank" for group in self.param_groups)
+        budget = resolve_budget(selection.budget, trainable) if ranked else 0
+        self._targets = selection.targets(budget).to(self._device)
+        self._fingerprints: list[str] = []
+        self._active = ActiveSet.empty(self._pool, budget, self._device)
+        self._allocate_work()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Unmask this step's quota of entries, then take one AdamW step on the active entries.
+
+        A non-finite gradient anywhere skips the step as a whole: no parameter, moment, count or
+        schedule moves; `metrics()["skipped_steps"]` counts it.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        grads = readable_grads(self._pool, self._names)
+        dense_grads = readable_grads(self._dense, self._dense_names)
+        if not any(grad.numel() for grad in grads + dense_grads):
+            return loss
+        self._prepare()
+        self._scan(grads, dense_grads)
+        self._cut(grads)
+        self._append(grads)
+        self._update(grads)
+        unscaled = self.max_grad_norm is None and getattr(self, "grad_scale", None) is None
+        factor = None if unscaled else self._work.grad_factor
+        dense_adamw_step(self, dense_grads, factor, self._work.found_inf)
+        return loss
+
+    def _prepare(self) -> None:
+        """Copy this step's scalars to the device; notice parameters that others have written."""
+        work = self._work
+        rows = [
+            [
+                float("nan") if isinstance(group["lr"], Tensor) else group["lr"],
+                *group["betas"], group["eps"], group["weight_decay"],
+                -1.0 if group["maximize"] else 1.0,
+            ]
+            for group in self.param_groups
+        ]  # fmt: skip
+        work.hyper.copy_(torch.tensor(rows, dtype=torch.float64), non_blocking=True)
+        for row, group in enumerate(self.param_groups):
+            if isinstance(group["lr"], Tensor):
+                work.hyper[row, 0].copy_(group["lr"].squeeze())
+        # Set and deleted by torch.amp.GradScaler around each step.
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        work.grad_scale.fill_(1.0) if grad_scale is None else work.grad_scale.copy_(grad_scale.squeeze())
+        work.found_inf.zero_() if found_inf is None else work.found_inf.copy_(found_inf.squeeze())
+        if not self._fingerprints:
+            self._fingerprints = [fingerprint(param) for param in self._pool]
+        written = [
+            index
+            for index, (param, version) in enumerate(zip(self._pool, self._versions, strict=True))
+            if param._version != version
+        ]
+        if written:
+            self._refresh(written)
+
+    def _scan(self, grads: list[Tensor], dense_grads: list[Tensor]) -> None:
+        active, work = self._active, self._work
+        self._ops.scan(
+            grads, dense_grads, active.position, active.offsets, work.tile_offsets,
+            work.grad_scale, self.max_grad_norm or math.inf, self._ops.TILE, work.tile_max,
+            work.active_grad, work.grad_norm, work.grad_factor, work.found_inf, work.scratch,
+        )  # fmt: skip
+
+    def _cut(self, grads: list[Tensor]) -> None:
+        active, work = self._active, self._work
+        self._ops.cut(
+            grads, self._pool, active.position, active.offsets, work.tile_offsets, work.tile_max,
+            work.param_bound, self._targets, active.progress, work.found_inf, self.importance.exp,
+            self.importance.eps, self._ops.TILE, work.new_tensor, work.new_position,
+            work.new_count, work.threshold, work.scratch,
+        )  # fmt: skip
+
+    def _append(self, grads: list[Tensor]) -> None:
+        active, work = self._active, self._work
+        self._ops.append(
+            grads, self._pool, work.new_tensor, work.new_position, work.new_count, active.position,
+            active.exp_avg, active.exp_avg_sq, active.unmask_step, active.master,
+            work.active_grad, active.offsets, active.progress, work.scratch,
+        )  # fmt: skip
+
+    def _update(self, grads: list[Tensor]) -> None:
+        active, work = self._active, self._work
+        self._ops.update(
+            grads, self._pool, active.position, active.offsets, work.active_grad, work.grad_factor,
+            work.found_inf, work.hyper, work.group_index, self.bias_correction, active.exp_avg,
+            active.exp_avg_sq, active.unmask_step, active.master, active.progress,
+        )  # fmt: skip
+        # Compiled operators write behind autograd's back: bump the versions that it checks.
+        torch.autograd.graph.increment_version(self._pool)
+        self._versions = [param._version for param in self._pool]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its entries join the pool after all others. The budget stays as it is.
+
+        Raises:
+            ValueError, TypeError: as the constructor; the optimizer is then unchanged.
+        """
+        group = normalize_group(param_group)
+        probe = {**self.defaults, **group}
+        check_group_options(probe)
+        for number, item in enumerate(group["params"]):
+            name, param = item if isinstance(item, tuple) else (f"parameter {number}", item)
+            if isinstance(param, Tensor):
+                check_param(param, name, probe["unmask"])
+        super().add_param_group(group)
+        try:
+            self._index_params()
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            if self.param_groups:
+                self._index_params()
+            raise
+        if hasattr(self, "_active"):
+            self._active.offsets = torch.nn.functional.pad(
+                self._active.offsets,
+                (0, len(self._pool) + 1 - self._active.offsets.numel()),
+                value=int(self._active.offsets[-1]),
+            )
+            if self._fingerprints:
+                known = len(self._fingerprints)
+                self._fingerprints += [fingerprint(param) for param in self._pool[known:]]
+            self._allocate_work()
+
+    def _index_params(self) -> None:
+        """List the pool (groups of unmask="rank") and the dense parameters, with names."""
+        pool, dense = [], []
+        for row, group in enumerate(self.param_groups):
+            names = group.get("param_names") or [
+                f"group{row}.param{number}" for number in range(len(group["params"]))
+            ]
+            for name, param in zip(names, group["params"], strict=True):
+                if group["unmask"] == "rank":
+                    pool.append((name, param, row))
+                elif group["unmask"] == "all":
+                    dense.append((name, param, row))
+        names = [name for name, *_ in pool + dense]
+        check_together([param for _, param, _ in pool + dense], names)
+        self._names, self._dense_names = names[: len(pool)], names[len(pool) :]
+        self._pool = [param for _, param, _ in pool]
+        self._dense = [param for _, param, _ in dense]
+        self._group_index = [row for _, _, row in pool]
+        self._device = next(iter(self._pool + self._dense), torch.empty(0)).device
+
+    def _allocate_work(self) -> None:
+        """(Re)build the work space for the pool, the targets and the capacity at hand."""
+        capacity = self._active.position.numel()
+        quota = max_quota(self._targets, capacity)
+        num_tiles = sum(-(-param.numel() // self._ops.TILE) for param in self._pool)
+        self._work = WorkSpace.empty(
+            self._pool, self._group_index, len(self.param_groups), capacity, quota, self._ops.TILE,
+            self.importance.exp < 0, self._ops.scratch_bytes(num_tiles, capacity, quota),
+            self._device,
+        )  # fmt: skip
+        self.refresh()
+
+    @property
+    def _ops(self) -> Any:
+        return backends.operations(self.backend)
+
+    def refresh(self) -> None:
+        """Take over parameter values written from outside, as after `model.load_state_dict`.
+
+        Writes that autograd sees (`param._version`) are noticed by themselves; call this after
+        writing through `param.data`.
+        """
+        self._refresh(range(len(self._pool)))
+
+    @torch.no_grad()
+    def _refresh(self, indices: Any) -> None:
+        bound, tile_offsets = self._work.param_bound, self._work.tile_offsets
+        for index in indices:
+            param = self._pool[index]
+            if bound.numel():
+                first, last = tile_offsets[index : index + 2].tolist()
+                bound[first:last] = tile_abs_max(param, self._ops.TILE)
+            state = self._active.segment(index)
+            if "master" in state:
+                value = param.view(-1)[state["position"].long()]
+                stale = state["master"].to(param.dtype) != value
+                state["master"][stale] = value[stale].float()
+        self._versions = [param._version for param in self._pool]
+
+    def extend(self, *, budget: int | float | None = None, total_steps: int | None = None) -> None:
+        """Change the budget or the steps in the middle of a run; what is active stays active.
+
+        Args:
+            budget: the new budget, entries or share of the pool; not below the active entries.
+            total_steps: the new length of the run, counted from its beginning.
+
+        Raises:
+            ValueError: if the budget is below the entries that are active already.
+        """
+        selection = self.selection
+        if budget is not None:
+            selection = replace(selection, budget=budget)
+        if total_steps is not None:
+            if isinstance(selection, Static):
+                raise ValueError("a static selection has no total_steps; give only budget")
+            selection = replace(selection, total_steps=total_steps)
+        entries = resolve_budget(selection.budget, sum(param.numel() for param in self._pool))
+        step, num_active, _ = self._active.progress.tolist()
+        if entries < num_active:
+            raise ValueError(f"budget {entries} is below the {num_active} entries already active")
+        self._replace_targets(selection.targets(entries).clamp(min=0), entries)
+        self.selection = selection
+
+    def _replace_targets(self, targets: Tensor, capacity: int) -> None:
+        """Adopt a schedule table; move the active set into buffers of another capacity."""
+        segments = [self._active.segment(index) for index in range(len(self._pool))]
+        grown = ActiveSet.empty(self._pool, capacity, self._device)
+        grown.fill(segments, self._active.progress)
+        self._active, self._targets = grown, targets.to(self._device)
+        self._allocate_work()
+
+    def state_dict(self) -> dict[str, Any]:
+        """State in torch's form, plus "unmask" (counts, schedule, fingerprints) under "state".
+
+        Per-entry state of a parameter: position (int32), exp_avg, exp_avg_sq, unmask_step, master.
+        """
+        packed = checkpoint.pack(self)
+        self.state.update(packed)
+        try:
+            return super().state_dict()
+        finally:
+            for key in packed:
+                del self.state[key]
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Resume bit for bit. The checkpoint's budget and schedule win; `extend` changes them.
+
+        Raises:
+            ValueError: the state does not fit these parameters; the optimizer is then unchanged.
+        """
+        ours, torchs = checkpoint.split(self, state_dict)
+        super().load_state_dict(torchs)
+        checkpoint.unpack(self, ours)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copy.deepcopy and pickle keep: torch's own state, and ours."""
+        kept = {
+            name: value
+            for name, value in self.__dict__.items()
+            if not name.startswith(("_optimizer_", "_zero_grad_")) and not callable(value)
+        }
+        return {**super().__getstate__(), **kept}
+
+    @property
+    def grad_norm(self) -> Tensor:
+        """Global gradient norm of the last step before clipping, 0-dim float64."""
+        return self._work.grad_norm
+
+    def active_entries(self) -> dict[str, Tensor]:
+        """Flat positions (int64, ascending) of the active entries of each tensor in the pool."""
+        return {
+            name: self._active.segment(index)["position"].long()
+            for index, name in enumerate(self._names)
+        }
+
+    def metrics(self) -> dict[str, int | float | str]:
+        """A flat dict for trackers: counts, norms, bytes; reads the device once."""
+        step, active, skipped = self._active.progress.tolist()
+        budget = int(self._targets[-1])
+        counts = self._active.offsets.diff().tolist()
+        return {
+            "step": step,
+            "skipped_steps": skipped,
+            "active": active,
+            "budget": budget,
+            "budget_left": budget - active,
+            "threshold": float(self._work.threshold),
+            "grad_norm": float(self._work.grad_norm),
+            "backend": self.backend,
+            "state_bytes": num_bytes(self._active, self._work),
+            **{f"active/{name}": count for name, count in zip(self._names, counts, strict=True)},
+        }
+
+    @torch.no_grad()
+    def delta(self, model: torch.nn.Module | None = None) -> Delta:
+        """What fine-tuning changed so far: active entries, and dense groups whole.
+
+        Args:
+            model: gives the names, where the optimizer was not built from named parameters.
+
+        Raises:
+            ValueError: a parameter has no name, or no step has been taken yet.
+        """
+        names = self._param_names(model)
+        sparse, fingerprints = {}, {}
+        for index, param in enumerate(self._pool):
+            state = self._active.segment(index)
+            if state["position"].numel():
+                name, position = names[id(param)], state["position"].long()
+                sparse[name] = SparseValues(
+                    shape=tuple(param.shape),
+                    dtype=param.dtype,
+                    position=position,
+                    value=param.view(-1)[position],
+                    unmask_step=state["unmask_step"].clone(),
+                )
+                fingerprints[name] = self._fingerprints[index]
+        dense = {names[id(param)]: param.detach().clone() for param in self._dense}
+        method = {
+            "importance": repr(self.importance),
+            "selection": type(self.selection).__name__,
+            "budget": int(self._targets[-1]),
+            "total_steps": self._targets.numel() - 1,
+            "step": int(self._active.progress[0]),
+        }
+        return Delta(sparse=sparse, dense=dense, fingerprints=fingerprints, method=method)
+
+    def _param_names(self, model: torch.nn.Module | None) -> dict[int, str]:
+        """id of each parameter held -> its name."""
+        if model is not None:
+            names = {id(param): name for name, param in model.named_parameters()}
+            if any(id(param) not in names for param in self._pool + self._dense):
+                raise ValueError("the optimizer holds parameters that are not the model's")
+            return names
+        if not all("param_names" in group for group in self.param_groups):
+            raise ValueError(
+                "a delta needs names: pass model=, or build the optimizer from named_parameters()"
+            )
+        return {
+            id(param): name
+            for param, name in zip(
+                self._pool + self._dense, self._names + self._dense_names, strict=True
+            )
+        }

@@ -1,0 +1,149 @@
+"""Checks of parameters, groups and gradients; every message names what was wrong and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+UNMASK_MODES = ("rank", "all", "none")
+SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# One tensor's positions are int32, the pool's global indices 33 bits.
+MAX_TENSOR_ENTRIES = 2**31 - 1
+MAX_POOL_ENTRIES = 2**33 - 1
+
+
+def normalize_group(group: dict[str, Any]) -> dict[str, Any]:
+    """Copy a param group, its parameters listed once each (tied weights count once)."""
+    if not isinstance(group, dict):
+        raise TypeError(f"param_group must be a dict, got {type(group).__name__}")
+    given = group.get("params")
+    if given is None:
+        raise ValueError("param_group has no 'params'")
+    if isinstance(given, (set, frozenset)):
+        raise TypeError("parameters must come in an order that stays: pass a list, not a set")
+    listed = [given] if isinstance(given, Tensor) else list(given)
+    once: dict[int, Any] = {}
+    for item in listed:
+        tensor = item[1] if isinstance(item, tuple) else item
+        once.setdefault(id(tensor), item)
+    return {**group, "params": list(once.values())}
+
+
+def check_group_options(group: dict[str, Any]) -> None:
+    """Raise ValueError where an option is out of range or not supported."""
+    lr, betas = group["lr"], group["betas"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"lr: a tensor must hold one element, got shape {tuple(lr.shape)}")
+    if not lr >= 0:
+        raise ValueError(f"lr must be at least 0, got {float(lr)}")
+    if len(betas) != 2 or not all(0 <= float(beta) < 1 for beta in betas):
+        raise ValueError(f"betas must be two numbers from 0 up to but not including 1, got {betas}")
+    if not group["eps"] >= 0:
+        raise ValueError(f"eps must be at least 0, got {group['eps']}")
+    if not group["weight_decay"] >= 0:
+        raise ValueError(f"weight_decay must be at least 0, got {group['weight_decay']}")
+    if group["unmask"] not in UNMASK_MODES:
+        raise ValueError(f"unmask must be one of {UNMASK_MODES}, got {group['unmask']!r}")
+    if group.get("amsgrad"):
+        raise ValueError(
+            "amsgrad=True is not supported: it needs a third moment for each entry; leave it False"
+        )
+
+
+def check_rejected_options(capturable: bool, differentiable: bool, device: torch.device) -> None:
+    """Raise ValueError for options of torch.optim.AdamW that cannot be honoured."""
+    if differentiable:
+        raise ValueError("differentiable=True is not supported: the step runs in fused kernels")
+    if capturable and device.type != "cuda":
+        raise ValueError(f"capturable=True is for CUDA graphs, but the parameters are on {device}")
+
+
+def describe(param: Tensor, name: str) -> str:
+    """'encoder.weight (768, 768)', for messages."""
+    return f"{name} {tuple(param.shape)}"
+
+
+def check_param(param: Tensor, name: str, mode: str) -> None:
+    """Raise TypeError or ValueError for a parameter that cannot be optimized."""
+    who = describe(param, name)
+    if type(param).__name__ in ("Params4bit", "Int8Params") or param.dtype in (
+        torch.uint8,
+        torch.int8,
+    ):
+        raise TypeError(
+            f"{who} is quantized ({type(param).__name__}, {param.dtype}): its entries are codes that "
+            "cannot move one by one. Load the model in bfloat16, or train adapters on top of it "
+            "(give only their parameters)"
+        )
+    if mode == "none":
+        return
+    if param.dtype not in SUPPORTED_DTYPES:
+        raise TypeError(f"{who} is {param.dtype}; expected float32, bfloat16 or float16")
+    if hasattr(param, "to_local"):
+        raise TypeError(f"{who} is a DTensor; sharded parameters are not supported yet")
+    if param.is_meta:
+        raise ValueError(f"{who} is on the meta device: load the weights before the optimizer")
+    if param.layout is not torch.strided:
+        raise TypeError(f"{who} has layout {param.layout}; expected a dense (strided) tensor")
+    if mode == "rank" and not param.is_contiguous():
+        raise ValueError(
+            f"{who} is not contiguous (strides {param.stride()}); make it so before building the "
+            "optimizer: param.data = param.data.contiguous()"
+        )
+    if mode == "rank" and param.numel() > MAX_TENSOR_ENTRIES:
+        raise ValueError(f"{who} has more than {MAX_TENSOR_ENTRIES} entries; split the tensor")
+
+
+def check_together(params: Sequence[Tensor], names: Sequence[str]) -> None:
+    """Raise ValueError where parameters lie on several devices, share memory or are too many."""
+    if sum(param.numel() for param in params) > MAX_POOL_ENTRIES:
+        raise ValueError(f"the parameters have more than {MAX_POOL_ENTRIES} entries")
+    for param, name in zip(params, names, strict=True):
+        if param.device != params[0].device:
+            raise ValueError(
+                f"parameters are on several devices: {names[0]} on {params[0].device}, "
+                f"{name} on {param.device}; use one optimizer per device"
+            )
+    spans = sorted(
+        (param.data_ptr(), param.data_ptr() + param.nbytes, name)
+        for param, name in zip(params, names, strict=True)
+        if param.numel()
+    )
+    for (_, end, name), (begin, _, other) in zip(spans, spans[1:], strict=False):
+        if begin < end:
+            raise ValueError(
+                f"{name} and {other} share memory; give tied weights as one and the same Parameter"
+            )
+
+
+def readable_grads(params: Sequence[Tensor], names: Sequence[str]) -> list[Tensor]:
+    """The gradients of `params`, contiguous; an empty tensor where there is none.
+
+    Raises:
+        TypeError: sparse or complex gradients, or a dtype that the kernels do not read.
+        ValueError: a gradient of another shape or on another device than its parameter.
+    """
+    grads = []
+    for param, name in zip(params, names, strict=True):
+        grad = param.grad
+        if grad is None:
+            grads.append(param.new_empty(0))
+            continue
+        if grad.layout is not torch.strided:
+            raise TypeError(
+                f"the gradient of {name} is sparse ({grad.layout}); build the layer with sparse=False"
+            )
+        if grad.dtype not in SUPPORTED_DTYPES:
+            raise TypeError(
+                f"the gradient of {name} is {grad.dtype}; expected float32, bfloat16 or float16"
+            )
+        if grad.shape != param.shape or grad.device != param.device:
+            raise ValueError(
+                f"the gradient of {describe(param, name)} on {param.device} has shape "
+                f"{tuple(grad.shape)} on {grad.device}"
+            )
+        grads.append(grad if grad.is_contiguous() else grad.contiguous())
+    return grads

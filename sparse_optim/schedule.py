@@ -1,0 +1,112 @@
+"""Schedules: how many entries shall have been unmasked after each step.
+
+A schedule maps (budget, steps) to steps + 1 cumulative targets, from 0 to the budget. Targets are
+computed in integers, so that no remainder is lost and nothing is unmasked twice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Schedule(Protocol):
+    """Anything with `targets`; a plain function t -> cumulative target is accepted too."""
+
+    def targets(self, budget: int, steps: int) -> list[int]:
+        """Cumulative targets after steps 0, 1, ..., `steps`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Unmask the same number each step:  target(t) = budget * t // steps.
+
+    Reference: Agarwal et al. 2025, section 3.2.
+    """
+
+    def targets(self, budget: int, steps: int) -> list[int]:
+        return [budget * t // steps for t in range(steps + 1)]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Unmask fewer and fewer, none at the end:  target(t) = budget * (1 - (1 - t / steps)^2).
+
+    Entries that are unmasked late meet a decayed learning rate; this unmasks most of them early.
+    """
+
+    def targets(self, budget: int, steps: int) -> list[int]:
+        return [budget * (steps**2 - (steps - t) ** 2) // steps**2 for t in range(steps + 1)]
+
+
+@dataclass(frozen=True)
+class Warmup:
+    """Unmask a share of the budget in the first steps, the rest uniformly.
+
+    Args:
+        share: of the budget, 0 to 1.
+        steps: in which that share is unmasked, >= 1.
+
+    Raises:
+        ValueError: if share or steps is out of range.
+    """
+
+    share: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"Warmup: share must be between 0 and 1, got {self.share}")
+        if self.steps < 1:
+            raise ValueError(f"Warmup: steps must be at least 1, got {self.steps}")
+
+    def targets(self, budget: int, steps: int) -> list[int]:
+        first = min(self.steps, steps)
+        early = budget if first == steps else math.floor(budget * self.share)
+        head = [early * t // first for t in range(first + 1)]
+        rest = steps - first
+        return head + [early + (budget - early) * t // rest for t in range(1, rest + 1)]
+
+
+def cumulative_targets(
+    schedule: Schedule | Callable[[int], int], budget: int, total_steps: int, unmask_steps: int
+) -> Tensor:
+    """Evaluate a schedule into the table that the optimizer keeps.
+
+    Args:
+        schedule: spends the budget in `unmask_steps` steps.
+        budget: entries.
+        total_steps: steps of the whole run, >= unmask_steps.
+        unmask_steps: steps in which the budget is spent, >= 1.
+
+    Returns:
+        (total_steps + 1,), int64, monotone, from 0, at most `budget`.
+
+    Raises:
+        ValueError: if a schedule falls, leaves 0..budget or is not of whole numbers.
+    """
+    if isinstance(schedule, type):
+        raise ValueError(f"schedule must be an instance: write {schedule.__name__}()")
+    if hasattr(schedule, "targets"):
+        table = schedule.targets(budget, unmask_steps)
+    elif callable(schedule):
+        table = [schedule(t) for t in range(unmask_steps + 1)]
+    else:
+        raise ValueError(f"schedule must be Uniform(), Linear(), Warmup(...) or a function, got {schedule!r}")
+    for t, target in enumerate(table):
+        if isinstance(target, bool) or not isinstance(target, int):
+            raise ValueError(f"schedule: target at step {t} must be an int, got {target!r}")
+        if not 0 <= target <= budget:
+            raise ValueError(f"schedule: target at step {t} is {target}, outside 0..{budget} (the budget)")
+        if t and target < table[t - 1]:
+            raise ValueError(f"schedule: falls from {table[t - 1]} to {target} at step {t}; entries stay unmasked")
+    if len(table) != unmask_steps + 1:
+        raise ValueError(f"schedule: expected {unmask_steps + 1} targets, got {len(table)}")
+    table = list(table) + [table[-1]] * (total_steps - unmask_steps)
+    return torch.tensor(table, dtype=torch.int64)
