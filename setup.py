@@ -34,6 +34,7 @@ FLAGS = [
     "-Wextra",
     "-Wno-unused-parameter",
     "-Wno-unknown-pragmas",
+    "-Wno-psabi",
     STABLE_ABI,
 ]
 

@@ -3,18 +3,19 @@
 // Few tiles can hold a winner. A tile whose bound (importance of its greatest |grad| with the most
 // favourable |param|) is below the quota-th best entry holds none; that threshold is approached
 // from below:
-//   1. floor: at least `quota` tiles have a bound of at least `floor` (histogram of bounds). With
-//      exp = 0 bounds are exact tile maxima, so at least `quota` entries reach the floor too.
-//   2. Otherwise those tiles are scored; the quota-th greatest of their exact maxima is the floor.
-//   3. Every tile with a bound at or above the floor is opened, no other can hold a winner.
-//   4. Radix selection over the entries of opened tiles: a histogram of the upper 15 bits of their
-//      keys, then of the lower 16 bits in the bin of the cut, gives the exact threshold and how
-//      many of its ties belong. No buffer grows with the number of candidates.
+//   1. floor: the quota-th greatest bound. With exp = 0 bounds are exact tile maxima, so at least
+//      `quota` entries reach the floor too.
+//   2. Otherwise the tiles that reach it are scored; the quota-th greatest of their exact maxima is
+//      the floor.
+//   3. Every tile with a bound at or above the floor is opened, no other can hold a winner, and the
+//      entries that reach the floor are ranked. Where they are too many for a small buffer (a large
+//      quota, or ties by the million), radix selection finds the threshold without one: a histogram
+//      of the upper 15 bits of the keys, then of the lower 16 bits in the bin of the cut.
 // Delegates that stand for groups of candidates: Gaihre et al. 2021, Dr. Top-k, arXiv 2109.08219.
 //
-// Bytes: 4 per tile twice, and the opened tiles (about k to 3k of 2 KB each) a few times, in cache.
+// Bytes: 4 per tile two or three times, and about quota to 3 quota tiles of 2 KB (with their
+// parameters unless exp = 0) once or twice.
 #include <functional>
-#include <memory>
 
 #include "core/importance.h"
 #include "cpu/support.h"
@@ -25,10 +26,10 @@ namespace {
 constexpr int kLowBits = 16;
 constexpr int64_t kHighBins = int64_t(1) << (31 - kLowBits);
 constexpr int64_t kLowBins = int64_t(1) << kLowBits;
-// Opened tiles are scored several times; up to so many their keys are kept instead (8 MB).
-constexpr int64_t kKeptTiles = 4096;
 constexpr int64_t kTilesPerTask = 32;
 constexpr int64_t kBoundsPerTask = 16384;
+// Candidates that are ranked in a buffer; more than max(this, 8 quota) go to radix selection.
+constexpr int64_t kCandidates = 1 << 18;
 
 template <class T>
 SPARSE_OPTIM_INLINE void load_of(const T* in, int64_t count, float* out) {
@@ -68,6 +69,18 @@ SPARSE_OPTIM_VECTORIZED int32_t greatest(const int32_t* values, int64_t count) {
 #pragma omp simd reduction(max : most)
   for (int64_t i = 0; i < count; ++i) most = values[i] > most ? values[i] : most;
   return most;
+}
+
+// The greatest of each run of 16 values.
+SPARSE_OPTIM_VECTORIZED void block_maxima(const int32_t* values, int64_t count, int32_t* maxima) {
+  const int64_t whole = count / 16;
+  for (int64_t b = 0; b < whole; ++b) {
+    int32_t most = 0;
+#pragma omp simd reduction(max : most)
+    for (int64_t i = 0; i < 16; ++i) most = values[16 * b + i] > most ? values[16 * b + i] : most;
+    maxima[b] = most;
+  }
+  if (whole * 16 < count) maxima[whole] = greatest(values + 16 * whole, count - 16 * whole);
 }
 
 // How many of 16 values reach a limit: what lets loops over mostly losing entries skip them.
@@ -113,8 +126,12 @@ int64_t tensor_of(const Problem& problem, int64_t tile_index) {
   return after - problem.pool.begin() - 1;  // tensors without tiles share their successor's first
 }
 
+struct Opened {
+  int64_t tensor, first, count;
+};
+
 // Keys of the entries of a tile, 0 for active ones and up to the next multiple of 16.
-int64_t open_tile(const Problem& problem, int64_t tile_index, int32_t* out) {
+Opened open_tile(const Problem& problem, int64_t tile_index, int32_t* out) {
   const int64_t t = tensor_of(problem, tile_index);
   const PoolTensor& tensor = problem.pool[t];
   const int64_t first = (tile_index - tensor.first_tile) * problem.tile;
@@ -132,35 +149,27 @@ int64_t open_tile(const Problem& problem, int64_t tile_index, int32_t* out) {
   const int32_t* end = active_end(problem.active, t);
   for (; next != end && *next < first + count; ++next) out[*next - first] = 0;
   std::fill(out + count, out + (count + 15) / 16 * 16, 0);
-  return count;
+  return {t, first, count};
 }
 
-// The tiles that may hold a winner, in ascending order, and their keys.
+// The tiles that may hold a winner, in ascending order, opened anew at each visit.
 class OpenTiles {
  public:
   OpenTiles(const Problem& problem, std::vector<int64_t> tiles)
-      : problem_(problem), tiles_(std::move(tiles)), stride_((problem.tile + 15) / 16 * 16) {
-    if (int64_t(tiles_.size()) > kKeptTiles) return;
-    keys_.reset(new int32_t[tiles_.size() * stride_]);
-    counts_.resize(tiles_.size());
-    for_each(problem_.threads, num_tasks(), [&](int64_t task) {
-      for (int64_t i = begin(task); i < end(task); ++i)
-        counts_[i] = open_tile(problem_, tiles_[i], keys_.get() + i * stride_);
-    });
-  }
+      : problem_(problem), tiles_(std::move(tiles)) {}
 
-  int64_t num_tasks() const {
-    return (int64_t(tiles_.size()) + kTilesPerTask - 1) / kTilesPerTask;
-  }
+  int64_t num_tasks() const { return tiles_of(int64_t(tiles_.size()), kTilesPerTask); }
 
-  // visit(tile, i, key) for every entry of the task's tiles with key >= limit, in global order.
+  // visit(tensor, position, key) for every entry of the task's tiles with key >= limit, in order.
   template <class Visit>
   void visit_entries(int64_t task, int32_t limit, Visit&& visit) const {
-    int32_t opened[kMaxTile + 16];
-    for (int64_t i = begin(task); i < end(task); ++i) {
-      const int32_t* keys = keys_ ? keys_.get() + i * stride_ : opened;
-      const int64_t count = keys_ ? counts_[i] : open_tile(problem_, tiles_[i], opened);
-      visit_reaching(keys, count, limit, [&](int64_t j) { visit(tiles_[i], j, keys[j]); });
+    int32_t keys[kMaxTile + 16];
+    const int64_t end = std::min(int64_t(tiles_.size()), (task + 1) * kTilesPerTask);
+    for (int64_t i = task * kTilesPerTask; i < end; ++i) {
+      const Opened tile = open_tile(problem_, tiles_[i], keys);
+      visit_reaching(keys, tile.count, limit, [&](int64_t j) {
+        visit(int32_t(tile.tensor), int32_t(tile.first + j), keys[j]);
+      });
     }
   }
 
@@ -168,12 +177,12 @@ class OpenTiles {
   template <class Bin>
   std::vector<int64_t> histogram(int32_t limit, int64_t bins, Bin&& bin) const {
     const int64_t parts = std::min<int64_t>(std::max(problem_.threads.workers, 1), num_tasks());
-    std::vector<std::vector<int32_t>> counts(parts);
+    std::vector<std::vector<int64_t>> counts(parts);
     for_each(problem_.threads, parts, [&](int64_t part) {
       counts[part].resize(bins);
       for (int64_t task = part; task < num_tasks(); task += parts)
         visit_entries(task, limit,
-                      [&](int64_t, int64_t, int32_t key) { ++counts[part][bin(key)]; });
+                      [&](int32_t, int32_t, int32_t key) { ++counts[part][bin(key)]; });
     });
     std::vector<int64_t> total(bins);
     for (const auto& part : counts)
@@ -182,16 +191,8 @@ class OpenTiles {
   }
 
  private:
-  int64_t begin(int64_t task) const { return task * kTilesPerTask; }
-  int64_t end(int64_t task) const {
-    return std::min(int64_t(tiles_.size()), (task + 1) * kTilesPerTask);
-  }
-
   const Problem& problem_;
   std::vector<int64_t> tiles_;
-  int64_t stride_;
-  std::unique_ptr<int32_t[]> keys_;
-  std::vector<int64_t> counts_;
 };
 
 struct Bin {
@@ -209,26 +210,32 @@ Bin find_bin(const std::vector<int64_t>& counts, int64_t wanted) {
   return {-1, above};
 }
 
-// A key that at least `quota` tiles reach; 1 (the least positive) if fewer are above 0.
-int32_t floor_of_bounds(const Problem& problem, const int32_t* bounds) {
-  const int64_t tasks = (problem.num_tiles + kBoundsPerTask - 1) / kBoundsPerTask;
-  const int64_t parts = std::min<int64_t>(std::max(problem.threads.workers, 1), tasks);
-  std::vector<std::vector<int32_t>> counts(parts);
-  for_each(problem.threads, parts, [&](int64_t part) {
-    counts[part].resize(kHighBins);
-    const int64_t share = (problem.num_tiles + parts - 1) / parts;
-    const int64_t end = std::min(problem.num_tiles, (part + 1) * share);
-    for (int64_t i = part * share; i < end; ++i) ++counts[part][bounds[i] >> kLowBits];
-  });
-  std::vector<int64_t> total(kHighBins);
-  for (const auto& part : counts)
-    for (int64_t b = 0; b < kHighBins; ++b) total[b] += part[b];
-  const Bin bin = find_bin(total, problem.quota);
-  return bin.index <= 0 ? 1 : int32_t(bin.index << kLowBits);
+// The k-th greatest of `count` values; 1, the least positive key, if fewer than k are above 0.
+// One maximum per 16 values narrows the search: the k-th greatest of these is not above the result.
+int32_t kth_greatest(const int32_t* values, int64_t count, int64_t k) {
+  const int64_t num_blocks = (count + 15) / 16;
+  std::vector<int32_t> blocks(num_blocks);
+  block_maxima(values, count, blocks.data());
+  const auto descending = std::greater<int32_t>();
+  int32_t least = 1;
+  if (k <= num_blocks) {
+    auto maxima = blocks;
+    std::nth_element(maxima.begin(), maxima.begin() + (k - 1), maxima.end(), descending);
+    least = std::max(maxima[k - 1], 1);
+  }
+  std::vector<int32_t> reaching;
+  for (int64_t b = 0; b < num_blocks; ++b) {
+    if (blocks[b] < least) continue;
+    for (int64_t i = 16 * b; i < std::min(count, 16 * b + 16); ++i)
+      if (values[i] >= least) reaching.push_back(values[i]);
+  }
+  if (int64_t(reaching.size()) < k) return 1;
+  std::nth_element(reaching.begin(), reaching.begin() + (k - 1), reaching.end(), descending);
+  return reaching[k - 1];
 }
 
 std::vector<int64_t> tiles_reaching(const Problem& problem, const int32_t* bounds, int32_t floor) {
-  const int64_t tasks = (problem.num_tiles + kBoundsPerTask - 1) / kBoundsPerTask;
+  const int64_t tasks = tiles_of(problem.num_tiles, kBoundsPerTask);
   std::vector<std::vector<int64_t>> found(tasks);
   for_each(problem.threads, tasks, [&](int64_t task) {
     const int64_t end = std::min(problem.num_tiles, (task + 1) * kBoundsPerTask);
@@ -244,7 +251,7 @@ std::vector<int64_t> tiles_reaching(const Problem& problem, const int32_t* bound
 std::vector<int32_t> bounds_of(const Problem& problem, const int32_t* tile_max,
                                const float* param_bound) {
   std::vector<int32_t> bounds(problem.num_tiles);
-  const int64_t tasks = (problem.num_tiles + kBoundsPerTask - 1) / kBoundsPerTask;
+  const int64_t tasks = tiles_of(problem.num_tiles, kBoundsPerTask);
   const bool exact = problem.exp == 1.0 || problem.exp == 2.0 || std::abs(problem.exp) == 0.5 ||
                      problem.exp == -1.0;
   for_each(problem.threads, tasks, [&](int64_t task) {
@@ -264,20 +271,118 @@ std::vector<int32_t> bounds_of(const Problem& problem, const int32_t* tile_max,
 
 // Replaces the bounds of promising tiles by their exact maxima; returns the quota-th greatest.
 int32_t tighten(const Problem& problem, std::vector<int32_t>& bounds) {
-  const auto tiles = tiles_reaching(problem, bounds.data(), floor_of_bounds(problem, bounds.data()));
+  const int32_t promising = kth_greatest(bounds.data(), problem.num_tiles, problem.quota);
+  const auto tiles = tiles_reaching(problem, bounds.data(), promising);
   std::vector<int32_t> maxima(tiles.size());
   for_each(problem.threads, tiles_of(int64_t(tiles.size()), kTilesPerTask), [&](int64_t task) {
     int32_t opened[kMaxTile + 16];
     const int64_t end = std::min(int64_t(tiles.size()), (task + 1) * kTilesPerTask);
     for (int64_t i = task * kTilesPerTask; i < end; ++i) {
-      const int64_t count = open_tile(problem, tiles[i], opened);
+      const int64_t count = open_tile(problem, tiles[i], opened).count;
       bounds[tiles[i]] = maxima[i] = greatest(opened, count);
     }
   });
-  if (int64_t(maxima.size()) < problem.quota) return 1;
-  auto kth = maxima.begin() + (problem.quota - 1);
-  std::nth_element(maxima.begin(), kth, maxima.end(), std::greater<int32_t>());
-  return std::max(*kth, 1);
+  return kth_greatest(maxima.data(), int64_t(maxima.size()), problem.quota);
+}
+
+struct Candidate {
+  int32_t tensor, position, key;
+};
+
+// The entries that reach the floor, in global order; false if there are too many to keep.
+bool collect(const Problem& problem, const OpenTiles& tiles, int32_t floor,
+             std::vector<Candidate>& candidates) {
+  const int64_t most = std::max(kCandidates, 8 * problem.quota);
+  std::atomic<int64_t> total{0};
+  std::vector<std::vector<Candidate>> found(tiles.num_tasks());
+  for_each(problem.threads, tiles.num_tasks(), [&](int64_t task) {
+    if (total.load(std::memory_order_relaxed) > most) return;
+    tiles.visit_entries(task, floor, [&](int32_t tensor, int32_t position, int32_t key) {
+      found[task].push_back({tensor, position, key});
+    });
+    total.fetch_add(int64_t(found[task].size()), std::memory_order_relaxed);
+  });
+  if (total > most) return false;
+  for (const auto& part : found) candidates.insert(candidates.end(), part.begin(), part.end());
+  return true;
+}
+
+// What of the entries that reach a threshold belongs: all above it, and the first `ties` that tie.
+struct Threshold {
+  int32_t key;
+  int64_t ties;
+};
+
+Threshold rank(const std::vector<Candidate>& candidates, int64_t quota) {
+  if (int64_t(candidates.size()) <= quota) return {1, quota};
+  std::vector<int32_t> keys(candidates.size());
+  std::transform(candidates.begin(), candidates.end(), keys.begin(),
+                 [](const Candidate& candidate) { return candidate.key; });
+  const auto kth = keys.begin() + (quota - 1);
+  std::nth_element(keys.begin(), kth, keys.end(), std::greater<int32_t>());
+  // nth_element leaves what is not below the k-th before it: the rest of those places are ties.
+  const int64_t above =
+      std::count_if(keys.begin(), kth, [&](int32_t key) { return key > *kth; });
+  return {*kth, quota - above};
+}
+
+Threshold radix_select(const OpenTiles& tiles, int32_t floor, int64_t quota) {
+  const Bin high = find_bin(
+      tiles.histogram(floor, kHighBins, [](int32_t key) { return key >> kLowBits; }), quota);
+  if (high.index < 0) return {1, quota};
+  const int32_t first = int32_t(high.index << kLowBits), last = first + int32_t(kLowBins - 1);
+  auto in_bin = tiles.histogram(std::max(first, floor), kLowBins + 1, [&](int32_t key) {
+    return key <= last ? int64_t(key - first) : kLowBins;
+  });
+  in_bin[kLowBins] = 0;  // counted in high.above already
+  const Bin low = find_bin(in_bin, quota - high.above);
+  return {first + int32_t(low.index), quota - high.above - low.above};
+}
+
+// Writes the winners among candidates that are at hand.
+int32_t write(const std::vector<Candidate>& candidates, Threshold threshold, NewEntries& found) {
+  int64_t out = 0;
+  int32_t least = kInfinityBits;
+  for (const Candidate& candidate : candidates) {
+    if (candidate.key < threshold.key) continue;
+    if (candidate.key == threshold.key && threshold.ties-- <= 0) continue;
+    found.tensor[out] = candidate.tensor;
+    found.position[out++] = candidate.position;
+    least = std::min(least, candidate.key);
+  }
+  *found.count = out;
+  return out ? least : 0;
+}
+
+// The same, opening the tiles again: each task counts first, to know where it writes.
+int32_t write(const Problem& problem, const OpenTiles& tiles, Threshold threshold,
+              NewEntries& found) {
+  const int64_t tasks = tiles.num_tasks();
+  std::vector<int64_t> above(tasks), tied(tasks), start(tasks);
+  for_each(problem.threads, tasks, [&](int64_t task) {
+    tiles.visit_entries(task, threshold.key, [&](int32_t, int32_t, int32_t key) {
+      ++(key > threshold.key ? above : tied)[task];
+    });
+  });
+  int64_t total = 0;
+  for (int64_t task = 0; task < tasks; ++task) {
+    start[task] = total;
+    tied[task] = std::min(tied[task], threshold.ties);
+    threshold.ties -= tied[task];
+    total += above[task] + tied[task];
+  }
+  std::vector<int32_t> least(tasks, kInfinityBits);
+  for_each(problem.threads, tasks, [&](int64_t task) {
+    int64_t out = start[task], ties_left = tied[task];
+    tiles.visit_entries(task, threshold.key, [&](int32_t tensor, int32_t position, int32_t key) {
+      if (key == threshold.key && ties_left-- <= 0) return;
+      found.tensor[out] = tensor;
+      found.position[out++] = position;
+      least[task] = std::min(least[task], key);
+    });
+  });
+  *found.count = total;
+  return total ? *std::min_element(least.begin(), least.end()) : 0;
 }
 
 }  // namespace
@@ -291,59 +396,17 @@ int32_t cut(const Threads& threads, const std::vector<PoolTensor>& pool, const A
   std::vector<int32_t> bounds;
   int32_t floor;
   if (exp == 0.0) {
-    floor = floor_of_bounds(problem, tile_max);
+    floor = kth_greatest(tile_max, num_tiles, quota);
   } else {
     bounds = bounds_of(problem, tile_max, param_bound);
     floor = tighten(problem, bounds);
     tile_max = bounds.data();
   }
   const OpenTiles tiles(problem, tiles_reaching(problem, tile_max, floor));
-  if (tiles.num_tasks() == 0) return 0;
-
-  // Radix selection: the exact threshold key, and how many entries that tie with it belong.
-  int32_t threshold = 1;
-  int64_t ties = quota;
-  const Bin high = find_bin(
-      tiles.histogram(floor, kHighBins, [](int32_t key) { return key >> kLowBits; }), quota);
-  if (high.index >= 0) {
-    const int32_t first = int32_t(high.index << kLowBits), last = first + int32_t(kLowBins - 1);
-    auto in_bin = tiles.histogram(std::max(first, floor), kLowBins + 1, [&](int32_t key) {
-      return key <= last ? int64_t(key - first) : kLowBins;
-    });
-    in_bin[kLowBins] = 0;
-    const Bin low = find_bin(in_bin, quota - high.above);
-    threshold = first + int32_t(low.index);
-    ties = quota - high.above - low.above;
-  }
-
-  // Where each task writes: winners above the threshold, and ties until they are used up.
-  const int64_t num_tasks = tiles.num_tasks();
-  std::vector<int64_t> winners(num_tasks), tied(num_tasks), start(num_tasks), ties_left(num_tasks);
-  for_each(threads, num_tasks, [&](int64_t task) {
-    tiles.visit_entries(task, threshold, [&](int64_t, int64_t, int32_t key) {
-      ++(key > threshold ? winners : tied)[task];
-    });
-  });
-  int64_t total = 0;
-  for (int64_t task = 0; task < num_tasks; ++task) {
-    start[task] = total;
-    ties_left[task] = std::min(tied[task], ties);
-    ties -= ties_left[task];
-    total += winners[task] + ties_left[task];
-  }
-  std::vector<int32_t> least(num_tasks, kInfinityBits);
-  for_each(threads, num_tasks, [&](int64_t task) {
-    int64_t out = start[task], left = ties_left[task];
-    tiles.visit_entries(task, threshold, [&](int64_t tile_index, int64_t i, int32_t key) {
-      if (key == threshold && left-- <= 0) return;
-      const int64_t t = tensor_of(problem, tile_index);
-      found.tensor[out] = int32_t(t);
-      found.position[out++] = int32_t((tile_index - pool[t].first_tile) * tile + i);
-      least[task] = std::min(least[task], key);
-    });
-  });
-  *found.count = total;
-  return total ? *std::min_element(least.begin(), least.end()) : 0;
+  std::vector<Candidate> candidates;
+  if (collect(problem, tiles, floor, candidates))
+    return write(candidates, rank(candidates, quota), found);
+  return write(problem, tiles, radix_select(tiles, floor, quota), found);
 }
 
 }  // namespace sparse_optim::cpu

@@ -1,0 +1,26 @@
+"""The `sparse-optim` command."""
+
+from __future__ import annotations
+
+import typer
+
+from sparse_optim import delta_cli
+from sparse_optim.finetune import command
+
+app = typer.Typer(
+    help="Selective fine-tuning: train few entries of a model, keep them as a small delta.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+command.register(app)
+delta_cli.register(app)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""The commands on delta files: `inspect`, `apply`, `diff`. `register` puts them on an app."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from sparse_optim.delta import (
+    Delta,
+    DeltaError,
+    content_fingerprint,
+    folder_tensors,
+    load_delta,
+    merge_folder,
+    overlap,
+    save_delta,
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands `inspect`, `apply` and `diff` to `app`."""
+    app.command("inspect")(inspect)
+    app.command("apply")(apply)
+    app.command("diff")(diff)
+
+
+def inspect(delta_file: Annotated[Path, typer.Argument(help="A delta file.")]) -> None:
+    """Show what a delta file holds."""
+    with _one_line_errors():
+        delta = load_delta(delta_file)
+        console = Console()
+        console.print(_summary(delta_file, delta))
+        if delta.num_entries:
+            console.print(_sparse_table(delta))
+        if delta.dense:
+            console.print(_dense_table(delta))
+
+
+def apply(
+    base_folder: Annotated[Path, typer.Argument(help="Model folder that was fine-tuned.")],
+    delta_file: Annotated[Path, typer.Argument(help="A delta file.")],
+    out_folder: Annotated[Path, typer.Argument(help="Folder to write; new or empty.")],
+) -> None:
+    """Merge a delta into a model folder: base + delta as a full checkpoint."""
+    with _one_line_errors():
+        delta = load_delta(delta_file)
+        merged = merge_folder(base_folder, delta, out_folder)
+        entries = f"{delta.num_entries:,} entries and {len(delta.dense)} dense tensors"
+        _say(f"{out_folder}: {entries} merged into {', '.join(merged.files)}")
+        if merged.prefix:
+            _say(f"names matched across the prefix {merged.prefix!r}")
+        if merged.added:
+            _say(
+                f"added {', '.join(merged.added)}; config.json is the base's: set its number of "
+                "labels and architecture to match"
+            )
+
+
+def diff(
+    a: Annotated[Path, typer.Argument(help="A delta file, or the base's model folder.")],
+    b: Annotated[Path, typer.Argument(help="A delta file, or the tuned model folder.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Two folders: write what changed from A to B here.")
+    ] = None,
+    originals: Annotated[
+        bool, typer.Option(help="Two folders: store the base's values too, for reverting.")
+    ] = False,
+) -> None:
+    """Compare two deltas, or make a delta of two model folders."""
+    with _one_line_errors():
+        if a.is_dir() != b.is_dir():
+            raise DeltaError("expected two delta files or two model folders, got one of each")
+        if not a.is_dir():
+            if out is not None or originals:
+                raise DeltaError("--out and --originals are for two model folders")
+            _show_overlap(load_delta(a), load_delta(b))
+            return
+        delta = Delta.from_models(folder_tensors(a), folder_tensors(b), store_original=originals)
+        if out is not None:
+            save_delta(delta, out)
+        Console().print(_summary(b, delta))
+        if out is not None:
+            _say(f"{out}: {out.stat().st_size:,} bytes")
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    try:
+        yield
+    except (DeltaError, OSError) as error:
+        line = " ".join(str(error).split())
+        Console(stderr=True).print(Text(f"error: {line}"), soft_wrap=True)
+        raise typer.Exit(1) from None
+
+
+def _say(line: str) -> None:
+    Console().print(Text(line), soft_wrap=True)
+
+
+def _facts(title: str) -> Table:
+    table = Table(title=Text(title), show_header=False, title_justify="left")
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
+
+
+def _summary(path: Path, delta: Delta) -> Table:
+    table = _facts(str(path))
+    arguments = {key: value for key, value in delta.method.items() if key != "name"}
+    table.add_row("method", Text(str(delta.method.get("name", "unknown"))))
+    for key, value in arguments.items():
+        table.add_row(Text(f"  {key}"), Text(str(value)))
+    numel = sum(values.numel for values in delta.sparse.values())
+    share = f" ({delta.num_entries / numel:.4%} of {numel:,})" if numel else ""
+    table.add_row("sparse entries", f"{delta.num_entries:,}{share}")
+    table.add_row("sparse parameters", f"{len(delta.sparse):,}")
+    table.add_row("dense tensors", f"{len(delta.dense):,}")
+    table.add_row("tensor bytes", f"{delta.nbytes:,}")
+    steps = [
+        values.unmask_step
+        for values in delta.sparse.values()
+        if values.unmask_step is not None and values.num_entries
+    ]
+    if steps:
+        first, last = min(int(step.min()) for step in steps), max(int(step.max()) for step in steps)
+        table.add_row("unmask steps", f"{first:,} to {last:,}")
+    originals = any(values.original is not None for values in delta.sparse.values())
+    table.add_row("originals", "stored" if originals or delta.dense_original else "not stored")
+    table.add_row("fingerprint", content_fingerprint(delta))
+    if delta.parent is not None:
+        removed = sum(position.numel() for position in delta.removed.values())
+        table.add_row("increment over", f"{delta.parent} ({removed:,} entries removed)")
+    return table
+
+
+def _sparse_table(delta: Delta) -> Table:
+    with_entries = {name: part for name, part in delta.sparse.items() if part.num_entries}
+    without = len(delta.sparse) - len(with_entries)
+    table = Table(caption=f"{without:,} parameters without entries" if without else None)
+    table.add_column("parameter", overflow="fold")
+    for heading in ("shape", "dtype"):
+        table.add_column(heading)
+    for heading in ("entries", "share", "bytes"):
+        table.add_column(heading, justify="right")
+    for name, values in with_entries.items():
+        table.add_row(
+            Text(name),
+            "x".join(map(str, values.shape)) or "scalar",
+            str(values.dtype).removeprefix("torch."),
+            f"{values.num_entries:,}",
+            f"{values.num_entries / values.numel:.4%}",
+            f"{values.nbytes:,}",
+        )
+    return table
+
+
+def _dense_table(delta: Delta) -> Table:
+    table = Table()
+    table.add_column("dense tensor", overflow="fold")
+    for heading in ("shape", "dtype"):
+        table.add_column(heading)
+    table.add_column("bytes", justify="right")
+    for name, tensor in delta.dense.items():
+        shape = "x".join(map(str, tensor.shape)) or "scalar"
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        table.add_row(Text(name), shape, dtype, f"{tensor.nbytes:,}")
+    return table
+
+
+def _show_overlap(delta_a: Delta, delta_b: Delta) -> None:
+    found = overlap(delta_a, delta_b)
+    table = _facts("A and B")
+    table.add_row("entries in both", f"{found.both:,}")
+    table.add_row("only in A", f"{found.only_a:,}")
+    table.add_row("only in B", f"{found.only_b:,}")
+    table.add_row("Jaccard", f"{found.jaccard:.4f}")
+    table.add_row("of both, equal bits", f"{found.equal:,}")
+    table.add_row("greatest |a - b|", f"{found.max_difference:.6g}")
+    table.add_row("mean |a - b|", f"{found.mean_difference:.6g}")
+    table.add_row("dense in both", f"{len(delta_a.dense.keys() & delta_b.dense.keys()):,}")
+    table.add_row("same base", "yes" if found.same_base else "no, where they overlap")
+    Console().print(table)
