@@ -49,8 +49,8 @@ DType dtype_of(const Tensor& tensor, const char* name) {
 }
 
 void check_tile(int64_t tile) {
-  STD_TORCH_CHECK(tile >= 1 && tile <= cpu::kMaxTile, "tile must be 1 to ", cpu::kMaxTile,
-                  ", got ", tile);
+  STD_TORCH_CHECK(tile >= 1 && tile <= cpu::kMaxTile, "tile must be 1 to ", cpu::kMaxTile, ", got ",
+                  tile);
 }
 
 // The pool from gradients alone (scan), from parameters alone, or from both.
@@ -107,7 +107,9 @@ void spawn(int workers, void (*worker)(int, void*), void* context) {
   });
 }
 
-cpu::Threads threads() { return {int(torch::stable::get_num_threads()), &spawn}; }
+cpu::Threads threads() {
+  return {int(torch::stable::get_num_threads()), &spawn};
+}
 
 void scan(Tensors grads, Tensors dense_grads, Tensor position, Tensor offsets, Tensor tile_offsets,
           Tensor grad_scale, double max_grad_norm, int64_t tile, Tensor tile_max,
@@ -138,8 +140,8 @@ void scan(Tensors grads, Tensors dense_grads, Tensor position, Tensor offsets, T
   active.position = data<int32_t>(position);
   active.offsets = data<int64_t>(offsets);
   active.grad = data<float>(active_grad);
-  const cpu::ScanResult result = cpu::scan(threads(), pool, dense, active, tile,
-                                           data<int32_t>(tile_max));
+  const cpu::ScanResult result =
+      cpu::scan(threads(), pool, dense, active, tile, data<int32_t>(tile_max));
   const double scale = scalar<float>(grad_scale);
   const double norm = std::sqrt(result.sum_of_squares) / scale;
   const double clip =
@@ -196,15 +198,14 @@ cpu::Active active_of(const Tensor& position, const Tensor& exp_avg, const Tenso
   check(master, "master", ScalarType::Float, master.numel() ? capacity : 0);
   check(active_grad, "active_grad", ScalarType::Float, capacity);
   check(progress, "progress", ScalarType::Long, 3);
-  return {data<int32_t>(position),    data<float>(exp_avg), data<float>(exp_avg_sq),
-          data<int32_t>(unmask_step), data<float>(master),  data<float>(active_grad),
+  return {data<int32_t>(position),    data<float>(exp_avg),   data<float>(exp_avg_sq),
+          data<int32_t>(unmask_step), data<float>(master),    data<float>(active_grad),
           data<int64_t>(offsets),     data<int64_t>(progress)};
 }
 
-void append(Tensors grads, Tensors params, Tensor new_tensor, Tensor new_position,
-            Tensor new_count, Tensor position, Tensor exp_avg, Tensor exp_avg_sq,
-            Tensor unmask_step, Tensor master, Tensor active_grad, Tensor offsets,
-            Tensor progress, Tensor scratch) {
+void append(Tensors grads, Tensors params, Tensor new_tensor, Tensor new_position, Tensor new_count,
+            Tensor position, Tensor exp_avg, Tensor exp_avg_sq, Tensor unmask_step, Tensor master,
+            Tensor active_grad, Tensor offsets, Tensor progress, Tensor scratch) {
   const auto pool = pool_of(&grads, &params, nullptr);
   cpu::Active active = active_of(position, exp_avg, exp_avg_sq, unmask_step, master, active_grad,
                                  offsets, progress, pool.size());
@@ -213,9 +214,9 @@ void append(Tensors grads, Tensors params, Tensor new_tensor, Tensor new_positio
   check(new_count, "new_count", ScalarType::Long, 1);
   const cpu::NewEntries found{data<int32_t>(new_tensor), data<int32_t>(new_position),
                               data<int64_t>(new_count), new_position.numel()};
-  STD_TORCH_CHECK(*found.count <= found.capacity &&
-                      active.progress[1] + *found.count <= position.numel(),
-                  "new_count is ", *found.count, ", more than there is room for");
+  STD_TORCH_CHECK(
+      *found.count <= found.capacity && active.progress[1] + *found.count <= position.numel(),
+      "new_count is ", *found.count, ", more than there is room for");
   cpu::append(threads(), pool, found, active);
 }
 
@@ -281,6 +282,8 @@ STABLE_TORCH_LIBRARY_IMPL(sparse_optim, CPU, library) {
 
 }  // namespace sparse_optim
 
-static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr,
-                             nullptr, nullptr};
-extern "C" PyMODINIT_FUNC PyInit__C(void) { return PyModule_Create(&module); }
+static PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+extern "C" PyMODINIT_FUNC PyInit__C(void) {
+  return PyModule_Create(&module);
+}

@@ -50,8 +50,9 @@ class ActiveSet:
         )
 
     def segment(self, index: int) -> dict[str, Tensor]:
-        """Per-entry state of tensor `index`, as views."""
-        first, last = self.offsets[index : index + 2].tolist()
+        """Per-entry state of tensor `index`, as views; empty for tensors added since."""
+        known = index + 1 < self.offsets.numel()
+        first, last = self.offsets[index : index + 2].tolist() if known else (0, 0)
         return {
             name: getattr(self, name)[first:last]
             for name in ENTRY_FIELDS

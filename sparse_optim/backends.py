@@ -38,7 +38,9 @@ def resolve(backend: str, device: torch.device) -> str:
         raise ValueError(f"backend must be 'auto' or one of {sorted(_BACKENDS)}, got {backend!r}")
     wanted = _BACKENDS[backend][1]
     if wanted not in (None, device.type):
-        raise ValueError(f"backend {backend!r} runs on {wanted}, but the parameters are on {device}")
+        raise ValueError(
+            f"backend {backend!r} runs on {wanted}, but the parameters are on {device}"
+        )
     try:
         operations(backend)
     except ImportError as error:

@@ -45,7 +45,8 @@ def split(
     """Separate our state from what torch's loader handles; check ours against the parameters.
 
     Returns:
-        ({"unmask": ..., "segments": one dict for each tensor of the pool}, the rest as a state_dict)
+        ({"unmask": ..., "segments": one dict for each tensor of the pool}, the rest as a
+        state_dict)
 
     Raises:
         ValueError: what does not fit, and what to do.
@@ -83,15 +84,15 @@ def split(
 
 def unpack(optimizer: MaskedAdamW, ours: dict[str, Any]) -> None:
     """Adopt what `split` checked."""
-    unmask = ours[UNMASK]
+    unmask, before = ours[UNMASK], optimizer._targets
     targets, capacity = unmask["targets"], int(unmask["targets"][-1])
-    if not torch.equal(targets.cpu(), optimizer._targets.cpu()):
+    if not torch.equal(targets.cpu(), before.cpu()):
         logger.warning(
             "the checkpoint's schedule (budget %d, %d steps) replaces the constructor's "
             "(budget %d, %d steps); extend() changes it",
-            capacity, targets.numel() - 1, int(optimizer._targets[-1]), optimizer._targets.numel() - 1,
+            capacity, targets.numel() - 1, int(before[-1]), before.numel() - 1,
         )  # fmt: skip
-    optimizer._replace_targets(targets.clone(), capacity)
+    optimizer._reallocate(targets.clone(), capacity)
     optimizer._active.fill(ours["segments"], unmask["progress"])
     optimizer._work.threshold.copy_(unmask["threshold"])
     optimizer._fingerprints = list(unmask["fingerprints"])
@@ -115,6 +116,9 @@ def _check_segment(segment: dict[str, Tensor], param: Tensor, name: str, keep_ma
 
 
 def _check_totals(unmask: dict[str, Any], segments: list[dict[str, Tensor]]) -> None:
+    missing = {"progress", "targets", "threshold", "fingerprints"} - set(unmask)
+    if missing:
+        raise ValueError(f"checkpoint: state['unmask'] lacks {sorted(missing)}")
     total = sum(segment["position"].numel() for segment in segments)
     if total != int(unmask["progress"][1]) or total > int(unmask["targets"][-1]):
         raise ValueError(

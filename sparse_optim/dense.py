@@ -34,7 +34,7 @@ def dense_adamw_step(
         params = [param for param, _ in pairs]
         gradients = [grad for _, grad in pairs]
         if grad_factor is not None:
-            gradients = torch._foreach_mul(gradients, grad_factor)
+            gradients = list(torch._foreach_mul(gradients, grad_factor))
         states = [optimizer.state[param] or _start(optimizer, param) for param in params]
         adamw(
             params,

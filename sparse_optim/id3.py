@@ -36,7 +36,9 @@ class IncrementalMaskedAdamW(MaskedAdamW):
     Example:
         >>> import torch
         >>> model = torch.nn.Linear(8, 2)
-        >>> optimizer = IncrementalMaskedAdamW(model.named_parameters(), lr=3e-4, budget=4, total_steps=2)
+        >>> optimizer = IncrementalMaskedAdamW(
+        ...     model.named_parameters(), lr=3e-4, budget=4, total_steps=2
+        ... )
         >>> for _ in range(2):
         ...     model(torch.ones(1, 8)).sum().backward()
         ...     optimizer.step()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,23 +12,21 @@ from torch import Tensor
 
 from sparse_optim import backends, checkpoint
 from sparse_optim.active_set import ActiveSet, WorkSpace, max_quota, num_bytes
-from sparse_optim.delta import Delta, SparseValues
+from sparse_optim.delta import Delta
 from sparse_optim.dense import dense_adamw_step
+from sparse_optim.export import delta_of
 from sparse_optim.fingerprint import fingerprint
 from sparse_optim.importance import D3
 from sparse_optim.parameters import (
     check_group_options,
     check_param,
-    check_together,
     check_rejected_options,
+    check_together,
     normalize_group,
     readable_grads,
 )
 from sparse_optim.reference import tile_abs_max
-from sparse_optim.schedule import Schedule, Uniform
 from sparse_optim.selection import Increment, Static, resolve_budget
-
-logger = logging.getLogger(__name__)
 
 BIAS_CORRECTIONS = ("entry", "global")
 
@@ -70,12 +67,6 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     _step_supports_amp_scaling = True
 
-    # What copy.deepcopy and pickle keep besides torch's own attributes.
-    _KEPT = (
-        "importance", "selection", "max_grad_norm", "bias_correction", "backend",
-        "_pool", "_names", "_dense", "_targets", "_active", "_work", "_versions", "_fingerprints",
-    )  # fmt: skip
-
     def __init__(
         self,
         params: Any,
@@ -97,9 +88,13 @@ class MaskedAdamW(torch.optim.Optimizer):
         fused: bool | None = None,
     ) -> None:
         if bias_correction not in BIAS_CORRECTIONS:
-            raise ValueError(f"bias_correction must be one of {BIAS_CORRECTIONS}, got {bias_correction!r}")
+            raise ValueError(
+                f"bias_correction must be one of {BIAS_CORRECTIONS}, got {bias_correction!r}"
+            )
         if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm must be above 0 (None does not clip), got {max_grad_norm}")
+            raise ValueError(
+                f"max_grad_norm must be above 0 (None does not clip), got {max_grad_norm}"
+            )
         if not isinstance(importance, D3):
             raise ValueError(f"importance must be D3(...), got {importance!r}")
         if not isinstance(selection, (Increment, Static)):
@@ -115,9 +110,8 @@ class MaskedAdamW(torch.optim.Optimizer):
         super().__init__(params, defaults)
         check_rejected_options(capturable, differentiable, self._device)
         self.backend = backends.resolve(backend, self._device)
-        trainable = sum(param.numel() for param in self._pool if param.requires_grad)
         ranked = any(group["unmask"] == "rank" for group in self.param_groups)
-        budget = resolve_budget(selection.budget, trainable) if ranked else 0
+        budget = resolve_budget(selection.budget, self._pool_size()) if ranked else 0
         self._targets = selection.targets(budget).to(self._device)
         self._fingerprints: list[str] = []
         self._active = ActiveSet.empty(self._pool, budget, self._device)
@@ -164,9 +158,12 @@ class MaskedAdamW(torch.optim.Optimizer):
             if isinstance(group["lr"], Tensor):
                 work.hyper[row, 0].copy_(group["lr"].squeeze())
         # Set and deleted by torch.amp.GradScaler around each step.
-        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        work.grad_scale.fill_(1.0) if grad_scale is None else work.grad_scale.copy_(grad_scale.squeeze())
-        work.found_inf.zero_() if found_inf is None else work.found_inf.copy_(found_inf.squeeze())
+        for name, buffer, default in (
+            ("grad_scale", work.grad_scale, 1.0),
+            ("found_inf", work.found_inf, 0.0),
+        ):
+            given = getattr(self, name, None)
+            buffer.fill_(default) if given is None else buffer.copy_(given.squeeze())
         if not self._fingerprints:
             self._fingerprints = [fingerprint(param) for param in self._pool]
         written = [
@@ -235,15 +232,10 @@ class MaskedAdamW(torch.optim.Optimizer):
                 self._index_params()
             raise
         if hasattr(self, "_active"):
-            self._active.offsets = torch.nn.functional.pad(
-                self._active.offsets,
-                (0, len(self._pool) + 1 - self._active.offsets.numel()),
-                value=int(self._active.offsets[-1]),
-            )
             if self._fingerprints:
                 known = len(self._fingerprints)
                 self._fingerprints += [fingerprint(param) for param in self._pool[known:]]
-            self._allocate_work()
+            self._reallocate(self._targets, self._active.position.numel())
 
     def _index_params(self) -> None:
         """List the pool (groups of unmask="rank") and the dense parameters, with names."""
@@ -276,6 +268,10 @@ class MaskedAdamW(torch.optim.Optimizer):
             self._device,
         )  # fmt: skip
         self.refresh()
+
+    def _pool_size(self) -> int:
+        """Entries that may be unmasked: those of the pool that require gradients."""
+        return sum(param.numel() for param in self._pool if param.requires_grad)
 
     @property
     def _ops(self) -> Any:
@@ -314,23 +310,25 @@ class MaskedAdamW(torch.optim.Optimizer):
         Raises:
             ValueError: if the budget is below the entries that are active already.
         """
-        selection = self.selection
-        if budget is not None:
-            selection = replace(selection, budget=budget)
-        if total_steps is not None:
-            if isinstance(selection, Static):
-                raise ValueError("a static selection has no total_steps; give only budget")
-            selection = replace(selection, total_steps=total_steps)
-        entries = resolve_budget(selection.budget, sum(param.numel() for param in self._pool))
-        step, num_active, _ = self._active.progress.tolist()
+        current = int(self._targets[-1]), self._targets.numel() - 1
+        selection = replace(self.selection, budget=current[0] if budget is None else budget)
+        if isinstance(selection, Increment):
+            selection = replace(selection, total_steps=total_steps or current[1])
+        elif total_steps is not None:
+            raise ValueError("a static selection has no total_steps; give only budget")
+        entries = resolve_budget(selection.budget, self._pool_size())
+        num_active = int(self._active.progress[1])
         if entries < num_active:
             raise ValueError(f"budget {entries} is below the {num_active} entries already active")
-        self._replace_targets(selection.targets(entries).clamp(min=0), entries)
+        self._reallocate(selection.targets(entries), entries)
         self.selection = selection
 
-    def _replace_targets(self, targets: Tensor, capacity: int) -> None:
-        """Adopt a schedule table; move the active set into buffers of another capacity."""
+    def _reallocate(self, targets: Tensor, capacity: int) -> None:
+        """Adopt a schedule table; move the active set into buffers for another pool or capacity."""
         segments = [self._active.segment(index) for index in range(len(self._pool))]
+        for param, segment in zip(self._pool, segments, strict=True):
+            values = param.detach().view(-1)[segment["position"].long()]
+            segment.setdefault("master", values.float())
         grown = ActiveSet.empty(self._pool, capacity, self._device)
         grown.fill(segments, self._active.progress)
         self._active, self._targets = grown, targets.to(self._device)
@@ -409,44 +407,4 @@ class MaskedAdamW(torch.optim.Optimizer):
         Raises:
             ValueError: a parameter has no name, or no step has been taken yet.
         """
-        names = self._param_names(model)
-        sparse, fingerprints = {}, {}
-        for index, param in enumerate(self._pool):
-            state = self._active.segment(index)
-            if state["position"].numel():
-                name, position = names[id(param)], state["position"].long()
-                sparse[name] = SparseValues(
-                    shape=tuple(param.shape),
-                    dtype=param.dtype,
-                    position=position,
-                    value=param.view(-1)[position],
-                    unmask_step=state["unmask_step"].clone(),
-                )
-                fingerprints[name] = self._fingerprints[index]
-        dense = {names[id(param)]: param.detach().clone() for param in self._dense}
-        method = {
-            "importance": repr(self.importance),
-            "selection": type(self.selection).__name__,
-            "budget": int(self._targets[-1]),
-            "total_steps": self._targets.numel() - 1,
-            "step": int(self._active.progress[0]),
-        }
-        return Delta(sparse=sparse, dense=dense, fingerprints=fingerprints, method=method)
-
-    def _param_names(self, model: torch.nn.Module | None) -> dict[int, str]:
-        """id of each parameter held -> its name."""
-        if model is not None:
-            names = {id(param): name for name, param in model.named_parameters()}
-            if any(id(param) not in names for param in self._pool + self._dense):
-                raise ValueError("the optimizer holds parameters that are not the model's")
-            return names
-        if not all("param_names" in group for group in self.param_groups):
-            raise ValueError(
-                "a delta needs names: pass model=, or build the optimizer from named_parameters()"
-            )
-        return {
-            id(param): name
-            for param, name in zip(
-                self._pool + self._dense, self._names + self._dense_names, strict=True
-            )
-        }
+        return delta_of(self, model)

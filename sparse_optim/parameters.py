@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -74,9 +75,9 @@ def check_param(param: Tensor, name: str, mode: str) -> None:
         torch.int8,
     ):
         raise TypeError(
-            f"{who} is quantized ({type(param).__name__}, {param.dtype}): its entries are codes that "
-            "cannot move one by one. Load the model in bfloat16, or train adapters on top of it "
-            "(give only their parameters)"
+            f"{who} is quantized ({type(param).__name__}, {param.dtype}): its entries are codes "
+            "that cannot move one by one. Load the model in bfloat16, or train adapters on top of "
+            "it (give only their parameters)"
         )
     if mode == "none":
         return
@@ -112,7 +113,7 @@ def check_together(params: Sequence[Tensor], names: Sequence[str]) -> None:
         for param, name in zip(params, names, strict=True)
         if param.numel()
     )
-    for (_, end, name), (begin, _, other) in zip(spans, spans[1:], strict=False):
+    for (_, end, name), (begin, _, other) in pairwise(spans):
         if begin < end:
             raise ValueError(
                 f"{name} and {other} share memory; give tied weights as one and the same Parameter"
@@ -134,7 +135,8 @@ def readable_grads(params: Sequence[Tensor], names: Sequence[str]) -> list[Tenso
             continue
         if grad.layout is not torch.strided:
             raise TypeError(
-                f"the gradient of {name} is sparse ({grad.layout}); build the layer with sparse=False"
+                f"the gradient of {name} is sparse ({grad.layout}); "
+                "build the layer with sparse=False"
             )
         if grad.dtype not in SUPPORTED_DTYPES:
             raise TypeError(

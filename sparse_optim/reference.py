@@ -67,11 +67,11 @@ def importance(grad: Tensor, param: Tensor, exp: float, eps: float) -> Tensor:
         case 2.0:
             return magnitude / (base * base)
         case 0.5:
-            return magnitude / base.sqrt()
+            return magnitude / _sqrt(base)
         case -1.0:
             return magnitude * base
         case -0.5:
-            return magnitude * base.sqrt()
+            return magnitude * _sqrt(base)
     return magnitude / base.pow(exp)
 
 
@@ -195,7 +195,7 @@ def cut(
         new_tensor: (max_quota,), int32, tensor of each new entry. Mutated.
         new_position: (max_quota,), int32, flat position within it. Mutated.
         new_count: (), int64. Mutated.
-        threshold: (), float32, least importance among the new entries. Mutated unless there is none.
+        threshold: (), float32, least importance among the new entries. Mutated if there is one.
         scratch: uint8.
     """
     step, num_active = int(progress[0]), int(progress[1])
@@ -261,7 +261,9 @@ def append(
         return
     tensors, positions = new_tensor[:count].long(), new_position[:count].long()
     starts = _first_indices(params, position.device)
-    owner = torch.repeat_interleave(torch.arange(len(params)), offsets.diff().cpu()).to(starts.device)
+    owner = torch.repeat_interleave(torch.arange(len(params)), offsets.diff().cpu()).to(
+        starts.device
+    )
     before = starts[owner] + position[:num_active]
     order = torch.cat([before, starts[tensors] + positions]).argsort()
     total = num_active + count
@@ -338,8 +340,8 @@ def update(
         gradient = active_grad[segment] * (float(grad_factor) * sign)
         value = master[segment] if master.numel() else flat[where]
         age = step - unmask_step[segment] + 1 if bias_correction == "entry" else step.view(1)
-        step_size = (lr / (1 - torch.tensor(beta1).double().fill_(beta1) ** age)).float()
-        bias_correction2 = 1 - torch.tensor(beta2).double().fill_(beta2) ** age
+        step_size = (lr / (1 - torch.tensor(beta1, dtype=torch.float64) ** age)).float()
+        bias_correction2 = 1 - torch.tensor(beta2, dtype=torch.float64) ** age
         value.mul_(1 - lr * weight_decay)
         exp_avg[segment].lerp_(gradient, 1 - beta1)
         exp_avg_sq[segment].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
@@ -355,6 +357,11 @@ def _rank(key: Tensor, global_index: Tensor) -> Tensor:
     31 bits of key, moved to around 0 so that the sign bit is used too, and 33 of index.
     """
     return ((key - KEY_MIDDLE) << INDEX_BITS) | (LAST_INDEX - global_index)
+
+
+def _sqrt(value: Tensor) -> Tensor:
+    """Correctly rounded float32 square root: torch's own on the CPU may be off by one unit (MKL)."""
+    return value.double().sqrt().float()
 
 
 def _tiles(flat: Tensor, tile: int) -> Tensor:

@@ -98,15 +98,20 @@ def cumulative_targets(
     elif callable(schedule):
         table = [schedule(t) for t in range(unmask_steps + 1)]
     else:
-        raise ValueError(f"schedule must be Uniform(), Linear(), Warmup(...) or a function, got {schedule!r}")
-    for t, target in enumerate(table):
-        if isinstance(target, bool) or not isinstance(target, int):
-            raise ValueError(f"schedule: target at step {t} must be an int, got {target!r}")
-        if not 0 <= target <= budget:
-            raise ValueError(f"schedule: target at step {t} is {target}, outside 0..{budget} (the budget)")
-        if t and target < table[t - 1]:
-            raise ValueError(f"schedule: falls from {table[t - 1]} to {target} at step {t}; entries stay unmasked")
+        raise ValueError(
+            f"schedule must be Uniform(), Linear(), Warmup(...) or a function, got {schedule!r}"
+        )
     if len(table) != unmask_steps + 1:
         raise ValueError(f"schedule: expected {unmask_steps + 1} targets, got {len(table)}")
+    before = 0
+    for t, target in enumerate(table):
+        if isinstance(target, bool) or not isinstance(target, int):
+            raise ValueError(f"schedule: the target at step {t} must be an int, got {target!r}")
+        if not before <= target <= budget:
+            raise ValueError(
+                f"schedule: the target at step {t} is {target}, but must be {before} (the one "
+                f"before; entries stay unmasked) to {budget} (the budget)"
+            )
+        before = target
     table = list(table) + [table[-1]] * (total_steps - unmask_steps)
     return torch.tensor(table, dtype=torch.int64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -56,7 +56,7 @@ class Increment:
 
     budget: int | float
     total_steps: int
-    schedule: Schedule | Callable[[int], int] = Uniform()
+    schedule: Schedule | Callable[[int], int] = field(default_factory=Uniform)
     unmask_steps: int | None = None
 
     def __post_init__(self) -> None:
@@ -66,7 +66,8 @@ class Increment:
             raise ValueError(f"total_steps must be at least 1, got {self.total_steps}")
         if self.unmask_steps is not None and not 1 <= self.unmask_steps <= self.total_steps:
             raise ValueError(
-                f"unmask_steps must be 1 to total_steps ({self.total_steps}), got {self.unmask_steps}"
+                f"unmask_steps must be 1 to {self.total_steps} (total_steps), "
+                f"got {self.unmask_steps}"
             )
 
     def targets(self, budget: int) -> Tensor:

@@ -68,7 +68,9 @@ void visit_importance(double exp, float eps, Visit&& visit) {
 }
 
 // Scores as integers of the same order; 0 (never unmasked) for scores of 0 and NaN.
-SPARSE_OPTIM_INLINE int32_t importance_key(float score) { return score > 0.f ? to_bits(score) : 0; }
+SPARSE_OPTIM_INLINE int32_t importance_key(float score) {
+  return score > 0.f ? to_bits(score) : 0;
+}
 
 // Units in the last place that a bound through pow is raised by.
 constexpr int32_t kPowMargin = 16;

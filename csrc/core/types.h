@@ -43,9 +43,13 @@ SPARSE_OPTIM_INLINE float from_bits(int32_t bits) {
 }
 
 // |value| as bits: ordered as integers just as the magnitudes are, NaN above infinity.
-SPARSE_OPTIM_INLINE int32_t magnitude_bits(float value) { return to_bits(value) & 0x7fffffff; }
+SPARSE_OPTIM_INLINE int32_t magnitude_bits(float value) {
+  return to_bits(value) & 0x7fffffff;
+}
 
-SPARSE_OPTIM_INLINE float to_float(float value) { return value; }
+SPARSE_OPTIM_INLINE float to_float(float value) {
+  return value;
+}
 
 SPARSE_OPTIM_INLINE float to_float(BFloat16 value) {
   return from_bits(int32_t(uint32_t(value.bits) << 16));
@@ -64,7 +68,9 @@ SPARSE_OPTIM_INLINE float to_float(Float16 value) {
   return from_bits(int32_t(uint32_t(to_bits(chosen)) | sign));
 }
 
-SPARSE_OPTIM_INLINE void store(float& out, float value) { out = value; }
+SPARSE_OPTIM_INLINE void store(float& out, float value) {
+  out = value;
+}
 
 // Round to nearest even; NaN stays NaN.
 SPARSE_OPTIM_INLINE void store(BFloat16& out, float value) {

@@ -36,11 +36,15 @@ SPARSE_OPTIM_INLINE void load_of(const T* in, int64_t count, float* out) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) out[i] = to_float(in[i]);
 }
-SPARSE_OPTIM_VECTORIZED void load(const float* in, int64_t n, float* out) { load_of(in, n, out); }
+SPARSE_OPTIM_VECTORIZED void load(const float* in, int64_t n, float* out) {
+  load_of(in, n, out);
+}
 SPARSE_OPTIM_VECTORIZED void load(const BFloat16* in, int64_t n, float* out) {
   load_of(in, n, out);
 }
-SPARSE_OPTIM_VECTORIZED void load(const Float16* in, int64_t n, float* out) { load_of(in, n, out); }
+SPARSE_OPTIM_VECTORIZED void load(const Float16* in, int64_t n, float* out) {
+  load_of(in, n, out);
+}
 
 template <class Importance>
 SPARSE_OPTIM_INLINE void keys_of(Importance importance, const float* grad, const float* param,
@@ -48,10 +52,10 @@ SPARSE_OPTIM_INLINE void keys_of(Importance importance, const float* grad, const
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) keys[i] = importance_key(importance(grad[i], param[i]));
 }
-#define SPARSE_OPTIM_KEYS(Importance)                                                        \
-  SPARSE_OPTIM_VECTORIZED void keys(Importance importance, const float* grad,                \
-                                    const float* param, int64_t n, int32_t* out) {           \
-    keys_of(importance, grad, param, n, out);                                                \
+#define SPARSE_OPTIM_KEYS(Importance)                                                             \
+  SPARSE_OPTIM_VECTORIZED void keys(Importance importance, const float* grad, const float* param, \
+                                    int64_t n, int32_t* out) {                                    \
+    keys_of(importance, grad, param, n, out);                                                     \
   }
 SPARSE_OPTIM_KEYS(Exp0)
 SPARSE_OPTIM_KEYS(Exp1)
@@ -264,7 +268,8 @@ std::vector<int32_t> bounds_of(const Problem& problem, const int32_t* tile_max,
       keys(importance, grad.data(), param.data(), count, bounds.data() + first);
     });
     for (int64_t i = 0; !exact && i < count; ++i)
-      if (grad[i] > 0.f) bounds[first + i] = std::min(bounds[first + i] + kPowMargin, kInfinityBits);
+      if (grad[i] > 0.f)
+        bounds[first + i] = std::min(bounds[first + i] + kPowMargin, kInfinityBits);
   });
   return bounds;
 }
@@ -321,8 +326,7 @@ Threshold rank(const std::vector<Candidate>& candidates, int64_t quota) {
   const auto kth = keys.begin() + (quota - 1);
   std::nth_element(keys.begin(), kth, keys.end(), std::greater<int32_t>());
   // nth_element leaves what is not below the k-th before it: the rest of those places are ties.
-  const int64_t above =
-      std::count_if(keys.begin(), kth, [&](int32_t key) { return key > *kth; });
+  const int64_t above = std::count_if(keys.begin(), kth, [&](int32_t key) { return key > *kth; });
   return {*kth, quota - above};
 }
 

@@ -88,8 +88,12 @@ struct Lanes<Float16> {
   SPARSE_OPTIM_INLINE int32_t greatest() const { return wide.greatest(); }
 };
 
-SPARSE_OPTIM_INLINE const Float16Lanes* sums(const Lanes<float>& lanes) { return lanes.sum; }
-SPARSE_OPTIM_INLINE const Float16Lanes* sums(const Lanes<BFloat16>& lanes) { return lanes.sum; }
+SPARSE_OPTIM_INLINE const Float16Lanes* sums(const Lanes<float>& lanes) {
+  return lanes.sum;
+}
+SPARSE_OPTIM_INLINE const Float16Lanes* sums(const Lanes<BFloat16>& lanes) {
+  return lanes.sum;
+}
 SPARSE_OPTIM_INLINE const Float16Lanes* sums(const Lanes<Float16>& lanes) {
   return lanes.wide.sum;
 }
@@ -100,7 +104,8 @@ SPARSE_OPTIM_INLINE Peak peak_of(const T* grad, int64_t count) {
   int64_t i = 0;
   for (; i + lanes.kCount <= count; i += lanes.kCount) {
     const char* ahead = reinterpret_cast<const char*>(grad + i) + kPrefetchBytes;
-    for (size_t line = 0; line < lanes.kCount * sizeof(T); line += 64) __builtin_prefetch(ahead + line);
+    for (size_t line = 0; line < lanes.kCount * sizeof(T); line += 64)
+      __builtin_prefetch(ahead + line);
     lanes.add(grad + i);
   }
   Float16Lanes sum = sums(lanes)[0] + sums(lanes)[1];
@@ -127,10 +132,12 @@ SPARSE_OPTIM_INLINE int32_t peak_of_kept(const T* grad, const int32_t* keep, int
   return most;
 }
 
-#define SPARSE_OPTIM_FOR(T)                                                                     \
-  SPARSE_OPTIM_VECTORIZED Peak peak(const T* grad, int64_t count) { return peak_of(grad, count); } \
-  SPARSE_OPTIM_VECTORIZED int32_t kept_peak(const T* grad, const int32_t* keep, int64_t count) {  \
-    return peak_of_kept(grad, keep, count);                                                     \
+#define SPARSE_OPTIM_FOR(T)                                                                      \
+  SPARSE_OPTIM_VECTORIZED Peak peak(const T* grad, int64_t count) {                              \
+    return peak_of(grad, count);                                                                 \
+  }                                                                                              \
+  SPARSE_OPTIM_VECTORIZED int32_t kept_peak(const T* grad, const int32_t* keep, int64_t count) { \
+    return peak_of_kept(grad, keep, count);                                                      \
   }
 SPARSE_OPTIM_FOR(float)
 SPARSE_OPTIM_FOR(BFloat16)
@@ -215,9 +222,8 @@ ScanResult scan(const Threads& threads, const std::vector<PoolTensor>& pool,
     const Task task = tasks[i];
     if (task.tensor >= num_pool) {
       const DenseGrad& tensor = dense[task.tensor - num_pool];
-      visit_dtype(tensor.dtype, tensor.grad, [&](auto* grad) {
-        partials[i] = scan_dense(grad, task.first, task.last, tile);
-      });
+      visit_dtype(tensor.dtype, tensor.grad,
+                  [&](auto* grad) { partials[i] = scan_dense(grad, task.first, task.last, tile); });
       return;
     }
     const PoolTensor& tensor = pool[task.tensor];

@@ -56,6 +56,8 @@ inline const int32_t* active_end(const Active& active, int64_t t) {
   return active.position + active.offsets[t + 1];
 }
 
-inline int64_t tiles_of(int64_t numel, int64_t tile) { return (numel + tile - 1) / tile; }
+inline int64_t tiles_of(int64_t numel, int64_t tile) {
+  return (numel + tile - 1) / tile;
+}
 
 }  // namespace sparse_optim::cpu

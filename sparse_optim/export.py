@@ -1,0 +1,55 @@
+"""The delta of an optimizer: what fine-tuning changed, with names."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from sparse_optim.delta import Delta, SparseValues
+
+if TYPE_CHECKING:
+    from sparse_optim.optimizer import MaskedAdamW
+
+
+def delta_of(optimizer: MaskedAdamW, model: torch.nn.Module | None) -> Delta:
+    """Collect the active entries of the pool, and dense groups whole; see `MaskedAdamW.delta`."""
+    names = _names(optimizer, model)
+    sparse, fingerprints = {}, {}
+    for index, param in enumerate(optimizer._pool):
+        state = optimizer._active.segment(index)
+        if state["position"].numel():
+            name, position = names[id(param)], state["position"].long()
+            sparse[name] = SparseValues(
+                shape=tuple(param.shape),
+                dtype=param.dtype,
+                position=position,
+                value=param.detach().view(-1)[position],
+                unmask_step=state["unmask_step"].clone(),
+            )
+            fingerprints[name] = optimizer._fingerprints[index]
+    dense = {names[id(param)]: param.detach().clone() for param in optimizer._dense}
+    method = {
+        "importance": repr(optimizer.importance),
+        "selection": type(optimizer.selection).__name__,
+        "budget": int(optimizer._targets[-1]),
+        "total_steps": optimizer._targets.numel() - 1,
+        "step": int(optimizer._active.progress[0]),
+    }
+    return Delta(sparse=sparse, dense=dense, fingerprints=fingerprints, method=method)
+
+
+def _names(optimizer: MaskedAdamW, model: torch.nn.Module | None) -> dict[int, str]:
+    """id of each parameter that the optimizer trains -> its name."""
+    params = optimizer._pool + optimizer._dense
+    if model is not None:
+        names = {id(param): name for name, param in model.named_parameters()}
+        if any(id(param) not in names for param in params):
+            raise ValueError("the optimizer holds parameters that are not the model's")
+        return names
+    if not all("param_names" in group for group in optimizer.param_groups):
+        raise ValueError(
+            "a delta needs names: pass model=, or build the optimizer from named_parameters()"
+        )
+    listed = optimizer._names + optimizer._dense_names
+    return {id(param): name for param, name in zip(params, listed, strict=True)}
