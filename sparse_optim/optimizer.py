@@ -19,16 +19,15 @@ from sparse_optim.fingerprint import fingerprint
 from sparse_optim.importance import D3
 from sparse_optim.parameters import (
     check_group_options,
+    check_method,
     check_param,
-    check_rejected_options,
+    check_rejected,
     check_together,
     normalize_group,
     readable_grads,
 )
 from sparse_optim.reference import tile_abs_max
 from sparse_optim.selection import Increment, Static, resolve_budget
-
-BIAS_CORRECTIONS = ("entry", "global")
 
 
 class MaskedAdamW(torch.optim.Optimizer):
@@ -87,18 +86,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         differentiable: bool = False,
         fused: bool | None = None,
     ) -> None:
-        if bias_correction not in BIAS_CORRECTIONS:
-            raise ValueError(
-                f"bias_correction must be one of {BIAS_CORRECTIONS}, got {bias_correction!r}"
-            )
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(
-                f"max_grad_norm must be above 0 (None does not clip), got {max_grad_norm}"
-            )
-        if not isinstance(importance, D3):
-            raise ValueError(f"importance must be D3(...), got {importance!r}")
-        if not isinstance(selection, (Increment, Static)):
-            raise ValueError(f"selection must be Increment(...) or Static(...), got {selection!r}")
+        check_method(importance, selection, max_grad_norm, bias_correction)
         self.importance = importance
         self.selection = selection
         self.max_grad_norm = max_grad_norm
@@ -108,7 +96,7 @@ class MaskedAdamW(torch.optim.Optimizer):
             "maximize": maximize, "unmask": "rank",
         }  # fmt: skip
         super().__init__(params, defaults)
-        check_rejected_options(capturable, differentiable, self._device)
+        check_rejected(capturable, differentiable, self._device)
         self.backend = backends.resolve(backend, self._device)
         ranked = any(group["unmask"] == "rank" for group in self.param_groups)
         budget = resolve_budget(selection.budget, self._pool_size()) if ranked else 0

@@ -9,6 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_optim.importance import D3
+from sparse_optim.selection import Increment, Static
+
+BIAS_CORRECTIONS = ("entry", "global")
 UNMASK_MODES = ("rank", "all", "none")
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # One tensor's positions are int32, the pool's global indices 33 bits.
@@ -54,7 +58,23 @@ def check_group_options(group: dict[str, Any]) -> None:
         )
 
 
-def check_rejected_options(capturable: bool, differentiable: bool, device: torch.device) -> None:
+def check_method(
+    importance: object, selection: object, max_grad_norm: float | None, bias_correction: str
+) -> None:
+    """Raise ValueError where an argument that belongs to no group is out of range."""
+    if not isinstance(importance, D3):
+        raise ValueError(f"importance must be D3(...), got {importance!r}")
+    if not isinstance(selection, (Increment, Static)):
+        raise ValueError(f"selection must be Increment(...) or Static(...), got {selection!r}")
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise ValueError(f"max_grad_norm must be above 0 (None does not clip), got {max_grad_norm}")
+    if bias_correction not in BIAS_CORRECTIONS:
+        raise ValueError(
+            f"bias_correction must be one of {BIAS_CORRECTIONS}, got {bias_correction!r}"
+        )
+
+
+def check_rejected(capturable: bool, differentiable: bool, device: torch.device) -> None:
     """Raise ValueError for options of torch.optim.AdamW that cannot be honoured."""
     if differentiable:
         raise ValueError("differentiable=True is not supported: the step runs in fused kernels")
