@@ -18,6 +18,9 @@ namespace {
 
 constexpr int64_t kBlock = 256;     // entries worked on at once, on the stack
 constexpr int64_t kPerTask = 4096;  // small enough to spread the gathers over the cores evenly
+// Entries ahead whose parameter is fetched: 160K entries in 110M took 1.44 ms instead of 2.51,
+// 1.75M took 9.0 ms instead of 18.4 (16 ahead: 2.17 and 15.3; 32 ahead: 1.44 and 11.4).
+constexpr int64_t kPrefetchEntries = 64;
 
 // Bias corrections by age, as the update needs them. Rows end where both are 1 in float32.
 struct BiasTable {
@@ -70,6 +73,8 @@ void update_task(T* param, const Active& active, int64_t first, int64_t last,
     const int64_t count = std::min(kBlock, last - begin);
     const int32_t* position = active.position + begin;
     for (int64_t i = 0; i < count; ++i) {
+      if (begin + i + kPrefetchEntries < last)
+        __builtin_prefetch(param + position[i + kPrefetchEntries], 1);
       const int64_t age = entry_age ? step - active.unmask_step[begin + i] + 1 : step;
       const int64_t row = table.row(age);
       step_size[i] = table.step_size[row];

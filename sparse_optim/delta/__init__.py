@@ -1,0 +1,40 @@
+"""The delta: what fine-tuning changed, as a file of a few megabytes.
+
+    base + delta == the trained model        bit for bit
+
+`Delta` holds it in memory; `save_delta` and `load_delta` its file; `apply_delta` puts it into a
+live model and takes it out again; `merge` and `merge_folder` make a full checkpoint.
+"""
+
+from sparse_optim.delta._apply import (
+    AppliedDelta,
+    DeltaSwitcher,
+    apply_delta,
+    merge,
+    revert_delta,
+)
+from sparse_optim.delta._folder import MergedFolder, folder_tensors, merge_folder
+from sparse_optim.delta._format import content_fingerprint, load_delta, save_delta
+from sparse_optim.delta._series import Overlap, compose, increment, overlap
+from sparse_optim.delta._types import Delta, DeltaError, SparseValues
+
+__all__ = [
+    "AppliedDelta",
+    "Delta",
+    "DeltaError",
+    "DeltaSwitcher",
+    "MergedFolder",
+    "Overlap",
+    "SparseValues",
+    "apply_delta",
+    "compose",
+    "content_fingerprint",
+    "folder_tensors",
+    "increment",
+    "load_delta",
+    "merge",
+    "merge_folder",
+    "overlap",
+    "revert_delta",
+    "save_delta",
+]

@@ -1,0 +1,249 @@
+"""Deltas and model folders (transformers' layout: safetensors, perhaps sharded, beside config).
+
+Folders are handled as files: no model is built, nothing is unpickled, one shard is in memory at a
+time.
+"""
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sparse_optim.delta._apply import merge
+from sparse_optim.delta._format import write_safetensors
+from sparse_optim.delta._types import Delta, DeltaError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+# Other formats of the same weights (they would go on holding the base), and training leftovers.
+_NOT_COPIED = (
+    *("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.ot"),
+    *("*.onnx", "*.gguf", "*.tflite", "checkpoint-*", ".*"),
+)
+
+
+@dataclass(frozen=True)
+class MergedFolder:
+    """What `merge_folder` did.
+
+    Attributes:
+        files: weight files written.
+        prefix: what separates the names of delta and base ("bert."), or "".
+        added: names of dense tensors that the base did not have, as written.
+    """
+
+    files: tuple[str, ...]
+    prefix: str
+    added: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Naming:
+    """How the delta's names and the base's names become those of the result."""
+
+    delta: Mapping[str, str]
+    base: Mapping[str, str]
+    prefix: str
+
+
+def folder_tensors(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Every weight tensor of a model folder, by name.
+
+    Raises:
+        DeltaError: no safetensors weights, a missing shard, or a damaged file.
+    """
+    folder = Path(folder)
+    tensors: dict[str, Tensor] = {}
+    for file in _shards(folder):
+        with _readable(folder / file):
+            tensors |= load_file(folder / file)
+    return tensors
+
+
+def merge_folder(
+    base_folder: str | os.PathLike[str], delta: Delta, out_folder: str | os.PathLike[str]
+) -> MergedFolder:
+    """Write base + delta as a full model folder: same shards, all other files copied.
+
+    Names. A checkpoint of a bare encoder has "x" where the model with a head has "bert.x". When
+    the delta's sparse names are not in the base as they are, one prefix is looked for that, put
+    before or taken off all those that miss, makes them fit; the fingerprints then prove it. The
+    result has the base's names; but where the delta adds tensors (a head) to a bare encoder, the
+    model's names ("bert.x"), so that the class with the head loads it. config.json remains the
+    base's: number of labels and the like are not in a delta.
+
+    Args:
+        out_folder: must not exist, or be empty. It appears whole or not at all.
+
+    Raises:
+        DeltaError: the base is no such folder, names do not fit or fit in several ways, or `merge`
+            refuses.
+        OSError: `out_folder` cannot be written.
+    """
+    base, out = Path(base_folder), Path(out_folder)
+    shards = _shards(base)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DeltaError(f"{out}: expected a new or empty folder: choose another name")
+    if delta.parent is not None:
+        raise DeltaError("an increment: compose it with its parent first")
+    where = _locate(base, shards)
+    naming = _match_names(delta, set(where))
+    delta = _rename(delta, naming.delta)
+    where = {naming.base[name]: file for name, file in where.items()}
+    added = tuple(name for name in delta.dense if name not in where)
+    where |= dict.fromkeys(added, shards[-1])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        shutil.copytree(base, temporary, ignore=lambda at, names: _ignored(base, at, names))
+        total = sum(
+            _merge_shard(base / file, temporary / file, delta, naming.base, where)
+            for file in shards
+        )
+        if len(shards) > 1 or (base / INDEX).exists():
+            index = {"metadata": {"total_size": total}, "weight_map": where}
+            (temporary / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        os.replace(temporary, out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return MergedFolder(files=tuple(shards), prefix=naming.prefix, added=added)
+
+
+def _ignored(base: Path, folder: str, names: list[str]) -> set[str]:
+    skip = set(shutil.ignore_patterns(*_NOT_COPIED)(folder, names))
+    if Path(folder) == base:
+        skip |= {name for name in names if name.endswith(".safetensors") or name == INDEX}
+    return skip
+
+
+def _merge_shard(
+    source: Path, target: Path, delta: Delta, names: Mapping[str, str], where: Mapping[str, str]
+) -> int:
+    """Write one merged shard, its tensors renamed by `names`; returns the bytes of its tensors."""
+    with _readable(source):
+        tensors = {names[name]: tensor for name, tensor in load_file(source).items()}
+    here = {name for name, file in where.items() if file == target.name}
+    sparse = {name: values for name, values in delta.sparse.items() if name in here}
+    part = replace(
+        delta,
+        sparse=sparse,
+        fingerprints={name: delta.fingerprints[name] for name in sparse},
+        dense={name: tensor for name, tensor in delta.dense.items() if name in here},
+        dense_original={},
+    )
+    merged = merge(part, tensors)
+    with open(target, "xb") as file:
+        write_safetensors(file, merged, {"format": "pt"})
+        file.flush()
+        os.fsync(file.fileno())
+    return sum(tensor.nbytes for tensor in merged.values())
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except SafetensorError as error:
+        raise DeltaError(f"{path}: cut or damaged ({error}): copy it again") from error
+    except OSError as error:
+        raise DeltaError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def _locate(folder: Path, shards: list[str]) -> dict[str, str]:
+    """The weight file of every tensor name."""
+    where: dict[str, str] = {}
+    for shard in shards:
+        with _readable(folder / shard), safe_open(folder / shard, framework="pt") as file:
+            names = file.keys()
+        twice = where.keys() & set(names)
+        if twice:
+            raise DeltaError(f"{folder}: {min(twice)!r} is in {where[min(twice)]} and in {shard}")
+        where |= dict.fromkeys(names, shard)
+    return where
+
+
+def _shards(folder: Path) -> list[str]:
+    """The weight files of a model folder, in order."""
+    if not folder.is_dir():
+        raise DeltaError(f"{folder}: expected a local model folder, there is none")
+    if (folder / WEIGHTS).exists():
+        return [WEIGHTS]
+    if not (folder / INDEX).exists():
+        raise DeltaError(
+            f"{folder}: no {WEIGHTS} and no {INDEX}: save the model with safe_serialization first"
+        )
+    try:
+        files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        plain = all(Path(file).name == file for file in files)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DeltaError(f"{folder / INDEX}: expected a JSON object with a weight_map") from error
+    if not files or not plain:
+        raise DeltaError(f"{folder / INDEX}: expected names of files in this folder")
+    missing = [file for file in files if not (folder / file).exists()]
+    if missing:
+        raise DeltaError(f"{folder}: {missing[0]} is missing: copy the model again")
+    return files
+
+
+def _match_names(delta: Delta, base: set[str]) -> _Naming:
+    missing = [name for name in delta.sparse if name not in base]
+    same = {name: name for name in base}
+    if not missing:
+        return _Naming(_changed(delta, {}), same, "")
+    first = missing[0]
+    stripped = {first[: at + 1] for at, letter in enumerate(first) if letter == "."}
+    stripped = {
+        prefix
+        for prefix in stripped
+        if all(name.startswith(prefix) and name[len(prefix) :] in base for name in missing)
+    }
+    added = {name[: -len(first)] for name in base if name.endswith("." + first)}
+    added = {prefix for prefix in added if all(prefix + name in base for name in missing)}
+    if len(stripped) + len(added) != 1:
+        how = "in several ways" if stripped or added else "even with a prefix added or taken off"
+        raise DeltaError(
+            f"{len(missing)} of the delta's {len(delta.sparse)} sparse parameters are not in the "
+            f"base, the first is {first!r}; the names do not fit {how}"
+        )
+    if added:
+        (prefix,) = added
+        new = [name for name in delta.dense if name not in base]
+        names = {name: prefix + name for name in (*missing, *new)}
+        return _Naming(_changed(delta, names), same, prefix)
+    (prefix,) = stripped
+    names = {name: name[len(prefix) :] for name in missing}
+    for name in delta.dense:
+        bare = name[len(prefix) :]
+        if name not in base and name.startswith(prefix) and bare in base:
+            names[name] = bare
+    bare_encoder = not any(name in base for name in (*delta.sparse, *delta.dense))
+    if bare_encoder and any(name not in names for name in delta.dense):
+        # The delta adds a head to it: everything takes the model's names.
+        return _Naming(_changed(delta, {}), {name: prefix + name for name in base}, prefix)
+    return _Naming(_changed(delta, names), same, prefix)
+
+
+def _changed(delta: Delta, names: Mapping[str, str]) -> dict[str, str]:
+    full = {name: names.get(name, name) for name in (*delta.sparse, *delta.dense)}
+    if len(set(full.values())) != len(full):
+        raise DeltaError("two names of the delta fit one name of the base")
+    return full
+
+
+def _rename(delta: Delta, names: Mapping[str, str]) -> Delta:
+    return replace(
+        delta,
+        sparse={names[name]: values for name, values in delta.sparse.items()},
+        dense={names[name]: tensor for name, tensor in delta.dense.items()},
+        fingerprints={names[name]: text for name, text in delta.fingerprints.items()},
+        dense_original={names[name]: tensor for name, tensor in delta.dense_original.items()},
+    )

@@ -1,0 +1,320 @@
+"""The delta file: safetensors, with a header that says what it must be applied to.
+
+Tensors, for every sparse parameter NAME and every dense tensor NAME:
+
+    position/NAME        (n,) uint32, or int64 when the parameter has more than 2^32 entries
+    value/NAME           (n,) in the parameter's dtype
+    unmask_step/NAME     (n,) int32, optional
+    original/NAME        (n,) in the parameter's dtype, optional
+    removed/NAME         (k,) as position, increments only
+    dense/NAME           whole
+    dense_original/NAME  whole, optional
+
+Metadata (text to text): `format`, `format_version`, `method` (JSON), `sparse` (JSON: name, shape,
+dtype and base fingerprint of every parameter, in parameter order), `dense` (JSON: names in order),
+`content` (hash of all of the above), and in an increment `parent` (the parent's `content`).
+The same delta always gives the same bytes.
+"""
+
+import json
+import os
+import secrets
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sparse_optim.delta._tensors import DTYPE_CODES, DTYPES
+from sparse_optim.delta._types import Delta, DeltaError, SparseValues, check_shape
+from sparse_optim.fingerprint import raw_bytes
+
+FORMAT = "sparse_optim.delta"
+FORMAT_VERSION = "1"
+MAX_HEADER_BYTES = 100_000_000  # The safetensors library's own limit.
+# Looked at only where the header length, which has the same place, is impossible.
+_PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+
+
+def save_delta(delta: Delta, path: str | os.PathLike[str]) -> None:
+    """Write a delta file, all or nothing.
+
+    The bytes go to a temporary file beside `path`, which is synced and renamed over it: a process
+    killed at any moment leaves the old file, or none, or the whole new one (and perhaps a hidden
+    `.NAME.*.tmp`, which may be deleted).
+
+    Raises:
+        OSError: the folder is missing, not writable, or full.
+    """
+    with _atomic_write(Path(path)) as file:
+        write_safetensors(file, _columns(delta), _metadata(delta))
+
+
+def load_delta(path: str | os.PathLike[str]) -> Delta:
+    """Read a delta file and check every part of it. Nothing is ever unpickled.
+
+    Raises:
+        DeltaError: the file is missing, cut, damaged, of another kind or a newer version, or its
+            contents contradict one another; the message names what.
+    """
+    path = Path(path)
+    try:
+        _check_file(path)
+        with safe_open(path, framework="pt", device="cpu") as file:
+            names = file.keys()
+            return _parse(file.metadata() or {}, {name: _read(file, name) for name in names})
+    except DeltaError as error:
+        raise DeltaError(f"{path}: {error}") from error
+    except SafetensorError as error:
+        raise DeltaError(f"{path}: cut or damaged ({error}): copy it again") from error
+    except RecursionError as error:
+        raise DeltaError(f"{path}: its metadata is nested too deep") from error
+    except OSError as error:
+        raise DeltaError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def content_fingerprint(delta: Delta) -> str:
+    """xxh3_128 over everything that a delta holds, as 32 hex digits. Equal if and only if
+    (collisions apart) names, order, method and every bit are equal."""
+    state = xxhash.xxh3_128()
+    for key, tensor in _columns(delta).items():
+        entry = [key, DTYPE_CODES[tensor.dtype], list(tensor.shape)]
+        state.update(json.dumps(entry).encode())
+        for piece in raw_bytes(tensor):
+            state.update(piece)
+    state.update(json.dumps(_description(delta), sort_keys=True).encode())
+    return state.hexdigest()
+
+
+def write_safetensors(
+    file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write a safetensors file, tensor by tensor, always in the same byte order.
+
+    (safetensors' own writer puts the metadata in random order and makes the file readable by its
+    owner alone.) Wide dtypes come first, so that every tensor is aligned.
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    start = 0
+    for name in order:
+        tensor = tensors[name]
+        if tensor.dtype not in DTYPE_CODES:
+            raise DeltaError(f"tensor {name!r}: {tensor.dtype} cannot be written to safetensors")
+        end = start + tensor.nbytes
+        header[name] = {
+            "dtype": DTYPE_CODES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+        start = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(struct.pack("<Q", len(text)) + text)
+    for name in order:
+        for piece in raw_bytes(tensors[name]):
+            file.write(piece)
+
+
+@contextmanager
+def _atomic_write(path: Path) -> Iterator[BinaryIO]:
+    path = Path(os.path.realpath(path))  # Through a link, not over it.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if hasattr(os, "O_DIRECTORY"):  # Elsewhere a folder cannot be synced.
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _columns(delta: Delta) -> dict[str, Tensor]:
+    columns: dict[str, Tensor] = {}
+    for name, values in delta.sparse.items():
+        columns[f"position/{name}"] = values.position.to(values.position_dtype)
+        columns[f"value/{name}"] = values.value
+        if values.unmask_step is not None:
+            columns[f"unmask_step/{name}"] = values.unmask_step
+        if values.original is not None:
+            columns[f"original/{name}"] = values.original
+        if name in delta.removed:
+            columns[f"removed/{name}"] = delta.removed[name].to(values.position_dtype)
+    for name, tensor in delta.dense.items():
+        columns[f"dense/{name}"] = tensor
+        if name in delta.dense_original:
+            columns[f"dense_original/{name}"] = delta.dense_original[name]
+    return columns
+
+
+def _description(delta: Delta) -> dict[str, Any]:
+    return {
+        "method": delta.method,
+        "sparse": [
+            {
+                "name": name,
+                "shape": list(values.shape),
+                "dtype": DTYPE_CODES[values.dtype],
+                "fingerprint": delta.fingerprints[name],
+            }
+            for name, values in delta.sparse.items()
+        ],
+        "dense": list(delta.dense),
+        "parent": delta.parent,
+    }
+
+
+def _metadata(delta: Delta) -> dict[str, str]:
+    description = _description(delta)
+    parent = description.pop("parent")
+    metadata = {"format": FORMAT, "format_version": FORMAT_VERSION}
+    metadata |= {key: json.dumps(part) for key, part in description.items()}
+    metadata["content"] = content_fingerprint(delta)
+    return metadata if parent is None else metadata | {"parent": parent}
+
+
+def _check_file(path: Path) -> None:
+    if path.is_dir():
+        raise DeltaError("expected a delta file, got a folder")
+    if not path.exists():
+        raise DeltaError("no such file")
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(8)
+    if len(start) < 8:
+        raise DeltaError(f"{size} bytes are too few for a delta: cut, copy it again")
+    (header,) = struct.unpack("<Q", start)
+    if header > MAX_HEADER_BYTES and start.startswith(_PICKLE_MAGIC):
+        raise DeltaError(
+            "a pickle or zip archive (torch.save?), not a delta: such files can run code when "
+            "loaded and are never opened here"
+        )
+    if header > MAX_HEADER_BYTES:
+        raise DeltaError(f"not a delta, or damaged: its header claims {header} bytes")
+    if header > size - 8:
+        raise DeltaError(f"cut: its header claims {header} of {size} bytes: copy it again")
+
+
+def _read(file: Any, key: str) -> Tensor:
+    piece = file.get_slice(key)
+    code, shape = piece.get_dtype(), piece.get_shape()
+    if code not in DTYPES:
+        raise DeltaError(f"tensor {key!r}: dtype {code} is unknown")
+    check_shape(shape)
+    tensor: Tensor = file.get_tensor(key)
+    return tensor
+
+
+def _json(metadata: Mapping[str, str], key: str, kind: type) -> Any:
+    if key not in metadata:
+        raise DeltaError(f"metadata {key!r} is missing: damaged, or another program wrote it")
+    try:
+        parsed = json.loads(metadata[key])
+    except (ValueError, RecursionError) as error:
+        raise DeltaError(f"metadata {key!r} is not JSON ({error})") from error
+    if not isinstance(parsed, kind):
+        raise DeltaError(f"metadata {key!r}: expected a JSON {kind.__name__}")
+    return parsed
+
+
+def _check_metadata(metadata: Mapping[str, str]) -> None:
+    if metadata.get("format") != FORMAT:
+        raise DeltaError(
+            f"a safetensors file, but no delta (metadata 'format' is {metadata.get('format')!r}, "
+            f"expected {FORMAT!r})"
+        )
+    version = metadata.get("format_version")
+    if version != FORMAT_VERSION:
+        raise DeltaError(
+            f"format version {version!r}, this sparse_optim reads {FORMAT_VERSION!r}: "
+            "upgrade sparse_optim"
+        )
+
+
+def _parse(metadata: Mapping[str, str], tensors: dict[str, Tensor]) -> Delta:
+    """Build the delta out of a file's parts. `tensors` is used up."""
+    _check_metadata(metadata)
+    sparse: dict[str, SparseValues] = {}
+    fingerprints: dict[str, str] = {}
+    removed: dict[str, Tensor] = {}
+    for entry in _json(metadata, "sparse", list):
+        if not isinstance(entry, dict) or entry.keys() != {"name", "shape", "dtype", "fingerprint"}:
+            raise DeltaError("metadata 'sparse': expected name, shape, dtype and fingerprint each")
+        name = entry["name"]
+        if not isinstance(name, str) or name in sparse:
+            raise DeltaError(f"metadata 'sparse': {str(name)[:80]!r} is no name, or there twice")
+        try:
+            sparse[name] = _sparse_values(entry, tensors)
+        except DeltaError as error:
+            raise DeltaError(f"{name!r}: {error}") from error
+        fingerprints[name] = entry["fingerprint"]
+        if f"removed/{name}" in tensors:
+            removed[name] = _positions(tensors, f"removed/{name}", sparse[name].position_dtype)
+    dense: dict[str, Tensor] = {}
+    dense_original: dict[str, Tensor] = {}
+    for name in _json(metadata, "dense", list):
+        if not isinstance(name, str) or name in dense:
+            raise DeltaError(f"metadata 'dense': {str(name)[:80]!r} is no name, or there twice")
+        dense[name] = _pop(tensors, f"dense/{name}")
+        if f"dense_original/{name}" in tensors:
+            dense_original[name] = tensors.pop(f"dense_original/{name}")
+    if tensors:
+        raise DeltaError(f"tensor {min(tensors)!r} is not accounted for in the metadata")
+    delta = Delta(
+        sparse=sparse,
+        dense=dense,
+        fingerprints=fingerprints,
+        method=_json(metadata, "method", dict),
+        dense_original=dense_original,
+        parent=metadata.get("parent"),
+        removed=removed,
+    )
+    if metadata.get("content") != content_fingerprint(delta):
+        raise DeltaError("damaged: its contents do not match their hash: copy it again")
+    return delta
+
+
+def _sparse_values(entry: dict[str, Any], tensors: dict[str, Tensor]) -> SparseValues:
+    name, shape, code = entry["name"], entry["shape"], entry["dtype"]
+    if not isinstance(shape, list) or any(type(size) is not int for size in shape):
+        raise DeltaError(f"shape: expected a list of integers, got {str(shape)[:80]}")
+    if not isinstance(code, str) or code not in DTYPES:
+        raise DeltaError(f"dtype: {str(code)[:80]!r} is unknown")
+    empty = torch.empty(0, dtype=DTYPES[code])
+    layout = SparseValues(
+        tuple(shape), DTYPES[code], position=torch.empty(0, dtype=torch.int64), value=empty
+    )
+    return SparseValues(
+        shape=layout.shape,
+        dtype=layout.dtype,
+        position=_positions(tensors, f"position/{name}", layout.position_dtype),
+        value=_pop(tensors, f"value/{name}"),
+        unmask_step=tensors.pop(f"unmask_step/{name}", None),
+        original=tensors.pop(f"original/{name}", None),
+    )
+
+
+def _positions(tensors: dict[str, Tensor], key: str, dtype: torch.dtype) -> Tensor:
+    position = _pop(tensors, key)
+    if position.dtype != dtype:
+        raise DeltaError(f"tensor {key!r}: expected {dtype} for this shape, got {position.dtype}")
+    return position.to(torch.int64)
+
+
+def _pop(tensors: dict[str, Tensor], key: str) -> Tensor:
+    if key not in tensors:
+        raise DeltaError(f"tensor {key!r} is missing")
+    return tensors.pop(key)

@@ -1,0 +1,379 @@
+"""What fine-tuning changed, in memory: tensors only, no optimizer, no model, no file."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from sparse_optim.delta._tensors import (
+    DTYPE_CODES,
+    Model,
+    bits,
+    gather,
+    host_copy,
+    named_tensors,
+    same_bits,
+    storage_key,
+)
+from sparse_optim.fingerprint import fingerprint
+
+MAX_NUMEL = 2**63 - 1  # Positions are int64.
+MAX_DIMS = 64  # torch's own limit for indexing and copies.
+UINT32_NUMEL = 2**32  # Up to this size every position fits in uint32.
+FINGERPRINT_DIGITS = 32
+
+
+class DeltaError(ValueError):
+    """A delta, its file, or the model that it is applied to is not as it must be."""
+
+
+def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return `shape` as a tuple, or raise DeltaError when no tensor can have it."""
+    if not all(isinstance(size, int) and size >= 0 for size in shape):
+        raise DeltaError(f"shape: expected integers >= 0, got {list(shape)[:8]}")
+    if len(shape) > MAX_DIMS or math.prod(size for size in shape if size) > MAX_NUMEL:
+        raise DeltaError(
+            f"shape: expected at most {MAX_DIMS} dimensions and {MAX_NUMEL} entries, "
+            f"got {list(shape)[:8]}"
+        )
+    return tuple(shape)
+
+
+def _check_positions(label: str, position: Tensor, numel: int) -> None:
+    if position.dtype != torch.int64 or position.dim() != 1:
+        raise DeltaError(
+            f"{label}: expected int64 of shape (n,), got {position.dtype} of shape "
+            f"{tuple(position.shape)}"
+        )
+    if position.numel() == 0:
+        return
+    if bool((position[1:] <= position[:-1]).any()):
+        raise DeltaError(f"{label}: expected strictly ascending positions: sort, drop duplicates")
+    first, last = int(position[0]), int(position[-1])
+    if first < 0 or last >= numel:
+        raise DeltaError(
+            f"{label}: expected 0 <= position < {numel}, got {first if first < 0 else last}"
+        )
+
+
+def _check_column(label: str, column: Tensor, dtype: torch.dtype, count: int) -> None:
+    if column.dtype != dtype or tuple(column.shape) != (count,):
+        raise DeltaError(
+            f"{label}: expected {dtype} of shape ({count},), one for each position, got "
+            f"{column.dtype} of shape {tuple(column.shape)}"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class SparseValues:
+    """The changed entries of one parameter.
+
+        param.flat[position] = value        (flat: C order, whatever the strides)
+
+    Tensors are copied to the host: later changes of the arguments change nothing here.
+
+    Args:
+        shape: of the parameter.
+        dtype: of the parameter.
+        position: (n,), int64, strictly ascending, 0 <= position < numel.
+        value: (n,), dtype. Absolute final values, not differences.
+        unmask_step: (n,), int32, >= 0. Optimizer step at which each entry was unmasked.
+        original: (n,), dtype. Values of the base, for `revert_delta`.
+
+    Raises:
+        DeltaError: names the argument, what was expected, what arrived.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    position: Tensor
+    value: Tensor
+    unmask_step: Tensor | None = None
+    original: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", check_shape(tuple(self.shape)))
+        if self.dtype not in DTYPE_CODES:
+            raise DeltaError(f"dtype: safetensors cannot hold {self.dtype}")
+        _check_positions("position", self.position, self.numel)
+        count = self.position.numel()
+        _check_column("value", self.value, self.dtype, count)
+        if self.unmask_step is not None:
+            _check_column("unmask_step", self.unmask_step, torch.int32, count)
+            if bool((self.unmask_step < 0).any()):
+                raise DeltaError("unmask_step: expected steps >= 0, got a negative one")
+        if self.original is not None:
+            _check_column("original", self.original, self.dtype, count)
+        for name in ("position", "value", "unmask_step", "original"):
+            column = getattr(self, name)
+            object.__setattr__(self, name, None if column is None else host_copy(column))
+
+    @property
+    def numel(self) -> int:
+        """Entries of the parameter."""
+        return math.prod(self.shape)
+
+    @property
+    def position_dtype(self) -> torch.dtype:
+        """uint32 where every position of the parameter fits, else int64: what a file holds."""
+        return torch.uint32 if self.numel <= UINT32_NUMEL else torch.int64
+
+    @property
+    def num_entries(self) -> int:
+        """Changed entries."""
+        return self.position.numel()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the entries take in a file."""
+        width = self.position_dtype.itemsize + self.dtype.itemsize
+        width += 4 if self.unmask_step is not None else 0
+        width += self.dtype.itemsize if self.original is not None else 0
+        return self.num_entries * width
+
+    def take(self, keep: Tensor) -> "SparseValues":
+        """The entries where `keep`, (n,) bool, is true."""
+        return replace(
+            self,
+            position=self.position[keep],
+            value=gather(self.value, keep.nonzero().view(-1)),
+            unmask_step=None if self.unmask_step is None else self.unmask_step[keep],
+            original=None
+            if self.original is None
+            else gather(self.original, keep.nonzero().view(-1)),
+        )
+
+
+def _check_fingerprint(label: str, text: object) -> None:
+    digits = "0123456789abcdef"
+    if not (
+        isinstance(text, str)
+        and len(text) == FINGERPRINT_DIGITS
+        and all(digit in digits for digit in text)
+    ):
+        raise DeltaError(
+            f"{label}: expected {FINGERPRINT_DIGITS} lower-case hex digits, got {str(text)[:80]!r}"
+        )
+
+
+def _check_name(name: object) -> None:
+    if not isinstance(name, str) or not name or not name.isprintable():
+        raise DeltaError(f"parameter name: expected printable text, got {str(name)[:80]!r}")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Delta:
+    """What fine-tuning changed in a model.
+
+        base with .flat[position] = value for `sparse`, and `dense` put whole == the trained model
+
+    bit for bit. The order of `sparse` is the parameter order (it breaks ties in `prefix`).
+    Tensors are copied to the host; `method` is normalised to what JSON gives back.
+
+    Args:
+        sparse: changed entries by parameter name.
+        dense: whole tensors by name: a fresh head, or one that changed so much that this is less.
+        fingerprints: `fingerprint` of the BASE's tensor, for every name in `sparse`.
+        method: JSON values: the method's name and arguments.
+        dense_original: the base's tensors for names in `dense`, so that they can be reverted.
+        parent: content fingerprint of the delta that this one is an increment over, or None.
+        removed: positions, (n,) int64, of the parent's entries that are no longer changed.
+            Increments only.
+
+    Raises:
+        DeltaError: names the parameter and argument, what was expected, what arrived.
+    """
+
+    sparse: Mapping[str, SparseValues]
+    dense: Mapping[str, Tensor] = field(default_factory=dict)
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+    method: Mapping[str, object] = field(default_factory=dict)
+    dense_original: Mapping[str, Tensor] = field(default_factory=dict)
+    parent: str | None = None
+    removed: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in (*self.sparse, *self.dense):
+            _check_name(name)
+        both = self.sparse.keys() & self.dense.keys()
+        if both:
+            raise DeltaError(f"{min(both)!r}: expected in sparse or in dense, got it in both")
+        self._check_fingerprints()
+        self._check_dense()
+        self._check_removed()
+        try:
+            method = json.loads(json.dumps(dict(self.method)))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise DeltaError(f"method: expected values that JSON can hold: {error}") from error
+        object.__setattr__(self, "method", method)
+        for label in ("sparse", "fingerprints"):
+            object.__setattr__(self, label, dict(getattr(self, label)))
+        for label in ("dense", "dense_original", "removed"):
+            copies = {name: host_copy(tensor) for name, tensor in getattr(self, label).items()}
+            object.__setattr__(self, label, copies)
+
+    def _check_fingerprints(self) -> None:
+        odd = self.sparse.keys() ^ self.fingerprints.keys()
+        if odd:
+            raise DeltaError(
+                f"fingerprints: expected exactly the names in sparse; {min(odd)!r} is in only one "
+                "of them: give fingerprint(base tensor) for every sparse parameter"
+            )
+        for name, text in self.fingerprints.items():
+            _check_fingerprint(f"fingerprint of {name!r}", text)
+
+    def _check_dense(self) -> None:
+        for name, tensor in self.dense.items():
+            check_shape(tuple(tensor.shape))
+            if tensor.dtype not in DTYPE_CODES:
+                raise DeltaError(f"dense {name!r}: safetensors cannot hold {tensor.dtype}")
+        for name, original in self.dense_original.items():
+            if name not in self.dense:
+                raise DeltaError(f"dense_original {name!r}: expected a name that is in dense")
+            tensor = self.dense[name]
+            if original.shape != tensor.shape or original.dtype != tensor.dtype:
+                raise DeltaError(
+                    f"dense_original {name!r}: expected {tensor.dtype} {tuple(tensor.shape)} as in "
+                    f"dense, got {original.dtype} {tuple(original.shape)}"
+                )
+
+    def _check_removed(self) -> None:
+        if self.parent is not None:
+            _check_fingerprint("parent", self.parent)
+        elif self.removed:
+            raise DeltaError("removed: only an increment (parent given) can remove entries")
+        for name, position in self.removed.items():
+            if name not in self.sparse:
+                raise DeltaError(f"removed {name!r}: expected a name that is in sparse")
+            _check_positions(f"removed {name!r}", position, self.sparse[name].numel)
+            if bool(torch.isin(position.cpu(), self.sparse[name].position).any()):
+                raise DeltaError(f"removed {name!r}: a position is both removed and changed")
+
+    def __repr__(self) -> str:
+        return (
+            f"Delta({self.num_entries} entries in {len(self.sparse)} parameters, "
+            f"{len(self.dense)} dense tensors, {self.nbytes} bytes)"
+        )
+
+    @property
+    def num_entries(self) -> int:
+        """Sparse entries in all parameters; dense tensors are not counted."""
+        return sum(values.num_entries for values in self.sparse.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors in a file, without its header."""
+        whole = (*self.dense.values(), *self.dense_original.values(), *self.removed.values())
+        return sum(values.nbytes for values in self.sparse.values()) + sum(
+            tensor.nbytes for tensor in whole
+        )
+
+    def prefix(self, budget: int) -> "Delta":
+        """Keep the first `budget` entries in (unmask_step, parameter order, position) order.
+
+        They keep their FINAL values: this is not the model as it was when that many entries were
+        active. Prefixes are nested. A budget beyond `num_entries` keeps all. Dense tensors stay.
+
+        Args:
+            budget: entries to keep, >= 0.
+
+        Raises:
+            DeltaError: a negative budget, entries without `unmask_step`, or an increment.
+        """
+        if budget < 0:
+            raise DeltaError(f"budget: expected >= 0, got {budget}")
+        if self.parent is not None:
+            raise DeltaError("an increment has no prefix: compose it with its parent first")
+        steps = []
+        for name, values in self.sparse.items():
+            if values.unmask_step is None and values.num_entries:
+                raise DeltaError(f"{name!r}: no unmask_step was stored, so there is no order")
+            if values.unmask_step is not None:
+                steps.append(values.unmask_step)
+        order = torch.cat([torch.empty(0, dtype=torch.int32), *steps]).argsort(stable=True)
+        keep = torch.zeros(self.num_entries, dtype=torch.bool)
+        keep[order[:budget]] = True
+        pieces = keep.split([values.num_entries for values in self.sparse.values()])
+        kept = {
+            name: values.take(piece)
+            for (name, values), piece in zip(self.sparse.items(), pieces, strict=True)
+        }
+        return replace(self, sparse=kept)
+
+    @classmethod
+    def from_models(
+        cls,
+        base: Model,
+        tuned: Model,
+        store_original: bool = False,
+        method: Mapping[str, object] | None = None,
+    ) -> "Delta":
+        """What differs between two models, bit by bit (NaN payloads and -0.0 count).
+
+            sparse while changed * (position bytes + width) < numel * width, else dense
+
+        that is, up to half of the entries in float32 and a third in bfloat16. (With originals:
+        width counts twice on both sides.) A tensor that only `tuned` has, or that has another
+        shape there, is dense. One that only `base` has is left alone. Tensors tied in both models
+        are stored once, under their first name.
+
+        Args:
+            base, tuned: modules, state dicts, or any mapping of tensors.
+            store_original: keep the base's values, so that `revert_delta` works.
+            method: JSON values to record; {"name": "from_models"} when not given.
+
+        Raises:
+            DeltaError: a tensor changed its dtype (cast one of the models first).
+        """
+        base_tensors, tuned_tensors = named_tensors(base), named_tensors(tuned)
+        sparse: dict[str, SparseValues] = {}
+        dense: dict[str, Tensor] = {}
+        dense_original: dict[str, Tensor] = {}
+        seen = set()
+        for name, after in tuned_tensors.items():
+            before = base_tensors.get(name)
+            if before is None or before.shape != after.shape:
+                dense[name] = after
+                continue
+            key = storage_key(before), storage_key(after)
+            values = None if key in seen else _changes(name, before, after, store_original)
+            seen.add(key)
+            if values is None or values.num_entries == 0:
+                continue
+            if values.nbytes < (1 + store_original) * after.nbytes:
+                sparse[name] = values
+            else:
+                dense[name] = after
+                if store_original:
+                    dense_original[name] = before
+        return cls(
+            sparse=sparse,
+            dense=dense,
+            fingerprints={name: fingerprint(base_tensors[name]) for name in sparse},
+            method={"name": "from_models"} if method is None else method,
+            dense_original=dense_original,
+        )
+
+
+def _changes(name: str, before: Tensor, after: Tensor, store_original: bool) -> SparseValues | None:
+    if before.dtype != after.dtype:
+        raise DeltaError(
+            f"{name!r}: the base is {before.dtype}, the tuned model {after.dtype}: cast one of "
+            "them to the other's dtype first"
+        )
+    if after.dtype not in DTYPE_CODES:
+        raise DeltaError(f"{name!r}: safetensors cannot hold {after.dtype}")
+    before, after = before.detach().cpu(), after.detach().cpu()
+    if same_bits(before, after):
+        return None
+    position = (bits(before) != bits(after)).reshape(-1).nonzero().view(-1)
+    return SparseValues(
+        shape=tuple(after.shape),
+        dtype=after.dtype,
+        position=position,
+        value=gather(after, position),
+        original=gather(before, position) if store_original else None,
+    )
