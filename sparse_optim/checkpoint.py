@@ -76,7 +76,7 @@ def split(
         segment = state.get(key_of[id(param)], {})
         _check_segment(segment, param, name, keep_master=bool(optimizer._active.master.numel()))
         segments.append(segment)
-    _check_totals(state[UNMASK], segments)
+    _check_totals(state[UNMASK], segments, sum(param.numel() for param in optimizer._pool))
     ranked = {key_of[id(param)] for param in optimizer._pool}
     rest = {key: value for key, value in state.items() if key != UNMASK and key not in ranked}
     return {UNMASK: state[UNMASK], "segments": segments}, {**state_dict, "state": rest}
@@ -96,7 +96,8 @@ def unpack(optimizer: MaskedAdamW, ours: dict[str, Any]) -> None:
     optimizer._active.fill(ours["segments"], unmask["progress"])
     optimizer._work.threshold.copy_(unmask["threshold"])
     optimizer._fingerprints = list(unmask["fingerprints"])
-    optimizer.refresh()
+    # Not now: the model may be loaded after the optimizer. The next step looks at the parameters.
+    optimizer._versions = [-1] * len(optimizer._pool)
 
 
 def _check_segment(segment: dict[str, Tensor], param: Tensor, name: str, keep_master: bool) -> None:
@@ -104,6 +105,8 @@ def _check_segment(segment: dict[str, Tensor], param: Tensor, name: str, keep_ma
     if any(field not in segment for field in wanted):
         raise ValueError(f"checkpoint of {name}: expected {wanted}, found {sorted(segment)}")
     position = segment["position"]
+    if position.dtype != torch.int32:
+        raise ValueError(f"checkpoint of {name}: position is {position.dtype}; expected torch.int32")
     if len({segment[field].shape for field in wanted}) != 1 or position.dim() != 1:
         raise ValueError(f"checkpoint of {name}: its tensors have different lengths")
     if position.numel():
@@ -115,13 +118,27 @@ def _check_segment(segment: dict[str, Tensor], param: Tensor, name: str, keep_ma
             )
 
 
-def _check_totals(unmask: dict[str, Any], segments: list[dict[str, Tensor]]) -> None:
+def _check_totals(
+    unmask: dict[str, Any], segments: list[dict[str, Tensor]], pool_entries: int
+) -> None:
     missing = {"progress", "targets", "threshold", "fingerprints"} - set(unmask)
     if missing:
         raise ValueError(f"checkpoint: state['unmask'] lacks {sorted(missing)}")
-    total = sum(segment["position"].numel() for segment in segments)
-    if total != int(unmask["progress"][1]) or total > int(unmask["targets"][-1]):
+    progress, targets = unmask["progress"], unmask["targets"]
+    if progress.shape != (3,) or unmask["threshold"].numel() != 1:
+        raise ValueError(f"checkpoint: progress has shape {tuple(progress.shape)}; expected (3,)")
+    if len(unmask["fingerprints"]) not in (0, len(segments)):
         raise ValueError(
-            f"checkpoint: {total} active entries, but it counts {int(unmask['progress'][1])} "
-            f"of a budget of {int(unmask['targets'][-1])}"
+            f"checkpoint: {len(unmask['fingerprints'])} fingerprints for {len(segments)} tensors"
+        )
+    falls = targets.dim() != 1 or targets.numel() < 2 or bool((targets.diff() < 0).any())
+    if falls or int(targets[0]) < 0 or int(targets[-1]) > pool_entries:
+        raise ValueError(
+            f"checkpoint: targets do not rise from 0 to a budget of at most {pool_entries} entries"
+        )
+    total = sum(segment["position"].numel() for segment in segments)
+    if total != int(progress[1]) or total > int(targets[-1]):
+        raise ValueError(
+            f"checkpoint: {total} active entries, but it counts {int(progress[1])} "
+            f"of a budget of {int(targets[-1])}"
         )

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-import typer
+import sys
 
-from sparse_optim import delta_cli
-from sparse_optim.finetune import command
+try:
+    import typer
+
+    from sparse_optim import delta_cli
+    from sparse_optim.finetune import command
+except ModuleNotFoundError as error:
+    if (error.name or "").startswith("sparse_optim"):
+        raise
+    sys.exit(f"sparse-optim needs {error.name}: pip install 'sparse-optim[finetune]'")
 
 app = typer.Typer(
     help="Selective fine-tuning: train few entries of a model, keep them as a small delta.",

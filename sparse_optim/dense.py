@@ -32,7 +32,7 @@ def dense_adamw_step(
         if not pairs:
             continue
         params = [param for param, _ in pairs]
-        gradients = [grad for _, grad in pairs]
+        gradients = [_laid_out_as(param, grad) for param, grad in pairs]
         if grad_factor is not None:
             gradients = list(torch._foreach_mul(gradients, grad_factor))
         states = [optimizer.state[param] or _start(optimizer, param) for param in params]
@@ -53,6 +53,13 @@ def dense_adamw_step(
             eps=group["eps"],
             maximize=group["maximize"],
         )
+
+
+def _laid_out_as(param: Tensor, grad: Tensor) -> Tensor:
+    """The gradient with its parameter's strides: the fused kernel walks both by address."""
+    if grad.stride() == param.stride():
+        return grad
+    return torch.empty_like(param, dtype=grad.dtype).copy_(grad)
 
 
 def _start(optimizer: torch.optim.Optimizer, param: Tensor) -> dict[str, Tensor]:

@@ -301,7 +301,8 @@ class MaskedAdamW(torch.optim.Optimizer):
         current = int(self._targets[-1]), self._targets.numel() - 1
         selection = replace(self.selection, budget=current[0] if budget is None else budget)
         if isinstance(selection, Increment):
-            selection = replace(selection, total_steps=total_steps or current[1])
+            steps = current[1] if total_steps is None else total_steps
+            selection = replace(selection, total_steps=steps)
         elif total_steps is not None:
             raise ValueError("a static selection has no total_steps; give only budget")
         entries = resolve_budget(selection.budget, self._pool_size())
@@ -353,6 +354,8 @@ class MaskedAdamW(torch.optim.Optimizer):
             for name, value in self.__dict__.items()
             if not name.startswith(("_optimizer_", "_zero_grad_")) and not callable(value)
         }
+        # A copy's parameters count their versions anew: none of them is known.
+        kept["_versions"] = [-1] * len(self._pool)
         return {**super().__getstate__(), **kept}
 
     @property

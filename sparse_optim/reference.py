@@ -84,8 +84,12 @@ def importance_key(score: Tensor) -> Tensor:
 
 
 def tile_abs_max(param: Tensor, tile: int) -> Tensor:
-    """Greatest |param| of each tile, float32; what bounds the importance where exp < 0."""
-    return _tiles(param.detach().reshape(-1).float().abs(), tile).amax(dim=1)
+    """Greatest |param| of each tile, float32; what bounds the importance where exp < 0.
+
+    NaN counts as 0: such entries are never unmasked, and must not hide the others of their tile.
+    """
+    magnitude = param.detach().reshape(-1).float().abs().nan_to_num(nan=0.0, posinf=math.inf)
+    return _tiles(magnitude, tile).amax(dim=1)
 
 
 def scan(

@@ -113,5 +113,6 @@ def cumulative_targets(
                 f"before; entries stay unmasked) to {budget} (the budget)"
             )
         before = target
-    table = list(table) + [table[-1]] * (total_steps - unmask_steps)
+    # What a function gives for step 0 falls to step 1, the first that can unmask.
+    table = [0, *table[1:]] + [table[-1]] * (total_steps - unmask_steps)
     return torch.tensor(table, dtype=torch.int64)

@@ -1,0 +1,1 @@
+"""Measurements: step time against AdamW and read bandwidth, memory, kernels (README.md)."""

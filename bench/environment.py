@@ -1,0 +1,114 @@
+"""What a recorded number depends on: machine, versions, commit, and how quiet the machine was."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import sparse_optim
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def describe() -> dict[str, Any]:
+    """Machine, versions, commit and date, for the head of a results file."""
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain", "--", ".", ":!bench/results", ":!README.md")),
+        "machine": {
+            "cpu": _cpu_model(),
+            "cores": len(os.sched_getaffinity(0)),
+            "threads": torch.get_num_threads(),
+            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            "system": f"{platform.system()} {platform.machine()}",
+            "vector": torch.backends.cpu.get_cpu_capability(),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "sparse_optim": sparse_optim.__version__,
+        },
+    }
+
+
+def _git(*arguments: str) -> str:
+    """Output of a git command in this repository; empty outside of one."""
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _cpu_model() -> str:
+    for line in _lines("/proc/cpuinfo"):
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+def run_delay_ns() -> int:
+    """Nanoseconds that this process's threads were ready to run, but no core was free (Linux).
+
+    The kernel's own count, from its start: /proc/<pid>/task/*/schedstat, second field.
+    """
+    delay = 0
+    try:
+        threads = os.listdir("/proc/self/task")
+    except OSError:
+        return 0
+    for thread in threads:
+        for line in _lines(f"/proc/self/task/{thread}/schedstat"):
+            delay += int(line.split()[1])
+    return delay
+
+
+@dataclass
+class Conditions:
+    """Load of the machine between `begin` and `end`: was anyone else at work?"""
+
+    load: float
+    ticks: dict[str, int]
+    own_seconds: float
+
+    @staticmethod
+    def begin() -> Conditions:
+        """Start watching."""
+        times = os.times()
+        return Conditions(os.getloadavg()[0], _ticks(), times.user + times.system)
+
+    def end(self) -> dict[str, float]:
+        """Load averages, and the shares of CPU time that the host and other processes took."""
+        now = Conditions.begin()
+        spent = {name: now.ticks[name] - self.ticks[name] for name in now.ticks}
+        total = max(sum(spent.values()), 1)
+        own = (now.own_seconds - self.own_seconds) * os.sysconf("SC_CLK_TCK")
+        busy = total - spent.get("idle", 0) - spent.get("steal", 0)
+        return {
+            "load_before": self.load,
+            "load_after": now.load,
+            "steal_share": round(spent.get("steal", 0) / total, 4),
+            "others_share": round(max(busy - own, 0.0) / total, 4),
+        }
+
+
+def _ticks() -> dict[str, int]:
+    """CPU time of the whole machine by kind, in clock ticks."""
+    names = ("user", "nice", "system", "idle", "iowait", "irq", "softirq", "steal")
+    for line in _lines("/proc/stat")[:1]:
+        ticks = dict(zip(names, map(int, line.split()[1:9]), strict=True))
+        ticks["idle"] += ticks.pop("iowait")
+        return ticks
+    return {}

@@ -1,0 +1,95 @@
+"""What the step shall reach on two cores; reported, never asserted (memory is, in the tests)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from bench.memory import held_bytes
+from bench.results import Results
+
+EXPS = (0.0, 2.0)
+SMALL, LARGE = 320_000, 3_500_000  # budgets
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A limit on a ratio. The value is the worst over all cases that it covers."""
+
+    text: str
+    limit: float
+    value: Callable[[Results], float]
+
+    def outcome(self, results: Results) -> str:
+        """One line: reached, not reached, or not measured."""
+        try:
+            value = self.value(results)
+        except LookupError as error:
+            return f"not measured  {self.text}  ({error})"
+        verdict = "reached      " if value <= self.limit else "NOT REACHED  "
+        return f"{verdict} {value:5.3f}  limit {self.limit:5.3f}  {self.text}"
+
+
+def _step(
+    models: tuple[str, ...], dtype: str, budget: int, quotas: tuple[int, ...], baseline: str
+) -> Callable[[Results], float]:
+    """Our step over a baseline, worst over models, quotas and exp."""
+    return lambda results: max(
+        results.ratio(model, dtype, baseline, "ours", budget=budget, quota=quota, exp=exp)
+        for model in models
+        for quota in quotas
+        for exp in EXPS
+    )
+
+
+def _scan(models: tuple[str, ...]) -> Callable[[Results], float]:
+    return lambda results: max(
+        results.ratio(model, dtype, "read", "scan", budget=SMALL)
+        for model in models
+        for dtype in ("fp32", "bf16")
+    )
+
+
+def _memory(results: Results) -> float:
+    rows = results.data["memory"]
+    if not rows:
+        raise LookupError("memory was not measured")
+    return max(held_bytes(row) / row["limit_bytes"] for row in rows)
+
+
+def _adamw(
+    text: str, dtype: str, budget: int, quotas: tuple[int, ...], fused: float, clipped: float
+) -> list[Goal]:
+    """The pair of goals against fused AdamW, without and with clipping, on BERT-base."""
+    models = ("BERT-base",)
+    return [
+        Goal(f"{text}: step / fused AdamW", fused, _step(models, dtype, budget, quotas, "fused")),
+        Goal(
+            f"{text}: step / clip + fused AdamW",
+            clipped,
+            _step(models, dtype, budget, quotas, "clip+fused"),
+        ),
+    ]
+
+
+BOTH = ("BERT-base", "DeBERTa-base")
+
+GOALS = [
+    *_adamw("BERT-base fp32, B=320K, k<=320", "fp32", SMALL, (32, 320), 0.36, 0.19),
+    *_adamw("BERT-base bf16, B=320K, k<=320", "bf16", SMALL, (32, 320), 0.24, 0.15),
+    *_adamw("BERT-base fp32, B=320K, k=3200", "fp32", SMALL, (3200,), 0.40, 0.24),
+    *_adamw("BERT-base fp32, B=3.5M, all k", "fp32", LARGE, (32, 320, 3200), 0.65, 0.40),
+    Goal("BERT-base and DeBERTa-base, B=320K, fp32 and bf16: scan / read", 1.10, _scan(BOTH)),
+    Goal(
+        "BERT-base and DeBERTa-base fp32, B=320K, k<=320: step / read",
+        1.20,
+        _step(BOTH, "fp32", SMALL, (32, 320), "read"),
+    ),
+    Goal("state and work space / (24 B per budget entry + 8 B per tile + 64 KiB)", 1.0, _memory),
+]
+
+
+def check(results: Results) -> str:
+    """All goals, one line each; ratios are the worst over exp 0 and 2 and the models named."""
+    lines = [goal.outcome(results) for goal in GOALS]
+    return "\n".join([*lines, f"clean calls: {results.clean_share():.0%}"])

@@ -1,0 +1,93 @@
+"""Bytes that the optimizer holds, counted from its tensors: python -m bench.memory
+
+    limit = 24 bytes per entry of the budget + 8 bytes per tile + 64 KiB
+
+The constant is for what grows with the number of tensors and with the quota of one step (16 bytes
+an entry). A static selection, whose quota is its budget, does not fit: 8 bytes an entry more.
+State is what a checkpoint holds; work space is what a step writes besides. Both are allocated at
+construction. The parameters are not initialised, and are read only for exp < 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from bench.shapes import DTYPES, MEASURED, MODELS, Shape, num_entries
+from sparse_optim import D3, IncrementalMaskedAdamW
+from sparse_optim.active_set import num_bytes
+
+ENTRY_LIMIT, TILE_LIMIT, CONSTANT_LIMIT = 24, 8, 1 << 16  # bytes
+BUDGETS = (320_000, 3_500_000)
+QUOTA = 320
+
+
+def build(
+    shapes: Sequence[Shape], dtype: torch.dtype, budget: int, exp: float, quota: int = QUOTA
+) -> IncrementalMaskedAdamW:
+    """An optimizer over uninitialised parameters: only the sizes of its buffers matter."""
+    params = [torch.nn.Parameter(torch.empty(shape, dtype=dtype)) for shape in shapes]
+    steps = -(-budget // quota)
+    return IncrementalMaskedAdamW(
+        params, budget=budget, total_steps=steps, importance=D3(exp=exp, eps=1.0)
+    )
+
+
+def measure(
+    shapes: Sequence[Shape], dtype: torch.dtype, budget: int, exp: float, quota: int = QUOTA
+) -> dict[str, Any]:
+    """Bytes of state, work space and schedule, and the limit."""
+    optimizer = build(shapes, dtype, budget, exp, quota)
+    tiles = optimizer._work.tile_max.numel()
+    low_precision = dtype != torch.float32
+    return {
+        "budget": budget,
+        "exp": exp,
+        "quota": quota,
+        "entries": num_entries(list(shapes)),
+        "tiles": tiles,
+        "state_bytes": num_bytes(optimizer._active),
+        "work_bytes": num_bytes(optimizer._work),
+        "schedule_bytes": optimizer._targets.nbytes,
+        "limit_bytes": ENTRY_LIMIT * budget + TILE_LIMIT * tiles + CONSTANT_LIMIT,
+        # As users train: moments in the parameters' dtype; with a float32 master and moments.
+        "adamw_bytes": 2 * num_entries(list(shapes)) * torch.finfo(dtype).bits // 8,
+        "adamw_float32_bytes": (12 if low_precision else 8) * num_entries(list(shapes)),
+    }
+
+
+def rows(
+    models: Sequence[str], dtypes: Sequence[str], budgets: Sequence[int]
+) -> list[dict[str, Any]]:
+    """`measure` for every model, dtype, budget, and exp 0 and -1 (-1 keeps 4 bytes a tile more)."""
+    return [
+        {"model": model, "dtype": dtype, **measure(MODELS[model], DTYPES[dtype], budget, exp)}
+        for model in models
+        for dtype in dtypes
+        for budget in budgets
+        for exp in (0.0, -1.0)
+    ]
+
+
+def held_bytes(row: dict[str, Any]) -> int:
+    """State and work space."""
+    return int(row["state_bytes"] + row["work_bytes"])
+
+
+def main() -> None:
+    """Print the bytes of every case, against the limit and AdamW."""
+    print(f"{'model':13} {'dtype':5} {'budget':>9} {'exp':>4} {'state':>7} {'work':>7} "
+          f"{'B/entry':>8} {'limit':>7} {'AdamW':>8}  (MB)")  # fmt: skip
+    for row in rows(MEASURED, list(DTYPES), BUDGETS):
+        print(
+            f"{row['model']:13} {row['dtype']:5} {row['budget']:9,} {row['exp']:4g} "
+            f"{row['state_bytes'] / 1e6:7.2f} {row['work_bytes'] / 1e6:7.2f} "
+            f"{held_bytes(row) / row['budget']:8.2f} {row['limit_bytes'] / 1e6:7.2f} "
+            f"{row['adamw_bytes'] / 1e6:8.1f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

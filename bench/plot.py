@@ -1,0 +1,108 @@
+"""The plot of step times, relative to one read of the gradients."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from bench.results import Results
+
+# Okabe and Ito's colours: told apart with every kind of colour blindness, and by lightness.
+CLIPPED, FUSED, LARGE, SMALL = "#BBBBBB", "#777777", "#56B4E9", "#0072B2"
+INK, FAINT = "#222222", "#666666"
+BAR = 0.8  # height of a bar, in units of the distance between bars
+QUOTA = 320
+DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
+
+plt.rcParams.update({"font.family": "DejaVu Sans", "font.size": 10, "text.color": INK})
+
+
+def draw(results: Results, path: Path) -> None:
+    """Bars for every model and dtype: AdamW with and without clipping, and our step.
+
+    Ours is the slower of all exp at k = 320, or at the quota nearest to it that was measured.
+    """
+    settings = results.data["settings"]
+    dtypes, models = settings["dtypes"], settings["models"]
+    figure, axes = plt.subplots(
+        1, len(dtypes), figsize=(5.4 * len(dtypes), 0.9 + 1.35 * len(models)), sharey=True,
+        squeeze=False, layout="constrained",
+    )  # fmt: skip
+    for axis, dtype in zip(axes[0], dtypes, strict=True):
+        ticks = []
+        for row, model in enumerate(models):
+            bars = _bars(results, model, dtype)
+            _group(axis, bars, row * (len(bars) + 1.1))
+            ticks.append(row * (len(bars) + 1.1) + (len(bars) - 1) / 2)
+        _dress(axis, dtype)
+        axis.set_yticks(ticks, [_title(results, model) for model in models])
+    axes[0][0].invert_yaxis()
+    _legend(figure, axes[0][0], results)
+    figure.savefig(path, dpi=200, facecolor="white")
+    plt.close(figure)
+
+
+def _quota(results: Results) -> int:
+    return min(results.data["settings"]["quotas"], key=lambda quota: abs(quota - QUOTA))
+
+
+def _bars(results: Results, model: str, dtype: str) -> list[tuple[str, float, bool]]:
+    """(colour, time over the read's, whether it is ours) from top to bottom."""
+    settings = results.data["settings"]
+    bars = [
+        (CLIPPED, results.ratio(model, dtype, "read", "clip+fused"), False),
+        (FUSED, results.ratio(model, dtype, "read", "fused"), False),
+    ]
+    colors = [SMALL, LARGE]
+    for color, budget in sorted(zip(colors, settings["budgets"], strict=False), reverse=True):
+        labels: dict[str, Any] = {"budget": budget, "quota": _quota(results)}
+        slowest = max(
+            results.ratio(model, dtype, "read", "ours", exp=exp, **labels)
+            for exp in settings["exps"]
+        )
+        bars.append((color, slowest, True))
+    return bars
+
+
+def _group(axis: Any, bars: list[tuple[str, float, bool]], top: float) -> None:
+    for offset, (color, length, ours) in enumerate(bars):
+        axis.barh(top + offset, length, height=BAR, color=color, zorder=2)
+        axis.annotate(
+            f"{length:.1f}" if length >= 9.95 else f"{length:.2f}",
+            (length, top + offset), xytext=(4, 0), textcoords="offset points", va="center",
+            fontsize=9, color=SMALL if ours else FAINT, fontweight="bold" if ours else "normal",
+        )  # fmt: skip
+
+
+def _title(results: Results, model: str) -> str:
+    entries = next(run["entries"] for run in results.data["runs"] if run["model"] == model)
+    return f"{model}\n{entries / 1e6:.0f}M"
+
+
+def _dress(axis: Any, dtype: str) -> None:
+    axis.set_title(DTYPE_NAMES.get(dtype, dtype), loc="left", fontsize=11, fontweight="bold")
+    axis.axvline(1.0, color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=3)
+    axis.set_xlabel("time relative to one read of the gradients (dashed)", color=FAINT)
+    axis.spines[["top", "right", "left", "bottom"]].set_visible(False)
+    axis.tick_params(length=0, colors=FAINT)
+    axis.tick_params(axis="y", labelcolor=INK)
+    axis.grid(axis="x", color="#E6E6E6", linewidth=0.8, zorder=0)
+    axis.set_axisbelow(True)
+    axis.margins(x=0.12)
+
+
+def _legend(figure: Any, axis: Any, results: Results) -> None:
+    budgets = [f"{budget:,}" for budget in results.data["settings"]["budgets"]]
+    ours = [f"sparse_optim, {budget} entries, clipping included" for budget in budgets]
+    names = ["clip_grad_norm_ + fused AdamW", "fused AdamW", *reversed(ours)]
+    colors = [CLIPPED, FUSED, *([SMALL, LARGE][: len(budgets)][::-1])]
+    handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in colors]
+    figure.legend(
+        handles, names, loc="outside upper left", ncols=2, frameon=False, fontsize=9,
+        handlelength=1, handleheight=1, columnspacing=2.5,
+    )  # fmt: skip

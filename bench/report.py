@@ -1,0 +1,243 @@
+"""Turn the newest recorded results into tables and a plot: python -m bench.report [--write]
+
+Without --write, prints all tables. With it, puts the short ones between the markers
+<!-- bench:begin --> and <!-- bench:end --> of README.md, all of them into bench/results/tables.md
+and the plot into bench/results/cpu-steps.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench import goals
+from bench.environment import ROOT
+from bench.memory import held_bytes
+from bench.plot import draw
+from bench.results import Results
+from bench.steps import RESULTS, newest
+
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+BASELINES = ("fused", "clip+fused", "foreach", "clip+foreach")
+TITLES = {
+    "fused": "fused AdamW",
+    "clip+fused": "clip + fused",
+    "foreach": "foreach AdamW",
+    "clip+foreach": "clip + foreach",
+}
+# With fewer clean calls than this the machine was busy, and ratios mean nothing: threads that
+# share their work statically wait for the slower core, ours do not.
+LEAST_CLEAN = 0.5
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; first column to the left, the others to the right."""
+    lines = [header, [":--"] + ["--:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def count(number: int) -> str:
+    """320000 -> 320K, 3500000 -> 3.5M"""
+    for size, suffix in ((1_000_000, "M"), (1000, "K")):
+        if number >= 10 * size or (number >= size and number % (size // 10) == 0):
+            return f"{number / size:.4g}{suffix}"
+    return str(number)
+
+
+def caption(results: Results) -> str:
+    """Machine, threads, versions, commit, date, and how quiet it was."""
+    data = results.data
+    machine, versions = data["machine"], data["versions"]
+    changed = " with local changes" if data["dirty"] else ""
+    settings = data["settings"]
+    return (
+        f"{machine['cpu']}, {machine['threads']} threads, "
+        f"{machine['memory_bytes'] / 2**30:.0f} GiB; torch {versions['torch']}, "
+        f"Python {versions['python']}, sparse_optim {versions['sparse_optim']}, "
+        f"commit {data['commit'][:8]}{changed}, {data['date'][:10]}. "
+        f"Medians of {settings['rounds']} rounds; median of {settings['runs']} processes; "
+        f"{results.clean_share():.0%} of the calls were clean."
+    )
+
+
+def steps_table(results: Results, dtype: str) -> str:
+    """Our step by model, B and k, the slower of all exp; times, and ratios to the baselines."""
+    settings = results.data["settings"]
+    rows = []
+    for model in settings["models"]:
+        for budget in settings["budgets"]:
+            for quota in settings["quotas"]:
+                labels = {"budget": budget, "quota": quota}
+                exp = _slowest_exp(results, model, dtype, labels)
+                rows.append([f"{model}, B = {count(budget)}, k = {quota}",
+                             *_step_cells(results, model, dtype, exp=exp, **labels)])  # fmt: skip
+    header = ["our step, clipping included", "ms", "quartiles", "/ fused AdamW",
+              "/ clip + fused", "/ read"]  # fmt: skip
+    return table(header, rows)
+
+
+def _slowest_exp(results: Results, model: str, dtype: str, labels: dict[str, int]) -> float:
+    times = {
+        exp: results.time(model, dtype, "ours", exp=exp, **labels)
+        for exp in results.data["settings"]["exps"]
+    }
+    return max(times, key=lambda exp: times[exp])
+
+
+def _step_cells(results: Results, model: str, dtype: str, **labels: float) -> list[str]:
+    first, third = results.quartiles(model, dtype, "ours", **labels)
+    ratios = [
+        results.ratio(model, dtype, baseline, "ours", **labels)
+        for baseline in ("fused", "clip+fused", "read")
+    ]
+    return [
+        f"{results.time(model, dtype, 'ours', **labels) / 1e3:.2f}",
+        f"{first / 1e3:.2f} to {third / 1e3:.2f}",
+        *(f"{ratio:.2f}" for ratio in ratios),
+    ]
+
+
+def baselines_table(results: Results) -> str:
+    """What the step is compared with, milliseconds, and the scan against the read."""
+    rows = []
+    for model, dtype in results.cases():
+        read = results.time(model, dtype, "read")
+        size = results.runs(model, dtype)[0]["grad_bytes"]
+        smallest = min(results.data["settings"]["budgets"])
+        rows.append(
+            [
+                f"{model} {dtype}",
+                f"{read / 1e3:.2f}",
+                f"{size / read / 1e3:.1f}",
+                f"{results.ratio(model, dtype, 'read', 'scan', budget=smallest):.2f}",
+                *(f"{results.time(model, dtype, name) / 1e3:.1f}" for name in BASELINES),
+            ]
+        )
+    header = ["ms", "read gradients", "GB/s", "scan / read", *TITLES.values()]
+    return table(header, rows)
+
+
+def stages_table(results: Results) -> str:
+    """Where our step's time goes, milliseconds."""
+    rows, names = [], ["scan", "cut", "append", "update", "prepare", "python"]
+    settings = results.data["settings"]
+    for model, dtype in results.cases():
+        for budget in settings["budgets"]:
+            for quota in settings["quotas"]:
+                for exp in settings["exps"]:
+                    labels = {"budget": budget, "quota": quota, "exp": exp}
+                    stages = results.stages(model, dtype, **labels)
+                    title = f"{model} {dtype}, B = {count(budget)}, k = {quota}, exp = {exp:g}"
+                    total = results.time(model, dtype, "ours", **labels)
+                    spent = [f"{stages[name] / 1e3:.2f}" for name in names]
+                    rows.append([title, f"{total / 1e3:.2f}", *spent])
+    return table(["ms", "step", *names], rows)
+
+
+def memory_table(results: Results, exp: float = 0.0) -> str:
+    """Bytes held between steps, against the limit and AdamW."""
+    rows = []
+    for row in results.data["memory"]:
+        if row["exp"] == exp:
+            held = held_bytes(row)
+            rows.append(
+                [
+                    f"{row['model']} {row['dtype']}, B = {count(row['budget'])}",
+                    f"{row['state_bytes'] / 1e6:.1f}",
+                    f"{row['work_bytes'] / 1e6:.1f}",
+                    f"{held / row['budget']:.1f}",
+                    f"{held / row['limit_bytes']:.2f}",
+                    f"{row['adamw_bytes'] / 1e6:.0f}",
+                    f"{row['adamw_float32_bytes'] / 1e6:.0f}",
+                ]
+            )
+    header = ["MB", "state", "work space", "bytes per budget entry", "/ limit", "AdamW",
+              "AdamW, float32 state and master"]  # fmt: skip
+    return table(header, rows)
+
+
+def peaks_table(results: Results) -> str:
+    """Memory that one step takes on top of what is held before it."""
+    rows = []
+    names = ["ours", *BASELINES]
+    for model, dtype in results.cases():
+        records = results.runs(model, dtype)[0]["subjects"]
+        peaks = [
+            max(record["peak_bytes"] or 0 for record in records if record["name"] == name)
+            for name in names
+        ]
+        rows.append([f"{model} {dtype}", *(f"{peak / 1e6:.1f}" for peak in peaks)])
+    return table(["MB within a step", "ours, at most", *TITLES.values()], rows)
+
+
+def short_report(results: Results) -> str:
+    """What the README shows."""
+    dtypes = results.data["settings"]["dtypes"]
+    parts = ["![Step time relative to one read of the gradients](bench/results/cpu-steps.png)"]
+    parts += [f"**{dtype}**\n\n{steps_table(results, dtype)}" for dtype in dtypes]
+    parts += [baselines_table(results), memory_table(results), caption(results)]
+    parts.append(
+        "The slower of exp = 0 and 2 is shown; all tables are in "
+        "[bench/results/tables.md](bench/results/tables.md)."
+    )
+    return "\n\n".join(parts)
+
+
+def full_report(results: Results) -> str:
+    """Every table, with the goals."""
+    dtypes = results.data["settings"]["dtypes"]
+    parts = ["# Recorded results", caption(results)]
+    for dtype in dtypes:
+        parts += [f"## Our step, {dtype}", steps_table(results, dtype)]
+    parts += ["## Baselines", baselines_table(results)]
+    parts += ["## Where the time goes", stages_table(results)]
+    parts += ["## Memory held", memory_table(results)]
+    parts += ["With exp < 0 (4 bytes a tile more):", memory_table(results, exp=-1.0)]
+    parts += ["## Memory within a step", peaks_table(results)]
+    parts += ["## Goals", f"```text\n{goals.check(results)}\n```"]
+    return "\n\n".join(parts) + "\n"
+
+
+def insert(text: str, block: str) -> str:
+    """Replace what stands between the markers; append markers and block where there are none.
+
+    Raises:
+        ValueError: only one of the markers is there, or they are the wrong way round.
+    """
+    begin, end = text.find(BEGIN), text.find(END)
+    filled = f"{BEGIN}\n\n{block}\n\n{END}"
+    if begin < 0 and end < 0:
+        return f"{text.rstrip()}\n\n{filled}\n"
+    if begin < 0 or end < begin:
+        raise ValueError(f"expected {BEGIN} before {END}, both once")
+    return text[:begin] + filled + text[end + len(END) :]
+
+
+def main() -> None:
+    """Print the tables, or write README block, tables and plot."""
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
+    parser.add_argument("--results", type=Path, help="default: the newest in bench/results")
+    parser.add_argument("--write", action="store_true", help="update README.md, tables and plot")
+    parser.add_argument("--plot", type=Path, help="write only the plot, to this file")
+    arguments = parser.parse_args()
+    results = Results.load(arguments.results or newest())
+    if arguments.plot:
+        draw(results, arguments.plot)
+    elif not arguments.write:
+        print(full_report(results))
+    elif results.clean_share() < LEAST_CLEAN:
+        sys.exit(
+            f"not written: only {results.clean_share():.0%} of the calls were clean; measure again "
+            "on a quiet machine"
+        )
+    else:
+        readme = ROOT / "README.md"
+        readme.write_text(insert(readme.read_text(), short_report(results)))
+        (RESULTS / "tables.md").write_text(full_report(results))
+        draw(results, RESULTS / "cpu-steps.png")
+
+
+if __name__ == "__main__":
+    main()

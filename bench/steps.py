@@ -1,0 +1,180 @@
+"""Time optimizer steps against AdamW and the read bandwidth: python -m bench.steps
+
+Each run of a model and dtype has a process of its own, in which all subjects share one set of
+parameters and gradients and take turns: our step for each budget B, quota k and exp, with clipping;
+its scan alone; AdamW fused and foreach, each without and with clip_grad_norm_; plain reads of the
+gradients. Raw times go to a JSON file, which bench.report turns into tables and a plot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import environment, goals, memory
+from bench.results import SCHEMA, Results
+from bench.shapes import DTYPES, MEASURED, MODELS, grads_of, make_params, num_entries
+from bench.subjects import adamw, ours, reads, scan_alone
+from bench.timing import interleave
+from bench.verify import check_selection
+
+RESULTS = environment.ROOT / "bench" / "results"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured, and how often.
+
+    Attributes:
+        rounds: timed calls of each subject in a run, after `warmup` untimed ones.
+        runs: processes per model and dtype.
+        budgets, quotas, exps: of our steps.
+        threads: of torch; 0 leaves torch's choice.
+    """
+
+    models: tuple[str, ...] = MEASURED
+    dtypes: tuple[str, ...] = tuple(DTYPES)
+    rounds: int = 15
+    warmup: int = 2
+    runs: int = 5
+    budgets: tuple[int, ...] = (320_000, 3_500_000)
+    quotas: tuple[int, ...] = (32, 320, 3200)
+    exps: tuple[float, ...] = (0.0, 2.0)
+    threads: int = 0
+
+
+QUICK = Settings(models=("MiniLM",), rounds=3, warmup=1, runs=1, budgets=(320_000,))
+
+
+def measure(model: str, dtype: str, run: int, settings: Settings) -> dict[str, Any]:
+    """One run of one model and dtype: raw times of all subjects."""
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    params = make_params(MODELS[model], DTYPES[dtype])
+    grads = grads_of(params)
+    smallest = min(settings.budgets)
+    subjects = [*reads(grads), *adamw(params), scan_alone(params, smallest, settings.quotas[0])]
+    for exp in settings.exps:
+        check_selection(params, smallest, settings.quotas[0], exp)
+    for budget in settings.budgets:
+        for quota in settings.quotas:
+            subjects += [ours(params, budget, quota, exp) for exp in settings.exps]
+    watch = environment.Conditions.begin()
+    records = interleave(subjects, settings.rounds, settings.warmup)
+    return {
+        "model": model,
+        "dtype": dtype,
+        "run": run,
+        "entries": num_entries(MODELS[model]),
+        "tensors": len(params),
+        "grad_bytes": sum(grad.nbytes for grad in grads),
+        "conditions": watch.end(),
+        "subjects": records,
+    }
+
+
+def measure_all(settings: Settings, path: Path) -> Results:
+    """All runs, each in a fresh process; models and dtypes take turns. Written after each run."""
+    data: dict[str, Any] = {
+        "schema": SCHEMA,
+        "kind": "cpu-steps",
+        **environment.describe(),
+        "settings": asdict(settings),
+        "memory": memory.rows(settings.models, settings.dtypes, settings.budgets),
+        "runs": [],
+    }
+    if settings.threads:
+        data["machine"]["threads"] = settings.threads
+    cases = [
+        (model, dtype, run)
+        for run in range(settings.runs)
+        for model in settings.models
+        for dtype in settings.dtypes
+    ]
+    context = multiprocessing.get_context("spawn")
+    for model, dtype, run in cases:
+        with ProcessPoolExecutor(max_workers=1, mp_context=context) as process:
+            result = process.submit(measure, model, dtype, run, settings).result()
+        data["runs"].append(result)
+        path.write_text(json.dumps(data, separators=(",", ":")) + "\n")
+        print(_summary(Results(data), model, dtype, run), flush=True)
+    return Results(data)
+
+
+def _summary(results: Results, model: str, dtype: str, run: int) -> str:
+    """One line on a finished run."""
+    conditions = results.runs(model, dtype)[-1]["conditions"]
+    times = {name: results.time(model, dtype, name) / 1e3 for name in ("read", "fused", "ours")}
+    return (
+        f"{model} {dtype} run {run + 1}: read {times['read']:.2f} ms, fused AdamW "
+        f"{times['fused']:.2f} ms, fastest of our steps {times['ours']:.2f} ms; clean calls "
+        f"{results.clean_share([(model, dtype)]):.0%}, others' share of the CPU "
+        f"{conditions['others_share']:.0%}"
+    )
+
+
+def default_path() -> Path:
+    """bench/results/cpu-steps-<date>.json"""
+    return RESULTS / f"cpu-steps-{date.today().isoformat()}.json"
+
+
+def newest() -> Path:
+    """The newest recorded file: names end in the date.
+
+    Raises:
+        FileNotFoundError: nothing was recorded yet.
+    """
+    paths = sorted(RESULTS.glob("cpu-steps-*.json"))
+    if not paths:
+        raise FileNotFoundError("nothing recorded yet: run python -m bench.steps")
+    return paths[-1]
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.steps", description=__doc__)
+    parser.add_argument("--models", nargs="+", choices=list(MODELS))
+    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES))
+    parser.add_argument("--budgets", nargs="+", type=int)
+    parser.add_argument("--quotas", nargs="+", type=int)
+    parser.add_argument("--rounds", "--repeats", type=int, help="timed calls of each subject")
+    parser.add_argument("--runs", type=int, help="processes per model and dtype")
+    parser.add_argument("--threads", type=int, help="torch threads (default: torch's choice)")
+    parser.add_argument("--quick", action="store_true", help="MiniLM, one run of three rounds")
+    parser.add_argument("--check", action="store_true", help="print the goals and what was reached")
+    parser.add_argument("--no-run", action="store_true", help="with --check: use the newest file")
+    parser.add_argument("--out", type=Path, help="default: bench/results/cpu-steps-<date>.json")
+    return parser.parse_args()
+
+
+def _settings(arguments: argparse.Namespace) -> Settings:
+    given: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in vars(arguments).items()
+        if name in Settings.__dataclass_fields__ and value is not None
+    }
+    return replace(QUICK if arguments.quick else Settings(), **given)
+
+
+def main() -> None:
+    """Measure, write the results file, and say which goals were reached."""
+    arguments = _arguments()
+    if arguments.no_run:
+        results = Results.load(arguments.out or newest())
+    else:
+        path = arguments.out or default_path()
+        results = measure_all(_settings(arguments), path)
+        print(f"written: {path.name}")
+    if arguments.check:
+        print(goals.check(results))
+
+
+if __name__ == "__main__":
+    main()

