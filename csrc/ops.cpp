@@ -1,5 +1,6 @@
-// The operators torch.ops.sparse_optim.{scan, cut, append, update}: schemas, argument checks, and
-// the CPU kernels behind them. LibTorch stable ABI only. What each does: sparse_optim/reference.py.
+// The operators torch.ops.sparse_optim.{bind, scan, cut, append, update}: schemas, argument checks,
+// and the CPU kernels behind them. LibTorch stable ABI only. What each does:
+// sparse_optim/reference.py.
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -53,44 +54,52 @@ void check_tile(int64_t tile) {
                   tile);
 }
 
-// The pool from gradients alone (scan), from parameters alone, or from both.
-std::vector<cpu::PoolTensor> pool_of(const Tensors* grads, const Tensors* params,
-                                     const int64_t* tile_offsets) {
-  const size_t size = grads ? grads->size() : params->size();
-  STD_TORCH_CHECK(!grads || !params || grads->size() == params->size(), "got ", grads->size(),
-                  " grads for ", params->size(), " params");
-  std::vector<cpu::PoolTensor> pool(size);
-  for (size_t i = 0; i < size; ++i) {
-    cpu::PoolTensor& tensor = pool[i];
-    tensor = {};
-    tensor.first_tile = tile_offsets ? tile_offsets[i] : 0;
-    if (params) {
-      const Tensor& param = (*params)[i];
-      tensor.param = param.mutable_data_ptr();
-      tensor.param_dtype = dtype_of(param, "params");
-      tensor.numel = param.numel();
-    }
-    const Tensor& grad = (*grads)[i];
-    tensor.grad_dtype = dtype_of(grad, "grads");
-    if (grad.numel()) tensor.grad = grad.const_data_ptr();
-    STD_TORCH_CHECK(!params || !tensor.grad || grad.numel() == tensor.numel, "grads[", i, "] has ",
-                    grad.numel(), " entries, its parameter ", tensor.numel);
-    if (!params) tensor.numel = grad.numel();
+// Columns of the table that `bind` writes and the operations read.
+enum Column { kGrad, kParam, kNumel, kDTypes, kColumns };
+
+void bind(Tensors grads, Tensors params, Tensor table) {
+  STD_TORCH_CHECK(grads.size() == params.size(), "got ", grads.size(), " grads for ", params.size(),
+                  " params");
+  check(table, "table", ScalarType::Long, int64_t(params.size()) * kColumns);
+  int64_t* row = data<int64_t>(table);
+  for (size_t i = 0; i < params.size(); ++i, row += kColumns) {
+    const Tensor &grad = grads[i], &param = params[i];
+    const int64_t grad_dtype = int64_t(dtype_of(grad, "grads"));
+    const int64_t param_dtype = int64_t(dtype_of(param, "params"));
+    const int64_t numel = param.numel(), grad_numel = grad.numel();
+    STD_TORCH_CHECK(grad_numel == 0 || grad_numel == numel, "grads[", i, "] has ", grad_numel,
+                    " entries, its parameter ", numel);
+    row[kGrad] = grad_numel ? reinterpret_cast<int64_t>(grad.const_data_ptr()) : 0;
+    row[kParam] = numel ? reinterpret_cast<int64_t>(param.mutable_data_ptr()) : 0;
+    row[kNumel] = numel;
+    row[kDTypes] = grad_dtype << 8 | param_dtype;
   }
-  return pool;
 }
 
-void check_tile_offsets(const Tensor& tile_offsets, const std::vector<cpu::PoolTensor>& pool,
-                        int64_t tile, const Tensor& tile_max) {
-  check(tile_offsets, "tile_offsets", ScalarType::Long, int64_t(pool.size()) + 1);
-  const int64_t* offsets = data<int64_t>(tile_offsets);
-  for (size_t i = 0; i < pool.size(); ++i) {
-    const int64_t tiles = offsets[i + 1] - offsets[i];
-    STD_TORCH_CHECK(tiles >= 0 && (!pool[i].grad || tiles == (pool[i].numel + tile - 1) / tile),
-                    "tile_offsets give tensor ", i, " ", tiles, " tiles of ", tile, " for ",
-                    pool[i].numel, " entries");
+std::vector<cpu::PoolTensor> pool_of(const Tensor& table, const Tensor* tile_offsets,
+                                     int64_t tile) {
+  check(table, "bound", ScalarType::Long);
+  const int64_t size = table.numel() / kColumns;
+  std::vector<cpu::PoolTensor> pool(size);
+  const int64_t* row = data<int64_t>(table);
+  const int64_t* first_tile = nullptr;
+  if (tile_offsets) {
+    check(*tile_offsets, "tile_offsets", ScalarType::Long, size + 1);
+    first_tile = data<int64_t>(*tile_offsets);
   }
-  check(tile_max, "tile_max", ScalarType::Int, offsets[pool.size()]);
+  for (int64_t i = 0; i < size; ++i, row += kColumns) {
+    pool[i] = {reinterpret_cast<const void*>(row[kGrad]),
+               reinterpret_cast<void*>(row[kParam]),
+               row[kNumel],
+               first_tile ? first_tile[i] : 0,
+               DType(row[kDTypes] >> 8),
+               DType(row[kDTypes] & 0xff)};
+    STD_TORCH_CHECK(
+        !first_tile || first_tile[i + 1] - first_tile[i] == (row[kNumel] + tile - 1) / tile,
+        "tile_offsets give tensor ", i, " ", first_tile[i + 1] - first_tile[i], " tiles of ", tile,
+        " for ", row[kNumel], " entries");
+  }
+  return pool;
 }
 
 void check_active(const Tensor& position, const Tensor& offsets, size_t num_tensors) {
@@ -111,21 +120,13 @@ cpu::Threads threads() {
   return {int(torch::stable::get_num_threads()), &spawn};
 }
 
-void scan(Tensors grads, Tensors dense_grads, Tensor position, Tensor offsets, Tensor tile_offsets,
+void scan(Tensor bound, Tensors dense_grads, Tensor position, Tensor offsets, Tensor tile_offsets,
           Tensor grad_scale, double max_grad_norm, int64_t tile, Tensor tile_max,
           Tensor active_grad, Tensor grad_norm, Tensor grad_factor, Tensor found_inf,
           Tensor scratch) {
   check_tile(tile);
-  check(tile_offsets, "tile_offsets", ScalarType::Long, int64_t(grads.size()) + 1);
-  const auto pool = [&] {
-    auto tensors = pool_of(&grads, nullptr, data<int64_t>(tile_offsets));
-    // A missing gradient does not tell its parameter's size; its tiles do, as far as needed here.
-    const int64_t* tiles = data<int64_t>(tile_offsets);
-    for (size_t i = 0; i < tensors.size(); ++i)
-      if (!tensors[i].grad) tensors[i].numel = (tiles[i + 1] - tiles[i]) * tile;
-    return tensors;
-  }();
-  check_tile_offsets(tile_offsets, pool, tile, tile_max);
+  const auto pool = pool_of(bound, &tile_offsets, tile);
+  check(tile_max, "tile_max", ScalarType::Int, data<int64_t>(tile_offsets)[pool.size()]);
   check_active(position, offsets, pool.size());
   check(active_grad, "active_grad", ScalarType::Float, position.numel());
   check(grad_scale, "grad_scale", ScalarType::Float, 1);
@@ -151,14 +152,13 @@ void scan(Tensors grads, Tensors dense_grads, Tensor position, Tensor offsets, T
   if (result.non_finite) *data<float>(found_inf) = 1.f;
 }
 
-void cut(Tensors grads, Tensors params, Tensor position, Tensor offsets, Tensor tile_offsets,
-         Tensor tile_max, Tensor param_bound, Tensor targets, Tensor progress, Tensor found_inf,
-         double exp, double eps, int64_t tile, Tensor new_tensor, Tensor new_position,
-         Tensor new_count, Tensor threshold, Tensor scratch) {
+void cut(Tensor bound, Tensor position, Tensor offsets, Tensor tile_offsets, Tensor tile_max,
+         Tensor param_bound, Tensor targets, Tensor progress, Tensor found_inf, double exp,
+         double eps, int64_t tile, Tensor new_tensor, Tensor new_position, Tensor new_count,
+         Tensor threshold, Tensor scratch) {
   check_tile(tile);
-  check(tile_offsets, "tile_offsets", ScalarType::Long, int64_t(grads.size()) + 1);
-  const auto pool = pool_of(&grads, &params, data<int64_t>(tile_offsets));
-  check_tile_offsets(tile_offsets, pool, tile, tile_max);
+  const auto pool = pool_of(bound, &tile_offsets, tile);
+  check(tile_max, "tile_max", ScalarType::Int, data<int64_t>(tile_offsets)[pool.size()]);
   check_active(position, offsets, pool.size());
   check(param_bound, "param_bound", ScalarType::Float, exp < 0 ? tile_max.numel() : 0);
   check(targets, "targets", ScalarType::Long);
@@ -203,10 +203,10 @@ cpu::Active active_of(const Tensor& position, const Tensor& exp_avg, const Tenso
           data<int64_t>(offsets),     data<int64_t>(progress)};
 }
 
-void append(Tensors grads, Tensors params, Tensor new_tensor, Tensor new_position, Tensor new_count,
-            Tensor position, Tensor exp_avg, Tensor exp_avg_sq, Tensor unmask_step, Tensor master,
+void append(Tensor bound, Tensor new_tensor, Tensor new_position, Tensor new_count, Tensor position,
+            Tensor exp_avg, Tensor exp_avg_sq, Tensor unmask_step, Tensor master,
             Tensor active_grad, Tensor offsets, Tensor progress, Tensor scratch) {
-  const auto pool = pool_of(&grads, &params, nullptr);
+  const auto pool = pool_of(bound, nullptr, 1);
   cpu::Active active = active_of(position, exp_avg, exp_avg_sq, unmask_step, master, active_grad,
                                  offsets, progress, pool.size());
   check(new_tensor, "new_tensor", ScalarType::Int);
@@ -220,13 +220,12 @@ void append(Tensors grads, Tensors params, Tensor new_tensor, Tensor new_positio
   cpu::append(threads(), pool, found, active);
 }
 
-void update(Tensors grads, Tensors params, Tensor position, Tensor offsets, Tensor active_grad,
-            Tensor grad_factor, Tensor found_inf, Tensor hyper, Tensor group_index,
-            std::string bias_correction, Tensor exp_avg, Tensor exp_avg_sq, Tensor unmask_step,
-            Tensor master, Tensor progress) {
+void update(Tensor bound, Tensor position, Tensor offsets, Tensor active_grad, Tensor grad_factor,
+            Tensor found_inf, Tensor hyper, Tensor group_index, std::string bias_correction,
+            Tensor exp_avg, Tensor exp_avg_sq, Tensor unmask_step, Tensor master, Tensor progress) {
   STD_TORCH_CHECK(bias_correction == "entry" || bias_correction == "global",
                   "bias_correction must be 'entry' or 'global', got '", bias_correction, "'");
-  const auto pool = pool_of(&grads, &params, nullptr);
+  const auto pool = pool_of(bound, nullptr, 1);
   cpu::Active active = active_of(position, exp_avg, exp_avg_sq, unmask_step, master, active_grad,
                                  offsets, progress, pool.size());
   check(grad_factor, "grad_factor", ScalarType::Float, 1);
@@ -251,29 +250,31 @@ void update(Tensors grads, Tensors params, Tensor position, Tensor offsets, Tens
 }  // namespace
 
 STABLE_TORCH_LIBRARY(sparse_optim, library) {
+  library.def("bind(Tensor[] grads, Tensor[] params, Tensor(a!) table) -> ()");
   library.def(
-      "scan(Tensor[] grads, Tensor[] dense_grads, Tensor position, Tensor offsets, "
+      "scan(Tensor bound, Tensor[] dense_grads, Tensor position, Tensor offsets, "
       "Tensor tile_offsets, Tensor grad_scale, float max_grad_norm, int tile, "
       "Tensor(a!) tile_max, Tensor(b!) active_grad, Tensor(c!) grad_norm, Tensor(d!) grad_factor, "
       "Tensor(e!) found_inf, Tensor(f!) scratch) -> ()");
   library.def(
-      "cut(Tensor[] grads, Tensor[] params, Tensor position, Tensor offsets, Tensor tile_offsets, "
+      "cut(Tensor bound, Tensor position, Tensor offsets, Tensor tile_offsets, "
       "Tensor tile_max, Tensor param_bound, Tensor targets, Tensor progress, Tensor found_inf, "
       "float exp, float eps, int tile, Tensor(a!) new_tensor, Tensor(b!) new_position, "
       "Tensor(c!) new_count, Tensor(d!) threshold, Tensor(e!) scratch) -> ()");
   library.def(
-      "append(Tensor[] grads, Tensor[] params, Tensor new_tensor, Tensor new_position, "
+      "append(Tensor bound, Tensor new_tensor, Tensor new_position, "
       "Tensor new_count, Tensor(a!) position, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
       "Tensor(d!) unmask_step, Tensor(e!) master, Tensor(f!) active_grad, Tensor(g!) offsets, "
       "Tensor(h!) progress, Tensor(i!) scratch) -> ()");
   library.def(
-      "update(Tensor[] grads, Tensor(a!)[] params, Tensor position, Tensor offsets, "
+      "update(Tensor bound, Tensor position, Tensor offsets, "
       "Tensor active_grad, Tensor grad_factor, Tensor found_inf, Tensor hyper, Tensor group_index, "
       "str bias_correction, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor unmask_step, "
       "Tensor(d!) master, Tensor(e!) progress) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sparse_optim, CPU, library) {
+  library.impl("bind", TORCH_BOX(&bind));
   library.impl("scan", TORCH_BOX(&scan));
   library.impl("cut", TORCH_BOX(&cut));
   library.impl("append", TORCH_BOX(&append));

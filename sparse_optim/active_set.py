@@ -75,9 +75,10 @@ class ActiveSet:
 class WorkSpace:
     """What the operations write besides the state; allocated once, sized for the greatest quota.
 
-    Attributes: see `reference.scan`, `cut` and `update`, whose arguments these are.
+    Attributes: see `reference.bind`, `scan`, `cut` and `update`, whose arguments these are.
     """
 
+    table: Tensor
     tile_offsets: Tensor
     tile_max: Tensor
     param_bound: Tensor
@@ -113,6 +114,7 @@ class WorkSpace:
         tiles = torch.tensor([0] + [-(-param.numel() // tile) for param in params])
         num_tiles = int(tiles.sum())
         return WorkSpace(
+            table=torch.zeros(len(params), 4, dtype=torch.int64, device=device),
             tile_offsets=tiles.cumsum(0).to(device),
             tile_max=torch.zeros(num_tiles, dtype=torch.int32, device=device),
             param_bound=torch.zeros(num_tiles if bounded else 0, device=device),

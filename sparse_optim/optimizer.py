@@ -121,10 +121,11 @@ class MaskedAdamW(torch.optim.Optimizer):
         if not any(grad.numel() for grad in grads + dense_grads):
             return loss
         self._prepare()
-        self._scan(grads, dense_grads)
-        self._cut(grads)
-        self._append(grads)
-        self._update(grads)
+        bound = self._ops.bind(grads, self._pool, self._work.table)
+        self._scan(bound, dense_grads)
+        self._cut(bound)
+        self._append(bound)
+        self._update(bound)
         unscaled = self.max_grad_norm is None and getattr(self, "grad_scale", None) is None
         factor = None if unscaled else self._work.grad_factor
         dense_adamw_step(self, dense_grads, factor, self._work.found_inf)
@@ -162,35 +163,35 @@ class MaskedAdamW(torch.optim.Optimizer):
         if written:
             self._refresh(written)
 
-    def _scan(self, grads: list[Tensor], dense_grads: list[Tensor]) -> None:
+    def _scan(self, bound: Any, dense_grads: list[Tensor]) -> None:
         active, work = self._active, self._work
         self._ops.scan(
-            grads, dense_grads, active.position, active.offsets, work.tile_offsets,
+            bound, dense_grads, active.position, active.offsets, work.tile_offsets,
             work.grad_scale, self.max_grad_norm or math.inf, self._ops.TILE, work.tile_max,
             work.active_grad, work.grad_norm, work.grad_factor, work.found_inf, work.scratch,
         )  # fmt: skip
 
-    def _cut(self, grads: list[Tensor]) -> None:
+    def _cut(self, bound: Any) -> None:
         active, work = self._active, self._work
         self._ops.cut(
-            grads, self._pool, active.position, active.offsets, work.tile_offsets, work.tile_max,
+            bound, active.position, active.offsets, work.tile_offsets, work.tile_max,
             work.param_bound, self._targets, active.progress, work.found_inf, self.importance.exp,
             self.importance.eps, self._ops.TILE, work.new_tensor, work.new_position,
             work.new_count, work.threshold, work.scratch,
         )  # fmt: skip
 
-    def _append(self, grads: list[Tensor]) -> None:
+    def _append(self, bound: Any) -> None:
         active, work = self._active, self._work
         self._ops.append(
-            grads, self._pool, work.new_tensor, work.new_position, work.new_count, active.position,
+            bound, work.new_tensor, work.new_position, work.new_count, active.position,
             active.exp_avg, active.exp_avg_sq, active.unmask_step, active.master,
             work.active_grad, active.offsets, active.progress, work.scratch,
         )  # fmt: skip
 
-    def _update(self, grads: list[Tensor]) -> None:
+    def _update(self, bound: Any) -> None:
         active, work = self._active, self._work
         self._ops.update(
-            grads, self._pool, active.position, active.offsets, work.active_grad, work.grad_factor,
+            bound, active.position, active.offsets, work.active_grad, work.grad_factor,
             work.found_inf, work.hyper, work.group_index, self.bias_correction, active.exp_avg,
             active.exp_avg_sq, active.unmask_step, active.master, active.progress,
         )  # fmt: skip

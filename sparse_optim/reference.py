@@ -1,11 +1,12 @@
 """The specification: one optimizer step as four operations in plain torch.
 
+    bind    this step's gradients and parameters, checked, in the form that the others take
     scan    tile_max[j] <- max |grad| over the frozen entries of tile j;  grad_norm, found_inf
     cut     the `quota` frozen entries of greatest importance |grad| / (|param| + eps)^exp
     append  those entries join the active set, with zero moments
     update  AdamW over the active entries alone
 
-Every backend offers these four functions with these signatures, and is tested against this file.
+Every backend offers these functions with these signatures, and is tested against this file.
 Selections are equal to it bit for bit; moments and parameters are equal up to fp32 rounding.
 
 Notation: S tensors are ranked together (the pool). A global index counts their entries one tensor
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +40,35 @@ KEY_MIDDLE = 2**30
 def scratch_bytes(num_tiles: int, capacity: int, max_quota: int) -> int:
     """Bytes of scratch memory that the four operations need besides their arguments: none here."""
     return 0
+
+
+class Bound(NamedTuple):
+    """What `bind` returns here; compiled backends return a table of pointers instead."""
+
+    grads: Sequence[Tensor]
+    params: Sequence[Tensor]
+
+
+def bind(grads: Sequence[Tensor], params: Sequence[Tensor], table: Tensor) -> Bound:
+    """Check this step's tensors, once for all four operations.
+
+    Args:
+        grads: S gradients of the pool, contiguous, float32 | bfloat16 | float16; empty if missing.
+        params: S parameters, contiguous, the same dtypes.
+        table: (S, 4), int64, room for what compiled backends note of them. Unused here.
+
+    Returns:
+        `bound` of the other operations. Valid while the tensors live and keep their memory.
+
+    Raises:
+        ValueError: a gradient has not as many entries as its parameter.
+    """
+    for index, (grad, param) in enumerate(zip(grads, params, strict=True)):
+        if grad.numel() not in (0, param.numel()):
+            raise ValueError(
+                f"grads[{index}] has {grad.numel()} entries, its parameter {param.numel()}"
+            )
+    return Bound(grads, params)
 
 
 def importance(grad: Tensor, param: Tensor, exp: float, eps: float) -> Tensor:
@@ -93,7 +124,7 @@ def tile_abs_max(param: Tensor, tile: int) -> Tensor:
 
 
 def scan(
-    grads: Sequence[Tensor],
+    bound: Bound,
     dense_grads: Sequence[Tensor],
     position: Tensor,
     offsets: Tensor,
@@ -112,12 +143,12 @@ def scan(
 
         tile_max[j]    <- max over frozen entries of tile j of the bits of |grad|
         active_grad[i] <- grad at active entry i
-        grad_norm      <- sqrt(sum of grad^2) / grad_scale, over `grads` and `dense_grads`
+        grad_norm      <- sqrt(sum of grad^2) / grad_scale, over all gradients
         grad_factor    <- min(1, max_grad_norm / (grad_norm + 1e-6)) / grad_scale
         found_inf      <- 1 if it was 1 or any gradient is infinite or NaN
 
     Args:
-        grads: S gradients of the pool, contiguous, float32 | bfloat16 | float16; empty if missing.
+        bound: from `bind`.
         dense_grads: gradients trained densely: they count in the norm and the non-finite test.
         position: (capacity,), int32.
         offsets: (S + 1,), int64.
@@ -133,7 +164,7 @@ def scan(
         scratch: uint8, `scratch_bytes` long.
     """
     sum_of_squares, non_finite = 0.0, False
-    for index, grad in enumerate(grads):
+    for index, grad in enumerate(bound.grads):
         keys = tile_max[int(tile_offsets[index]) : int(tile_offsets[index + 1])]
         if grad.numel() == 0:
             keys.zero_()
@@ -161,8 +192,7 @@ def scan(
 
 
 def cut(
-    grads: Sequence[Tensor],
-    params: Sequence[Tensor],
+    bound: Bound,
     position: Tensor,
     offsets: Tensor,
     tile_offsets: Tensor,
@@ -187,7 +217,7 @@ def cut(
                  ascending) order, leaving out those of zero importance; listed in global order
 
     Args:
-        grads, params: S tensors each, contiguous.
+        bound: from `bind`.
         position, offsets, tile_offsets: as in `scan`.
         tile_max: (num_tiles,), int32, from `scan`. (This backend scores every entry instead.)
         param_bound: (num_tiles,), float32, greatest |param| of each tile; empty unless exp < 0.
@@ -209,7 +239,7 @@ def cut(
     if quota == 0:
         return
     ranked, first_index = [], 0
-    for index, (grad, param) in enumerate(zip(grads, params, strict=True)):
+    for index, (grad, param) in enumerate(zip(*bound, strict=True)):
         if grad.numel():
             key = importance_key(importance(grad.reshape(-1), param.detach().reshape(-1), exp, eps))
             key[position[int(offsets[index]) : int(offsets[index + 1])].long()] = 0
@@ -222,7 +252,7 @@ def cut(
         return
     threshold.copy_(((top[-1] >> INDEX_BITS) + KEY_MIDDLE).int().view(torch.float32))
     global_index = (LAST_INDEX - (top & LAST_INDEX)).sort().values
-    starts = _first_indices(params, global_index.device)
+    starts = _first_indices(bound.params, global_index.device)
     tensor = torch.searchsorted(starts, global_index, right=True) - 1
     count = global_index.numel()
     new_tensor[:count] = tensor.int()
@@ -231,8 +261,7 @@ def cut(
 
 
 def append(
-    grads: Sequence[Tensor],
-    params: Sequence[Tensor],
+    bound: Bound,
     new_tensor: Tensor,
     new_position: Tensor,
     new_count: Tensor,
@@ -251,7 +280,7 @@ def append(
         exp_avg, exp_avg_sq <- 0;  unmask_step <- step + 1;  master <- param;  active_grad <- grad
 
     Args:
-        grads, params: S tensors each, contiguous.
+        bound: from `bind`.
         new_tensor, new_position, new_count: from `cut`.
         position, unmask_step: (capacity,), int32. Mutated.
         exp_avg, exp_avg_sq, active_grad: (capacity,), float32. Mutated.
@@ -264,8 +293,8 @@ def append(
     if count == 0:
         return
     tensors, positions = new_tensor[:count].long(), new_position[:count].long()
-    starts = _first_indices(params, position.device)
-    owner = torch.repeat_interleave(torch.arange(len(params)), offsets.diff().cpu()).to(
+    starts = _first_indices(bound.params, position.device)
+    owner = torch.repeat_interleave(torch.arange(len(bound.params)), offsets.diff().cpu()).to(
         starts.device
     )
     before = starts[owner] + position[:num_active]
@@ -280,16 +309,15 @@ def append(
     merge(exp_avg, zeros)
     merge(exp_avg_sq, zeros)
     merge(unmask_step, (progress[0] + 1).expand(count))
-    merge(active_grad, _gather(grads, tensors, positions))
+    merge(active_grad, _gather(bound.grads, tensors, positions))
     if master.numel():
-        merge(master, _gather(params, tensors, positions))
-    offsets[1:] += torch.bincount(tensors, minlength=len(params)).cumsum(0)
+        merge(master, _gather(bound.params, tensors, positions))
+    offsets[1:] += torch.bincount(tensors, minlength=len(bound.params)).cumsum(0)
     progress[1] = total
 
 
 def update(
-    grads: Sequence[Tensor],
-    params: Sequence[Tensor],
+    bound: Bound,
     position: Tensor,
     offsets: Tensor,
     active_grad: Tensor,
@@ -317,8 +345,7 @@ def update(
     in float32, on `master` where it is kept. If found_inf, nothing moves but the skipped count.
 
     Args:
-        grads: S gradients; entries of a tensor whose gradient is missing do not move.
-        params: S tensors, contiguous. Mutated.
+        bound: from `bind`. Parameters are mutated, but for those whose gradient is missing.
         position, offsets, active_grad, grad_factor, found_inf: as in `scan`.
         hyper: (num_groups, 6), float64: lr, beta1, beta2, eps, weight_decay, sign of the gradient.
         group_index: (S,), int32, row of `hyper` of each tensor.
@@ -335,7 +362,7 @@ def update(
         progress[2] += 1
         return
     step = progress[0] + 1
-    for index, (grad, param) in enumerate(zip(grads, params, strict=True)):
+    for index, (grad, param) in enumerate(zip(*bound, strict=True)):
         segment = slice(int(offsets[index]), int(offsets[index + 1]))
         if grad.numel() == 0 or segment.start == segment.stop:
             continue

@@ -7,18 +7,20 @@
 //      `quota` entries reach the floor too.
 //   2. Otherwise the tiles that reach it are scored; the quota-th greatest of their exact maxima is
 //      the floor.
-//   3. Every tile with a bound at or above the floor is opened, no other can hold a winner, and the
-//      entries that reach the floor are ranked. Where they are too many for a small buffer (a large
-//      quota, or ties by the million), radix selection finds the threshold without one: a histogram
-//      of the upper 15 bits of the keys, then of the lower 16 bits in the bin of the cut.
+//   3. Every tile with a bound at or above the floor is opened, no other can hold a winner. The
+//      entries that reach the floor are collected, and the floor rises as the set fills up.
+//      A large quota (a static selection) goes by radix selection instead: a histogram of the
+//      upper 15 bits of the keys, then of the lower 16 bits in the bin of the cut.
 // Delegates that stand for groups of candidates: Gaihre et al. 2021, Dr. Top-k, arXiv 2109.08219.
 //
 // Bytes: 4 per tile two or three times, and about quota to 3 quota tiles of 2 KB (with their
 // parameters unless exp = 0) once or twice.
+#include <algorithm>
+#include <cmath>
 #include <functional>
 
 #include "core/importance.h"
-#include "cpu/support.h"
+#include "cpu/open_tile.h"
 
 namespace sparse_optim::cpu {
 namespace {
@@ -28,133 +30,11 @@ constexpr int64_t kHighBins = int64_t(1) << (31 - kLowBits);
 constexpr int64_t kLowBins = int64_t(1) << kLowBits;
 constexpr int64_t kTilesPerTask = 32;
 constexpr int64_t kBoundsPerTask = 16384;
-// Candidates that are ranked in a buffer; more than max(this, 8 quota) go to radix selection.
-constexpr int64_t kCandidates = 1 << 18;
-
-template <class T>
-SPARSE_OPTIM_INLINE void load_of(const T* in, int64_t count, float* out) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) out[i] = to_float(in[i]);
-}
-SPARSE_OPTIM_VECTORIZED void load(const float* in, int64_t n, float* out) {
-  load_of(in, n, out);
-}
-SPARSE_OPTIM_VECTORIZED void load(const BFloat16* in, int64_t n, float* out) {
-  load_of(in, n, out);
-}
-SPARSE_OPTIM_VECTORIZED void load(const Float16* in, int64_t n, float* out) {
-  load_of(in, n, out);
-}
-
-template <class Importance>
-SPARSE_OPTIM_INLINE void keys_of(Importance importance, const float* grad, const float* param,
-                                 int64_t count, int32_t* keys) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) keys[i] = importance_key(importance(grad[i], param[i]));
-}
-#define SPARSE_OPTIM_KEYS(Importance)                                                             \
-  SPARSE_OPTIM_VECTORIZED void keys(Importance importance, const float* grad, const float* param, \
-                                    int64_t n, int32_t* out) {                                    \
-    keys_of(importance, grad, param, n, out);                                                     \
-  }
-SPARSE_OPTIM_KEYS(Exp0)
-SPARSE_OPTIM_KEYS(Exp1)
-SPARSE_OPTIM_KEYS(Exp2)
-SPARSE_OPTIM_KEYS(ExpHalf)
-SPARSE_OPTIM_KEYS(ExpMinus1)
-SPARSE_OPTIM_KEYS(ExpMinusHalf)
-#undef SPARSE_OPTIM_KEYS
-void keys(ExpAny importance, const float* grad, const float* param, int64_t n, int32_t* out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = importance_key(importance(grad[i], param[i]));
-}
-
-SPARSE_OPTIM_VECTORIZED int32_t greatest(const int32_t* values, int64_t count) {
-  int32_t most = 0;
-#pragma omp simd reduction(max : most)
-  for (int64_t i = 0; i < count; ++i) most = values[i] > most ? values[i] : most;
-  return most;
-}
-
-// The greatest of each run of 16 values.
-SPARSE_OPTIM_VECTORIZED void block_maxima(const int32_t* values, int64_t count, int32_t* maxima) {
-  const int64_t whole = count / 16;
-  for (int64_t b = 0; b < whole; ++b) {
-    int32_t most = 0;
-#pragma omp simd reduction(max : most)
-    for (int64_t i = 0; i < 16; ++i) most = values[16 * b + i] > most ? values[16 * b + i] : most;
-    maxima[b] = most;
-  }
-  if (whole * 16 < count) maxima[whole] = greatest(values + 16 * whole, count - 16 * whole);
-}
-
-// How many of 16 values reach a limit: what lets loops over mostly losing entries skip them.
-SPARSE_OPTIM_VECTORIZED void reaching(const int32_t* values, int64_t blocks, int32_t limit,
-                                      int32_t* counts) {
-  for (int64_t b = 0; b < blocks; ++b) {
-    int32_t count = 0;
-#pragma omp simd reduction(+ : count)
-    for (int64_t i = 0; i < 16; ++i) count += values[16 * b + i] >= limit;
-    counts[b] = count;
-  }
-}
-
-// visit(i) for every values[i] >= limit, in order. `values` is readable up to a multiple of 16.
-template <class Visit>
-void visit_reaching(const int32_t* values, int64_t count, int32_t limit, Visit&& visit) {
-  int32_t counts[kMaxTile / 16];
-  const int64_t blocks = (count + 15) / 16;
-  reaching(values, blocks, limit, counts);
-  for (int64_t b = 0; b < blocks; ++b) {
-    if (counts[b] == 0) continue;
-    const int64_t end = std::min(count, 16 * b + 16);
-    for (int64_t i = 16 * b; i < end; ++i)
-      if (values[i] >= limit) visit(i);
-  }
-}
-
-struct Problem {
-  const Threads& threads;
-  const std::vector<PoolTensor>& pool;
-  const Active& active;
-  int64_t num_tiles;
-  int64_t quota;
-  double exp;
-  float eps;
-  int64_t tile;
-};
-
-int64_t tensor_of(const Problem& problem, int64_t tile_index) {
-  auto after = std::upper_bound(
-      problem.pool.begin(), problem.pool.end(), tile_index,
-      [](int64_t index, const PoolTensor& tensor) { return index < tensor.first_tile; });
-  return after - problem.pool.begin() - 1;  // tensors without tiles share their successor's first
-}
-
-struct Opened {
-  int64_t tensor, first, count;
-};
-
-// Keys of the entries of a tile, 0 for active ones and up to the next multiple of 16.
-Opened open_tile(const Problem& problem, int64_t tile_index, int32_t* out) {
-  const int64_t t = tensor_of(problem, tile_index);
-  const PoolTensor& tensor = problem.pool[t];
-  const int64_t first = (tile_index - tensor.first_tile) * problem.tile;
-  const int64_t count = std::min(problem.tile, tensor.numel - first);
-  float grad[kMaxTile], param[kMaxTile];
-  visit_dtype(tensor.grad_dtype, tensor.grad, [&](auto* data) { load(data + first, count, grad); });
-  if (problem.exp != 0.0) {
-    visit_dtype(tensor.param_dtype, tensor.param,
-                [&](auto* data) { load(data + first, count, param); });
-  }
-  visit_importance(problem.exp, problem.eps, [&](auto importance) {
-    keys(importance, grad, problem.exp != 0.0 ? param : grad, count, out);
-  });
-  const int32_t* next = active_from(problem.active, t, first);
-  const int32_t* end = active_end(problem.active, t);
-  for (; next != end && *next < first + count; ++next) out[*next - first] = 0;
-  std::fill(out + count, out + (count + 15) / 16 * 16, 0);
-  return {t, first, count};
-}
+// Up to this quota winners are collected in a buffer, beyond it by radix selection.
+constexpr int64_t kBufferedQuota = 1 << 16;
+// The buffer is trimmed to the quota when it holds more than max(this, 2 quota) candidates.
+constexpr int64_t kCandidates = 4096;
+constexpr int64_t kTasksPerRound = 16;
 
 // The tiles that may hold a winner, in ascending order, opened anew at each visit.
 class OpenTiles {
@@ -214,121 +94,180 @@ Bin find_bin(const std::vector<int64_t>& counts, int64_t wanted) {
   return {-1, above};
 }
 
-// The k-th greatest of `count` values; 1, the least positive key, if fewer than k are above 0.
-// One maximum per 16 values narrows the search: the k-th greatest of these is not above the result.
-int32_t kth_greatest(const int32_t* values, int64_t count, int64_t k) {
-  const int64_t num_blocks = (count + 15) / 16;
-  std::vector<int32_t> blocks(num_blocks);
-  block_maxima(values, count, blocks.data());
-  const auto descending = std::greater<int32_t>();
-  int32_t least = 1;
-  if (k <= num_blocks) {
-    auto maxima = blocks;
-    std::nth_element(maxima.begin(), maxima.begin() + (k - 1), maxima.end(), descending);
-    least = std::max(maxima[k - 1], 1);
+// Values with the greatest of each run of 16, which narrows searches for the great ones.
+class Ranked {
+ public:
+  Ranked(const int32_t* values, int64_t count)
+      : values_(values), count_(count), blocks_(tiles_of(count, 16)) {
+    block_maxima(values, count, blocks_.data());
   }
-  std::vector<int32_t> reaching;
-  for (int64_t b = 0; b < num_blocks; ++b) {
-    if (blocks[b] < least) continue;
-    for (int64_t i = 16 * b; i < std::min(count, 16 * b + 16); ++i)
-      if (values[i] >= least) reaching.push_back(values[i]);
+
+  // visit(i) for every values[i] >= limit, in order.
+  template <class Visit>
+  void visit_reaching(int32_t limit, Visit&& visit) const {
+    for (size_t b = 0; b < blocks_.size(); ++b) {
+      if (blocks_[b] < limit) continue;
+      const int64_t first = 16 * int64_t(b), end = std::min(count_, first + 16);
+      for (int64_t i = first; i < end; ++i)
+        if (values_[i] >= limit) visit(i);
+    }
   }
-  if (int64_t(reaching.size()) < k) return 1;
-  std::nth_element(reaching.begin(), reaching.begin() + (k - 1), reaching.end(), descending);
-  return reaching[k - 1];
+
+  std::vector<int64_t> reaching(int32_t limit) const {
+    std::vector<int64_t> found;
+    visit_reaching(limit, [&](int64_t i) { found.push_back(i); });
+    return found;
+  }
+
+  // The k-th greatest value; 1, the least positive key, if fewer than k are above 0. The k-th
+  // greatest maximum of a run is not above it.
+  int32_t kth_greatest(int64_t k) const {
+    int32_t least = 1;
+    if (k <= int64_t(blocks_.size())) least = std::max(kth(blocks_, k), 1);
+    std::vector<int32_t> great;
+    visit_reaching(least, [&](int64_t i) { great.push_back(values_[i]); });
+    return int64_t(great.size()) < k ? 1 : kth(std::move(great), k);
+  }
+
+ private:
+  static int32_t kth(std::vector<int32_t> values, int64_t k) {
+    const auto place = values.begin() + (k - 1);
+    std::nth_element(values.begin(), place, values.end(), std::greater<int32_t>());
+    return *place;
+  }
+
+  const int32_t* values_;
+  int64_t count_;
+  std::vector<int32_t> blocks_;
+};
+
+bool is_exact(double exp) {
+  return exp == 1.0 || exp == 2.0 || std::abs(exp) == 0.5 || exp == -1.0;
 }
 
-std::vector<int64_t> tiles_reaching(const Problem& problem, const int32_t* bounds, int32_t floor) {
-  const int64_t tasks = tiles_of(problem.num_tiles, kBoundsPerTask);
-  std::vector<std::vector<int64_t>> found(tasks);
-  for_each(problem.threads, tasks, [&](int64_t task) {
-    const int64_t end = std::min(problem.num_tiles, (task + 1) * kBoundsPerTask);
-    for (int64_t i = task * kBoundsPerTask; i < end; ++i)
-      if (bounds[i] >= floor) found[task].push_back(i);
-  });
-  std::vector<int64_t> all;
-  for (const auto& part : found) all.insert(all.end(), part.begin(), part.end());
-  return all;
+// Where a greater |grad| always means a greater bound, tiles are ranked by tile_max as it is.
+bool ranks_by_magnitude(double exp) {
+  return exp == 0.0 || (exp > 0.0 && is_exact(exp));
 }
 
 // Importance of each tile's greatest |grad| with the param that favours it most.
 std::vector<int32_t> bounds_of(const Problem& problem, const int32_t* tile_max,
                                const float* param_bound) {
   std::vector<int32_t> bounds(problem.num_tiles);
-  const int64_t tasks = tiles_of(problem.num_tiles, kBoundsPerTask);
-  const bool exact = problem.exp == 1.0 || problem.exp == 2.0 || std::abs(problem.exp) == 0.5 ||
-                     problem.exp == -1.0;
-  for_each(problem.threads, tasks, [&](int64_t task) {
+  for_each(problem.threads, tiles_of(problem.num_tiles, kBoundsPerTask), [&](int64_t task) {
     const int64_t first = task * kBoundsPerTask;
     const int64_t count = std::min(problem.num_tiles - first, kBoundsPerTask);
     std::vector<float> grad(count), param(count, 0.f);
     for (int64_t i = 0; i < count; ++i) grad[i] = from_bits(tile_max[first + i]);
     if (param_bound) std::copy_n(param_bound + first, count, param.data());
-    visit_importance(problem.exp, problem.eps, [&](auto importance) {
-      keys(importance, grad.data(), param.data(), count, bounds.data() + first);
-    });
-    for (int64_t i = 0; !exact && i < count; ++i)
+    importance_keys(problem.exp, problem.eps, grad.data(), param.data(), count,
+                    bounds.data() + first);
+    for (int64_t i = 0; !is_exact(problem.exp) && i < count; ++i)
       if (grad[i] > 0.f)
         bounds[first + i] = std::min(bounds[first + i] + kPowMargin, kInfinityBits);
   });
   return bounds;
 }
 
-// Replaces the bounds of promising tiles by their exact maxima; returns the quota-th greatest.
-int32_t tighten(const Problem& problem, std::vector<int32_t>& bounds) {
-  const int32_t promising = kth_greatest(bounds.data(), problem.num_tiles, problem.quota);
-  const auto tiles = tiles_reaching(problem, bounds.data(), promising);
-  std::vector<int32_t> maxima(tiles.size());
-  for_each(problem.threads, tiles_of(int64_t(tiles.size()), kTilesPerTask), [&](int64_t task) {
+// The least |grad|, as bits, whose bound reaches the floor; for exponents that rank by magnitude.
+int32_t least_magnitude(const Problem& problem, int32_t floor) {
+  int32_t low = 1, high = kInfinityBits;
+  while (low < high) {
+    const int32_t middle = low + (high - low) / 2;
+    const float grad = from_bits(middle), param = 0.f;
+    int32_t bound;
+    importance_keys(problem.exp, problem.eps, &grad, &param, 1, &bound);
+    if (bound >= floor) high = middle;
+    else low = middle + 1;
+  }
+  return low;
+}
+
+struct Opening {
+  std::vector<int64_t> tiles;  // that may hold a winner, ascending
+  int32_t floor;               // that at least `quota` entries reach, or 1
+};
+
+// Scores the tiles that promise most; the quota-th greatest of their exact maxima is the floor.
+Opening open_by_bound(const Problem& problem, const Ranked& ranked) {
+  const auto promising = ranked.reaching(ranked.kth_greatest(problem.quota));
+  const int64_t count = int64_t(promising.size());
+  std::vector<int32_t> maxima(count);
+  for_each(problem.threads, tiles_of(count, kTilesPerTask), [&](int64_t task) {
     int32_t opened[kMaxTile + 16];
-    const int64_t end = std::min(int64_t(tiles.size()), (task + 1) * kTilesPerTask);
-    for (int64_t i = task * kTilesPerTask; i < end; ++i) {
-      const int64_t count = open_tile(problem, tiles[i], opened).count;
-      bounds[tiles[i]] = maxima[i] = greatest(opened, count);
-    }
+    for (int64_t i = task * kTilesPerTask; i < std::min(count, (task + 1) * kTilesPerTask); ++i)
+      maxima[i] = greatest(opened, open_tile(problem, promising[i], opened).count);
   });
-  return kth_greatest(maxima.data(), int64_t(maxima.size()), problem.quota);
+  Opening opening;
+  opening.floor = Ranked(maxima.data(), count).kth_greatest(problem.quota);
+  const int32_t limit =
+      ranks_by_magnitude(problem.exp) ? least_magnitude(problem, opening.floor) : opening.floor;
+  int64_t scored = 0;
+  ranked.visit_reaching(limit, [&](int64_t tile_index) {
+    while (scored < count && promising[scored] < tile_index) ++scored;
+    const bool known = scored < count && promising[scored] == tile_index;
+    if (!known || maxima[scored] >= opening.floor) opening.tiles.push_back(tile_index);
+  });
+  return opening;
 }
 
 struct Candidate {
   int32_t tensor, position, key;
 };
 
-// The entries that reach the floor, in global order; false if there are too many to keep.
-bool collect(const Problem& problem, const OpenTiles& tiles, int32_t floor,
-             std::vector<Candidate>& candidates) {
-  const int64_t most = std::max(kCandidates, 8 * problem.quota);
-  std::atomic<int64_t> total{0};
-  std::vector<std::vector<Candidate>> found(tiles.num_tasks());
-  for_each(problem.threads, tiles.num_tasks(), [&](int64_t task) {
-    if (total.load(std::memory_order_relaxed) > most) return;
-    tiles.visit_entries(task, floor, [&](int32_t tensor, int32_t position, int32_t key) {
-      found[task].push_back({tensor, position, key});
-    });
-    total.fetch_add(int64_t(found[task].size()), std::memory_order_relaxed);
-  });
-  if (total > most) return false;
-  for (const auto& part : found) candidates.insert(candidates.end(), part.begin(), part.end());
-  return true;
+// Keeps the `quota` greatest, in order, of ties the first; returns the least key among them.
+int32_t trim(std::vector<Candidate>& candidates, int64_t quota) {
+  std::vector<int32_t> keys(candidates.size());
+  std::transform(candidates.begin(), candidates.end(), keys.begin(),
+                 [](const Candidate& candidate) { return candidate.key; });
+  const auto place = keys.begin() + (quota - 1);
+  std::nth_element(keys.begin(), place, keys.end(), std::greater<int32_t>());
+  const int32_t least = *place;
+  int64_t ties = quota - std::count_if(keys.begin(), place, [&](int32_t k) { return k > least; });
+  size_t kept = 0;
+  for (const Candidate candidate : candidates) {
+    if (candidate.key < least || (candidate.key == least && ties-- <= 0)) continue;
+    candidates[kept++] = candidate;
+  }
+  candidates.resize(kept);
+  return least;
 }
 
-// What of the entries that reach a threshold belongs: all above it, and the first `ties` that tie.
+// The winners among the entries that reach the floor. The floor rises while tiles are opened: with
+// gradients of many scales, a hundred times the quota reach the first one. What comes later in
+// global order loses ties, so that it must be above the least of a full set.
+int32_t collect(const Problem& problem, const OpenTiles& tiles, int32_t floor, NewEntries& found) {
+  const int64_t most = std::max(kCandidates, 2 * problem.quota);
+  std::vector<Candidate> candidates;
+  int64_t round = std::max(problem.threads.workers, 1);
+  for (int64_t first = 0; first < tiles.num_tasks(); first += round) {
+    round = std::min(2 * round, kTasksPerRound);
+    const int64_t count = std::min(round, tiles.num_tasks() - first);
+    std::vector<std::vector<Candidate>> parts(count);
+    for_each(problem.threads, count, [&](int64_t i) {
+      tiles.visit_entries(first + i, floor, [&](int32_t tensor, int32_t position, int32_t key) {
+        parts[i].push_back({tensor, position, key});
+      });
+    });
+    for (const auto& part : parts) candidates.insert(candidates.end(), part.begin(), part.end());
+    if (int64_t(candidates.size()) > most) floor = trim(candidates, problem.quota) + 1;
+  }
+  if (int64_t(candidates.size()) > problem.quota) trim(candidates, problem.quota);
+  int32_t least = candidates.empty() ? 0 : kInfinityBits;
+  for (size_t i = 0; i < candidates.size(); ++i) {
+    found.tensor[i] = candidates[i].tensor;
+    found.position[i] = candidates[i].position;
+    least = std::min(least, candidates[i].key);
+  }
+  *found.count = int64_t(candidates.size());
+  return least;
+}
+
+// What belongs of the entries that reach a threshold: all above it, and the first `ties` that tie.
 struct Threshold {
   int32_t key;
   int64_t ties;
 };
-
-Threshold rank(const std::vector<Candidate>& candidates, int64_t quota) {
-  if (int64_t(candidates.size()) <= quota) return {1, quota};
-  std::vector<int32_t> keys(candidates.size());
-  std::transform(candidates.begin(), candidates.end(), keys.begin(),
-                 [](const Candidate& candidate) { return candidate.key; });
-  const auto kth = keys.begin() + (quota - 1);
-  std::nth_element(keys.begin(), kth, keys.end(), std::greater<int32_t>());
-  // nth_element leaves what is not below the k-th before it: the rest of those places are ties.
-  const int64_t above = std::count_if(keys.begin(), kth, [&](int32_t key) { return key > *kth; });
-  return {*kth, quota - above};
-}
 
 Threshold radix_select(const OpenTiles& tiles, int32_t floor, int64_t quota) {
   const Bin high = find_bin(
@@ -343,22 +282,7 @@ Threshold radix_select(const OpenTiles& tiles, int32_t floor, int64_t quota) {
   return {first + int32_t(low.index), quota - high.above - low.above};
 }
 
-// Writes the winners among candidates that are at hand.
-int32_t write(const std::vector<Candidate>& candidates, Threshold threshold, NewEntries& found) {
-  int64_t out = 0;
-  int32_t least = kInfinityBits;
-  for (const Candidate& candidate : candidates) {
-    if (candidate.key < threshold.key) continue;
-    if (candidate.key == threshold.key && threshold.ties-- <= 0) continue;
-    found.tensor[out] = candidate.tensor;
-    found.position[out++] = candidate.position;
-    least = std::min(least, candidate.key);
-  }
-  *found.count = out;
-  return out ? least : 0;
-}
-
-// The same, opening the tiles again: each task counts first, to know where it writes.
+// Writes the winners; each task counts first, to know where.
 int32_t write(const Problem& problem, const OpenTiles& tiles, Threshold threshold,
               NewEntries& found) {
   const int64_t tasks = tiles.num_tasks();
@@ -398,19 +322,21 @@ int32_t cut(const Threads& threads, const std::vector<PoolTensor>& pool, const A
   if (quota == 0 || num_tiles == 0) return 0;
   const Problem problem{threads, pool, active, num_tiles, quota, exp, eps, tile};
   std::vector<int32_t> bounds;
-  int32_t floor;
-  if (exp == 0.0) {
-    floor = kth_greatest(tile_max, num_tiles, quota);
-  } else {
+  if (!ranks_by_magnitude(exp)) {
     bounds = bounds_of(problem, tile_max, param_bound);
-    floor = tighten(problem, bounds);
     tile_max = bounds.data();
   }
-  const OpenTiles tiles(problem, tiles_reaching(problem, tile_max, floor));
-  std::vector<Candidate> candidates;
-  if (collect(problem, tiles, floor, candidates))
-    return write(candidates, rank(candidates, quota), found);
-  return write(problem, tiles, radix_select(tiles, floor, quota), found);
+  const Ranked ranked(tile_max, num_tiles);
+  Opening opening;
+  if (exp == 0.0) {
+    opening.floor = ranked.kth_greatest(quota);
+    opening.tiles = ranked.reaching(opening.floor);
+  } else {
+    opening = open_by_bound(problem, ranked);
+  }
+  const OpenTiles tiles(problem, std::move(opening.tiles));
+  if (quota <= kBufferedQuota) return collect(problem, tiles, opening.floor, found);
+  return write(problem, tiles, radix_select(tiles, opening.floor, quota), found);
 }
 
 }  // namespace sparse_optim::cpu

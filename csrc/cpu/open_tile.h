@@ -1,0 +1,55 @@
+// The importances of one tile at a time, and the vector loops that search integer keys.
+#pragma once
+#include <algorithm>
+
+#include "cpu/support.h"
+
+namespace sparse_optim::cpu {
+
+// What `cut` is asked for.
+struct Problem {
+  const Threads& threads;
+  const std::vector<PoolTensor>& pool;
+  const Active& active;
+  int64_t num_tiles;
+  int64_t quota;
+  double exp;
+  float eps;
+  int64_t tile;
+};
+
+struct Opened {
+  int64_t tensor, first, count;  // entries first..first + count - 1 of a pool tensor
+};
+
+// Importance keys of the entries of a tile, 0 for active ones and up to the next multiple of 16.
+Opened open_tile(const Problem& problem, int64_t tile_index, int32_t* out);
+
+// keys[i] = importance_key(importance(grad[i], param[i]))
+void importance_keys(double exp, float eps, const float* grad, const float* param, int64_t count,
+                     int32_t* keys);
+
+int32_t greatest(const int32_t* values, int64_t count);
+
+// The greatest of each run of 16 values.
+void block_maxima(const int32_t* values, int64_t count, int32_t* maxima);
+
+// counts[b] = how many of the 16 values from 16 b on reach the limit.
+void count_reaching(const int32_t* values, int64_t blocks, int32_t limit, int32_t* counts);
+
+// visit(i) for every values[i] >= limit, in order. `values` is readable up to a multiple of 16.
+// Most runs of 16 hold none, and are passed over by one comparison.
+template <class Visit>
+void visit_reaching(const int32_t* values, int64_t count, int32_t limit, Visit&& visit) {
+  int32_t counts[kMaxTile / 16];
+  const int64_t blocks = (count + 15) / 16;
+  count_reaching(values, blocks, limit, counts);
+  for (int64_t b = 0; b < blocks; ++b) {
+    if (counts[b] == 0) continue;
+    const int64_t end = std::min(count, 16 * b + 16);
+    for (int64_t i = 16 * b; i < end; ++i)
+      if (values[i] >= limit) visit(i);
+  }
+}
+
+}  // namespace sparse_optim::cpu
