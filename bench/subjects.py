@@ -116,10 +116,11 @@ def scan_alone(params: Sequence[Tensor], budget: int, quota: int) -> Subject:
     """The first operation of our step, the one that reads the gradients."""
     optimizer = midway(params, budget, quota, exp=0.0)
     grads = readable_grads(optimizer._pool, optimizer._names)
+    bound = optimizer._ops.bind(grads, optimizer._pool, optimizer._work.table)
     active = int(optimizer._active.progress[1])
     return Subject(
         {"name": "scan", "budget": budget, "active": active},
-        lambda: optimizer._scan(grads, []),
+        lambda: optimizer._scan(bound, []),
         moved_bytes=_scan_bytes(params, active),
     )
 

@@ -55,6 +55,9 @@ class Step:
     def __init__(self, params: list[Tensor], quota: int, exp: float, flush: Tensor) -> None:
         self.optimizer = midway(params, BUDGET, quota, exp)
         self.grads = readable_grads(self.optimizer._pool, self.optimizer._names)
+        self.bound = self.optimizer._ops.bind(
+            self.grads, self.optimizer._pool, self.optimizer._work.table
+        )
         self.flush = flush
         self.restore = snapshot(self.optimizer)
         self.active = int(self.optimizer._active.progress[1])
@@ -64,7 +67,7 @@ class Step:
     def call(self, name: str) -> None:
         """Run one operation."""
         dense: tuple[list[Tensor], ...] = ([],) if name == "scan" else ()
-        getattr(self.optimizer, f"_{name}")(self.grads, *dense)
+        getattr(self.optimizer, f"_{name}")(self.bound, *dense)
 
     def before(self, name: str) -> Callable[[], None]:
         """What must have happened before `name` can run, from the start of the step."""

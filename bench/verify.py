@@ -23,8 +23,9 @@ def check_selection(params: Sequence[Tensor], budget: int, quota: int, exp: floa
     grads = readable_grads(optimizer._pool, optimizer._names)
     with torch.no_grad():
         optimizer._prepare()
-        optimizer._scan(grads, [])
-        optimizer._cut(grads)
+        bound = optimizer._ops.bind(grads, optimizer._pool, optimizer._work.table)
+        optimizer._scan(bound, [])
+        optimizer._cut(bound)
         work, eps = optimizer._work, optimizer.importance.eps
         count = int(work.new_count)
         tensor, position = work.new_tensor[:count], work.new_position[:count].long()

@@ -148,11 +148,9 @@ def check_together(params: Sequence[Tensor], names: Sequence[str]) -> None:
 def readable_grads(params: Sequence[Tensor], names: Sequence[str]) -> list[Tensor]:
     """The gradients of `params`, contiguous; an empty tensor where there is none.
 
-    torch sees to it that a gradient has its parameter's dtype and device.
-
     Raises:
-        TypeError: a sparse gradient.
-        ValueError: a gradient of another shape than its parameter (after a write to `.data`).
+        TypeError: sparse or complex gradients, or a dtype that the kernels do not read.
+        ValueError: a gradient of another shape or on another device than its parameter.
     """
     grads = []
     for param, name in zip(params, names, strict=True):
@@ -165,9 +163,14 @@ def readable_grads(params: Sequence[Tensor], names: Sequence[str]) -> list[Tenso
                 f"the gradient of {name} is sparse ({grad.layout}); "
                 "build the layer with sparse=False"
             )
-        if grad.shape != param.shape:
+        if grad.dtype not in SUPPORTED_DTYPES:
+            raise TypeError(
+                f"the gradient of {name} is {grad.dtype}; expected float32, bfloat16 or float16"
+            )
+        if grad.shape != param.shape or grad.device != param.device:
             raise ValueError(
-                f"the gradient of {describe(param, name)} has shape {tuple(grad.shape)}"
+                f"the gradient of {describe(param, name)} on {param.device} has shape "
+                f"{tuple(grad.shape)} on {grad.device}"
             )
         grads.append(grad if grad.is_contiguous() else grad.contiguous())
     return grads

@@ -102,35 +102,38 @@ class Case:
     def copy(self) -> Case:
         return copy.deepcopy(self)
 
-    def scan_args(self) -> tuple[Any, ...]:
+    def bound(self, ops: ModuleType) -> Any:
+        return ops.bind(self.grads, self.params, self.work.table)
+
+    def scan_args(self, ops: ModuleType) -> tuple[Any, ...]:
         active, work = self.active, self.work
         return (
-            self.grads, self.dense_grads, active.position, active.offsets, work.tile_offsets,
+            self.bound(ops), self.dense_grads, active.position, active.offsets, work.tile_offsets,
             work.grad_scale, self.max_grad_norm, self.tile, work.tile_max, work.active_grad,
             work.grad_norm, work.grad_factor, work.found_inf, work.scratch,
         )  # fmt: skip
 
-    def cut_args(self) -> tuple[Any, ...]:
+    def cut_args(self, ops: ModuleType) -> tuple[Any, ...]:
         active, work = self.active, self.work
         return (
-            self.grads, self.params, active.position, active.offsets, work.tile_offsets,
+            self.bound(ops), active.position, active.offsets, work.tile_offsets,
             work.tile_max, work.param_bound, self.targets, active.progress, work.found_inf,
             self.exp, self.eps, self.tile, work.new_tensor, work.new_position, work.new_count,
             work.threshold, work.scratch,
         )  # fmt: skip
 
-    def append_args(self) -> tuple[Any, ...]:
+    def append_args(self, ops: ModuleType) -> tuple[Any, ...]:
         active, work = self.active, self.work
         return (
-            self.grads, self.params, work.new_tensor, work.new_position, work.new_count,
+            self.bound(ops), work.new_tensor, work.new_position, work.new_count,
             active.position, active.exp_avg, active.exp_avg_sq, active.unmask_step, active.master,
             work.active_grad, active.offsets, active.progress, work.scratch,
         )  # fmt: skip
 
-    def update_args(self) -> tuple[Any, ...]:
+    def update_args(self, ops: ModuleType) -> tuple[Any, ...]:
         active, work = self.active, self.work
         return (
-            self.grads, self.params, active.position, active.offsets, work.active_grad,
+            self.bound(ops), active.position, active.offsets, work.active_grad,
             work.grad_factor, work.found_inf, work.hyper, work.group_index, self.bias_correction,
             active.exp_avg, active.exp_avg_sq, active.unmask_step, active.master, active.progress,
         )  # fmt: skip
@@ -138,7 +141,7 @@ class Case:
     def step(self, ops: ModuleType, until: str = "update") -> Case:
         """Run the operations of a step, up to and including one of them."""
         for name in ("scan", "cut", "append", "update"):
-            getattr(ops, name)(*getattr(self, f"{name}_args")())
+            getattr(ops, name)(*getattr(self, f"{name}_args")(ops))
             if name == until:
                 break
         return self

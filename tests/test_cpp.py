@@ -35,7 +35,7 @@ def in_float64(case: Case) -> Case:
     if not twin.active.master.numel():
         twin.params = [param.double() for param in twin.params]
     twin.work.active_grad = twin.work.active_grad.double()
-    reference.update(*twin.update_args())
+    reference.update(*twin.update_args(reference))
     return twin
 
 
@@ -43,8 +43,8 @@ def assert_same_step(case: Case) -> Case:
     """Run one step on both backends, compare everything, and return what the C++ one left."""
     plain, fast = case.copy(), case.copy()
     for name in ("scan", "cut", "append"):
-        getattr(reference, name)(*getattr(plain, f"{name}_args")())
-        getattr(cpp, name)(*getattr(fast, f"{name}_args")())
+        getattr(reference, name)(*getattr(plain, f"{name}_args")(reference))
+        getattr(cpp, name)(*getattr(fast, f"{name}_args")(cpp))
     for name in EXACT_WORK:
         assert_same_bits(getattr(fast.work, name), getattr(plain.work, name), name)
     count = int(plain.work.new_count)
@@ -60,8 +60,8 @@ def assert_same_step(case: Case) -> Case:
 
     plain.work.grad_factor.copy_(fast.work.grad_factor)
     exact = in_float64(plain)
-    reference.update(*plain.update_args())
-    cpp.update(*fast.update_args())
+    reference.update(*plain.update_args(reference))
+    cpp.update(*fast.update_args(cpp))
     for name in EXACT_ACTIVE:
         assert_same_bits(getattr(fast.active, name), getattr(plain.active, name), name)
     for name in FLOAT_ACTIVE:
@@ -264,7 +264,7 @@ def test_every_16_bit_gradient_is_converted_exactly(dtype):
     grad = all_patterns(dtype)
     case = make_case([65536], grad_dtypes=[dtype], tile=1, quota=1)
     case.grads[0] = grad
-    cpp.scan(*case.scan_args())
+    cpp.scan(*case.scan_args(cpp))
     nan = grad.isnan()
     assert_same_bits(case.work.tile_max[~nan], grad[~nan].float().abs().view(torch.int32))
     assert (case.work.tile_max[nan] > reference.INFINITY_BITS).all()
@@ -273,7 +273,7 @@ def test_every_16_bit_gradient_is_converted_exactly(dtype):
     finite = torch.where(grad.float().abs() < 1e18, grad, 0)
     wide = make_case([65536], grad_dtypes=[dtype], tile=32, quota=1)
     wide.grads[0] = finite
-    cpp.scan(*wide.scan_args())
+    cpp.scan(*wide.scan_args(cpp))
     expected = finite.float().abs().view(torch.int32).view(-1, 32).amax(1)
     assert_same_bits(wide.work.tile_max, expected)
     exact = float(finite.double().square().sum().sqrt())

@@ -1,22 +1,31 @@
 """The compiled operators as torch sees them: schemas, shape functions, argument checks."""
 
+from typing import Any
+
 import pytest
 import torch
 from op_cases import DTYPES, Case, make_case
 
-pytest.importorskip("sparse_optim.cpp", reason="the C++ extension has not been built")
+cpp = pytest.importorskip("sparse_optim.cpp", reason="the C++ extension has not been built")
 
-OPS = ("scan", "cut", "append", "update")
+OPS = ("bind", "scan", "cut", "append", "update")
 
 
 def operator(name: str) -> torch._ops.OpOverload:
     return getattr(torch.ops.sparse_optim, name).default
 
 
+def arguments(name: str, case: Case) -> tuple[Any, ...]:
+    """The arguments of an operator."""
+    if name == "bind":
+        return case.grads, case.params, case.work.table
+    return getattr(case, f"{name}_args")(cpp)
+
+
 def before(name: str, case: Case) -> Case:
     """The case as it stands when an operation begins."""
     for previous in OPS[: OPS.index(name)]:
-        operator(previous)(*getattr(case, f"{previous}_args")())
+        operator(previous)(*arguments(previous, case))
     return case
 
 
@@ -35,7 +44,7 @@ POOLS = {
 @pytest.mark.parametrize("name", OPS)
 def test_opcheck(name, pool):
     case = before(name, make_case(**POOLS[pool]))
-    args = getattr(case, f"{name}_args")()
+    args = arguments(name, case)
     results = torch.library.opcheck(operator(name), args)
     assert set(results.values()) == {"SUCCESS"}
     assert len(results) == 4
@@ -48,13 +57,15 @@ def test_mutation_is_declared_to_autograd():
         for name in OPS
     }
     assert written == {
+        "bind": {"table"},
         "scan": {"tile_max", "active_grad", "grad_norm", "grad_factor", "found_inf", "scratch"},
         "cut": {"new_tensor", "new_position", "new_count", "threshold", "scratch"},
         "append": {
             "position", "exp_avg", "exp_avg_sq", "unmask_step", "master", "active_grad", "offsets",
             "progress", "scratch",
         },
-        "update": {"params", "exp_avg", "exp_avg_sq", "master", "progress"},
+        # and the parameters, whose addresses are in the table
+        "update": {"exp_avg", "exp_avg_sq", "master", "progress"},
     }  # fmt: skip
 
 
@@ -63,13 +74,18 @@ def names(name: str) -> list[str]:
 
 
 WRONG = [
-    ("scan", "grads", lambda grads: [grads[0].double(), grads[1]], "grads must be float32"),
-    ("scan", "grads", lambda grads: [grads[0].view(2, -1).t(), grads[1]], "grads must be contig"),
+    ("bind", "grads", lambda grads: [grads[0].double(), grads[1]], "grads must be float32"),
+    ("bind", "grads", lambda grads: [grads[0].view(2, -1).t(), grads[1]], "grads must be contig"),
+    ("bind", "params", lambda params: params[:1], "got 2 grads for 1 params"),
+    ("bind", "params", lambda params: [params[0][1:], params[1]], "has 1024 entries, its param"),
+    ("bind", "params", lambda params: [params[0].int(), params[1]], "params must be float32"),
+    ("bind", "table", lambda table: table[:1], "table must hold 8 elements, got 4"),
+    ("scan", "bound", lambda table: table[:1], "tile_offsets must hold 2 elements, got 3"),
     (
         "scan",
-        "grads",
-        lambda grads: [grads[0][:512], grads[1]],
-        "tile_offsets give tensor 0 2 tiles of 512 for 512",
+        "tile_offsets",
+        lambda offsets: offsets + torch.tensor([0, 1, 1]),
+        "tile_offsets give tensor 0 3 tiles of 512 for 1024",
     ),
     ("scan", "dense_grads", lambda grads: [grads[0].double()], "dense_grads must be float32"),
     ("scan", "position", lambda position: position.long(), "position has the wrong dtype"),
@@ -80,8 +96,6 @@ WRONG = [
     ("scan", "tile", lambda tile: 4097, "tile must be 1 to 4096, got 4097"),
     ("scan", "active_grad", lambda values: values[:-1], "active_grad must hold"),
     ("scan", "grad_norm", lambda norm: norm.float(), "grad_norm has the wrong dtype"),
-    ("cut", "params", lambda params: params[:1], "got 2 grads for 1 params"),
-    ("cut", "params", lambda params: [params[0][1:], params[1]], "has 1024 entries, its parameter"),
     ("cut", "param_bound", lambda bound: torch.zeros(3), "param_bound must hold 0 elements, got 3"),
     ("cut", "targets", lambda targets: targets[:0], "targets must hold at least one element"),
     ("cut", "targets", lambda targets: targets.int(), "targets has the wrong dtype"),
@@ -94,7 +108,6 @@ WRONG = [
     ("update", "group_index", lambda index: index + 7, r"group_index\[0\] is 7"),
     ("update", "group_index", lambda index: index - 1, r"group_index\[0\] is -1"),
     ("update", "hyper", lambda hyper: hyper.float(), "hyper has the wrong dtype"),
-    ("update", "params", lambda params: [params[0].int(), params[1]], "params must be float32"),
 ]
 
 
@@ -105,7 +118,7 @@ WRONG = [
 )
 def test_wrong_arguments_are_named(name, argument, change, message):
     case = before(name, make_case([1024, 60], num_active=30, dense_sizes=[8]))
-    args = list(getattr(case, f"{name}_args")())
+    args = list(arguments(name, case))
     index = names(name).index(argument)
     args[index] = change(args[index])
     with pytest.raises(RuntimeError, match=message):
@@ -119,6 +132,6 @@ def test_meta_tensors_run_nothing(name):
     meta = [
         [tensor.to("meta") for tensor in arg] if isinstance(arg, list)
         else arg.to("meta") if isinstance(arg, torch.Tensor) else arg
-        for arg in getattr(case, f"{name}_args")()
+        for arg in arguments(name, case)
     ]  # fmt: skip
     assert operator(name)(*meta) is None

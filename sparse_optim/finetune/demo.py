@@ -51,9 +51,9 @@ class Contender:
 
 
 CONTENDERS = (
-    Contender("ID3, 2% of the encoder", "id3", lr=7e-4, head_lr=5e-3),
-    Contender("full AdamW", "full", lr=1e-4, head_lr=1e-4),
-    Contender("frozen encoder", "frozen", lr=1e-2, head_lr=1e-2),
+    Contender("ID3, 1% of the encoder", "id3", lr=7e-4, head_lr=5e-3),
+    Contender("full AdamW", "full", lr=2e-4, head_lr=2e-4),
+    Contender("frozen encoder", "frozen", lr=5e-2, head_lr=5e-2),
 )
 
 
@@ -64,7 +64,7 @@ def configuration(contender: Contender, output: Path, steps: int) -> FinetuneCon
         dataset=DATASET,
         output=output / contender.method,
         method=contender.method,
-        budget=0.02,
+        budget=0.01,
         lr=contender.lr,
         head_lr=contender.head_lr,
         steps=steps,
