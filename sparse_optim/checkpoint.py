@@ -106,7 +106,9 @@ def _check_segment(segment: dict[str, Tensor], param: Tensor, name: str, keep_ma
         raise ValueError(f"checkpoint of {name}: expected {wanted}, found {sorted(segment)}")
     position = segment["position"]
     if position.dtype != torch.int32:
-        raise ValueError(f"checkpoint of {name}: position is {position.dtype}; expected torch.int32")
+        raise ValueError(
+            f"checkpoint of {name}: position is {position.dtype}; expected torch.int32"
+        )
     if len({segment[field].shape for field in wanted}) != 1 or position.dim() != 1:
         raise ValueError(f"checkpoint of {name}: its tensors have different lengths")
     if position.numel():

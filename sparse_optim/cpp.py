@@ -15,7 +15,6 @@ importlib.import_module("sparse_optim._C")  # registers torch.ops.sparse_optim
 TILE = 512
 
 
-
 def bind(grads: Sequence[Tensor], params: Sequence[Tensor], table: Tensor) -> Tensor:
     """Note pointers, sizes and dtypes in the table, which is what the operations take.
 

@@ -385,7 +385,7 @@ class MaskedAdamW(torch.optim.Optimizer):
             "threshold": float(self._work.threshold),
             "grad_norm": float(self._work.grad_norm),
             "backend": self.backend,
-            "state_bytes": num_bytes(self._active, self._work),
+            "state_bytes": num_bytes(self._active, self._work) + self._targets.nbytes,
             **{f"active/{name}": count for name, count in zip(self._names, counts, strict=True)},
         }
 

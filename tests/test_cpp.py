@@ -54,9 +54,10 @@ def assert_same_step(case: Case) -> Case:
     assert_same_bits(fast.work.active_grad[:total], plain.work.active_grad[:total], "active_grad")
     for name in (*EXACT_ACTIVE, *FLOAT_ACTIVE):
         assert_same_bits(getattr(fast.active, name), getattr(plain.active, name), name)
-    # Sums of at most 4096 squares in 32 lanes: 128 additions and a fold each.
-    torch.testing.assert_close(fast.work.grad_norm, plain.work.grad_norm, rtol=2**-21, atol=0)
-    torch.testing.assert_close(fast.work.grad_factor, plain.work.grad_factor, rtol=2**-21, atol=0)
+    # In the narrowest vectors (two chains of four) an eighth of a tile is added one by one.
+    rtol = (case.tile / 8 + 8) * 2**-24
+    torch.testing.assert_close(fast.work.grad_norm, plain.work.grad_norm, rtol=rtol, atol=0)
+    torch.testing.assert_close(fast.work.grad_factor, plain.work.grad_factor, rtol=rtol, atol=0)
 
     plain.work.grad_factor.copy_(fast.work.grad_factor)
     exact = in_float64(plain)
@@ -155,13 +156,27 @@ def test_any_step(**arguments):
     assert_same_step(make_case(**arguments))
 
 
+@pytest.mark.parametrize("quota", [100, 9000, 70_000])
+@pytest.mark.parametrize("exp", [0.0, 2.0, -1.0])
+@pytest.mark.parametrize("kind", ["ties", "rows"])
+def test_many_candidates(kind, exp, quota):
+    """Buffers that overflow and are trimmed, and quotas that go by radix selection."""
+    case = make_case(
+        [90_000, 1, 70_000], dtypes=[torch.bfloat16], kind=kind, quota=quota, num_active=3000,
+        exp=exp, eps=0.1,
+    )  # fmt: skip
+    plain, fast = case.copy().step(reference, "cut"), case.copy().step(cpp, "cut")
+    assert int(fast.work.new_count) == quota
+    for name in ("new_tensor", "new_position", "threshold"):
+        assert_same_bits(getattr(fast.work, name), getattr(plain.work, name), name)
+
+
 @pytest.mark.parametrize("quota", [200_000, 260_000])
 def test_hundreds_of_thousands_of_ties(quota):
-    """More candidates than the buffer of the cut holds: radix selection, ties by position."""
+    """A quota too large for a buffer: radix selection, ties by position."""
     size = 650_000
     case = make_case([size], dtypes=[torch.bfloat16], quota=quota, num_active=1000, kind="equal")
     case.grads[0][::7] = -0.5  # 92,858 above the tie
-    assert size > max(8 * 1000, 1 << 18)
     plain, fast = case.copy().step(reference, "cut"), case.copy().step(cpp, "cut")
     assert int(fast.work.new_count) == quota
     assert_same_bits(fast.work.new_position, plain.work.new_position)

@@ -52,7 +52,7 @@ class Contender:
 
 CONTENDERS = (
     Contender("ID3, 1% of the encoder", "id3", lr=7e-4, head_lr=5e-3),
-    Contender("full AdamW", "full", lr=2e-4, head_lr=2e-4),
+    Contender("full AdamW", "full", lr=3e-4, head_lr=5e-3),
     Contender("frozen encoder", "frozen", lr=5e-2, head_lr=5e-2),
 )
 

@@ -227,7 +227,8 @@ void finish(Case& c) {
   }
   const int64_t num_active = int64_t(positions.size());
   c.progress[1] = num_active;
-  c.quota = std::min(one_of({0, 1, 3, 40, 5000}), total - num_active);
+  // 70,000 is beyond what the cut collects in a buffer.
+  c.quota = std::min(one_of({0, 1, 3, 40, 5000, 70000}), total - num_active);
   c.capacity = num_active + c.quota;
   const size_t capacity = size_t(c.capacity);
   c.position.reset(new int32_t[capacity]);
@@ -285,9 +286,11 @@ bool check_scan(Case& c) {
     for (int64_t i = 0; i < grad.numel; ++i) add(grad.get(i));
   EXPECT(result.non_finite == non_finite, "non-finite");
   EXPECT(c.poisoned <= non_finite, "the poison was not seen");
+  // Not vectorized here, so that half a tile is added one after the other in float32.
+  const double rounding = (double(c.tile) / 2 + 4) * 0x1p-24;
   if (!non_finite)
-    EXPECT(std::fabs(result.sum_of_squares - squares) <= 1e-6 * squares + 1e-30, "%g against %g",
-           result.sum_of_squares, squares);
+    EXPECT(std::fabs(result.sum_of_squares - squares) <= rounding * squares + 1e-30,
+           "%.9g against %.9g", result.sum_of_squares, squares);
   return !non_finite;
 }
 
