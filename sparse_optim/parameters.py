@@ -116,8 +116,8 @@ def check_param(param: Tensor, name: str, mode: str) -> None:
         )
     if mode == "all" and not torch.ops.aten.is_non_overlapping_and_dense(param):
         raise ValueError(
-            f"{who} has gaps or overlaps in memory (strides {param.stride()}); make it dense before "
-            "building the optimizer: param.data = param.data.contiguous()"
+            f"{who} has gaps or overlaps in memory (strides {param.stride()}); make it dense "
+            "before building the optimizer: param.data = param.data.contiguous()"
         )
     if mode == "rank" and param.numel() > MAX_TENSOR_ENTRIES:
         raise ValueError(f"{who} has more than {MAX_TENSOR_ENTRIES} entries; split the tensor")

@@ -391,7 +391,7 @@ def _rank(key: Tensor, global_index: Tensor) -> Tensor:
 
 
 def _sqrt(value: Tensor) -> Tensor:
-    """Correctly rounded float32 square root: torch's own on the CPU may be off by one unit (MKL)."""
+    """Correctly rounded square root, float32: torch's own may be off by one unit on the CPU."""
     return value.double().sqrt().float()
 
 
