@@ -21,9 +21,20 @@ def _reference_backend_is_no_surprise() -> None:
         backends.resolve("auto", torch.device("cpu"))
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
 @pytest.fixture(autouse=True)
-def _nan_in_empty_tensors() -> Iterator[None]:
-    """Fill what `torch.empty` returns with NaN (integers: the greatest), so that reads show."""
+def _nan_in_empty_tensors(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fill what `torch.empty` returns with NaN (integers: the greatest), so that reads show.
+
+    Not on a GPU, where cuBLAS would refuse to be deterministic without an environment variable.
+    """
+    if request.node.get_closest_marker("gpu"):
+        yield
+        return
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
