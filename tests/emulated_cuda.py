@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
-FLAGS = (
-    "-std=c++17 -O1 -fPIC -shared -x c++ -ffp-contract=off -fno-strict-aliasing -Wall -Wextra "
-    "-Werror -Wno-unused-parameter -Wno-unknown-pragmas -Wno-unused-but-set-variable "
-    "-DSPARSE_OPTIM_EMULATED"
-).split()
+FLAGS = [
+    "-std=c++17", "-O1", "-fPIC", "-shared", "-x", "c++", "-DSPARSE_OPTIM_EMULATED",
+    "-ffp-contract=off", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Werror",
+    "-Wno-unused-parameter", "-Wno-unknown-pragmas", "-Wno-unused-but-set-variable",
+]  # fmt: skip
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 TILE = 96  # the kernels take any tile up to 4096; small ones keep the cases small
 GUARD = 64  # bytes behind the scratch memory that must stay as they are
