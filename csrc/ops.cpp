@@ -3,109 +3,57 @@
 // sparse_optim/reference.py.
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <cmath>
-#include <string>
 
+#include "checks.h"
 #include "cpu/kernels.h"
 
 namespace sparse_optim {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Tensors = std::vector<Tensor>;
-
-void check(const Tensor& tensor, const char* name, ScalarType dtype, int64_t numel = -1) {
-  STD_TORCH_CHECK(tensor.is_cpu(), name, " must be on the CPU");
-  STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, " has the wrong dtype");
-  STD_TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
-  STD_TORCH_CHECK(numel < 0 || tensor.numel() == numel, name, " must hold ", numel,
-                  " elements, got ", tensor.numel());
-}
-
-template <class T>
-T* data(const Tensor& tensor) {
-  return tensor.numel() ? static_cast<T*>(tensor.mutable_data_ptr()) : nullptr;
-}
+constexpr Place kCpu{};
 
 template <class T>
 T scalar(const Tensor& tensor) {
   return *static_cast<const T*>(tensor.const_data_ptr());
 }
 
-DType dtype_of(const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(tensor.is_cpu(), name, " must be on the CPU");
-  STD_TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    case ScalarType::Half: return DType::kFloat16;
-    default: STD_TORCH_CHECK(false, name, " must be float32, bfloat16 or float16");
-  }
-  return DType::kFloat32;
-}
-
-void check_tile(int64_t tile) {
-  STD_TORCH_CHECK(tile >= 1 && tile <= cpu::kMaxTile, "tile must be 1 to ", cpu::kMaxTile, ", got ",
-                  tile);
-}
-
-// Columns of the table that `bind` writes and the operations read.
-enum Column { kGrad, kParam, kNumel, kDTypes, kColumns };
-
 void bind(Tensors grads, Tensors params, Tensor table) {
-  STD_TORCH_CHECK(grads.size() == params.size(), "got ", grads.size(), " grads for ", params.size(),
-                  " params");
-  check(table, "table", ScalarType::Long, int64_t(params.size()) * kColumns);
   int64_t* row = data<int64_t>(table);
-  for (size_t i = 0; i < params.size(); ++i, row += kColumns) {
-    const Tensor &grad = grads[i], &param = params[i];
-    const int64_t grad_dtype = int64_t(dtype_of(grad, "grads"));
-    const int64_t param_dtype = int64_t(dtype_of(param, "params"));
-    const int64_t numel = param.numel(), grad_numel = grad.numel();
-    STD_TORCH_CHECK(grad_numel == 0 || grad_numel == numel, "grads[", i, "] has ", grad_numel,
-                    " entries, its parameter ", numel);
-    row[kGrad] = grad_numel ? reinterpret_cast<int64_t>(grad.const_data_ptr()) : 0;
-    row[kParam] = numel ? reinterpret_cast<int64_t>(param.mutable_data_ptr()) : 0;
-    row[kNumel] = numel;
-    row[kDTypes] = grad_dtype << 8 | param_dtype;
+  for (const Row& from : check_bind(kCpu, grads, params, table)) {
+    write_row(row, from);
+    row += kColumns;
   }
 }
 
-std::vector<cpu::PoolTensor> pool_of(const Tensor& table, const Tensor* tile_offsets,
-                                     int64_t tile) {
-  check(table, "bound", ScalarType::Long);
-  const int64_t size = table.numel() / kColumns;
-  std::vector<cpu::PoolTensor> pool(size);
-  const int64_t* row = data<int64_t>(table);
-  const int64_t* first_tile = nullptr;
-  if (tile_offsets) {
-    check(*tile_offsets, "tile_offsets", ScalarType::Long, size + 1);
-    first_tile = data<int64_t>(*tile_offsets);
-  }
-  for (int64_t i = 0; i < size; ++i, row += kColumns) {
-    pool[i] = {reinterpret_cast<const void*>(row[kGrad]),
-               reinterpret_cast<void*>(row[kParam]),
-               row[kNumel],
-               first_tile ? first_tile[i] : 0,
-               DType(row[kDTypes] >> 8),
-               DType(row[kDTypes] & 0xff)};
-    STD_TORCH_CHECK(
-        !first_tile || first_tile[i + 1] - first_tile[i] == (row[kNumel] + tile - 1) / tile,
-        "tile_offsets give tensor ", i, " ", first_tile[i + 1] - first_tile[i], " tiles of ", tile,
-        " for ", row[kNumel], " entries");
+std::vector<cpu::PoolTensor> pool_of(const Tensor& table) {
+  const int64_t size = check_bound(kCpu, table);
+  std::vector<cpu::PoolTensor> pool;
+  for (int64_t i = 0; i < size; ++i) {
+    const Row row = read_row(data<int64_t>(table), i);
+    pool.push_back({row.grad, row.param, row.numel, 0, row.grad_dtype, row.param_dtype});
   }
   return pool;
 }
 
-void check_active(const Tensor& position, const Tensor& offsets, size_t num_tensors) {
-  check(position, "position", ScalarType::Int);
-  check(offsets, "offsets", ScalarType::Long, int64_t(num_tensors) + 1);
-  const int64_t last = data<int64_t>(offsets)[num_tensors];
+std::vector<cpu::PoolTensor> tiled_pool_of(const Tensor& table, const Tensor& tile_offsets,
+                                           int64_t tile, const Tensor& tile_max) {
+  auto pool = pool_of(table);
+  check_tiles(kCpu, int64_t(pool.size()), tile, tile_offsets, tile_max);
+  const int64_t* first_tile = data<int64_t>(tile_offsets);
+  for (size_t i = 0; i < pool.size(); ++i) {
+    pool[i].first_tile = first_tile[i];
+    STD_TORCH_CHECK(first_tile[i + 1] - first_tile[i] == (pool[i].numel + tile - 1) / tile,
+                    "tile_offsets give tensor ", i, " ", first_tile[i + 1] - first_tile[i],
+                    " tiles of ", tile, " for ", pool[i].numel, " entries");
+  }
+  kCpu.check(tile_max, "tile_max", ScalarType::Int, first_tile[pool.size()]);
+  return pool;
+}
+
+void check_room(const Tensor& position, const Tensor& offsets) {
+  const int64_t last = data<int64_t>(offsets)[offsets.numel() - 1];
   STD_TORCH_CHECK(last >= 0 && last <= position.numel(), "offsets end at ", last,
                   ", beyond the capacity ", position.numel());
 }
@@ -124,20 +72,13 @@ void scan(Tensor bound, Tensors dense_grads, Tensor position, Tensor offsets, Te
           Tensor grad_scale, double max_grad_norm, int64_t tile, Tensor tile_max,
           Tensor active_grad, Tensor grad_norm, Tensor grad_factor, Tensor found_inf,
           Tensor scratch) {
-  check_tile(tile);
-  const auto pool = pool_of(bound, &tile_offsets, tile);
-  check(tile_max, "tile_max", ScalarType::Int, data<int64_t>(tile_offsets)[pool.size()]);
-  check_active(position, offsets, pool.size());
-  check(active_grad, "active_grad", ScalarType::Float, position.numel());
-  check(grad_scale, "grad_scale", ScalarType::Float, 1);
-  check(grad_norm, "grad_norm", ScalarType::Double, 1);
-  check(grad_factor, "grad_factor", ScalarType::Float, 1);
-  check(found_inf, "found_inf", ScalarType::Float, 1);
-  std::vector<cpu::DenseGrad> dense;
-  for (const Tensor& grad : dense_grads)
-    dense.push_back({grad.const_data_ptr(), grad.numel(), dtype_of(grad, "dense_grads")});
+  const auto pool = tiled_pool_of(bound, tile_offsets, tile, tile_max);
+  check_positions(kCpu, int64_t(pool.size()), position, offsets);
+  check_room(position, offsets);
+  check_scan(kCpu, position, grad_scale, active_grad, grad_norm, grad_factor, found_inf);
+  const auto dense = check_dense(kCpu, dense_grads);
 
-  cpu::Active active{};
+  Active active{};
   active.position = data<int32_t>(position);
   active.offsets = data<int64_t>(offsets);
   active.grad = data<float>(active_grad);
@@ -156,64 +97,35 @@ void cut(Tensor bound, Tensor position, Tensor offsets, Tensor tile_offsets, Ten
          Tensor param_bound, Tensor targets, Tensor progress, Tensor found_inf, double exp,
          double eps, int64_t tile, Tensor new_tensor, Tensor new_position, Tensor new_count,
          Tensor threshold, Tensor scratch) {
-  check_tile(tile);
-  const auto pool = pool_of(bound, &tile_offsets, tile);
-  check(tile_max, "tile_max", ScalarType::Int, data<int64_t>(tile_offsets)[pool.size()]);
-  check_active(position, offsets, pool.size());
-  check(param_bound, "param_bound", ScalarType::Float, exp < 0 ? tile_max.numel() : 0);
-  check(targets, "targets", ScalarType::Long);
-  check(progress, "progress", ScalarType::Long, 3);
-  check(found_inf, "found_inf", ScalarType::Float, 1);
-  check(new_tensor, "new_tensor", ScalarType::Int);
-  check(new_position, "new_position", ScalarType::Int, new_tensor.numel());
-  check(new_count, "new_count", ScalarType::Long, 1);
-  check(threshold, "threshold", ScalarType::Float, 1);
-  STD_TORCH_CHECK(targets.numel() > 0, "targets must hold at least one element");
+  const auto pool = tiled_pool_of(bound, tile_offsets, tile, tile_max);
+  check_positions(kCpu, int64_t(pool.size()), position, offsets);
+  check_room(position, offsets);
+  check_cut(kCpu, tile_max, param_bound, targets, progress, found_inf, exp, threshold);
+  NewEntries found = check_new(kCpu, new_tensor, new_position, new_count);
 
   const int64_t* counts = data<int64_t>(progress);
   const int64_t last = targets.numel() - 1;
   const int64_t target = data<int64_t>(targets)[counts[0] < last ? counts[0] + 1 : last];
   int64_t quota = target > counts[1] ? target - counts[1] : 0;
-  quota = quota < new_position.numel() ? quota : new_position.numel();
+  quota = quota < found.capacity ? quota : found.capacity;
   if (scalar<float>(found_inf) != 0.f) quota = 0;
 
-  cpu::Active active{};
+  Active active{};
   active.position = data<int32_t>(position);
   active.offsets = data<int64_t>(offsets);
-  cpu::NewEntries found{data<int32_t>(new_tensor), data<int32_t>(new_position),
-                        data<int64_t>(new_count), new_position.numel()};
   const int32_t key = cpu::cut(threads(), pool, active, tile_max.numel(), data<int32_t>(tile_max),
                                data<float>(param_bound), quota, exp, float(eps), tile, found);
   if (key) *data<float>(threshold) = from_bits(key);
 }
 
-cpu::Active active_of(const Tensor& position, const Tensor& exp_avg, const Tensor& exp_avg_sq,
-                      const Tensor& unmask_step, const Tensor& master, const Tensor& active_grad,
-                      const Tensor& offsets, const Tensor& progress, size_t num_tensors) {
-  const int64_t capacity = position.numel();
-  check_active(position, offsets, num_tensors);
-  check(exp_avg, "exp_avg", ScalarType::Float, capacity);
-  check(exp_avg_sq, "exp_avg_sq", ScalarType::Float, capacity);
-  check(unmask_step, "unmask_step", ScalarType::Int, capacity);
-  check(master, "master", ScalarType::Float, master.numel() ? capacity : 0);
-  check(active_grad, "active_grad", ScalarType::Float, capacity);
-  check(progress, "progress", ScalarType::Long, 3);
-  return {data<int32_t>(position),    data<float>(exp_avg),   data<float>(exp_avg_sq),
-          data<int32_t>(unmask_step), data<float>(master),    data<float>(active_grad),
-          data<int64_t>(offsets),     data<int64_t>(progress)};
-}
-
 void append(Tensor bound, Tensor new_tensor, Tensor new_position, Tensor new_count, Tensor position,
             Tensor exp_avg, Tensor exp_avg_sq, Tensor unmask_step, Tensor master,
             Tensor active_grad, Tensor offsets, Tensor progress, Tensor scratch) {
-  const auto pool = pool_of(bound, nullptr, 1);
-  cpu::Active active = active_of(position, exp_avg, exp_avg_sq, unmask_step, master, active_grad,
-                                 offsets, progress, pool.size());
-  check(new_tensor, "new_tensor", ScalarType::Int);
-  check(new_position, "new_position", ScalarType::Int, new_tensor.numel());
-  check(new_count, "new_count", ScalarType::Long, 1);
-  const cpu::NewEntries found{data<int32_t>(new_tensor), data<int32_t>(new_position),
-                              data<int64_t>(new_count), new_position.numel()};
+  const auto pool = pool_of(bound);
+  Active active = check_active(kCpu, int64_t(pool.size()), position, exp_avg, exp_avg_sq,
+                               unmask_step, master, active_grad, offsets, progress);
+  check_room(position, offsets);
+  const NewEntries found = check_new(kCpu, new_tensor, new_position, new_count);
   STD_TORCH_CHECK(
       *found.count <= found.capacity && active.progress[1] + *found.count <= position.numel(),
       "new_count is ", *found.count, ", more than there is room for");
@@ -223,26 +135,22 @@ void append(Tensor bound, Tensor new_tensor, Tensor new_position, Tensor new_cou
 void update(Tensor bound, Tensor position, Tensor offsets, Tensor active_grad, Tensor grad_factor,
             Tensor found_inf, Tensor hyper, Tensor group_index, std::string bias_correction,
             Tensor exp_avg, Tensor exp_avg_sq, Tensor unmask_step, Tensor master, Tensor progress) {
-  STD_TORCH_CHECK(bias_correction == "entry" || bias_correction == "global",
-                  "bias_correction must be 'entry' or 'global', got '", bias_correction, "'");
-  const auto pool = pool_of(bound, nullptr, 1);
-  cpu::Active active = active_of(position, exp_avg, exp_avg_sq, unmask_step, master, active_grad,
-                                 offsets, progress, pool.size());
-  check(grad_factor, "grad_factor", ScalarType::Float, 1);
-  check(found_inf, "found_inf", ScalarType::Float, 1);
-  check(hyper, "hyper", ScalarType::Double);
-  check(group_index, "group_index", ScalarType::Int, int64_t(pool.size()));
+  const auto pool = pool_of(bound);
+  const int64_t num_groups = check_update(kCpu, int64_t(pool.size()), bias_correction, grad_factor,
+                                          found_inf, hyper, group_index);
+  Active active = check_active(kCpu, int64_t(pool.size()), position, exp_avg, exp_avg_sq,
+                               unmask_step, master, active_grad, offsets, progress);
+  check_room(position, offsets);
   for (size_t i = 0; i < pool.size(); ++i) {
     const int32_t group = data<int32_t>(group_index)[i];
-    STD_TORCH_CHECK(group >= 0 && 6 * (int64_t(group) + 1) <= hyper.numel(), "group_index[", i,
-                    "] is ", group, ", but hyper has ", hyper.numel() / 6, " rows");
+    STD_TORCH_CHECK(group >= 0 && group < num_groups, "group_index[", i, "] is ", group,
+                    ", but hyper has ", num_groups, " rows");
   }
   if (scalar<float>(found_inf) != 0.f) {
     ++active.progress[2];
     return;
   }
-  static_assert(sizeof(cpu::Hyper) == 6 * sizeof(double));
-  cpu::update(threads(), pool, active, reinterpret_cast<const cpu::Hyper*>(data<double>(hyper)),
+  cpu::update(threads(), pool, active, reinterpret_cast<const Hyper*>(data<double>(hyper)),
               data<int32_t>(group_index), bias_correction == "entry", scalar<float>(grad_factor));
   ++active.progress[0];
 }

@@ -12,6 +12,7 @@ import torch
 # name -> (module, device type it runs on or None for any), fastest first.
 _BACKENDS: dict[str, tuple[str, str | None]] = {
     "cpp": ("sparse_optim.cpp", "cpu"),
+    "cuda": ("sparse_optim.cuda", "cuda"),
     "reference": ("sparse_optim.reference", None),
 }
 

@@ -75,4 +75,18 @@ SPARSE_OPTIM_INLINE int32_t importance_key(float score) {
 // Units in the last place that a bound through pow is raised by.
 constexpr int32_t kPowMargin = 16;
 
+SPARSE_OPTIM_INLINE int32_t raised_by_margin(int32_t key) {
+  return key < kInfinityBits - kPowMargin ? key + kPowMargin : kInfinityBits;
+}
+
+// The key of a tile's greatest |grad| with the param that favours it most. No entry of the tile
+// has a greater key.
+template <class Importance>
+SPARSE_OPTIM_INLINE int32_t bound_key(Importance importance, float grad, float param) {
+  return importance_key(importance(grad, param));
+}
+SPARSE_OPTIM_INLINE int32_t bound_key(ExpAny importance, float grad, float param) {
+  return grad > 0.f ? raised_by_margin(importance_key(importance(grad, param))) : 0;
+}
+
 }  // namespace sparse_optim

@@ -164,8 +164,7 @@ std::vector<int32_t> bounds_of(const Problem& problem, const int32_t* tile_max,
     importance_keys(problem.exp, problem.eps, grad.data(), param.data(), count,
                     bounds.data() + first);
     for (int64_t i = 0; !is_exact(problem.exp) && i < count; ++i)
-      if (grad[i] > 0.f)
-        bounds[first + i] = std::min(bounds[first + i] + kPowMargin, kInfinityBits);
+      if (grad[i] > 0.f) bounds[first + i] = raised_by_margin(bounds[first + i]);
   });
   return bounds;
 }

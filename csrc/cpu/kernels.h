@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "core/types.h"
+#include "core/pool.h"
 
 namespace sparse_optim::cpu {
 
@@ -17,31 +17,6 @@ struct PoolTensor {
   DType param_dtype;
 };
 
-// The active set; offsets[i]:offsets[i + 1] are the entries of pool tensor i.
-struct Active {
-  int32_t* position;
-  float* exp_avg;
-  float* exp_avg_sq;
-  int32_t* unmask_step;
-  float* master;  // null where every parameter is float32
-  float* grad;
-  int64_t* offsets;
-  int64_t* progress;  // applied steps, active entries, skipped steps
-};
-
-struct NewEntries {
-  int32_t* tensor;
-  int32_t* position;
-  int64_t* count;
-  int64_t capacity;
-};
-
-struct DenseGrad {
-  const void* grad;
-  int64_t numel;
-  DType dtype;
-};
-
 struct ScanResult {
   double sum_of_squares;
   bool non_finite;
@@ -52,13 +27,6 @@ struct Threads {
   int workers;
   void (*spawn)(int workers, void (*worker)(int, void*), void* context);
 };
-
-// One row of `hyper`: what AdamW needs to know of a param group.
-struct Hyper {
-  double lr, beta1, beta2, eps, weight_decay, sign;
-};
-
-constexpr int64_t kMaxTile = 4096;
 
 ScanResult scan(const Threads& threads, const std::vector<PoolTensor>& pool,
                 const std::vector<DenseGrad>& dense, const Active& active, int64_t tile,

@@ -11,6 +11,7 @@
 #include <cmath>
 #include <type_traits>
 
+#include "core/adamw.h"
 #include "cpu/support.h"
 
 namespace sparse_optim::cpu {
@@ -41,23 +42,12 @@ struct BiasTable {
   int64_t row(int64_t age) const { return std::min(age, int64_t(step_size.size())) - 1; }
 };
 
-struct Scalars {
-  float decay, keep1, beta2, keep2, eps, factor;
-};
-
 SPARSE_OPTIM_VECTORIZED void adamw(int64_t count, float* value, float* exp_avg, float* exp_avg_sq,
                                    const float* grad, const float* step_size,
-                                   const float* sqrt_bias_correction2, Scalars s) {
+                                   const float* sqrt_bias_correction2, AdamW step) {
 #pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    const float g = grad[i] * s.factor;
-    const float m = exp_avg[i] + s.keep1 * (g - exp_avg[i]);
-    const float v = exp_avg_sq[i] * s.beta2 + s.keep2 * (g * g);
-    exp_avg[i] = m;
-    exp_avg_sq[i] = v;
-    const float denominator = sqrtf(v) / sqrt_bias_correction2[i] + s.eps;
-    value[i] = value[i] * s.decay - step_size[i] * (m / denominator);
-  }
+  for (int64_t i = 0; i < count; ++i)
+    step(value[i], exp_avg[i], exp_avg_sq[i], grad[i], step_size[i], sqrt_bias_correction2[i]);
 }
 
 struct Task {
@@ -66,7 +56,7 @@ struct Task {
 
 template <class T>
 void update_task(T* param, const Active& active, int64_t first, int64_t last,
-                 const BiasTable& table, const Scalars& scalars, bool entry_age) {
+                 const BiasTable& table, const AdamW& step_of_entry, bool entry_age) {
   const int64_t step = active.progress[0] + 1;
   float value[kBlock], step_size[kBlock], sqrt_bias_correction2[kBlock];
   for (int64_t begin = first; begin < last; begin += kBlock) {
@@ -83,7 +73,7 @@ void update_task(T* param, const Active& active, int64_t first, int64_t last,
     }
     float* values = active.master ? active.master + begin : value;
     adamw(count, values, active.exp_avg + begin, active.exp_avg_sq + begin, active.grad + begin,
-          step_size, sqrt_bias_correction2, scalars);
+          step_size, sqrt_bias_correction2, step_of_entry);
     for (int64_t i = 0; i < count; ++i) store(param[position[i]], values[i]);
   }
 }
@@ -107,20 +97,18 @@ void update(const Threads& threads, const std::vector<PoolTensor>& pool, Active&
       tasks.push_back({int64_t(t), first, std::min(first + kPerTask, active.offsets[t + 1])});
   }
   std::vector<BiasTable> tables;
-  std::vector<Scalars> scalars;
+  std::vector<AdamW> steps;
   for (int32_t g = 0; g < num_groups; ++g) {
-    const Hyper& h = hyper[g];
-    tables.emplace_back(h, oldest);
-    scalars.push_back({float(1.0 - h.lr * h.weight_decay), float(1.0 - h.beta1), float(h.beta2),
-                       float(1.0 - h.beta2), float(h.eps), float(h.sign) * grad_factor});
+    tables.emplace_back(hyper[g], oldest);
+    steps.emplace_back(hyper[g], grad_factor);
   }
   for_each(threads, int64_t(tasks.size()), [&](int64_t i) {
     const Task& task = tasks[i];
     const int32_t group = group_index[task.tensor];
     visit_dtype(pool[task.tensor].param_dtype, pool[task.tensor].param, [&](auto* param) {
       using T = std::remove_const_t<std::remove_pointer_t<decltype(param)>>;
-      update_task(const_cast<T*>(param), active, task.first, task.last, tables[group],
-                  scalars[group], entry_age);
+      update_task(const_cast<T*>(param), active, task.first, task.last, tables[group], steps[group],
+                  entry_age);
     });
   });
 }

@@ -1,0 +1,169 @@
+// The CUDA kernels behind torch.ops.sparse_optim.{bind, scan, cut, append, update}, whose schemas
+// csrc/ops.cpp defines. LibTorch stable ABI only; compiles without nvcc.
+//
+// Nothing here reads a device tensor, so that no call waits for the device and a step can be
+// captured in a CUDA graph. Checks of contents (tile_offsets, offsets, group_index, new_count) are
+// therefore left to the CPU operators.
+#include <Python.h>
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
+
+#include "checks.h"
+#include "cuda/kernels.h"
+
+namespace sparse_optim {
+namespace {
+
+// The device of a call, made the current one, and its stream.
+class Device {
+ public:
+  Device(const Tensor& tensor, const char* name) : place{device_of(tensor, name)}, guard_(index()) {
+    void* current = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index(), &current));
+    stream = static_cast<cudaStream_t>(current);
+  }
+
+  const Place place;
+  cudaStream_t stream;
+
+ private:
+  static int32_t device_of(const Tensor& tensor, const char* name) {
+    STD_TORCH_CHECK(tensor.is_cuda(), name, " must be on a CUDA device");
+    return tensor.get_device_index();
+  }
+  int32_t index() const { return place.cuda_device; }
+
+  torch::stable::accelerator::DeviceGuard guard_;
+};
+
+cuda::Pool pool_of(const Device& device, const Tensor& bound) {
+  const int64_t num_tensors = check_bound(device.place, bound);
+  return {data<int64_t>(bound), nullptr, num_tensors, 0, 1};
+}
+
+cuda::Pool tiled_pool_of(const Device& device, const Tensor& bound, const Tensor& tile_offsets,
+                         int64_t tile, const Tensor& tile_max) {
+  cuda::Pool pool = pool_of(device, bound);
+  check_tiles(device.place, pool.num_tensors, tile, tile_offsets, tile_max);
+  STD_TORCH_CHECK(tile_max.numel() < int64_t(1) << 31, "the pool has ", tile_max.numel(),
+                  " tiles of ", tile, ", 2^31 or more");
+  pool.tile_offsets = data<int64_t>(tile_offsets);
+  pool.num_tiles = tile_max.numel();
+  pool.tile = tile;
+  return pool;
+}
+
+void* check_scratch(const Device& device, const Tensor& scratch, int64_t bytes) {
+  device.place.check(scratch, "scratch", ScalarType::Byte);
+  STD_TORCH_CHECK(scratch.numel() >= bytes, "scratch must hold ", bytes, " bytes, got ",
+                  scratch.numel(), "; size it with sparse_optim.cuda.scratch_bytes");
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(scratch.const_data_ptr()) % 8 == 0,
+                  "scratch must be aligned to 8 bytes");
+  return data<uint8_t>(scratch);
+}
+
+void bind(Tensors grads, Tensors params, Tensor table) {
+  const Device device(table, "table");
+  const auto rows = check_bind(device.place, grads, params, table);
+  STD_CUDA_CHECK(cuda::write_table(rows, data<int64_t>(table), device.stream));
+}
+
+void scan(Tensor bound, Tensors dense_grads, Tensor position, Tensor offsets, Tensor tile_offsets,
+          Tensor grad_scale, double max_grad_norm, int64_t tile, Tensor tile_max,
+          Tensor active_grad, Tensor grad_norm, Tensor grad_factor, Tensor found_inf,
+          Tensor scratch) {
+  const Device device(bound, "bound");
+  const cuda::Pool pool = tiled_pool_of(device, bound, tile_offsets, tile, tile_max);
+  check_positions(device.place, pool.num_tensors, position, offsets);
+  check_scan(device.place, position, grad_scale, active_grad, grad_norm, grad_factor, found_inf);
+  const auto dense = check_dense(device.place, dense_grads);
+  void* work = check_scratch(device, scratch, cuda::scan_scratch_bytes(pool.num_tiles));
+  const cuda::ScanOutput out{data<int32_t>(tile_max), data<float>(active_grad),
+                             data<double>(grad_norm), data<float>(grad_factor),
+                             data<float>(found_inf)};
+  STD_CUDA_CHECK(cuda::scan(pool, dense, data<int32_t>(position), data<int64_t>(offsets),
+                            data<float>(grad_scale), max_grad_norm, out, work, device.stream));
+}
+
+void cut(Tensor bound, Tensor position, Tensor offsets, Tensor tile_offsets, Tensor tile_max,
+         Tensor param_bound, Tensor targets, Tensor progress, Tensor found_inf, double exp,
+         double eps, int64_t tile, Tensor new_tensor, Tensor new_position, Tensor new_count,
+         Tensor threshold, Tensor scratch) {
+  const Device device(bound, "bound");
+  const cuda::Pool pool = tiled_pool_of(device, bound, tile_offsets, tile, tile_max);
+  check_positions(device.place, pool.num_tensors, position, offsets);
+  check_cut(device.place, tile_max, param_bound, targets, progress, found_inf, exp, threshold);
+  const NewEntries found = check_new(device.place, new_tensor, new_position, new_count);
+  void* work = check_scratch(device, scratch, cuda::cut_scratch_bytes(pool.num_tiles));
+  const cuda::CutInput in{data<int32_t>(tile_max),
+                          data<float>(param_bound),
+                          data<int64_t>(targets),
+                          targets.numel(),
+                          data<int64_t>(progress),
+                          data<float>(found_inf),
+                          exp,
+                          float(eps)};
+  STD_CUDA_CHECK(cuda::cut(pool, data<int32_t>(position), data<int64_t>(offsets), in, found,
+                           data<float>(threshold), work, device.stream));
+}
+
+void append(Tensor bound, Tensor new_tensor, Tensor new_position, Tensor new_count, Tensor position,
+            Tensor exp_avg, Tensor exp_avg_sq, Tensor unmask_step, Tensor master,
+            Tensor active_grad, Tensor offsets, Tensor progress, Tensor scratch) {
+  const Device device(bound, "bound");
+  const cuda::Pool pool = pool_of(device, bound);
+  const Active active = check_active(device.place, pool.num_tensors, position, exp_avg, exp_avg_sq,
+                                     unmask_step, master, active_grad, offsets, progress);
+  const NewEntries found = check_new(device.place, new_tensor, new_position, new_count);
+  void* work =
+      check_scratch(device, scratch, cuda::append_scratch_bytes(position.numel(), found.capacity));
+  STD_CUDA_CHECK(cuda::append(pool, found, active, position.numel(), work, device.stream));
+}
+
+void update(Tensor bound, Tensor position, Tensor offsets, Tensor active_grad, Tensor grad_factor,
+            Tensor found_inf, Tensor hyper, Tensor group_index, std::string bias_correction,
+            Tensor exp_avg, Tensor exp_avg_sq, Tensor unmask_step, Tensor master, Tensor progress) {
+  const Device device(bound, "bound");
+  const cuda::Pool pool = pool_of(device, bound);
+  const int64_t num_groups = check_update(device.place, pool.num_tensors, bias_correction,
+                                          grad_factor, found_inf, hyper, group_index);
+  STD_TORCH_CHECK(num_groups <= cuda::kMaxGroups, "hyper has ", num_groups,
+                  " rows; on CUDA an optimizer has at most ", cuda::kMaxGroups,
+                  " param groups: merge groups of equal options");
+  const Active active = check_active(device.place, pool.num_tensors, position, exp_avg, exp_avg_sq,
+                                     unmask_step, master, active_grad, offsets, progress);
+  STD_CUDA_CHECK(
+      cuda::update(pool, active, position.numel(), data<float>(grad_factor), data<float>(found_inf),
+                   reinterpret_cast<const Hyper*>(data<double>(hyper)), num_groups,
+                   data<int32_t>(group_index), bias_correction == "entry", device.stream));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(sparse_optim, CUDA, library) {
+  library.impl("bind", TORCH_BOX(&bind));
+  library.impl("scan", TORCH_BOX(&scan));
+  library.impl("cut", TORCH_BOX(&cut));
+  library.impl("append", TORCH_BOX(&append));
+  library.impl("update", TORCH_BOX(&update));
+}
+
+}  // namespace sparse_optim
+
+// scratch_bytes(num_tiles, capacity, max_quota): how long `scratch` must be.
+static PyObject* scratch_bytes(PyObject*, PyObject* arguments) {
+  long long num_tiles, capacity, max_quota;
+  if (!PyArg_ParseTuple(arguments, "LLL", &num_tiles, &capacity, &max_quota)) return nullptr;
+  return PyLong_FromLongLong(sparse_optim::cuda::scratch_bytes(num_tiles, capacity, max_quota));
+}
+
+static PyMethodDef functions[] = {{"scratch_bytes", scratch_bytes, METH_VARARGS, nullptr},
+                                  {nullptr, nullptr, 0, nullptr}};
+static PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_C_cuda", nullptr, -1, functions, nullptr, nullptr, nullptr, nullptr};
+extern "C" PyMODINIT_FUNC PyInit__C_cuda(void) {
+  return PyModule_Create(&module);
+}

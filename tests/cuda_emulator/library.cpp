@@ -1,0 +1,66 @@
+// The CUDA launchers as C functions for ctypes, run by the emulator. Pointers are of host memory.
+// Each returns 0, or an error number where threads waited for others that never came.
+#include "cuda/kernels.h"
+
+using namespace sparse_optim;
+using cuda::Pool;
+
+extern "C" {
+
+// How many multiprocessors to pretend, which sets the grids; and the order of threads and blocks.
+void configure(int multiprocessors, unsigned seed) {
+  emulator::multiprocessors = multiprocessors;
+  emulator::shuffle_order.seed(seed);
+}
+
+int64_t scratch_bytes(int64_t num_tiles, int64_t capacity, int64_t max_quota) {
+  return cuda::scratch_bytes(num_tiles, capacity, max_quota);
+}
+
+// rows: (num_tensors, 5) of grad, param, numel and the two dtypes.
+int write_table(const int64_t* rows, int64_t num_tensors, int64_t* table) {
+  std::vector<Row> list;
+  for (const int64_t* row = rows; row != rows + 5 * num_tensors; row += 5)
+    list.push_back({reinterpret_cast<const void*>(row[0]), reinterpret_cast<void*>(row[1]), row[2],
+                    DType(row[3]), DType(row[4])});
+  return cuda::write_table(list, table, nullptr);
+}
+
+// dense: (num_dense, 3) of gradient, numel, dtype.
+int scan(Pool pool, const int64_t* dense, int64_t num_dense, const int32_t* position,
+         const int64_t* offsets, const float* grad_scale, double max_grad_norm, int32_t* tile_max,
+         float* active_grad, double* grad_norm, float* grad_factor, float* found_inf,
+         void* scratch) {
+  std::vector<DenseGrad> list;
+  for (const int64_t* row = dense; row != dense + 3 * num_dense; row += 3)
+    list.push_back({reinterpret_cast<const void*>(row[0]), row[1], DType(row[2])});
+  return cuda::scan(pool, list, position, offsets, grad_scale, max_grad_norm,
+                    {tile_max, active_grad, grad_norm, grad_factor, found_inf}, scratch, nullptr);
+}
+
+int cut(Pool pool, const int32_t* position, const int64_t* offsets, const int32_t* tile_max,
+        const float* param_bound, const int64_t* targets, int64_t num_targets,
+        const int64_t* progress, const float* found_inf, double exp, double eps,
+        int32_t* new_tensor, int32_t* new_position, int64_t* new_count, int64_t max_quota,
+        float* threshold, void* scratch) {
+  return cuda::cut(
+      pool, position, offsets,
+      {tile_max, param_bound, targets, num_targets, progress, found_inf, exp, float(eps)},
+      {new_tensor, new_position, new_count, max_quota}, threshold, scratch, nullptr);
+}
+
+int append(Pool pool, int32_t* new_tensor, int32_t* new_position, int64_t* new_count,
+           int64_t max_quota, Active active, int64_t capacity, void* scratch) {
+  return cuda::append(pool, {new_tensor, new_position, new_count, max_quota}, active, capacity,
+                      scratch, nullptr);
+}
+
+int update(Pool pool, Active active, int64_t capacity, const float* grad_factor,
+           const float* found_inf, const double* hyper, int64_t num_groups,
+           const int32_t* group_index, int entry_age) {
+  return cuda::update(pool, active, capacity, grad_factor, found_inf,
+                      reinterpret_cast<const Hyper*>(hyper), num_groups, group_index,
+                      entry_age != 0, nullptr);
+}
+
+}  // extern "C"

@@ -1,0 +1,59 @@
+"""Every CUDA source compiles for every architecture, without a warning or a spill; and it links.
+
+What the kernels compute is the business of test_cuda_emulator.py. No GPU runs them here.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+ARCHS = {"sm_80", "sm_86", "sm_90"}
+LINE = re.compile(r"(\S+\.cu) (sm_\d+) (\S+): (\d+) registers, (\d+) bytes spilled")
+
+
+def run_setup(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "setup.py", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+def test_cuda_sources_compile_link_and_import_without_spills():
+    pytest.importorskip("sparse_optim.cpp", reason="the C++ extension has not been built")
+    checked = run_setup("check_cuda", "--link")
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert "linked and imported" in checked.stdout
+    kernels = {(name, arch): int(spilled) for _, arch, name, _, spilled in
+               LINE.findall(checked.stdout)}  # fmt: skip
+    assert {arch for name, arch in kernels if name == "scan_kernel"} == ARCHS
+    assert {arch for name, arch in kernels if name == "write_kernel<ExpAny>"} == ARCHS
+    assert not [kernel for kernel, spilled in kernels.items() if spilled]
+
+
+def test_a_demanded_cuda_backend_that_cannot_be_built_is_an_error():
+    torch = pytest.importorskip("torch")
+    if torch.version.cuda:
+        pytest.skip("torch is built with CUDA: nothing stands in the way")
+    refused = run_setup("--name", SPARSE_OPTIM_CUDA="1")
+    assert refused.returncode != 0
+    assert "SPARSE_OPTIM_CUDA=1 demands the CUDA backend, but torch has no CUDA" in refused.stderr
+
+
+def test_switch_takes_only_0_and_1():
+    refused = run_setup("--name", SPARSE_OPTIM_CUDA="yes")
+    assert "SPARSE_OPTIM_CUDA must be 0 or 1, got 'yes'" in refused.stderr
