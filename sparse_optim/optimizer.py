@@ -155,12 +155,11 @@ class MaskedAdamW(torch.optim.Optimizer):
             buffer.fill_(default) if given is None else buffer.copy_(given.squeeze())
         if not self._fingerprints:
             self._fingerprints = [fingerprint(param) for param in self._pool]
-        written = [
-            index
-            for index, (param, version) in enumerate(zip(self._pool, self._versions, strict=True))
-            if param._version != version
-        ]
-        if written:
+        if self._keeps_values:
+            versions = zip(self._pool, self._versions, strict=True)
+            written = [
+                i for i, (param, version) in enumerate(versions) if param._version != version
+            ]
             self._refresh(written)
 
     def _scan(self, bound: Any, dense_grads: list[Tensor]) -> None:
@@ -197,7 +196,13 @@ class MaskedAdamW(torch.optim.Optimizer):
         )  # fmt: skip
         # Compiled operators write behind autograd's back: bump the versions that it checks.
         torch.autograd.graph.increment_version(self._pool)
-        self._versions = [param._version for param in self._pool]
+        if self._keeps_values:
+            self._versions = [param._version for param in self._pool]
+
+    @property
+    def _keeps_values(self) -> bool:
+        """Whether anything here was computed from parameter values that others may overwrite."""
+        return bool(self._work.param_bound.numel() or self._active.master.numel())
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its entries join the pool after all others. The budget stays as it is.

@@ -1,4 +1,8 @@
-"""state_dict, load_state_dict, extend, deepcopy and pickle: a run goes on as if never stopped."""
+"""state_dict, load_state_dict, extend, deepcopy and pickle: a run goes on as if never stopped.
+
+Faults that were planted by hand, and what saw both (test_resume_is_bit_for_bit): moments cast to
+the parameter's dtype on loading; master values taken from a model that is loaded only later.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,21 @@
-"""The C++ kernels against the reference: selections exact, floats within rounding."""
+"""The C++ kernels against the reference: selections exact, floats within rounding.
+
+That these tests can fail: faults that were planted by hand, and a test that saw each. The
+sanitizers' harness saw all of them too, except where noted.
+
+    cut     ties to the higher index, one tie too few          test_edge_sizes
+            the last active entry of a tile not masked         test_edge_sizes
+            active entries not masked at all                   test_kinds_of_gradients
+            bounds of exp < 0 too low                          test_kinds_of_gradients
+            floor one unit too high                            test_edge_sizes
+            bin of the cut counted twice (radix)               test_many_candidates
+    scan    active entries not masked                          test_edge_sizes
+            last entry of an odd tile left out                 test_edge_sizes
+            one entry beyond an odd tile read                  test_edge_sizes
+    update  age one too great, weight decay left out           test_edge_sizes
+            eps scaled with the square root                    test_kinds_of_gradients
+            bfloat16 truncated instead of rounded              test_every_16_bit_value_is_stored...
+"""
 
 import math
 
