@@ -86,6 +86,9 @@ struct Buffer {
     } else if (dtype == DType::kBFloat16) {
       const uint16_t half = uint16_t(uint32_t(to_bits(value)) >> 16);
       std::memcpy(at(i), &half, 2);
+    } else if (std::isnan(value)) {
+      const uint16_t half = 0x7e00;
+      std::memcpy(at(i), &half, 2);
     } else {  // truncated to eleven bits, subnormal below 2^-14
       int exponent;
       const double fraction = std::frexp(std::fabs(double(value)), &exponent);
@@ -195,7 +198,8 @@ Case random_case(int64_t number) {
     Buffer& victim = c.grads[size_t(below(count))];
     const size_t index = size_t(&victim - c.grads.data());
     if (victim.numel && !c.missing[index]) {
-      victim.set(below(victim.numel), below(2) ? INFINITY : -INFINITY);
+      const float poisons[] = {INFINITY, -INFINITY, NAN};
+      victim.set(below(victim.numel), poisons[below(3)]);
       c.poisoned = true;
     }
   }
