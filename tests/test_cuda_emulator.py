@@ -3,8 +3,26 @@
 Shows that what the kernels compute is right, at any order of threads and blocks between barriers.
 Cannot show races between blocks that run at once, memory ordering or speed: no GPU has run them.
 
-Faults planted by hand, and what caught them:
-FAULTS
+Faults planted by hand, one at a time, and what caught them (a crash is a write out of bounds that
+followed):
+
+    no barrier after zeroing the bins of a digit      test_no_more_tiles_are_opened_than_the_quota
+    no barrier between zeroing and setting tile marks a crash in the cut tests
+    no barrier before a block prefix is added up      a crash in the cut tests
+    no barrier before a tile's winners are stored     all cut tests
+    no __syncwarp after clearing the marks of a tile  scan_finds_non_finite, active_at_tile_edges
+    last active entry of a tile missed                scan_equals_reference, append_keeps_the_order
+    last entry of the tail missed                     scan_equals_reference, cut_equals_reference
+    marks not shifted by the unaligned head           scan_equals_reference, scan_reads_whole_tiles
+    ties to the higher index within 32 entries        ties_go_to_the_lower, all cut tests
+    ties to the last tiles instead of the first       ties_go_to_the_lower, cut_of_equal_gradients
+    tiles whose bound equals the limit left out       ties_go_to_the_lower, cut_equals_reference
+    bounds with |param| = 1 instead of 0              cut_equals_reference
+    entries at an insertion point not moved           append_keeps_the_order, whole_step
+    age of an entry one too low                       whole_step
+    infinity not counted as non-finite                scan_finds_non_finite_gradients
+    second launch of the table at the first's place   many_tensors_fill_the_table
+    count of arrived blocks not reset                 all cut tests
 """
 
 from __future__ import annotations
@@ -15,13 +33,11 @@ import shutil
 import emulated_cuda
 import pytest
 import torch
+from cuda_cases import FLOAT, TILE, Case, check_cut, check_exact, check_scan, check_state, run_both
 
-from sparse_optim import reference
-from sparse_optim.active_set import ActiveSet, WorkSpace
+from sparse_optim import D3, Increment, MaskedAdamW, backends, reference
 
 EXPS = (-1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
-TILE = emulated_cuda.TILE
-FLOAT = torch.float32
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++")
 
@@ -34,167 +50,6 @@ def _library(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _device():
     emulated_cuda.configure(multiprocessors=1, seed=0)
-
-
-class Case:
-    """Tensors of the pool and all buffers, with some entries active; one for each backend."""
-
-    def __init__(
-        self, sizes, *, seed=0, grad_dtypes=(FLOAT,), param_dtypes=(FLOAT,), shift=0, missing=(),
-        active=0.05, quota=20, max_quota=None, levels=None, tile=TILE, exp=0.0, spread=2.0,
-    ):  # fmt: skip
-        self.generator = torch.Generator().manual_seed(seed)
-        self.tile, self.exp = tile, exp
-        self.params, self.grads, masks = [], [], []
-        for i, size in enumerate(sizes):
-            scale = 10.0 ** (spread * (torch.rand((), generator=self.generator) - 1))
-            param, grad = self._normal(size), self._normal(size) * scale
-            if levels is not None:
-                grad = (grad.sign() * torch.randint(0, levels + 1, (size,))).float()
-            grad = grad.to(grad_dtypes[i % len(grad_dtypes)])
-            if shift:
-                padded = torch.empty(size + shift, dtype=grad.dtype)
-                padded[shift:] = grad
-                grad = padded[shift:]
-            self.params.append(param.to(param_dtypes[i % len(param_dtypes)]))
-            self.grads.append(grad.new_empty(0) if i in missing else grad)
-            masks.append(torch.rand(size, generator=self.generator) < active)
-        self.max_quota = quota if max_quota is None else max_quota
-        self.num_active = int(sum(mask.sum() for mask in masks))
-        self.capacity = self.num_active + self.max_quota
-        self._allocate(masks, quota)
-
-    def _normal(self, size):
-        return torch.randn(size, generator=self.generator)
-
-    def _allocate(self, masks, quota):
-        num_tiles = sum(-(-param.numel() // self.tile) for param in self.params)
-        groups = [i % 2 for i in range(len(self.params))]
-        device = torch.device("cpu")
-        self.state = ActiveSet.empty(self.params, self.capacity, device)
-        self.work = WorkSpace.empty(
-            self.params, groups, 2, self.capacity, self.max_quota, self.tile, self.exp < 0,
-            emulated_cuda.scratch_bytes(num_tiles, self.capacity, self.max_quota), device,
-        )  # fmt: skip
-        step = 7
-        segments = []
-        for mask, param in zip(masks, self.params, strict=True):
-            position = mask.nonzero().squeeze(1)
-            count = position.numel()
-            segments.append(
-                {
-                    "position": position.int(),
-                    "exp_avg": self._normal(count),
-                    "exp_avg_sq": self._normal(count).square(),
-                    "unmask_step": torch.randint(
-                        1, step + 1, (count,), generator=self.generator, dtype=torch.int32
-                    ),
-                    "master": param[position].float(),
-                }
-            )
-        self.state.fill(segments, torch.tensor([step, self.num_active, 3]))
-        self.targets = torch.arange(step + 4) * 0 + self.num_active + quota
-        self.work.hyper.copy_(
-            torch.tensor([[1e-2, 0.9, 0.999, 1e-8, 0.1, 1.0], [3e-3, 0.5, 0.99, 1e-6, 0.0, -1.0]])
-        )
-        if self.exp < 0:
-            bounds = [reference.tile_abs_max(param, self.tile) for param in self.params]
-            self.work.param_bound.copy_(torch.cat(bounds))
-        for name in ("active_grad", "grad_norm", "grad_factor"):
-            getattr(self.work, name).fill_(math.nan)
-        self.work.tile_max.fill_(-1)
-
-    def copy(self):
-        """The same case in memory of its own (gradients are read only, and shared)."""
-        other = object.__new__(Case)
-        other.__dict__.update(self.__dict__)
-        other.params = [param.clone() for param in self.params]
-        for name in ("state", "work"):
-            owner = getattr(self, name)
-            clones = {key: value.clone() for key, value in vars(owner).items()}
-            setattr(other, name, type(owner)(**clones))
-        return other
-
-    def bind(self, ops):
-        self.bound = ops.bind(self.grads, self.params, self.work.table)
-
-    def scan(self, ops, dense=(), max_grad_norm=math.inf):
-        state, work = self.state, self.work
-        ops.scan(
-            self.bound, list(dense), state.position, state.offsets, work.tile_offsets,
-            work.grad_scale, max_grad_norm, self.tile, work.tile_max, work.active_grad,
-            work.grad_norm, work.grad_factor, work.found_inf, work.scratch,
-        )  # fmt: skip
-
-    def cut(self, ops):
-        state, work = self.state, self.work
-        ops.cut(
-            self.bound, state.position, state.offsets, work.tile_offsets, work.tile_max,
-            work.param_bound, self.targets, state.progress, work.found_inf, self.exp, 1e-3,
-            self.tile, work.new_tensor, work.new_position, work.new_count, work.threshold,
-            work.scratch,
-        )  # fmt: skip
-
-    def append(self, ops):
-        state, work = self.state, self.work
-        ops.append(
-            self.bound, work.new_tensor, work.new_position, work.new_count, state.position,
-            state.exp_avg, state.exp_avg_sq, state.unmask_step, state.master, work.active_grad,
-            state.offsets, state.progress, work.scratch,
-        )  # fmt: skip
-
-    def update(self, ops, bias_correction="entry"):
-        state, work = self.state, self.work
-        ops.update(
-            self.bound, state.position, state.offsets, work.active_grad, work.grad_factor,
-            work.found_inf, work.hyper, work.group_index, bias_correction, state.exp_avg,
-            state.exp_avg_sq, state.unmask_step, state.master, state.progress,
-        )  # fmt: skip
-
-
-def run_both(case, *steps, **options):
-    """The case after these operations by the reference, and by the emulated kernels."""
-    results = []
-    for ops in (reference, emulated_cuda):
-        own = case.copy()
-        own.bind(ops)
-        for name in steps:
-            getattr(own, name)(ops, **options.get(name, {}))
-        results.append(own)
-    return results
-
-
-def check_exact(expected, actual, owner, *names):
-    for name in names:
-        want, got = getattr(getattr(expected, owner), name), getattr(getattr(actual, owner), name)
-        assert torch.equal(want.nan_to_num(nan=-7.0), got.nan_to_num(nan=-7.0)), name
-
-
-def check_cut(expected, actual):
-    count = int(expected.work.new_count)
-    assert int(actual.work.new_count) == count
-    assert torch.equal(actual.work.new_tensor[:count], expected.work.new_tensor[:count])
-    assert torch.equal(actual.work.new_position[:count], expected.work.new_position[:count])
-    assert actual.work.threshold == expected.work.threshold
-
-
-def check_scan(expected, actual, rtol=1e-6):
-    check_exact(expected, actual, "work", "tile_max", "active_grad", "found_inf")
-    for name in ("grad_norm", "grad_factor"):
-        want, got = getattr(expected.work, name), getattr(actual.work, name)
-        torch.testing.assert_close(got, want, rtol=rtol, atol=0, equal_nan=True, msg=name)
-
-
-def check_state(expected, actual):
-    check_exact(expected, actual, "state", "position", "unmask_step", "offsets", "progress")
-    total = int(expected.state.progress[1])
-    for name in ("exp_avg", "exp_avg_sq", "master"):
-        want, got = getattr(expected.state, name), getattr(actual.state, name)
-        # A handful of float32 roundings, relative to the terms that are added up.
-        torch.testing.assert_close(got[:total], want[:total], rtol=2e-6, atol=1e-7, msg=name)
-    for want, got in zip(expected.params, actual.params, strict=True):
-        unit = torch.finfo(want.dtype).eps  # a rounding to the parameter's dtype may flip
-        torch.testing.assert_close(got, want, rtol=2 * unit, atol=1e-7)
 
 
 EDGES = [0, 1, TILE - 1, TILE, TILE + 1, 3 * TILE + 5, 31, 33]
@@ -242,8 +97,9 @@ def test_scan_finds_non_finite_gradients(value, place):
     dense = [torch.ones(100)]
     active = set(case.state.position[: int(case.state.offsets[1])].tolist())
     index = next(i for i in range(TILE, 2 * TILE) if (i in active) == (place == "active"))
-    (dense[0] if place == "dense" else case.grads[0])[index % 100 if dense else index] = value
-    if place != "dense":
+    if place == "dense":
+        dense[0][99] = value
+    else:
         case.grads[0][index] = value
     expected, actual = run_both(case, "scan", scan={"dense": dense})
     assert actual.work.found_inf == 1
@@ -327,6 +183,13 @@ def test_quota_is_at_most_the_room_for_new_entries():
     check_cut(expected, actual)
 
 
+@pytest.mark.parametrize("exp", [0.0, 1.0])
+def test_tiles_most_of_whose_entries_are_active(exp):
+    emulated_cuda.configure(multiprocessors=1, seed=3)
+    case = Case([3 * 512, 700], tile=512, exp=exp, active=0.7, quota=100)
+    check_cut(*run_both(case, "scan", "cut"))
+
+
 def test_infinite_and_nan_parameters_are_ranked_as_in_the_reference():
     for exp in EXPS:
         case = Case([2 * TILE], exp=exp, quota=12)
@@ -340,6 +203,18 @@ def test_infinite_and_nan_parameters_are_ranked_as_in_the_reference():
 def test_many_tiles_take_several_chunks():
     case = Case([5000], tile=1, quota=700, active=0.01)
     check_cut(*run_both(case, "scan", "cut"))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_more_tiles_are_opened_than_the_quota(seed):
+    """With exp = 0 bounds are exact. (Too low a limit would go unnoticed: results stay right.)"""
+    emulated_cuda.configure(multiprocessors=2, seed=seed)
+    case = Case([40 * TILE], quota=7, seed=seed)
+    case.bind(emulated_cuda)
+    case.scan(emulated_cuda)
+    case.cut(emulated_cuda)
+    # `num_listed` of the Selection that the scratch memory begins with (csrc/cuda/select.h)
+    assert case.work.scratch[: 8 * 2052].view(torch.int64)[2048 + 3] == 7
 
 
 def test_cut_of_a_general_exponent_by_the_same_pow():
@@ -411,6 +286,38 @@ def test_skipped_step_moves_nothing_but_its_count():
 def test_many_tensors_fill_the_table_in_several_launches():
     case = Case([3] * 300, quota=30)
     check_cut(*run_both(case, "scan", "cut"))
+
+
+def test_a_training_run_unmasks_what_the_reference_does(monkeypatch):
+    monkeypatch.setitem(backends._BACKENDS, "emulated", ("emulated_cuda", "cpu"))
+    torch.manual_seed(0)
+    start = [torch.randn(300).bfloat16(), torch.randn(17), torch.randn(2, 65)]
+    runs = {}
+    for name in ("reference", "emulated"):
+        params = [torch.nn.Parameter(value.clone()) for value in start]
+        optimizer = MaskedAdamW(
+            params, lr=1e-2, importance=D3(exp=0.0), selection=Increment(90, total_steps=6),
+            max_grad_norm=1.0, backend=name,
+        )  # fmt: skip
+        generator = torch.Generator().manual_seed(1)
+        for step in range(7):
+            for param in params:
+                param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
+            if step == 2:
+                params[1].grad[3] = math.nan
+            params[2].grad = None if step == 4 else params[2].grad
+            optimizer.step()
+        runs[name] = optimizer, params
+    (expected, params), (actual, emulated_params) = runs.values()
+    assert actual.backend == "emulated"
+    for want, got in zip(
+        expected.active_entries().values(), actual.active_entries().values(), strict=True
+    ):
+        assert torch.equal(got, want)
+    assert actual.metrics()["skipped_steps"] == 1
+    assert actual.metrics()["active"] == 90
+    for want, got in zip(params, emulated_params, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5 if want.dtype == FLOAT else 8e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(5))

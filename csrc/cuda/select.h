@@ -25,7 +25,7 @@ struct Selection {
   int64_t ties;        // result: how many of the keys equal to `limit` belong
   int64_t num_listed;  // tiles that `compact` listed
   int32_t prefix;
-  int32_t limit;      // result: the k-th greatest key; 1, the least there is, if fewer than k are
+  int32_t limit;      // result: the k-th greatest key; the least that counts, if fewer than k do
   int32_t exhausted;  // fewer than k
   int32_t least;      // least key among the new entries
   unsigned arrived;   // blocks of the running kernel
@@ -61,8 +61,8 @@ __device__ inline void take_digit(Selection& state, Digit digit) {
 }
 
 // Notes the result after the last digit, and makes ready for the next selection.
-__device__ inline void finish_selection(Selection& state) {
-  state.limit = state.exhausted ? 1 : state.prefix;
+__device__ inline void finish_selection(Selection& state, int32_t least) {
+  state.limit = state.exhausted ? least : state.prefix;
   state.ties = state.exhausted ? state.quota : state.wanted;
   state.wanted = state.quota;
   state.prefix = 0;
@@ -77,10 +77,11 @@ __global__ void __launch_bounds__(kThreads, kResident)
   __shared__ unsigned bins[kBins];
   Selection& state = *selection;
   if (state.quota == 0) return;
+  const int32_t least = source.least(state);
   if (!state.exhausted) {
     for (int b = int(threadIdx.x); b < kBins; b += kThreads) bins[b] = 0;
     __syncthreads();
-    const int32_t prefix = state.prefix, least = source.least(state);
+    const int32_t prefix = state.prefix;
     const int above = digit.shift + digit.bits;
     source.visit(state, [&](int32_t key) {
       if (key < least || (key ^ prefix) >> above) return;
@@ -93,7 +94,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
   if (!is_last_block(&state.arrived)) return;
   if (!state.exhausted) take_digit(state, digit);
   __syncthreads();
-  if (threadIdx.x == 0 && digit.shift == 0) finish_selection(state);
+  if (threadIdx.x == 0 && digit.shift == 0) finish_selection(state, least);
 }
 
 template <class Source>

@@ -1,9 +1,9 @@
 // Runs CUDA kernels on the CPU, unchanged: one fiber per CUDA thread, one block at a time.
 //
-// Between barriers, threads run in a shuffled order, and so do the blocks of a grid: a missing
-// barrier, or a result that depends on the order of atomics, shows. A barrier or a warp operation
-// that not all threads reach is reported instead of hanging. What it cannot show: races between
-// blocks that run at the same time, memory ordering, and speed.
+// Between barriers, threads run in a shuffled order, warps get ahead of each other, and blocks run
+// in a shuffled order: a missing barrier, or a result that depends on the order of atomics, shows.
+// A barrier or a warp operation that not all threads reach is reported instead of hanging. What it
+// cannot show: races between blocks that run at the same time, memory ordering, and speed.
 #pragma once
 #include <ucontext.h>
 
@@ -106,18 +106,23 @@ inline bool run_block(int threads) {
   std::vector<int> order(threads);
   std::iota(order.begin(), order.end(), 0);
   for (int i = 0; i < threads; ++i) fibers[i]->state = State::kReady;
+  unsigned stalled = shuffle_order();
   for (;;) {
     std::shuffle(order.begin(), order.end(), shuffle_order);
-    bool any = false;
+    bool ready = false, ran = false;
     for (int i : order) {
       if (fibers[i]->state != State::kReady) continue;
+      ready = true;
+      if (stalled >> (i / kWarp) & 1u) continue;
       resume(i);
-      any = true;
+      ran = true;
     }
+    // Half of the warps stand still until the others can go no further, or nearly so.
+    if (!ran || shuffle_order() % 32 == 0) stalled = shuffle_order();
     for (int first = 0; first < threads; first += kWarp)
-      any |= release(first, std::min(first + kWarp, threads), State::kAtWarpBarrier);
-    any |= release(0, threads, State::kAtBlockBarrier);
-    if (any) continue;
+      ready |= release(first, std::min(first + kWarp, threads), State::kAtWarpBarrier);
+    ready |= release(0, threads, State::kAtBlockBarrier);
+    if (ready) continue;
     return std::all_of(order.begin(), order.end(),
                        [](int i) { return fibers[i]->state == State::kIdle; });
   }
