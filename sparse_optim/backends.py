@@ -65,8 +65,8 @@ def _fastest(device_type: str) -> str:
             continue
         if name == "reference":
             warnings.warn(
-                f"no compiled sparse_optim backend for {device_type} is picked automatically: steps "
-                "run on the exact but slow reference backend; see the README, Limits",
+                f"no compiled sparse_optim backend is taken for {device_type}: steps run on the "
+                "exact but slow reference backend; see the README, Limits",
                 RuntimeWarning,
                 stacklevel=2,
             )
