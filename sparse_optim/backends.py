@@ -12,6 +12,8 @@ import torch
 # name -> (module, device type it runs on or None for any), fastest first.
 _BACKENDS: dict[str, tuple[str, str | None]] = {
     "cpp": ("sparse_optim.cpp", "cpu"),
+    # torch calls AMD devices "cuda" too.
+    "triton": ("sparse_optim.triton_kernels", "cuda"),
     "reference": ("sparse_optim.reference", None),
 }
 

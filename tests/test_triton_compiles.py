@@ -1,0 +1,182 @@
+"""Every Triton kernel compiles ahead of time for the GPUs that we name, within their registers.
+
+    no stack, no local memory (spills);  score computations without approximate or fused operations
+
+This shows that kernels compile and how, not that they run: no GPU takes part.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from sparse_optim.triton_kernels import TILE  # noqa: E402
+
+append, cut, scan, tiles, update = (
+    importlib.import_module(f"sparse_optim.triton_kernels.{name}")
+    for name in ("append", "cut", "scan", "tiles", "update")
+)
+
+ARCHITECTURES = (80, 86, 90)  # A100, A6000, H100 and H200
+
+# Types of the arguments by name, the same in every kernel.
+TYPES = {
+    "table_ptr": "*i64",
+    "position_ptr": "*i32",
+    "offsets_ptr": "*i64",
+    "tile_offsets_ptr": "*i64",
+    "tile_tensor_ptr": "*i32",
+    "tile_start_ptr": "*i64",
+    "tile_max_ptr": "*i32",
+    "tile_squares_ptr": "*fp32",
+    "partial_ptr": "*fp64",
+    "active_grad_ptr": "*fp32",
+    "found_inf_ptr": "*fp32",
+    "grad_scale_ptr": "*fp32",
+    "grad_norm_ptr": "*fp64",
+    "grad_factor_ptr": "*fp32",
+    "max_grad_norm": "fp32",
+    "hyper_ptr": "*fp64",
+    "group_index_ptr": "*i32",
+    "exp_avg_ptr": "*fp32",
+    "exp_avg_sq_ptr": "*fp32",
+    "unmask_step_ptr": "*i32",
+    "master_ptr": "*fp32",
+    "progress_ptr": "*i64",
+    "num_tensors": "i32",
+    "num_tiles": "i32",
+    "numel": "i64",
+    "targets_ptr": "*i64",
+    "new_count_ptr": "*i64",
+    "new_tensor_ptr": "*i32",
+    "new_position_ptr": "*i32",
+    "threshold_ptr": "*fp32",
+    "param_bound_ptr": "*fp32",
+    "state_ptr": "*i64",
+    "histogram_ptr": "*i32",
+    "counts_ptr": "*i64",
+    "list_ptr": "*i32",
+    "num_targets": "i32",
+    "max_quota": "i32",
+    "eps": "fp32",
+    "insert_at_ptr": "*i64",
+    "fresh_ptr": "*i32",
+    "staged_ptr": "*i32",
+    "first_ptr": "*i32",
+    "second_ptr": "*i32",
+    "third_ptr": "*i32",
+    "capacity": "i32",
+}
+
+
+class Variant(NamedTuple):
+    """A kernel as some launcher starts it."""
+
+    kernel: Any
+    constants: dict[str, Any]
+    warps: int
+    types: dict[str, str] = {}
+    fuses: bool = True
+
+
+VARIANTS = {
+    "locate": Variant(tiles.locate_kernel, {"TILE": TILE, "BLOCK": tiles.LOCATE_BLOCK}, 4),
+    "scan": Variant(
+        scan.scan_kernel, {"TILE": TILE, "GATHER": scan.GATHER_BLOCK}, scan.SCAN_WARPS
+    ),
+    "sum": Variant(scan.sum_kernel, {"BLOCK": scan.SUM_BLOCK}, 4),
+    "dense bf16": Variant(
+        scan.dense_kernel, {"BLOCK": scan.DENSE_BLOCK}, 8, types={"grad_ptr": "*bf16"}
+    ),
+    "norm": Variant(scan.norm_kernel, {"CLIPS": True, "PARTIALS": scan.NUM_PARTIALS}, 1),
+    "update": Variant(
+        update.update_kernel,
+        {"ENTRY_AGE": True, "HAS_MASTER": False, "BLOCK": update.UPDATE_BLOCK},
+        update.UPDATE_WARPS,
+    ),
+    "update master": Variant(
+        update.update_kernel,
+        {"ENTRY_AGE": False, "HAS_MASTER": True, "BLOCK": update.UPDATE_BLOCK},
+        update.UPDATE_WARPS,
+    ),
+    "count_step": Variant(update.count_step_kernel, {}, 1),
+    "plan": Variant(cut.plan_kernel, {}, 1),
+    "insert": Variant(append.insert_kernel, {"BLOCK": append.INSERT_BLOCK}, 4),
+    "merge": Variant(append.merge_kernel, {"HAS_THIRD": True, "BLOCK": append.MERGE_BLOCK}, 4),
+    "copy_back": Variant(
+        append.copy_back_kernel, {"HAS_THIRD": True, "BLOCK": append.MERGE_BLOCK}, 4
+    ),
+    "grow": Variant(append.grow_kernel, {"BLOCK": append.OFFSETS_BLOCK}, 4),
+}
+
+
+def cut_variants(exp: float) -> dict[str, Variant]:
+    """The kernels that compute importances, as `cut` launches them."""
+    bounds = {"EXP": exp, "BLOCK": cut.BOUND_BLOCK}
+    listing = {**bounds, "BINS": cut.BINS, "PROGRAMS": cut.NUM_PROGRAMS}
+    opening = {"EXP": exp, "TILE": TILE}
+    last = {"PASS": 2, "SHIFT": 0, "PREVIOUS": 10, "BINS": cut.DIGIT_BINS}
+    shares = {"BINS": cut.DIGIT_BINS, "PROGRAMS": cut.NUM_PROGRAMS}
+    return {
+        name.format(exp): Variant(kernel, constants, warps, fuses=False)
+        for name, kernel, constants, warps in (
+            ("bound_histogram {}", cut.bound_histogram_kernel, bounds, 4),
+            ("list count {}", cut.list_kernel, {**listing, "WRITES": False}, 4),
+            ("list write {}", cut.list_kernel, {**listing, "WRITES": True}, 4),
+            ("maxima {}", cut.maxima_kernel, opening, cut.OPEN_WARPS),
+            ("digit {}", cut.digit_kernel, {**opening, **last}, cut.OPEN_WARPS),
+            ("count {}", cut.count_kernel, {**opening, **shares}, cut.OPEN_WARPS),
+            ("write {}", cut.write_kernel, {**opening, **shares}, cut.OPEN_WARPS),
+        )
+    }
+
+
+EXACT_EXPS = (-1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
+SCORES = {name: variant for exp in EXACT_EXPS for name, variant in cut_variants(exp).items()}
+VARIANTS |= SCORES
+
+
+@functools.cache
+def compiled(name: str, architecture: int) -> Any:
+    variant = VARIANTS[name]
+    names = variant.kernel.arg_names
+    types = {
+        arg: "constexpr" if arg in variant.constants else {**TYPES, **variant.types}[arg]
+        for arg in names
+    }
+    aligned = {
+        (index,): [["tt.divisibility", 16]]
+        for index, arg in enumerate(names)
+        if types[arg].startswith("*")
+    }
+    constants = {(names.index(arg),): value for arg, value in variant.constants.items()}
+    return triton.compile(
+        ASTSource(variant.kernel, types, constexprs=constants, attrs=aligned),
+        target=GPUTarget("cuda", architecture, 32),
+        options={"num_warps": variant.warps, "enable_fp_fusion": variant.fuses},
+    )
+
+
+def usage(kernel: Any) -> dict[str, int]:
+    """Registers a thread, and bytes of stack, shared and local memory."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        report = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", report)
+    return {key: int(value) for key, value in found}
