@@ -19,7 +19,7 @@ _BACKENDS: dict[str, tuple[str, str | None]] = {
 
 
 def operations(backend: str) -> Any:
-    """The module of a backend: `TILE`, `scratch_bytes`, `bind`, `scan`, `cut`, `append`, `update`."""
+    """The module of a backend: TILE, scratch_bytes, bind, scan, cut, append, update."""
     return importlib.import_module(_BACKENDS[backend][0])
 
 

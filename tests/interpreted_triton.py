@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import itertools
 import math
 import os
 from collections.abc import Sequence
@@ -145,7 +146,7 @@ def make_case(
         chosen = torch.randperm(sum(sizes), generator=generator)[:num_active].sort().values
         positions = [
             (chosen[(chosen >= a) & (chosen < b)] - a).tolist()
-            for a, b in zip(starts[:-1], starts[1:], strict=True)
+            for a, b in itertools.pairwise(starts)
         ]
     case = assemble(params, grads, dense, positions, quota, options, generator)
     return case
@@ -381,17 +382,13 @@ def test_found_inf_skips_the_step() -> None:
     got = case.run(kernels, "scan", "cut", "append", "update")
     assert got.active.progress.tolist() == [STEP, 12, 3]
     assert all(map(torch.equal, got.params, case.params))
-    assert_bits(
-        got, case, "position", "exp_avg", "exp_avg_sq", "unmask_step", "master", "offsets"
-    )
+    assert_bits(got, case, "position", "exp_avg", "exp_avg_sq", "unmask_step", "master", "offsets")
 
 
 @pytest.mark.parametrize("exp", [0.0, 1.0])
 def test_whole_step(exp: float) -> None:
     case = make_case(dtypes=(F32, BF16), exp=exp, max_grad_norm=1.0, dense_sizes=(4,))
-    got, want = (
-        case.run(ops, "scan", "cut", "append", "update") for ops in (kernels, reference)
-    )
+    got, want = (case.run(ops, "scan", "cut", "append", "update") for ops in (kernels, reference))
     assert_bits(got, want, "position", "offsets", "unmask_step", "progress")
     for param, expected in zip(got.params, want.params, strict=True):
         assert_close(param, expected)

@@ -12,17 +12,18 @@ import importlib
 import re
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pytest
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
+from sparse_optim.triton_kernels import TILE  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
-
-from sparse_optim.triton_kernels import TILE  # noqa: E402
 
 append, cut, scan, tiles, update = (
     importlib.import_module(f"sparse_optim.triton_kernels.{name}")
@@ -87,15 +88,13 @@ class Variant(NamedTuple):
     kernel: Any
     constants: dict[str, Any]
     warps: int
-    types: dict[str, str] = {}
+    types: Mapping[str, str] = MappingProxyType({})
     fuses: bool = True
 
 
 VARIANTS = {
     "locate": Variant(tiles.locate_kernel, {"TILE": TILE, "BLOCK": tiles.LOCATE_BLOCK}, 4),
-    "scan": Variant(
-        scan.scan_kernel, {"TILE": TILE, "GATHER": scan.GATHER_BLOCK}, scan.SCAN_WARPS
-    ),
+    "scan": Variant(scan.scan_kernel, {"TILE": TILE, "GATHER": scan.GATHER_BLOCK}, scan.SCAN_WARPS),
     "sum": Variant(scan.sum_kernel, {"BLOCK": scan.SUM_BLOCK}, 4),
     "dense bf16": Variant(
         scan.dense_kernel, {"BLOCK": scan.DENSE_BLOCK}, 8, types={"grad_ptr": "*bf16"}
@@ -138,14 +137,24 @@ def cut_variants(exp: float) -> dict[str, Variant]:
             ("maxima {}", cut.maxima_kernel, opening, cut.OPEN_WARPS),
             ("digit {}", cut.digit_kernel, {**opening, **last}, cut.OPEN_WARPS),
             ("count {}", cut.count_kernel, {**opening, **shares}, cut.OPEN_WARPS),
-            ("write {}", cut.write_kernel, {**opening, **shares}, cut.OPEN_WARPS),
+            ("write {}", cut.write_kernel, {**opening, **shares}, cut.WRITE_WARPS),
         )
     }
 
 
+# All kernels that score, with one exponent, and two of them with every other.
 EXACT_EXPS = (-1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
-SCORES = {name: variant for exp in EXACT_EXPS for name, variant in cut_variants(exp).items()}
+VARIANTS |= cut_variants(2.0)
+ALL_KERNELS = tuple(VARIANTS)
+SCORES = {
+    name: variant
+    for exp in EXACT_EXPS
+    for name, variant in cut_variants(exp).items()
+    if exp == 2.0 or name.startswith(("bound_histogram", "count"))
+}
 VARIANTS |= SCORES
+# What would round a score other than the reference does.
+INEXACT = re.compile(r"div\.full|\.approx|\.ftz|\bfma\.")
 
 
 @functools.cache
@@ -180,3 +189,31 @@ def usage(kernel: Any) -> dict[str, int]:
         ).stdout
     found = re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", report)
     return {key: int(value) for key, value in found}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("name", ALL_KERNELS)
+def test_kernel_spills_nothing(name: str, architecture: int) -> None:
+    used = usage(compiled(name, architecture))
+    assert used["STACK"] == used["LOCAL"] == 0, used
+    assert used["REG"] <= 128, used  # 16 warps of it fill a multiprocessor's 65536 registers
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_scores_are_correctly_rounded(name: str) -> None:
+    ptx = compiled(name, 90).asm["ptx"]
+    assert not INEXACT.findall(ptx)
+    exp = SCORES[name].constants["EXP"]
+    assert ("div.rn.f32" in ptx) == (exp > 0)
+    assert ("sqrt.rn.f32" in ptx) == (abs(exp) == 0.5)
+
+
+def test_fused_operations_would_be_noticed() -> None:
+    """`update` may fuse; it shows that the pattern finds what it looks for."""
+    assert "fma." in INEXACT.findall(compiled("update", 90).asm["ptx"])
+
+
+def test_scan_reads_sixteen_bytes_at_a_time() -> None:
+    """Four such loads of float32 a thread, and two each of bfloat16 and float16."""
+    loads = re.findall(r"ld\.global\.v4\.b32", compiled("scan", 90).asm["ptx"])
+    assert len(loads) == 4 + 2 + 2

@@ -5,7 +5,7 @@ Block sizes are named constants, not tuned at run time: trials of an in-place ke
 once each. Not run on a GPU yet: compiled ahead of time for sm_80, 86 and 90, and interpreted
 against the reference.
 
-Installed as `sparse_optim.triton_kernels`, since the top-level name belongs to Triton's own package.
+Installed as `sparse_optim.triton_kernels`: the top-level name belongs to Triton's own package.
 """
 
 from .append import append, append_pieces

@@ -6,9 +6,9 @@
                     (a search in its tensor's segment), and i new ones
     out[j]       <- new entry i where insert_at[i] = j, else active entry j - (new entries before j)
 
-Every program reads what others would overwrite, so the merged arrays are staged in scratch, three at
-a time (12 bytes an entry of capacity), and copied back. Only what stands behind the first insertion
-moves: 16 bytes per array and entry. Bitwise equal to the reference.
+Every program reads what others would overwrite, so the merged arrays are staged in scratch, three
+at a time (12 bytes an entry of capacity), and copied back. Only what stands behind the first
+insertion moves: 16 bytes per array and entry. Bitwise equal to the reference.
 Not run on a GPU yet: compiled ahead of time and interpreted.
 """
 
@@ -35,13 +35,7 @@ MERGE_BLOCK = 512
 INSERT_BLOCK = 128
 OFFSETS_BLOCK = 256
 
-# Words of a new entry, in the order in which arrays are merged, three at a time.
-POSITION = tl.constexpr(0)
-EXP_AVG = tl.constexpr(1)
-EXP_AVG_SQ = tl.constexpr(2)
-UNMASK_STEP = tl.constexpr(3)
-ACTIVE_GRAD = tl.constexpr(4)
-MASTER = tl.constexpr(5)
+# Arrays to merge, and how many of them at a time.
 NUM_WORDS = 6
 TOGETHER = 3
 
@@ -54,7 +48,7 @@ def append_pieces(capacity: int, max_quota: int) -> Pieces:
     ]  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_quota"])
 def insert_kernel(
     table_ptr,
     new_tensor_ptr,
@@ -78,23 +72,26 @@ def insert_kernel(
         tl.load(progress_ptr + 1), position,
     )  # fmt: skip
     row_ptr = table_ptr + tensor * COLUMNS
-    grad = load_entries(
-        tl.load(row_ptr + GRAD), grad_dtype(table_ptr, tensor), position, in_bounds
-    )
+    grad = load_entries(tl.load(row_ptr + GRAD), grad_dtype(table_ptr, tensor), position, in_bounds)
     param = load_entries(
         tl.load(row_ptr + PARAM), param_dtype(table_ptr, tensor), position, in_bounds
     )
     zero = tl.zeros((BLOCK,), tl.int32)
     step = zero + (tl.load(progress_ptr) + 1).to(tl.int32)
-    word_ptr = fresh_ptr + offs
     tl.store(insert_at_ptr + offs, before + offs, mask=in_bounds)
-    tl.store(word_ptr + POSITION * max_quota, position, mask=in_bounds)
-    tl.store(word_ptr + EXP_AVG * max_quota, zero, mask=in_bounds)
-    tl.store(word_ptr + EXP_AVG_SQ * max_quota, zero, mask=in_bounds)
-    tl.store(word_ptr + UNMASK_STEP * max_quota, step, mask=in_bounds)
-    grad_word, master_word = grad.to(tl.int32, bitcast=True), param.to(tl.int32, bitcast=True)
-    tl.store(word_ptr + ACTIVE_GRAD * max_quota, grad_word, mask=in_bounds)
-    tl.store(word_ptr + MASTER * max_quota, master_word, mask=in_bounds)
+    # Rows of `fresh`, in the order in which the arrays are merged.
+    word_ptr = fresh_ptr + offs
+    tl.store(word_ptr, position, mask=in_bounds)
+    word_ptr += max_quota
+    tl.store(word_ptr, zero, mask=in_bounds)
+    word_ptr += max_quota
+    tl.store(word_ptr, zero, mask=in_bounds)
+    word_ptr += max_quota
+    tl.store(word_ptr, step, mask=in_bounds)
+    word_ptr += max_quota
+    tl.store(word_ptr, grad.to(tl.int32, bitcast=True), mask=in_bounds)
+    word_ptr += max_quota
+    tl.store(word_ptr, param.to(tl.int32, bitcast=True), mask=in_bounds)
 
 
 @triton.jit
@@ -104,7 +101,7 @@ def merge_words(word_ptr, fresh_ptr, staged_ptr, offs, place, is_new, moves):
     tl.store(staged_ptr + offs, tl.where(is_new, new, old), mask=moves)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_quota", "capacity"])
 def merge_kernel(
     first_ptr,
     second_ptr,
@@ -140,7 +137,7 @@ def merge_kernel(
         merge_words(third_ptr, fresh_ptr, staged_ptr, offs, place, is_new, moves)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity"])
 def copy_back_kernel(
     first_ptr,
     second_ptr,
@@ -168,7 +165,7 @@ def copy_back_kernel(
         tl.store(third_ptr + offs, tl.load(staged_ptr + offs, mask=moves), mask=moves)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tensors"])
 def grow_kernel(
     new_tensor_ptr,
     new_count_ptr,

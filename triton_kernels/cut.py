@@ -34,8 +34,9 @@ from .work import Pieces, blocks_of, carve
 
 # Bounds that one program ranks at once.
 BOUND_BLOCK = 1024
-# Programs that share the tiles when they are listed, and the list when tiles are opened: a few for
-# each multiprocessor of the largest GPUs. Each reads the counts of all, so not many more. Unmeasured.
+# Programs that share the tiles when they are listed, and the list when tiles are opened: a few
+# for each multiprocessor of the largest GPUs, not many more since each reads the counts of all.
+# Unmeasured.
 NUM_PROGRAMS = 512
 # Histograms by the upper 12 bits (exponent and four of the fraction: a bin is 6% wide) for floors,
 # which need not be exact; 11, 10 and 10 bits for entries, together all 31.
@@ -44,6 +45,8 @@ BINS = 4096
 DIGIT_SHIFTS = (20, 10, 0)
 DIGIT_BINS = 2048
 OPEN_WARPS = 8
+# Two running counts over a tile: with eight warps a thread took 206 registers.
+WRITE_WARPS = 16
 
 # Places in `state`, int64: the quota, tiles listed, then what the passes over digits fix: upper
 # bits of the threshold so far (-1: fewer candidates than the quota), winners among what they match.
@@ -67,7 +70,7 @@ def cut_pieces(num_tiles: int) -> Pieces:
 
 @triton.jit
 def find_bin(histogram_ptr, wanted, BINS: tl.constexpr):
-    """The bin of the wanted-th greatest (-1 if there are fewer), and how many are in greater bins."""
+    """The bin of the wanted-th greatest (-1 if there are fewer); how many greater bins hold."""
     bins = tl.arange(0, BINS)
     counts = tl.load(histogram_ptr + bins).to(tl.int64)
     reaching = tl.sum(counts, axis=0) - tl.cumsum(counts, axis=0) + counts
@@ -76,7 +79,7 @@ def find_bin(histogram_ptr, wanted, BINS: tl.constexpr):
     return found, above
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_targets", "max_quota"])
 def plan_kernel(
     targets_ptr,
     progress_ptr,
@@ -98,9 +101,7 @@ def plan_kernel(
 
 
 @triton.jit
-def load_bounds(
-    tile_max_ptr, param_bound_ptr, offs, in_bounds, eps, EXP: tl.constexpr
-):
+def load_bounds(tile_max_ptr, param_bound_ptr, offs, in_bounds, eps, EXP: tl.constexpr):
     tile_max = tl.load(tile_max_ptr + offs, mask=in_bounds, other=0)
     param_bound = tl.zeros_like(tile_max).to(tl.float32)
     if EXP < 0.0:
@@ -108,7 +109,7 @@ def load_bounds(
     return bound_key(tile_max, param_bound, eps, EXP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles"])
 def bound_histogram_kernel(
     tile_max_ptr,
     param_bound_ptr,
@@ -126,7 +127,7 @@ def bound_histogram_kernel(
     tl.atomic_add(histogram_ptr + (key >> FLOOR_SHIFT), 1, mask=key > 0, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles"])
 def list_kernel(
     tile_max_ptr,
     param_bound_ptr,
@@ -226,7 +227,7 @@ def digit_kernel(
     PREVIOUS: tl.constexpr,
     BINS: tl.constexpr,
 ):
-    """Count, by the digit at bit SHIFT, the entries of listed tiles that match the bits above it."""
+    """Count entries of listed tiles by the digit at SHIFT, if they match the bits above it."""
     prefix = tl.zeros((), tl.int64)
     if PASS > 0:
         prefix, wanted = refine(state_ptr, histogram_ptr, PASS - 1, PREVIOUS, BINS)
@@ -415,5 +416,6 @@ def cut(
         shares = {"BINS": DIGIT_BINS, "PROGRAMS": NUM_PROGRAMS, **options}
         count_kernel[(programs,)](*opening, digits, counts, eps, **shares)
         write_kernel[(programs,)](
-            *opening, digits, counts, new_tensor, new_position, new_count, threshold, eps, **shares
-        )
+            *opening, digits, counts, new_tensor, new_position, new_count, threshold, eps,
+            **{**shares, "num_warps": WRITE_WARPS},
+        )  # fmt: skip

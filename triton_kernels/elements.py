@@ -50,7 +50,6 @@ def load_run(address, dtype, first, count, BLOCK: tl.constexpr):
     Whole blocks at 16-byte boundaries are read 16 bytes at a time. Elsewhere (the end of a tensor,
     gradients that are views into a bucket) neither mask nor address lets the compiler do that.
     """
-    offs = tl.arange(0, BLOCK)
     address += first * tl.where(dtype == FLOAT32, 4, 2)
     values = tl.zeros((BLOCK,), tl.float32)
     if (count == BLOCK) & (address % 16 == 0):
@@ -61,7 +60,12 @@ def load_run(address, dtype, first, count, BLOCK: tl.constexpr):
         else:
             values = _load_aligned(address, tl.float16, BLOCK)
     else:
-        values = load_entries(address, dtype, offs, offs < count)
+        if dtype == FLOAT32:
+            values = _load_part(address, count, tl.float32, BLOCK)
+        elif dtype == BFLOAT16:
+            values = _load_part(address, count, tl.bfloat16, BLOCK)
+        else:
+            values = _load_part(address, count, tl.float16, BLOCK)
     return values
 
 
@@ -70,6 +74,13 @@ def _load_aligned(address, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
     # The hint must stand on the pointer: the compiler forgets it over a cast from an integer.
     pointer = tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
     return tl.load(pointer + tl.arange(0, BLOCK)).to(tl.float32)
+
+
+@triton.jit
+def _load_part(address, count, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    pointer = address.to(tl.pointer_type(DTYPE))
+    return tl.load(pointer + offs, mask=offs < count, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -173,9 +184,7 @@ def bound_key(tile_max, param_bound, eps, EXP: tl.constexpr):
         key = importance_key(grad, param_bound, eps, EXP)
     else:
         key = importance_key(grad, tl.zeros_like(grad), eps, EXP)
-    if not (
-        EXP == 0.0 or EXP == 0.5 or EXP == 1.0 or EXP == 2.0 or EXP == -0.5 or EXP == -1.0
-    ):
+    if not (EXP == 0.0 or EXP == 0.5 or EXP == 1.0 or EXP == 2.0 or EXP == -0.5 or EXP == -1.0):
         raised = tl.minimum(key + POWER_MARGIN, INFINITY_BITS)
         key = tl.where(grad > 0.0, raised, 0)
     return key

@@ -98,7 +98,7 @@ def scan_kernel(
     tl.store(tile_max_ptr + tile_index, tl.max(bits, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles"])
 def sum_kernel(tile_squares_ptr, partial_ptr, num_tiles, BLOCK: tl.constexpr):
     """partial[p] <- sum of blocks p, p + P, ... of tile_squares, in float64."""
     total = tl.zeros((BLOCK,), tl.float64)
@@ -109,7 +109,7 @@ def sum_kernel(tile_squares_ptr, partial_ptr, num_tiles, BLOCK: tl.constexpr):
     tl.store(partial_ptr + tl.program_id(0), tl.sum(total, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["numel"])
 def dense_kernel(grad_ptr, partial_ptr, found_inf_ptr, numel, BLOCK: tl.constexpr):
     """partial[p] += squares of blocks p, p + P, ... of one dense gradient."""
     total = tl.load(partial_ptr + tl.program_id(0))

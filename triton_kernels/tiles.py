@@ -40,7 +40,7 @@ def location_pieces(num_tiles: int) -> Pieces:
     return [(num_tiles, torch.int32), (num_tiles + 1, torch.int64)]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tensors", "num_tiles"])
 def locate_kernel(
     position_ptr,
     offsets_ptr,

@@ -61,7 +61,7 @@ def bias_correction_of(beta, age, oldest):
     return 1.0 - power
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tensors"])
 def update_kernel(
     table_ptr,
     position_ptr,
@@ -131,7 +131,7 @@ def update_kernel(
 
 @triton.jit
 def count_step_kernel(found_inf_ptr, progress_ptr):
-    """One more applied step, or one more skipped. A kernel of its own: all programs read the step."""
+    """One more applied step, or skipped. A kernel of its own: all programs read the step."""
     counter_ptr = progress_ptr + tl.where(tl.load(found_inf_ptr) != 0.0, 2, 0)
     tl.store(counter_ptr, tl.load(counter_ptr) + 1)
 

@@ -1,6 +1,6 @@
 """Host side of the launches: the table of tensors, work space, grids.
 
-    scratch is shared by the operations, one after the other: each carves its own arrays from it
+Operations run one after the other, and each carves its arrays from the whole of scratch.
 """
 
 from __future__ import annotations
