@@ -47,7 +47,8 @@ def _small_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, constants in {
         "scan": {"GATHER_BLOCK": 4, "SUM_BLOCK": 4, "NUM_PARTIALS": 4, "DENSE_BLOCK": 8},
         "tiles": {"LOCATE_BLOCK": 16},
-        "cut": {"BOUND_BLOCK": 4, "NUM_PROGRAMS": 2},
+        "listing": {"BOUND_BLOCK": 4, "NUM_PROGRAMS": 2},
+        "cut": {"NUM_PROGRAMS": 2},
         "append": {"MERGE_BLOCK": 16, "INSERT_BLOCK": 4, "OFFSETS_BLOCK": 4},
         "update": {"UPDATE_BLOCK": 16},
     }.items():
@@ -292,8 +293,10 @@ CUTS = {
     "unaligned": {"dtypes": (BF16, F32), "unaligned": True, "sizes": (2 * TILE, 5, 3 * TILE)},
     "missing": {"missing": (0, 5), "kind": "ties"},
     "many scales": {"kind": "rows", "quota": 40},
+    "fewer winners than tiles": {"sizes": (7 * TILE, 3, 5 * TILE + 1), "quota": 3},
+    "fewer winners than tiles, ties": {"sizes": (40, 6 * TILE), "quota": 3, "kind": "ties"},
 }  # fmt: skip
-SCORED = ("ties", "mixed dtypes", "many scales")  # with every exponent
+SCORED = ("ties", "mixed dtypes", "many scales", "fewer winners than tiles")  # with every exponent
 
 
 @pytest.mark.parametrize(

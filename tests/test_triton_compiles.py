@@ -25,9 +25,9 @@ from sparse_optim.triton_kernels import TILE  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-append, cut, scan, tiles, update = (
+append, cut, listing, scan, tiles, update = (
     importlib.import_module(f"sparse_optim.triton_kernels.{name}")
-    for name in ("append", "cut", "scan", "tiles", "update")
+    for name in ("append", "cut", "listing", "scan", "tiles", "update")
 )
 
 ARCHITECTURES = (80, 86, 90)  # A100, A6000, H100 and H200
@@ -123,20 +123,20 @@ VARIANTS = {
 
 def cut_variants(exp: float) -> dict[str, Variant]:
     """The kernels that compute importances, as `cut` launches them."""
-    bounds = {"EXP": exp, "BLOCK": cut.BOUND_BLOCK}
-    listing = {**bounds, "BINS": cut.BINS, "PROGRAMS": cut.NUM_PROGRAMS}
+    bounds = {"EXP": exp, "BLOCK": listing.BOUND_BLOCK}
+    lists = {**bounds, "BINS": listing.BINS, "PROGRAMS": listing.NUM_PROGRAMS}
     opening = {"EXP": exp, "TILE": TILE}
     last = {"PASS": 2, "SHIFT": 0, "PREVIOUS": 10, "BINS": cut.DIGIT_BINS}
-    shares = {"BINS": cut.DIGIT_BINS, "PROGRAMS": cut.NUM_PROGRAMS}
+    shares = {"BINS": cut.DIGIT_BINS, "PROGRAMS": listing.NUM_PROGRAMS}
     return {
         name.format(exp): Variant(kernel, constants, warps, fuses=False)
         for name, kernel, constants, warps in (
-            ("bound_histogram {}", cut.bound_histogram_kernel, bounds, 4),
-            ("list count {}", cut.list_kernel, {**listing, "WRITES": False}, 4),
-            ("list write {}", cut.list_kernel, {**listing, "WRITES": True}, 4),
-            ("maxima {}", cut.maxima_kernel, opening, cut.OPEN_WARPS),
-            ("digit {}", cut.digit_kernel, {**opening, **last}, cut.OPEN_WARPS),
-            ("count {}", cut.count_kernel, {**opening, **shares}, cut.OPEN_WARPS),
+            ("bound_histogram {}", listing.bound_histogram_kernel, bounds, 4),
+            ("list count {}", listing.list_kernel, {**lists, "WRITES": False}, 4),
+            ("list write {}", listing.list_kernel, {**lists, "WRITES": True}, 4),
+            ("maxima {}", listing.maxima_kernel, opening, listing.OPEN_WARPS),
+            ("digit {}", cut.digit_kernel, {**opening, **last}, listing.OPEN_WARPS),
+            ("count {}", cut.count_kernel, {**opening, **shares}, listing.OPEN_WARPS),
             ("write {}", cut.write_kernel, {**opening, **shares}, cut.WRITE_WARPS),
         )
     }

@@ -4,20 +4,18 @@
     bound(tile) = key of (its greatest |grad|, the most favourable |param|) >= key of its entries
     threshold   = the quota-th greatest key;  new = all above it, and the first that tie
 
-    1. floor <- about the quota-th greatest bound, from a histogram of the upper bits: its bin's
-       lower edge. With exp = 0 bounds are exact maxima, so at least `quota` entries reach it.
-    2. Otherwise the tiles that reach it are opened; the floor is that of their exact maxima.
-    3. Tiles whose bound reaches the floor are listed; no other can hold a winner. A radix
-       selection over their entries (11, 10 and 10 bits) gives the threshold.
-    4. Each program counts what it will write of its share of the list; then all write, in order.
+    1. Tiles that can hold a winner are listed (listing.py): no other has a bound that reaches the
+       floor, which at least `quota` entries reach.
+    2. A radix selection over their entries (11, 10 and 10 bits) gives the threshold.
+    3. Each program counts what it will write of its share of the list; then all write, in order.
 
 All counts stay on the device, grids are fixed, and programs without work return. Only integers are
 added atomically, so that the result is the same in every run, bitwise equal to the reference for
 exp in {-1, -0.5, 0, 0.5, 1, 2}. Delegates that stand for groups of candidates: Gaihre et al. 2021,
 Dr. Top-k, arXiv 2109.08219.
 
-Bytes: 4 per tile three times (six times unless exp = 0; 4 more each where exp < 0), and the listed
-tiles, with their parameters unless exp = 0, five times (one more unless exp = 0).
+Bytes: the listed tiles, with their parameters unless exp = 0, five times; besides what listing.py
+reads.
 Not run on a GPU yet: compiled ahead of time and interpreted.
 """
 
@@ -28,30 +26,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .elements import INFINITY_BITS, bound_key
+from .elements import INFINITY_BITS
+from .listing import BINS, LISTED, NUM_PROGRAMS, OPEN_WARPS, QUOTA, find_bin, list_tiles
 from .tiles import locate, location_pieces, open_tile
-from .work import Pieces, blocks_of, carve
+from .work import Pieces, carve
 
-# Bounds that one program ranks at once.
-BOUND_BLOCK = 1024
-# Programs that share the tiles when they are listed, and the list when tiles are opened: a few
-# for each multiprocessor of the largest GPUs, not many more since each reads the counts of all.
-# Unmeasured.
-NUM_PROGRAMS = 512
-# Histograms by the upper 12 bits (exponent and four of the fraction: a bin is 6% wide) for floors,
-# which need not be exact; 11, 10 and 10 bits for entries, together all 31.
-FLOOR_SHIFT = tl.constexpr(19)
-BINS = 4096
+# Digits of a key, upper first: 11, 10 and 10 bits, together all 31.
 DIGIT_SHIFTS = (20, 10, 0)
 DIGIT_BINS = 2048
-OPEN_WARPS = 8
 # Two running counts over a tile: with eight warps a thread took 206 registers.
 WRITE_WARPS = 16
 
-# Places in `state`, int64: the quota, tiles listed, then what the passes over digits fix: upper
-# bits of the threshold so far (-1: fewer candidates than the quota), winners among what they match.
-QUOTA = tl.constexpr(0)
-LISTED = tl.constexpr(1)
+# Places in `state` besides those of `listing`, one of each for every pass over the digits: upper
+# bits of the threshold so far (-1: fewer candidates than the quota); winners among what matches.
 PREFIX = tl.constexpr(2)
 WANTED = tl.constexpr(6)
 STATE = 10
@@ -66,17 +53,6 @@ def cut_pieces(num_tiles: int) -> Pieces:
         (2 * BINS + len(DIGIT_SHIFTS) * DIGIT_BINS, torch.int32),
         (4 * NUM_PROGRAMS, torch.int64),
     ]
-
-
-@triton.jit
-def find_bin(histogram_ptr, wanted, BINS: tl.constexpr):
-    """The bin of the wanted-th greatest (-1 if there are fewer); how many greater bins hold."""
-    bins = tl.arange(0, BINS)
-    counts = tl.load(histogram_ptr + bins).to(tl.int64)
-    reaching = tl.sum(counts, axis=0) - tl.cumsum(counts, axis=0) + counts
-    found = tl.sum((reaching >= wanted).to(tl.int32), axis=0) - 1
-    above = tl.sum(tl.where(bins > found, counts, 0), axis=0)
-    return found, above
 
 
 @triton.jit(do_not_specialize=["num_targets", "max_quota"])
@@ -94,108 +70,10 @@ def plan_kernel(
     missing = tl.load(targets_ptr + step) - tl.load(progress_ptr + 1)
     quota = tl.minimum(tl.maximum(missing, 0), max_quota)
     quota = tl.where(tl.load(found_inf_ptr) != 0.0, 0, quota)
-    tl.store(state_ptr, quota)
+    tl.store(state_ptr + QUOTA, quota)
     tl.store(state_ptr + PREFIX, 0)
     tl.store(state_ptr + WANTED, quota)
     tl.store(new_count_ptr, 0)
-
-
-@triton.jit
-def load_bounds(tile_max_ptr, param_bound_ptr, offs, in_bounds, eps, EXP: tl.constexpr):
-    tile_max = tl.load(tile_max_ptr + offs, mask=in_bounds, other=0)
-    param_bound = tl.zeros_like(tile_max).to(tl.float32)
-    if EXP < 0.0:
-        param_bound = tl.load(param_bound_ptr + offs, mask=in_bounds, other=0.0)
-    return bound_key(tile_max, param_bound, eps, EXP)
-
-
-@triton.jit(do_not_specialize=["num_tiles"])
-def bound_histogram_kernel(
-    tile_max_ptr,
-    param_bound_ptr,
-    state_ptr,
-    histogram_ptr,
-    num_tiles,
-    eps,
-    EXP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    if tl.load(state_ptr + QUOTA) == 0:
-        return
-    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    key = load_bounds(tile_max_ptr, param_bound_ptr, offs, offs < num_tiles, eps, EXP)
-    tl.atomic_add(histogram_ptr + (key >> FLOOR_SHIFT), 1, mask=key > 0, sem="relaxed")
-
-
-@triton.jit(do_not_specialize=["num_tiles"])
-def list_kernel(
-    tile_max_ptr,
-    param_bound_ptr,
-    state_ptr,
-    histogram_ptr,
-    counts_ptr,
-    list_ptr,
-    num_tiles,
-    eps,
-    EXP: tl.constexpr,
-    WRITES: tl.constexpr,
-    BINS: tl.constexpr,
-    PROGRAMS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Tiles whose bound reaches the floor, ascending: counted first, written by a second launch."""
-    quota = tl.load(state_ptr + QUOTA)
-    program, num_programs = tl.program_id(0), tl.num_programs(0)
-    if quota == 0:
-        if program == 0:
-            tl.store(state_ptr + LISTED, 0)
-        return
-    found, _ = find_bin(histogram_ptr, quota, BINS)
-    floor = tl.maximum(tl.maximum(found, 0) << FLOOR_SHIFT, 1)
-    out = tl.zeros((), tl.int64)
-    if WRITES:
-        others = tl.arange(0, PROGRAMS)
-        counts = tl.load(counts_ptr + others, mask=others < num_programs, other=0)
-        out = tl.sum(tl.where(others < program, counts, 0), axis=0)
-        if program == 0:
-            tl.store(state_ptr + LISTED, tl.sum(counts, axis=0))
-    share = tl.cdiv(tl.cdiv(num_tiles, BLOCK), num_programs) * BLOCK
-    for start in range(program * share, tl.minimum((program + 1) * share, num_tiles), BLOCK):
-        offs = start + tl.arange(0, BLOCK)
-        key = load_bounds(tile_max_ptr, param_bound_ptr, offs, offs < num_tiles, eps, EXP)
-        reaches = (key >= floor).to(tl.int32)
-        if WRITES:
-            rank = tl.cumsum(reaches, axis=0) - 1
-            tl.store(list_ptr + out + rank, offs, mask=reaches != 0)
-        out += tl.sum(reaches, axis=0)
-    if not WRITES:
-        tl.store(counts_ptr + program, out)
-
-
-@triton.jit
-def maxima_kernel(
-    table_ptr,
-    position_ptr,
-    tile_offsets_ptr,
-    tile_tensor_ptr,
-    tile_start_ptr,
-    list_ptr,
-    state_ptr,
-    histogram_ptr,
-    eps,
-    EXP: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """Count the exact maxima of the listed tiles by their upper bits."""
-    listed = tl.load(state_ptr + LISTED)
-    for i in range(tl.program_id(0).to(tl.int64), listed, tl.num_programs(0)):
-        key, _, _ = open_tile(
-            table_ptr, position_ptr, tile_offsets_ptr, tile_tensor_ptr, tile_start_ptr,
-            tl.load(list_ptr + i), eps, EXP, TILE,
-        )  # fmt: skip
-        greatest = tl.max(key, axis=0)
-        if greatest > 0:
-            tl.atomic_add(histogram_ptr + (greatest >> FLOOR_SHIFT), 1, sem="relaxed")
 
 
 @triton.jit
@@ -371,51 +249,33 @@ def cut(
 ) -> None:
     """See `reference.cut`; `tile` is a power of two."""
     num_tiles = tile_max.numel()
-    tile_tensor, tile_start, tiles, state, histograms, counts = carve(
-        scratch, cut_pieces(num_tiles)
-    )
     if not num_tiles or not new_tensor.numel():
         new_count.zero_()
         return
+    *location, tiles, state, histograms, counts = carve(scratch, cut_pieces(num_tiles))
     histograms.zero_()
-    bounds, maxima = histograms[:BINS], histograms[BINS : 2 * BINS]
-    digits = histograms[2 * BINS :]
-    exp, programs = float(exp), min(NUM_PROGRAMS, num_tiles)
-    ranking = (tile_max, param_bound if exp < 0 else tile_max, state)
-    opening = (bound, position, tile_offsets, tile_tensor, tile_start, tiles, state)
-    options = {"EXP": exp, "TILE": tile, "num_warps": OPEN_WARPS, "enable_fp_fusion": False}
-
-    def list_tiles(histogram: Tensor) -> None:
-        for writes in (False, True):
-            list_kernel[(min(NUM_PROGRAMS, blocks_of(num_tiles, BOUND_BLOCK)),)](
-                *ranking, histogram, counts, tiles, num_tiles, eps, EXP=exp, WRITES=writes,
-                BINS=BINS, PROGRAMS=NUM_PROGRAMS, BLOCK=BOUND_BLOCK, num_warps=4,
-                enable_fp_fusion=False,
-            )  # fmt: skip
-
+    bounds, digits = histograms[: 2 * BINS].view(2, BINS), histograms[2 * BINS :]
+    opening = (bound, position, tile_offsets, *location, tiles, state)
+    options = {
+        "EXP": float(exp), "TILE": tile, "BINS": DIGIT_BINS, "num_warps": OPEN_WARPS,
+        "enable_fp_fusion": False,
+    }  # fmt: skip
     with torch.cuda.device_of(bound):
         plan_kernel[(1,)](
             targets, progress, found_inf, new_count, state, targets.numel(), new_tensor.numel(),
             num_warps=1,
         )  # fmt: skip
-        locate(position, offsets, tile_offsets, tile, tile_tensor, tile_start)
-        bound_histogram_kernel[(blocks_of(num_tiles, BOUND_BLOCK),)](
-            *ranking, bounds, num_tiles, eps, EXP=exp, BLOCK=BOUND_BLOCK, num_warps=4,
-            enable_fp_fusion=False,
-        )  # fmt: skip
-        list_tiles(bounds)
-        if exp != 0:
-            maxima_kernel[(programs,)](*opening, maxima, eps, **options)
-            list_tiles(maxima)
+        locate(position, offsets, tile_offsets, tile, *location)
+        list_tiles(opening, tile_max, param_bound, bounds, counts, float(exp), eps, tile)
+        grid = (min(NUM_PROGRAMS, num_tiles),)
         for number, shift in enumerate(DIGIT_SHIFTS):
-            previous = DIGIT_SHIFTS[max(number - 1, 0)]
-            digit_kernel[(programs,)](
-                *opening, digits, eps, PASS=number, SHIFT=shift, PREVIOUS=previous,
-                BINS=DIGIT_BINS, **options,
+            digit_kernel[grid](
+                *opening, digits, eps, PASS=number, SHIFT=shift,
+                PREVIOUS=DIGIT_SHIFTS[max(number - 1, 0)], **options,
             )  # fmt: skip
-        shares = {"BINS": DIGIT_BINS, "PROGRAMS": NUM_PROGRAMS, **options}
-        count_kernel[(programs,)](*opening, digits, counts, eps, **shares)
-        write_kernel[(programs,)](
-            *opening, digits, counts, new_tensor, new_position, new_count, threshold, eps,
-            **{**shares, "num_warps": WRITE_WARPS},
-        )  # fmt: skip
+        options["PROGRAMS"] = NUM_PROGRAMS
+        count_kernel[grid](*opening, digits, counts, eps, **options)
+        options["num_warps"] = WRITE_WARPS
+        write_kernel[grid](
+            *opening, digits, counts, new_tensor, new_position, new_count, threshold, eps, **options
+        )
