@@ -53,7 +53,7 @@ class MaskedAdamW(torch.optim.Optimizer):
             `.grad`. Use it instead of `clip_grad_norm_`; with both, gradients are clipped twice.
         bias_correction: "entry" counts Adam's step from the entry's own unmasking; "global" from
             the first step, as dense AdamW under a mask does.
-        backend: "auto", "cpp" or "reference".
+        backend: "auto", "cpp", "triton" or "reference".
         maximize: ascend instead of descend.
         capturable, foreach, fused: accepted so that AdamW's arguments can stay as they are. The
             step is always fused; capturable needs CUDA parameters.
