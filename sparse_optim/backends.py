@@ -13,10 +13,12 @@ import torch
 _BACKENDS: dict[str, tuple[str, str | None]] = {
     "cpp": ("sparse_optim.cpp", "cpu"),
     "cuda": ("sparse_optim.cuda", "cuda"),
+    # torch calls AMD devices "cuda" too.
+    "triton": ("sparse_optim.triton_kernels", "cuda"),
     "reference": ("sparse_optim.reference", None),
 }
-# Run by name only: tests execute their text in an emulator, but no GPU has run them yet.
-_NOT_YET_AUTOMATIC = {"cuda"}
+# Run by name only: tests execute them on the CPU, but no GPU has run them yet.
+_NOT_YET_AUTOMATIC = {"cuda", "triton"}
 
 
 def operations(backend: str) -> Any:

@@ -53,7 +53,7 @@ class MaskedAdamW(torch.optim.Optimizer):
             `.grad`. Use it instead of `clip_grad_norm_`; with both, gradients are clipped twice.
         bias_correction: "entry" counts Adam's step from the entry's own unmasking; "global" from
             the first step, as dense AdamW under a mask does.
-        backend: "auto", "cpp", "cuda" or "reference".
+        backend: "auto", "cpp", "cuda", "triton" or "reference".
         maximize: ascend instead of descend.
         capturable, foreach, fused: accepted so that AdamW's arguments can stay as they are. The
             step is always fused; capturable needs CUDA parameters.
@@ -390,7 +390,9 @@ class MaskedAdamW(torch.optim.Optimizer):
             "threshold": float(self._work.threshold),
             "grad_norm": float(self._work.grad_norm),
             "backend": self.backend,
-            "state_bytes": num_bytes(self._active, self._work) + self._targets.nbytes,
+            "state_bytes": num_bytes(self._active, self._work)
+            + self._targets.nbytes
+            + sum(tensor.nbytes for state in self.state.values() for tensor in state.values()),
             **{f"active/{name}": count for name, count in zip(self._names, counts, strict=True)},
         }
 

@@ -1,7 +1,7 @@
 """The C++ kernels against the reference: selections exact, floats within rounding.
 
 That these tests can fail: faults that were planted by hand, and a test that saw each. The
-sanitizers' harness saw all of them too, except where noted.
+sanitizers' harness saw every one of them too.
 
     cut     ties to the higher index, one tie too few          test_edge_sizes
             the last active entry of a tile not masked         test_edge_sizes
@@ -12,6 +12,9 @@ sanitizers' harness saw all of them too, except where noted.
     scan    active entries not masked                          test_edge_sizes
             last entry of an odd tile left out                 test_edge_sizes
             one entry beyond an odd tile read                  test_edge_sizes
+            NaN taken for finite                               test_one_value_that_is_not_...
+            float16 subnormals flushed to zero                 test_every_16_bit_gradient_is...
+    append  offsets of later tensors one too small             test_edge_sizes
     update  age one too great, weight decay left out           test_edge_sizes
             eps scaled with the square root                    test_kinds_of_gradients
             bfloat16 truncated instead of rounded              test_every_16_bit_value_is_stored...

@@ -1,4 +1,8 @@
-"""unmask="all" is torch.optim.AdamW; so is a pool of which everything is unmasked at once."""
+"""unmask="all" is torch.optim.AdamW; so is a pool of which everything is unmasked at once.
+
+A fault planted by hand: gradients handed to the fused kernel with strides other than their
+parameter's (test_dense_groups_of_any_strides saw it).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""MaskedAdamW in the place of AdamW: closures, schedulers, scalers, clipping, outside writes."""
+"""MaskedAdamW in the place of AdamW: closures, schedulers, scalers, clipping, outside writes.
+
+A fault planted by hand: the loss scale not taken out of the gradients (test_grad_scaler saw it).
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,253 @@
+"""The Triton operations against the reference, interpreted on the CPU.
+
+Run by test_triton_interpreter.py in a process of its own: TRITON_INTERPRET=1 must be set before the
+kernels are imported, and then holds for all of them. Integers, positions, masks and gradients must
+be equal bit for bit, floats that are summed or updated up to their rounding. Tiles are small, as
+the interpreter takes some ten milliseconds per program.
+
+Faults planted by hand, once each, and what failed:
+    locate: a tile begins one entry later           test_scan, 23 tests in all
+    is_listed: the last active entry is missed      test_scan[everything active], 24 in all
+    ties go to the greatest index in a tile         test_cut[all equal], [ties], 3 tests
+    ties are counted anew by each program           test_cut[all equal], 17 in all
+    floor: upper edge of the bin                    test_cut[fewer winners than tiles]
+    floor of maxima: one bin too high               test_cut[tight bounds]
+    floor from bounds, not from exact maxima        test_cut[fewer winners than tiles], exp != 0
+    bounds for exp < 0 without param_bound          test_cut[fewer winners than tiles], exp < 0
+    exp = -1 through a fused multiply-add           test_cut[many scales--1.0]
+    float instead of integer maximum                test_non_finite_gradients_are_found[..-nan]
+    append: old entries one place off               test_append, 5 tests
+    update: age one too small                       test_update, 4 tests
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+from triton_cases import (
+    BF16,
+    F16,
+    F32,
+    STEP,
+    TILE,
+    assert_bits,
+    assert_close,
+    make_case,
+)
+
+from sparse_optim import reference
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("run by test_triton_interpreter.py", allow_module_level=True)
+importlib.import_module("triton_interpreter").install()
+kernels = importlib.import_module("sparse_optim.triton_kernels")
+
+EXPS = (-1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
+
+
+@pytest.fixture(autouse=True)
+def _small_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several programs, and several rounds in each, even in small cases."""
+    for name, constants in {
+        "scan": {"GATHER_BLOCK": 4, "SUM_BLOCK": 4, "NUM_PARTIALS": 4, "DENSE_BLOCK": 8},
+        "tiles": {"LOCATE_BLOCK": 16},
+        "listing": {"BOUND_BLOCK": 4, "NUM_PROGRAMS": 2},
+        "cut": {"NUM_PROGRAMS": 2},
+        "append": {"MERGE_BLOCK": 16, "INSERT_BLOCK": 4, "OFFSETS_BLOCK": 4},
+        "update": {"UPDATE_BLOCK": 16},
+    }.items():
+        module = importlib.import_module(f"sparse_optim.triton_kernels.{name}")
+        for constant, value in constants.items():
+            monkeypatch.setattr(module, constant, value)
+
+
+SCANS = {
+    "edges": {},
+    "no active entries": {"num_active": 0},
+    "everything active": {"sizes": (5, TILE, 40), "num_active": 61},
+    "active at tile edges": {
+        "sizes": (TILE - 1, 3 * TILE + 1),
+        "positions": [[0, TILE - 2], [0, TILE - 1, TILE, 2 * TILE - 1, 3 * TILE]],
+    },
+    "a tile full of active entries": {
+        "sizes": (7, 3 * TILE), "positions": [[], list(range(TILE, 2 * TILE))]
+    },
+    "mixed dtypes": {"dtypes": (F32, BF16, F16), "grad_dtypes": (F16, BF16, F32, BF16)},
+    "unaligned": {"dtypes": (BF16, F32), "unaligned": True, "sizes": (2 * TILE, 5, 3 * TILE)},
+    "missing": {"missing": (1, 5), "kind": "ties"},
+    "dense": {"dense_sizes": (0, 3, 41), "max_grad_norm": 0.5},
+    "dense alone": {"sizes": (), "num_active": 0, "dense_sizes": (5,), "max_grad_norm": 1e9},
+    "many scales": {"kind": "rows"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCANS)
+def test_scan(name: str) -> None:
+    case = make_case(**SCANS[name])
+    case.work.grad_scale.fill_(8.0)
+    got, want = (case.run(ops, "scan") for ops in (kernels, reference))
+    assert_bits(got, want, "tile_max", "active_grad", "found_inf")
+    assert_close(got.work.grad_norm.float(), want.work.grad_norm.float())
+    assert_close(got.work.grad_factor, want.work.grad_factor)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", ["frozen", "active", "dense", "bfloat16"])
+def test_non_finite_gradients_are_found(place: str, value: float) -> None:
+    dtype = BF16 if place == "bfloat16" else F32
+    case = make_case((TILE + 3,), positions=[[2]], dense_sizes=(9,), dtypes=(dtype,))
+    target = case.dense_grads[0] if place == "dense" else case.grads[0]
+    target[2 if place == "active" else 8] = value
+    got, want = (case.run(ops, "scan", "cut") for ops in (kernels, reference))
+    assert got.work.found_inf.item() == 1.0
+    assert_bits(got, want, "tile_max", "found_inf", "new_count")
+
+
+def test_found_inf_stays_and_greatest_finite_is_finite() -> None:
+    case = make_case((3,), positions=[[]])
+    case.grads[0][1] = torch.finfo(F32).max
+    with np.errstate(over="ignore"):  # the sum of squares does, which is no gradient's fault
+        assert case.run(kernels, "scan").work.found_inf.item() == 0.0
+    case.grads[0].fill_(1.0)
+    case.work.found_inf.fill_(1.0)
+    assert case.run(kernels, "scan").work.found_inf.item() == 1.0
+
+
+CUTS = {
+    "edges": {},
+    "ties": {"kind": "ties"},
+    "all equal": {"kind": "equal", "quota": 23},
+    "all zero": {"kind": "zeros"},
+    "fewer candidates than the quota": {"kind": "few", "quota": 60},
+    "quota 0": {"quota": 0},
+    "quota of everything": {"sizes": (TILE + 1, 20), "quota": 30, "num_active": 7},
+    "active at tile edges": {
+        "sizes": (TILE - 1, 3 * TILE + 1), "kind": "equal", "quota": 20,
+        "positions": [[0, TILE - 2], [0, TILE - 1, TILE, 2 * TILE - 1, 3 * TILE]],
+    },
+    "mixed dtypes": {"dtypes": (F32, BF16, F16), "grad_dtypes": (F16, BF16, F32, BF16)},
+    "unaligned": {"dtypes": (BF16, F32), "unaligned": True, "sizes": (2 * TILE, 5, 3 * TILE)},
+    "missing": {"missing": (0, 5), "kind": "ties"},
+    "many scales": {"kind": "rows", "quota": 40},
+    "fewer winners than tiles": {"sizes": (7 * TILE, 3, 5 * TILE + 1), "quota": 3},
+    "tight bounds": {"sizes": (7 * TILE, 3, 5 * TILE + 1), "quota": 3, "eps": 100.0},
+    "fewer winners than tiles, ties": {"sizes": (40, 6 * TILE), "quota": 3, "kind": "ties"},
+}  # fmt: skip
+# With every exponent.
+SCORED = ("ties", "mixed dtypes", "many scales", "fewer winners than tiles", "tight bounds")
+
+
+@pytest.mark.parametrize(
+    ("name", "exp"),
+    [(name, exp) for name in CUTS for exp in EXPS if exp in (0.0, 2.0) or name in SCORED],
+)
+def test_cut(name: str, exp: float) -> None:
+    case = make_case(**CUTS[name], exp=exp, seed=len(name))
+    got, want = (case.run(ops, "scan", "cut") for ops in (kernels, reference))
+    count = int(want.work.new_count)
+    assert_bits(got, want, "new_count", "threshold")
+    for entries in ("new_tensor", "new_position"):
+        assert torch.equal(getattr(got.work, entries)[:count], getattr(want.work, entries)[:count])
+
+
+def test_cut_of_a_general_exponent() -> None:
+    """Scores may differ in the last place, so that the entries are far apart here."""
+    case = make_case((40,), exp=1.7, num_active=0, quota=5)
+    case.params[0].fill_(0.3)
+    case.grads[0].copy_(1.5 ** torch.randperm(40, generator=torch.Generator().manual_seed(3)))
+    got, want = (case.run(ops, "scan", "cut") for ops in (kernels, reference))
+    assert torch.equal(got.work.new_position[:5], want.work.new_position[:5])
+    assert_close(got.work.threshold, want.work.threshold, units=32)
+
+
+@pytest.mark.parametrize(("applied", "quota"), [(0, 3), (1, 5), (2, 9), (50, 9)])
+def test_quota_follows_the_schedule(applied: int, quota: int) -> None:
+    """At most what the buffers hold; beyond the last step, the last target."""
+    case = make_case((50,), num_active=0, quota=9)
+    case.targets = torch.tensor([0, 3, 5, 40])
+    case.active.progress.copy_(torch.tensor([applied, 0, 0]))
+    got, want = (case.run(ops, "scan", "cut") for ops in (kernels, reference))
+    assert got.work.new_count.item() == want.work.new_count.item() == quota
+
+
+APPENDS = {
+    "edges": {},
+    "nothing new": {"quota": 0},
+    "first entries": {"num_active": 0},
+    "ties in every tensor": {"kind": "equal", "quota": 70, "num_active": 3},
+    "mixed dtypes": {"dtypes": (F32, BF16, F16), "grad_dtypes": (F16, BF16, F32)},
+    "behind all others": {"sizes": (9, 5), "positions": [[0, 4], []], "kind": "equal"},
+    "missing": {"missing": (0, 5)},
+}
+
+
+@pytest.mark.parametrize("name", APPENDS)
+def test_append(name: str) -> None:
+    case = make_case(**APPENDS[name])
+    got, want = (case.run(ops, "scan", "cut", "append") for ops in (kernels, reference))
+    assert_bits(
+        got, want, "position", "exp_avg", "exp_avg_sq", "unmask_step", "master", "active_grad",
+        "offsets", "progress",
+    )  # fmt: skip
+
+
+UPDATES = {
+    "edges": {},
+    "global bias correction": {"bias_correction": "global"},
+    "mixed dtypes": {"dtypes": (F32, BF16, F16)},
+    "unaligned": {"dtypes": (F16, F32), "unaligned": True},
+    "missing": {"missing": (0, 5), "num_active": 40},
+    "no active entries": {"num_active": 0},
+}
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_update(name: str) -> None:
+    case = make_case(**UPDATES[name])
+    case.work.grad_factor.fill_(0.5)
+    got, want = (case.run(ops, "update") for ops in (kernels, reference))
+    assert_bits(got, want, "progress", "position", "unmask_step")
+    for field in ("exp_avg", "exp_avg_sq", "master"):
+        assert_close(getattr(got.active, field), getattr(want.active, field))
+    for index, (param, expected) in enumerate(zip(got.params, want.params, strict=True)):
+        assert_close(param, expected)
+        first, last = case.active.offsets[index : index + 2].tolist()
+        frozen = torch.ones(param.numel(), dtype=torch.bool)
+        frozen[case.active.position[first:last].long()] = False
+        assert torch.equal(param[frozen], case.params[index][frozen])
+
+
+def test_found_inf_skips_the_step() -> None:
+    case = make_case(dtypes=(F32, BF16))
+    case.work.found_inf.fill_(1.0)
+    got = case.run(kernels, "scan", "cut", "append", "update")
+    assert got.active.progress.tolist() == [STEP, 12, 3]
+    assert all(map(torch.equal, got.params, case.params))
+    assert_bits(got, case, "position", "exp_avg", "exp_avg_sq", "unmask_step", "master", "offsets")
+
+
+@pytest.mark.parametrize("exp", [0.0, 1.0])
+def test_whole_step(exp: float) -> None:
+    case = make_case(dtypes=(F32, BF16), exp=exp, max_grad_norm=1.0, dense_sizes=(4,))
+    got, want = (case.run(ops, "scan", "cut", "append", "update") for ops in (kernels, reference))
+    assert_bits(got, want, "position", "offsets", "unmask_step", "progress")
+    for param, expected in zip(got.params, want.params, strict=True):
+        assert_close(param, expected)
+
+
+def test_bind_refuses_what_kernels_cannot_read() -> None:
+    table = torch.zeros(1, 4, dtype=torch.int64)
+    good = torch.zeros(4, 4)
+    with pytest.raises(ValueError, match=r"grads\[0\] has 3 entries, its parameter 16"):
+        kernels.bind([torch.zeros(3)], [good], table)
+    with pytest.raises(ValueError, match=r"params\[0\] must be contiguous, got strides \(1, 4\)"):
+        kernels.bind([good], [good.t()], table)
+    with pytest.raises(ValueError, match=r"grads\[0\] must be float32, .* got torch.float64"):
+        kernels.bind([good.double()], [good], table)
+    with pytest.raises(ValueError, match=r"table must be int64 of shape \(1, 4\)"):
+        kernels.bind([good], [good], table[:0])

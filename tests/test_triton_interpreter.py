@@ -1,0 +1,26 @@
+"""Run the Triton kernels against the reference, interpreted, in a process of its own.
+
+TRITON_INTERPRET must be set before the kernels are imported, and the interpreter needs two patches
+(triton_interpreter.py); neither may touch other tests. The cases are in interpreted_triton.py.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+
+def test_interpreted_kernels_equal_the_reference() -> None:
+    cases = Path(__file__).with_name("interpreted_triton.py")
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert " passed" in run.stdout, run.stdout

@@ -1,0 +1,281 @@
+"""cut: the `quota` frozen entries of greatest importance, exactly, ties to the lower global index.
+
+    key(entry)  = bits of |grad| / (|param| + eps)^exp     (0: active, or never unmasked)
+    bound(tile) = key of (its greatest |grad|, the most favourable |param|) >= key of its entries
+    threshold   = the quota-th greatest key;  new = all above it, and the first that tie
+
+    1. Tiles that can hold a winner are listed (listing.py): no other has a bound that reaches the
+       floor, which at least `quota` entries reach.
+    2. A radix selection over their entries (11, 10 and 10 bits) gives the threshold.
+    3. Each program counts what it will write of its share of the list; then all write, in order.
+
+All counts stay on the device, grids are fixed, and programs without work return. Only integers are
+added atomically, so that the result is the same in every run, bitwise equal to the reference for
+exp in {-1, -0.5, 0, 0.5, 1, 2}. Delegates that stand for groups of candidates: Gaihre et al. 2021,
+Dr. Top-k, arXiv 2109.08219.
+
+Bytes: the listed tiles, with their parameters unless exp = 0, five times; besides what listing.py
+reads.
+Not run on a GPU yet: compiled ahead of time and interpreted.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .elements import INFINITY_BITS
+from .listing import BINS, LISTED, NUM_PROGRAMS, OPEN_WARPS, QUOTA, find_bin, list_tiles
+from .tiles import locate, location_pieces, open_tile
+from .work import Pieces, carve
+
+# Digits of a key, upper first: 11, 10 and 10 bits, together all 31.
+DIGIT_SHIFTS = (20, 10, 0)
+DIGIT_BINS = 2048
+# Two running counts over a tile: with eight warps a thread took 206 registers.
+WRITE_WARPS = 16
+
+# Places in `state` besides those of `listing`, one of each for every pass over the digits: upper
+# bits of the threshold so far (-1: fewer candidates than the quota); winners among what matches.
+PREFIX = tl.constexpr(2)
+WANTED = tl.constexpr(6)
+STATE = 10
+
+
+def cut_pieces(num_tiles: int) -> Pieces:
+    """Scratch: where tiles lie, the list, state, histograms, counts of each program."""
+    return [
+        *location_pieces(num_tiles),
+        (num_tiles, torch.int32),
+        (STATE, torch.int64),
+        (2 * BINS + len(DIGIT_SHIFTS) * DIGIT_BINS, torch.int32),
+        (4 * NUM_PROGRAMS, torch.int64),
+    ]
+
+
+@triton.jit(do_not_specialize=["num_targets", "max_quota"])
+def plan_kernel(
+    targets_ptr,
+    progress_ptr,
+    found_inf_ptr,
+    new_count_ptr,
+    state_ptr,
+    num_targets,
+    max_quota,
+):
+    """state[QUOTA] <- min(targets[min(step + 1, T)] - active, max_quota), 0 if found_inf"""
+    step = tl.minimum(tl.load(progress_ptr) + 1, num_targets - 1)
+    missing = tl.load(targets_ptr + step) - tl.load(progress_ptr + 1)
+    quota = tl.minimum(tl.maximum(missing, 0), max_quota)
+    quota = tl.where(tl.load(found_inf_ptr) != 0.0, 0, quota)
+    tl.store(state_ptr + QUOTA, quota)
+    tl.store(state_ptr + PREFIX, 0)
+    tl.store(state_ptr + WANTED, quota)
+    tl.store(new_count_ptr, 0)
+
+
+@triton.jit
+def refine(state_ptr, histogram_ptr, PASS: tl.constexpr, SHIFT: tl.constexpr, BINS: tl.constexpr):
+    """The threshold with the digit of pass PASS, which began at bit SHIFT, and winners at it."""
+    prefix = tl.load(state_ptr + PREFIX + PASS)
+    wanted = tl.load(state_ptr + WANTED + PASS)
+    digit, above = find_bin(histogram_ptr + PASS * BINS, wanted, BINS)
+    short = (digit < 0) | (prefix < 0)
+    refined = tl.where(short, -1, prefix | (tl.maximum(digit, 0).to(tl.int64) << SHIFT))
+    return refined, tl.where(short, wanted, wanted - above)
+
+
+@triton.jit
+def digit_kernel(
+    table_ptr,
+    position_ptr,
+    tile_offsets_ptr,
+    tile_tensor_ptr,
+    tile_start_ptr,
+    list_ptr,
+    state_ptr,
+    histogram_ptr,
+    eps,
+    EXP: tl.constexpr,
+    TILE: tl.constexpr,
+    PASS: tl.constexpr,
+    SHIFT: tl.constexpr,
+    PREVIOUS: tl.constexpr,
+    BINS: tl.constexpr,
+):
+    """Count entries of listed tiles by the digit at SHIFT, if they match the bits above it."""
+    prefix = tl.zeros((), tl.int64)
+    if PASS > 0:
+        prefix, wanted = refine(state_ptr, histogram_ptr, PASS - 1, PREVIOUS, BINS)
+        if tl.program_id(0) == 0:
+            tl.store(state_ptr + PREFIX + PASS, prefix)
+            tl.store(state_ptr + WANTED + PASS, wanted)
+    listed = tl.load(state_ptr + LISTED)
+    for i in range(tl.program_id(0).to(tl.int64), listed, tl.num_programs(0)):
+        key, _, _ = open_tile(
+            table_ptr, position_ptr, tile_offsets_ptr, tile_tensor_ptr, tile_start_ptr,
+            tl.load(list_ptr + i), eps, EXP, TILE,
+        )  # fmt: skip
+        matches = key > 0
+        if PASS > 0:
+            matches &= (key >> PREVIOUS) == (prefix >> PREVIOUS)
+            key &= (1 << PREVIOUS) - 1
+        bin_ptr = histogram_ptr + PASS * BINS + (key >> SHIFT)
+        tl.atomic_add(bin_ptr, 1, mask=matches, sem="relaxed")
+
+
+@triton.jit
+def threshold_of(state_ptr, histogram_ptr, BINS: tl.constexpr):
+    """The threshold, and how many that tie with it win. Everything wins if there are too few."""
+    threshold, ties = refine(state_ptr, histogram_ptr, 2, 0, BINS)
+    return tl.where(threshold < 0, 1, threshold).to(tl.int32), ties
+
+
+@triton.jit
+def count_kernel(
+    table_ptr,
+    position_ptr,
+    tile_offsets_ptr,
+    tile_tensor_ptr,
+    tile_start_ptr,
+    list_ptr,
+    state_ptr,
+    histogram_ptr,
+    counts_ptr,
+    eps,
+    EXP: tl.constexpr,
+    TILE: tl.constexpr,
+    BINS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):
+    """Per program: entries above the threshold, entries that tie, the least key of both."""
+    threshold, _ = threshold_of(state_ptr, histogram_ptr, BINS)
+    listed = tl.load(state_ptr + LISTED)
+    program = tl.program_id(0).to(tl.int64)
+    share = tl.cdiv(listed, tl.num_programs(0))
+    above, tied = tl.zeros((), tl.int64), tl.zeros((), tl.int64)
+    least = tl.full((), INFINITY_BITS, tl.int32)
+    for i in range(program * share, tl.minimum((program + 1) * share, listed)):
+        key, _, _ = open_tile(
+            table_ptr, position_ptr, tile_offsets_ptr, tile_tensor_ptr, tile_start_ptr,
+            tl.load(list_ptr + i), eps, EXP, TILE,
+        )  # fmt: skip
+        above += tl.sum((key > threshold).to(tl.int32), axis=0)
+        tied += tl.sum((key == threshold).to(tl.int32), axis=0)
+        reaching = tl.where(key >= threshold, key, INFINITY_BITS)
+        least = tl.minimum(least, tl.min(reaching, axis=0))
+    tl.store(counts_ptr + program, above)
+    tl.store(counts_ptr + PROGRAMS + program, tied)
+    tl.store(counts_ptr + 2 * PROGRAMS + program, least.to(tl.int64))
+
+
+@triton.jit
+def write_kernel(
+    table_ptr,
+    position_ptr,
+    tile_offsets_ptr,
+    tile_tensor_ptr,
+    tile_start_ptr,
+    list_ptr,
+    state_ptr,
+    histogram_ptr,
+    counts_ptr,
+    new_tensor_ptr,
+    new_position_ptr,
+    new_count_ptr,
+    threshold_ptr,
+    eps,
+    EXP: tl.constexpr,
+    TILE: tl.constexpr,
+    BINS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):
+    """List the winners in global order."""
+    threshold, ties = threshold_of(state_ptr, histogram_ptr, BINS)
+    listed = tl.load(state_ptr + LISTED)
+    program = tl.program_id(0).to(tl.int64)
+    others = tl.arange(0, PROGRAMS)
+    exists = others < tl.num_programs(0)
+    all_above = tl.load(counts_ptr + others, mask=exists, other=0)
+    all_tied = tl.load(counts_ptr + PROGRAMS + others, mask=exists, other=0)
+    if program == 0:
+        least = tl.load(counts_ptr + 2 * PROGRAMS + others, mask=exists, other=INFINITY_BITS)
+        total = tl.sum(all_above, axis=0) + tl.minimum(tl.sum(all_tied, axis=0), ties)
+        tl.store(new_count_ptr, total)
+        if total > 0:
+            least_key = tl.min(least, axis=0).to(tl.int32)
+            tl.store(threshold_ptr, least_key.to(tl.float32, bitcast=True))
+    tied = tl.sum(tl.where(others < program, all_tied, 0), axis=0)
+    out = tl.sum(tl.where(others < program, all_above, 0), axis=0) + tl.minimum(tied, ties)
+    share = tl.cdiv(listed, tl.num_programs(0))
+    for i in range(program * share, tl.minimum((program + 1) * share, listed)):
+        key, tensor, first = open_tile(
+            table_ptr, position_ptr, tile_offsets_ptr, tile_tensor_ptr, tile_start_ptr,
+            tl.load(list_ptr + i), eps, EXP, TILE,
+        )  # fmt: skip
+        ties_here = (key == threshold).to(tl.int32)
+        # Counted from here in int32: with int64 ranks the program took 216 registers.
+        ties_left = tl.minimum(tl.maximum(ties - tied, 0), TILE).to(tl.int32)
+        chosen = (ties_here != 0) & (tl.cumsum(ties_here, axis=0) <= ties_left)
+        wins = ((key > threshold) | chosen).to(tl.int32)
+        rank = tl.cumsum(wins, axis=0) - 1
+        entry = (first + tl.arange(0, TILE)).to(tl.int32)
+        tl.store(new_position_ptr + out + rank, entry, mask=wins != 0)
+        tl.store(new_tensor_ptr + out + rank, tl.zeros_like(entry) + tensor, mask=wins != 0)
+        tied += tl.sum(ties_here, axis=0)
+        out += tl.sum(wins, axis=0)
+
+
+def cut(
+    bound: Tensor,
+    position: Tensor,
+    offsets: Tensor,
+    tile_offsets: Tensor,
+    tile_max: Tensor,
+    param_bound: Tensor,
+    targets: Tensor,
+    progress: Tensor,
+    found_inf: Tensor,
+    exp: float,
+    eps: float,
+    tile: int,
+    new_tensor: Tensor,
+    new_position: Tensor,
+    new_count: Tensor,
+    threshold: Tensor,
+    scratch: Tensor,
+) -> None:
+    """See `reference.cut`; `tile` is a power of two."""
+    num_tiles = tile_max.numel()
+    if not num_tiles or not new_tensor.numel():
+        new_count.zero_()
+        return
+    *location, tiles, state, histograms, counts = carve(scratch, cut_pieces(num_tiles))
+    histograms.zero_()
+    bounds, digits = histograms[: 2 * BINS].view(2, BINS), histograms[2 * BINS :]
+    opening = (bound, position, tile_offsets, *location, tiles, state)
+    options = {
+        "EXP": float(exp), "TILE": tile, "BINS": DIGIT_BINS, "num_warps": OPEN_WARPS,
+        "enable_fp_fusion": False,
+    }  # fmt: skip
+    with torch.cuda.device_of(bound):
+        plan_kernel[(1,)](
+            targets, progress, found_inf, new_count, state, targets.numel(), new_tensor.numel(),
+            num_warps=1,
+        )  # fmt: skip
+        locate(position, offsets, tile_offsets, tile, *location)
+        list_tiles(opening, tile_max, param_bound, bounds, counts, float(exp), eps, tile)
+        grid = (min(NUM_PROGRAMS, num_tiles),)
+        for number, shift in enumerate(DIGIT_SHIFTS):
+            digit_kernel[grid](
+                *opening, digits, eps, PASS=number, SHIFT=shift,
+                PREVIOUS=DIGIT_SHIFTS[max(number - 1, 0)], **options,
+            )  # fmt: skip
+        options["PROGRAMS"] = NUM_PROGRAMS
+        count_kernel[grid](*opening, digits, counts, eps, **options)
+        options["num_warps"] = WRITE_WARPS
+        write_kernel[grid](
+            *opening, digits, counts, new_tensor, new_position, new_count, threshold, eps, **options
+        )
