@@ -1,4 +1,4 @@
-"""The delta of an optimizer: what fine-tuning changed, with names."""
+"""What an optimizer tells of itself: its delta, with names, and its metrics."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sparse_optim.active_set import num_bytes
 from sparse_optim.delta import Delta, SparseValues
 
 if TYPE_CHECKING:
@@ -37,6 +38,28 @@ def delta_of(optimizer: MaskedAdamW, model: torch.nn.Module | None) -> Delta:
         "step": int(optimizer._active.progress[0]),
     }
     return Delta(sparse=sparse, dense=dense, fingerprints=fingerprints, method=method)
+
+
+def metrics_of(optimizer: MaskedAdamW) -> dict[str, int | float | str]:
+    """Counts, norms and bytes as a flat dict; see `MaskedAdamW.metrics`."""
+    step, active, skipped = optimizer._active.progress.tolist()
+    budget = int(optimizer._targets[-1])
+    counts = optimizer._active.offsets.diff().tolist()
+    dense = (tensor for state in optimizer.state.values() for tensor in state.values())
+    return {
+        "step": step,
+        "skipped_steps": skipped,
+        "active": active,
+        "budget": budget,
+        "budget_left": budget - active,
+        "threshold": float(optimizer._work.threshold),
+        "grad_norm": float(optimizer._work.grad_norm),
+        "backend": optimizer.backend,
+        "state_bytes": num_bytes(optimizer._active, optimizer._work)
+        + optimizer._targets.nbytes
+        + sum(tensor.nbytes for tensor in dense),
+        **{f"active/{name}": count for name, count in zip(optimizer._names, counts, strict=True)},
+    }
 
 
 def _names(optimizer: MaskedAdamW, model: torch.nn.Module | None) -> dict[int, str]:

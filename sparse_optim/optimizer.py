@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from sparse_optim import backends, checkpoint
-from sparse_optim.active_set import ActiveSet, WorkSpace, max_quota, num_bytes
+from sparse_optim.active_set import ActiveSet, WorkSpace, max_quota
 from sparse_optim.delta import Delta
 from sparse_optim.dense import dense_adamw_step
-from sparse_optim.export import delta_of
+from sparse_optim.export import delta_of, metrics_of
 from sparse_optim.fingerprint import fingerprint
 from sparse_optim.importance import D3
 from sparse_optim.parameters import (
@@ -378,23 +378,7 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     def metrics(self) -> dict[str, int | float | str]:
         """A flat dict for trackers: counts, norms, bytes; reads the device once."""
-        step, active, skipped = self._active.progress.tolist()
-        budget = int(self._targets[-1])
-        counts = self._active.offsets.diff().tolist()
-        return {
-            "step": step,
-            "skipped_steps": skipped,
-            "active": active,
-            "budget": budget,
-            "budget_left": budget - active,
-            "threshold": float(self._work.threshold),
-            "grad_norm": float(self._work.grad_norm),
-            "backend": self.backend,
-            "state_bytes": num_bytes(self._active, self._work)
-            + self._targets.nbytes
-            + sum(tensor.nbytes for state in self.state.values() for tensor in state.values()),
-            **{f"active/{name}": count for name, count in zip(self._names, counts, strict=True)},
-        }
+        return metrics_of(self)
 
     @torch.no_grad()
     def delta(self, model: torch.nn.Module | None = None) -> Delta:
