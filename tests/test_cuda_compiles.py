@@ -45,6 +45,26 @@ def test_cuda_sources_compile_link_and_import_without_spills():
     assert not [kernel for kernel, spilled in kernels.items() if spilled]
 
 
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+def test_scores_use_only_correctly_rounded_operations(tmp_path):
+    """Else the selections would differ from the CPU's; exponents that take `pow` are exempt."""
+    ptx = tmp_path / "cut.ptx"
+    flags = re.search(r"^NVCC_FLAGS = (\[.*?\])$", (ROOT / "setup.py").read_text(), re.MULTILINE)
+    assert flags is not None
+    assert '"-fmad=false"' in flags[1]
+    subprocess.run(
+        [NVCC, "-std=c++17", "-O3", "-fmad=false", "-Icsrc", "-arch=compute_90", "-ptx",
+         "csrc/cuda/cut.cu", "-o", str(ptx)],
+        cwd=ROOT, check=True,
+    )  # fmt: skip
+    kernels = [
+        body for body in ptx.read_text().split(".entry ") if "ExpAny" not in body.split("(")[0]
+    ]
+    assert any("div.rn.f32" in body and "sqrt.rn.f32" in body for body in kernels)
+    inexact = re.compile(r"\bfma\.\w+\.f32|\.ftz|\.approx|div\.full")
+    assert not [match for body in kernels for match in inexact.findall(body)]
+
+
 def test_a_demanded_cuda_backend_that_cannot_be_built_is_an_error():
     torch = pytest.importorskip("torch")
     if torch.version.cuda:
