@@ -10,8 +10,8 @@ from torch import Tensor
 
 importlib.import_module("sparse_optim._C")  # registers torch.ops.sparse_optim
 
-# 512 entries: 2 KB of float32, small enough that opening a tile costs nothing, large enough that
-# tile maxima (4 bytes each) do not count. Measured against 256, 1024 and 4096 in bench/results.
+# 512 entries: 2 KB of float32, small enough that opening a tile costs little, large enough that
+# tile maxima (4 bytes each) do not count. A prototype's choice; not measured anew here.
 TILE = 512
 
 
