@@ -130,6 +130,14 @@ inline void check_cut(const Place& place, const Tensor& tile_max, const Tensor& 
   STD_TORCH_CHECK(targets.numel() > 0, "targets must hold at least one element");
 }
 
+// Sampling ranks scores, whose exponent is in them already.
+inline void check_noise(const Place& place, const Tensor& noise, double exp) {
+  place.check(noise, "noise", ScalarType::Long);
+  STD_TORCH_CHECK(noise.numel() == 0 || noise.numel() == 2,
+                  "noise must hold seed and step, or nothing, got ", noise.numel(), " elements");
+  STD_TORCH_CHECK(noise.numel() == 0 || exp == 0.0, "exp must be 0 with noise, got ", exp);
+}
+
 inline Active check_active(const Place& place, int64_t num_tensors, const Tensor& position,
                            const Tensor& exp_avg, const Tensor& exp_avg_sq,
                            const Tensor& unmask_step, const Tensor& master,

@@ -1,4 +1,4 @@
-// The operators torch.ops.sparse_optim.{bind, scan, cut, append, update}: schemas, argument checks,
+// The operators torch.ops.sparse_optim.{bind, scan, rank, cut, append, update}: schemas, argument checks,
 // and the CPU kernels behind them. LibTorch stable ABI only. What each does:
 // sparse_optim/reference.py.
 #include <Python.h>
@@ -93,14 +93,35 @@ void scan(Tensor bound, Tensors dense_grads, Tensor position, Tensor offsets, Te
   if (result.non_finite) *data<float>(found_inf) = 1.f;
 }
 
+Noise noise_of(const Tensor& noise) {
+  const int64_t* values = data<int64_t>(noise);
+  return values ? Noise{true, uint64_t(values[0]), uint32_t(values[1])} : Noise{};
+}
+
+void rank(Tensor bound, Tensor position, Tensor offsets, Tensor tile_offsets, Tensor noise,
+          int64_t tile, Tensor tile_max, Tensor scratch) {
+  const auto pool = tiled_pool_of(bound, tile_offsets, tile, tile_max);
+  check_positions(kCpu, int64_t(pool.size()), position, offsets);
+  check_room(position, offsets);
+  check_noise(kCpu, noise, 0.0);
+
+  Active active{};
+  active.position = data<int32_t>(position);
+  active.offsets = data<int64_t>(offsets);
+  const cpu::Threads workers = threads();
+  cpu::rank({workers, pool, active, tile_max.numel(), 0, 0.0, 1.f, noise_of(noise), tile},
+            data<int32_t>(tile_max));
+}
+
 void cut(Tensor bound, Tensor position, Tensor offsets, Tensor tile_offsets, Tensor tile_max,
          Tensor param_bound, Tensor targets, Tensor progress, Tensor found_inf, double exp,
-         double eps, int64_t tile, Tensor new_tensor, Tensor new_position, Tensor new_count,
-         Tensor threshold, Tensor scratch) {
+         double eps, Tensor noise, int64_t tile, Tensor new_tensor, Tensor new_position,
+         Tensor new_count, Tensor threshold, Tensor scratch) {
   const auto pool = tiled_pool_of(bound, tile_offsets, tile, tile_max);
   check_positions(kCpu, int64_t(pool.size()), position, offsets);
   check_room(position, offsets);
   check_cut(kCpu, tile_max, param_bound, targets, progress, found_inf, exp, threshold);
+  check_noise(kCpu, noise, exp);
   NewEntries found = check_new(kCpu, new_tensor, new_position, new_count);
 
   const int64_t* counts = data<int64_t>(progress);
@@ -113,8 +134,11 @@ void cut(Tensor bound, Tensor position, Tensor offsets, Tensor tile_offsets, Ten
   Active active{};
   active.position = data<int32_t>(position);
   active.offsets = data<int64_t>(offsets);
-  const int32_t key = cpu::cut(threads(), pool, active, tile_max.numel(), data<int32_t>(tile_max),
-                               data<float>(param_bound), quota, exp, float(eps), tile, found);
+  const cpu::Threads workers = threads();
+  const cpu::Problem problem{workers, pool,       active,          tile_max.numel(), quota,
+                             exp,     float(eps), noise_of(noise), tile};
+  const int32_t key =
+      cpu::cut(problem, data<int32_t>(tile_max), data<float>(param_bound), found);
   if (key) *data<float>(threshold) = from_bits(key);
 }
 
@@ -165,9 +189,12 @@ STABLE_TORCH_LIBRARY(sparse_optim, library) {
       "Tensor(a!) tile_max, Tensor(b!) active_grad, Tensor(c!) grad_norm, Tensor(d!) grad_factor, "
       "Tensor(e!) found_inf, Tensor(f!) scratch) -> ()");
   library.def(
+      "rank(Tensor bound, Tensor position, Tensor offsets, Tensor tile_offsets, Tensor noise, "
+      "int tile, Tensor(a!) tile_max, Tensor(b!) scratch) -> ()");
+  library.def(
       "cut(Tensor bound, Tensor position, Tensor offsets, Tensor tile_offsets, "
       "Tensor tile_max, Tensor param_bound, Tensor targets, Tensor progress, Tensor found_inf, "
-      "float exp, float eps, int tile, Tensor(a!) new_tensor, Tensor(b!) new_position, "
+      "float exp, float eps, Tensor noise, int tile, Tensor(a!) new_tensor, Tensor(b!) new_position, "
       "Tensor(c!) new_count, Tensor(d!) threshold, Tensor(e!) scratch) -> ()");
   library.def(
       "append(Tensor bound, Tensor new_tensor, Tensor new_position, "
@@ -184,6 +211,7 @@ STABLE_TORCH_LIBRARY(sparse_optim, library) {
 STABLE_TORCH_LIBRARY_IMPL(sparse_optim, CPU, library) {
   library.impl("bind", TORCH_BOX(&bind));
   library.impl("scan", TORCH_BOX(&scan));
+  library.impl("rank", TORCH_BOX(&rank));
   library.impl("cut", TORCH_BOX(&cut));
   library.impl("append", TORCH_BOX(&append));
   library.impl("update", TORCH_BOX(&update));

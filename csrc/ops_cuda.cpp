@@ -90,12 +90,14 @@ void scan(Tensor bound, Tensors dense_grads, Tensor position, Tensor offsets, Te
 
 void cut(Tensor bound, Tensor position, Tensor offsets, Tensor tile_offsets, Tensor tile_max,
          Tensor param_bound, Tensor targets, Tensor progress, Tensor found_inf, double exp,
-         double eps, int64_t tile, Tensor new_tensor, Tensor new_position, Tensor new_count,
-         Tensor threshold, Tensor scratch) {
+         double eps, Tensor noise, int64_t tile, Tensor new_tensor, Tensor new_position,
+         Tensor new_count, Tensor threshold, Tensor scratch) {
   const Device device(bound, "bound");
   const cuda::Pool pool = tiled_pool_of(device, bound, tile_offsets, tile, tile_max);
   check_positions(device.place, pool.num_tensors, position, offsets);
   check_cut(device.place, tile_max, param_bound, targets, progress, found_inf, exp, threshold);
+  check_noise(device.place, noise, exp);
+  STD_TORCH_CHECK(noise.numel() == 0, "the CUDA backend does not sample yet");
   const NewEntries found = check_new(device.place, new_tensor, new_position, new_count);
   void* work = check_scratch(device, scratch, cuda::cut_scratch_bytes(pool.num_tiles));
   const cuda::CutInput in{data<int32_t>(tile_max),

@@ -25,6 +25,7 @@ def bind(grads: Sequence[Tensor], params: Sequence[Tensor], table: Tensor) -> Te
 
 
 scan = torch.ops.sparse_optim.scan.default
+rank = torch.ops.sparse_optim.rank.default
 cut = torch.ops.sparse_optim.cut.default
 append = torch.ops.sparse_optim.append.default
 update = torch.ops.sparse_optim.update.default
@@ -39,5 +40,5 @@ def _mutates_only(*args: object) -> None:
     """Shape function of an operator that returns nothing."""
 
 
-for _name in ("bind", "scan", "cut", "append", "update"):
+for _name in ("bind", "scan", "rank", "cut", "append", "update"):
     torch.library.register_fake(f"sparse_optim::{_name}", _mutates_only)

@@ -1,7 +1,9 @@
-"""The specification: one optimizer step as four operations in plain torch.
+"""The specification: one optimizer step as a few operations in plain torch.
 
     bind    this step's gradients and parameters, checked, in the form that the others take
     scan    tile_max[j] <- max |grad| over the frozen entries of tile j;  grad_norm, found_inf
+    rank    tile_max[j] <- max score over the frozen entries of tile j, for importances that give
+            dense scores, and for sampling; D3 needs it not
     cut     the `quota` frozen entries of greatest importance |grad| / (|param| + eps)^exp
     append  those entries join the active set, with zero moments
     update  AdamW over the active entries alone
@@ -16,6 +18,9 @@ at most `capacity` entries in ascending global order: those of tensor i stand at
 offsets[i]:offsets[i + 1], and `position` is their flat position within the tensor. A gradient that
 is missing in this step is passed as an empty tensor.
 
+Scores stand in the place of gradients in `rank` and in the `cut` after it (bound from the scores;
+exp = 0). With noise, entries are sampled without replacement: see `sparse_optim.noise`.
+
 This backend is also what runs where no compiled one is available: exact, but dense in its work.
 
 Reference: Agarwal et al. 2025, Step-by-Step Unmasking, TACL 13:1767-1788, Algorithm 1.
@@ -29,6 +34,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from sparse_optim.noise import noise as exponential_noise
 
 TILE = 512
 INFINITY_BITS = 0x7F800000
@@ -104,6 +111,20 @@ def importance(grad: Tensor, param: Tensor, exp: float, eps: float) -> Tensor:
         case -0.5:
             return magnitude * _sqrt(base)
     return magnitude / base.pow(exp)
+
+
+def perturbed(score: Tensor, noise: Tensor, tensor: int) -> Tensor:
+    """score / sqrt(E), E the noise of each entry; score itself where `noise` is empty.
+
+    Args:
+        score: (numel,), float32, >= 0, of all entries of a pool tensor.
+        noise: (2,), int64: seed and step; or (0,).
+        tensor: its index in the pool.
+    """
+    if noise.numel() == 0:
+        return score
+    seed, step = noise.tolist()
+    return score / _sqrt(exponential_noise(seed, step, tensor, score.numel(), score.device))
 
 
 def importance_key(score: Tensor) -> Tensor:
@@ -191,6 +212,39 @@ def scan(
         found_inf.fill_(1.0)
 
 
+def rank(
+    bound: Bound,
+    position: Tensor,
+    offsets: Tensor,
+    tile_offsets: Tensor,
+    noise: Tensor,
+    tile: int,
+    tile_max: Tensor,
+    scratch: Tensor,
+) -> None:
+    """Read dense scores: what `scan` does for gradients, without the rest.
+
+        tile_max[j] <- max over frozen entries of tile j of the bits of |score| (/ sqrt(E))
+
+    Args:
+        bound: from `bind`, with scores in the place of gradients: finite, >= 0, empty if missing.
+        position, offsets, tile_offsets: as in `scan`.
+        noise: (2,), int64: seed and step of the noise E; (0,) ranks the scores as they are.
+        tile: entries in a tile.
+        tile_max: (num_tiles,), int32. Mutated.
+        scratch: uint8.
+    """
+    for index, score in enumerate(bound.grads):
+        keys = tile_max[int(tile_offsets[index]) : int(tile_offsets[index + 1])]
+        if score.numel() == 0:
+            keys.zero_()
+            continue
+        active = position[int(offsets[index]) : int(offsets[index + 1])].long()
+        bits = perturbed(score.reshape(-1).float().abs(), noise, index).view(torch.int32)
+        bits[active] = 0
+        keys.copy_(_tiles(bits, tile).amax(dim=1))
+
+
 def cut(
     bound: Bound,
     position: Tensor,
@@ -203,6 +257,7 @@ def cut(
     found_inf: Tensor,
     exp: float,
     eps: float,
+    noise: Tensor,
     tile: int,
     new_tensor: Tensor,
     new_position: Tensor,
@@ -219,12 +274,13 @@ def cut(
     Args:
         bound: from `bind`.
         position, offsets, tile_offsets: as in `scan`.
-        tile_max: (num_tiles,), int32, from `scan`. (This backend scores every entry instead.)
+        tile_max: (num_tiles,), int32, from `scan` or `rank`. (This backend scores every entry instead.)
         param_bound: (num_tiles,), float32, greatest |param| of each tile; empty unless exp < 0.
         targets: (T + 1,), int64, cumulative entries to have unmasked after each step.
         progress: (3,), int64: applied steps, active entries, skipped steps.
         found_inf: (), float32.
         exp, eps: of `importance`.
+        noise: as in `rank`; exp must be 0 with it.
         tile: entries in a tile.
         new_tensor: (max_quota,), int32, tensor of each new entry. Mutated.
         new_position: (max_quota,), int32, flat position within it. Mutated.
@@ -241,7 +297,8 @@ def cut(
     ranked, first_index = [], 0
     for index, (grad, param) in enumerate(zip(*bound, strict=True)):
         if grad.numel():
-            key = importance_key(importance(grad.reshape(-1), param.detach().reshape(-1), exp, eps))
+            score = importance(grad.reshape(-1), param.detach().reshape(-1), exp, eps)
+            key = importance_key(perturbed(score, noise, index))
             key[position[int(offsets[index]) : int(offsets[index + 1])].long()] = 0
             local = key.nonzero().squeeze(1)
             ranked.append(_rank(key[local].long(), first_index + local))

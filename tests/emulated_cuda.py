@@ -109,7 +109,7 @@ def scan(
 
 def cut(
     bound, position, offsets, tile_offsets, tile_max, param_bound, targets, progress, found_inf,
-    exp, eps, tile, new_tensor, new_position, new_count, threshold, scratch,
+    exp, eps, noise, tile, new_tensor, new_position, new_count, threshold, scratch,
 ) -> None:  # fmt: skip
     with _Poisoned(scratch):
         _call(

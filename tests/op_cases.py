@@ -1,4 +1,4 @@
-"""Arguments of the four operations, filled at random, for every backend alike."""
+"""Arguments of the operations, filled at random, for every backend alike."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
@@ -98,6 +98,7 @@ class Case:
     tile: int = TILE
     bias_correction: str = "entry"
     max_grad_norm: float = math.inf
+    noise: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
     def copy(self) -> Case:
         return copy.deepcopy(self)
@@ -113,12 +114,19 @@ class Case:
             work.grad_norm, work.grad_factor, work.found_inf, work.scratch,
         )  # fmt: skip
 
+    def rank_args(self, ops: ModuleType) -> tuple[Any, ...]:
+        active, work = self.active, self.work
+        return (
+            self.bound(ops), active.position, active.offsets, work.tile_offsets, self.noise,
+            self.tile, work.tile_max, work.scratch,
+        )  # fmt: skip
+
     def cut_args(self, ops: ModuleType) -> tuple[Any, ...]:
         active, work = self.active, self.work
         return (
             self.bound(ops), active.position, active.offsets, work.tile_offsets,
             work.tile_max, work.param_bound, self.targets, active.progress, work.found_inf,
-            self.exp, self.eps, self.tile, work.new_tensor, work.new_position, work.new_count,
+            self.exp, self.eps, self.noise, self.tile, work.new_tensor, work.new_position, work.new_count,
             work.threshold, work.scratch,
         )  # fmt: skip
 

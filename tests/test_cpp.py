@@ -114,6 +114,38 @@ def assert_params_follow(fast: Case, exact: Case, plain: Case, before: Case) -> 
         assert_same_bits(param[frozen], before.params[index][frozen], "frozen entries")
 
 
+@pytest.mark.parametrize("noise", [(), (5, 3), (-(2**62), 2**32 - 1)], ids=["", "noise", "words"])
+@pytest.mark.parametrize("tile", [1, 7, 512, 4096])
+@pytest.mark.parametrize("kind", ["normal", "ties", "equal", "zeros", "rows"])
+def test_scores_are_ranked_and_sampled(kind, tile, noise):
+    """`rank` and the `cut` after it, over dtypes, odd tiles and a missing tensor."""
+    case = make_case(
+        [TILE + 1, 0, 70, 3 * TILE + 5, 9], dtypes=DTYPES, kind=kind, quota=90, num_active=60,
+        missing=[2], tile=tile, offset_views=True,
+    )  # fmt: skip
+    case.noise = torch.tensor(noise, dtype=torch.int64)
+    plain, fast = case.copy(), case.copy()
+    for twin, ops in ((plain, reference), (fast, cpp)):
+        ops.rank(*twin.rank_args(ops))
+        ops.cut(*twin.cut_args(ops))
+    for name in ("tile_max", "new_count", "threshold"):
+        assert_same_bits(getattr(fast.work, name), getattr(plain.work, name), name)
+    assert fast.new_entries() == plain.new_entries()
+    assert int(fast.work.new_count) == (0 if kind == "zeros" else 90)
+
+
+def test_noise_of_a_large_tensor():
+    """Entries with a second draw (one in 65536), and a quota beyond the buffered one."""
+    case = make_case([1_500_000], kind="equal", quota=70_000)
+    case.noise = torch.tensor([8, 1])
+    plain, fast = case.copy(), case.copy()
+    for twin, ops in ((plain, reference), (fast, cpp)):
+        ops.rank(*twin.rank_args(ops))
+        ops.cut(*twin.cut_args(ops))
+    assert_same_bits(fast.work.tile_max, plain.work.tile_max)
+    assert fast.new_entries() == plain.new_entries()
+
+
 @pytest.mark.parametrize("offset_views", [False, True], ids=["aligned", "offset"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", EDGE_SIZES)

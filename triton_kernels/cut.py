@@ -240,6 +240,7 @@ def cut(
     found_inf: Tensor,
     exp: float,
     eps: float,
+    noise: Tensor,
     tile: int,
     new_tensor: Tensor,
     new_position: Tensor,
@@ -248,6 +249,8 @@ def cut(
     scratch: Tensor,
 ) -> None:
     """See `reference.cut`; `tile` is a power of two."""
+    if noise.numel():
+        raise NotImplementedError("the Triton backend does not sample yet")
     num_tiles = tile_max.numel()
     if not num_tiles or not new_tensor.numel():
         new_count.zero_()

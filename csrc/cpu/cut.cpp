@@ -321,22 +321,20 @@ int32_t write(const Problem& problem, const OpenTiles& tiles, Threshold threshol
 
 }  // namespace
 
-int32_t cut(const Threads& threads, const std::vector<PoolTensor>& pool, const Active& active,
-            int64_t num_tiles, const int32_t* tile_max, const float* param_bound, int64_t quota,
-            double exp, float eps, int64_t tile, NewEntries& found) {
+int32_t cut(const Problem& problem, const int32_t* tile_max, const float* param_bound,
+            NewEntries& found) {
   *found.count = 0;
-  if (quota == 0 || num_tiles == 0) return 0;
-  const Problem problem{threads, pool, active, num_tiles, quota, exp, eps, tile};
+  if (problem.quota == 0 || problem.num_tiles == 0) return 0;
   std::vector<int32_t> bounds;
-  if (!ranks_by_magnitude(exp)) {
+  if (!ranks_by_magnitude(problem.exp)) {
     bounds = bounds_of(problem, tile_max, param_bound);
     tile_max = bounds.data();
   }
-  const Ranked ranked(tile_max, num_tiles);
+  const Ranked ranked(tile_max, problem.num_tiles);
   Opening opening = open_by_bound(problem, ranked);
   const OpenTiles tiles(problem, std::move(opening.tiles));
-  if (quota <= kBufferedQuota) return collect(problem, tiles, opening.floor, found);
-  return write(problem, tiles, radix_select(tiles, opening.floor, quota), found);
+  if (problem.quota <= kBufferedQuota) return collect(problem, tiles, opening.floor, found);
+  return write(problem, tiles, radix_select(tiles, opening.floor, problem.quota), found);
 }
 
 }  // namespace sparse_optim::cpu

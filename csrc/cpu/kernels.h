@@ -1,8 +1,9 @@
-// The four operations on the CPU, on raw pointers: no torch headers. ops.cpp checks the arguments.
+// The operations on the CPU, on raw pointers: no torch headers. ops.cpp checks the arguments.
 #pragma once
 #include <cstdint>
 #include <vector>
 
+#include "core/noise.h"
 #include "core/pool.h"
 
 namespace sparse_optim::cpu {
@@ -28,14 +29,28 @@ struct Threads {
   void (*spawn)(int workers, void (*worker)(int, void*), void* context);
 };
 
+// What `rank` and `cut` are asked for.
+struct Problem {
+  const Threads& threads;
+  const std::vector<PoolTensor>& pool;
+  const Active& active;
+  int64_t num_tiles;
+  int64_t quota;
+  double exp;
+  float eps;
+  Noise noise;
+  int64_t tile;
+};
+
 ScanResult scan(const Threads& threads, const std::vector<PoolTensor>& pool,
                 const std::vector<DenseGrad>& dense, const Active& active, int64_t tile,
                 int32_t* tile_max);
 
+void rank(const Problem& problem, int32_t* tile_max);
+
 // Returns the threshold's key, 0 if nothing was unmasked.
-int32_t cut(const Threads& threads, const std::vector<PoolTensor>& pool, const Active& active,
-            int64_t num_tiles, const int32_t* tile_max, const float* param_bound, int64_t quota,
-            double exp, float eps, int64_t tile, NewEntries& found);
+int32_t cut(const Problem& problem, const int32_t* tile_max, const float* param_bound,
+            NewEntries& found);
 
 void append(const Threads& threads, const std::vector<PoolTensor>& pool, const NewEntries& found,
             Active& active);

@@ -1,6 +1,7 @@
 #include "cpu/open_tile.h"
 
 #include "core/importance.h"
+#include "cpu/noise.h"
 
 namespace sparse_optim::cpu {
 namespace {
@@ -56,8 +57,13 @@ Opened open_tile(const Problem& problem, int64_t tile_index, int32_t* out) {
   const PoolTensor& tensor = problem.pool[t];
   const int64_t first = (tile_index - tensor.first_tile) * problem.tile;
   const int64_t count = std::min(problem.tile, tensor.numel - first);
+  if (!tensor.grad) {
+    std::fill_n(out, (count + 15) / 16 * 16, 0);
+    return {t, first, count};
+  }
   float grad[kMaxTile], param[kMaxTile];
   visit_dtype(tensor.grad_dtype, tensor.grad, [&](auto* data) { load(data + first, count, grad); });
+  if (problem.noise.on) perturb(problem.noise, t, first, count, grad);
   if (problem.exp != 0.0) {
     visit_dtype(tensor.param_dtype, tensor.param,
                 [&](auto* data) { load(data + first, count, param); });

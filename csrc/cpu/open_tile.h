@@ -6,23 +6,12 @@
 
 namespace sparse_optim::cpu {
 
-// What `cut` is asked for.
-struct Problem {
-  const Threads& threads;
-  const std::vector<PoolTensor>& pool;
-  const Active& active;
-  int64_t num_tiles;
-  int64_t quota;
-  double exp;
-  float eps;
-  int64_t tile;
-};
-
 struct Opened {
   int64_t tensor, first, count;  // entries first..first + count - 1 of a pool tensor
 };
 
-// Importance keys of the entries of a tile, 0 for active ones and up to the next multiple of 16.
+// Importance keys of the entries of a tile; 0 for active ones, up to the next multiple of 16, and
+// where the gradient is missing.
 Opened open_tile(const Problem& problem, int64_t tile_index, int32_t* out);
 
 // keys[i] = importance_key(importance(grad[i], param[i]))

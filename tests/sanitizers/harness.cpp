@@ -137,6 +137,7 @@ struct Case {
   int64_t tile = 512, quota = 0, num_tiles = 0, step = 5;
   double exp = 0.0;
   float eps = 1.f;
+  Noise noise{};  // with it, gradients stand for scores
   bool entry_age = true, poisoned = false;
   Threads threads{1, &spawn};
   std::vector<Buffer> grads, params, dense;
@@ -182,6 +183,7 @@ Case random_case(int64_t number) {
   Case c;
   c.tile = one_of(kTiles);
   c.exp = kExps[below(8)];
+  if (c.exp == 0.0 && below(2)) c.noise = {true, engine(), uint32_t(engine())};
   c.eps = below(2) ? 1.f : 1e-3f;
   c.entry_age = below(2);
   c.threads.workers = int(1 + below(4));
@@ -298,15 +300,27 @@ bool check_scan(Case& c) {
   return !non_finite;
 }
 
+float noisy(const Noise& noise, float score, int64_t tensor, int64_t position) {
+  if (!noise.on) return score;
+  const uint32_t group = uint32_t(position / 4);
+  const uint32_t word = philox(noise, group, uint32_t(tensor), 0).word[position % 4];
+  const uint32_t second = philox(noise, group, uint32_t(tensor), 1).word[position % 4];
+  return perturbed(score, word, word < kRefinedBelow ? refinement(second) : 0.5f);
+}
+
 void check_cut(Case& c) {
   NewEntries found{c.new_tensor.get(), c.new_position.get(), &c.new_count, c.quota};
   const float* bound = c.exp < 0 ? c.param_bound.get() : nullptr;
-  const int32_t threshold = cut(c.threads, c.pool, c.active(), c.num_tiles, c.tile_max.get(), bound,
-                                c.quota, c.exp, c.eps, c.tile, found);
+  const Active active = c.active();
+  const Problem problem{c.threads, c.pool, active,  c.num_tiles, c.quota,
+                        c.exp,     c.eps,  c.noise, c.tile};
+  if (c.noise.on) rank(problem, c.tile_max.get());
+  const int32_t threshold = cut(problem, c.tile_max.get(), bound, found);
   std::vector<Entry> entries;
   for (size_t t = 0; t < c.pool.size(); ++t) {
     for (int64_t i = 0; c.pool[t].grad && i < c.pool[t].numel; ++i) {
-      const float value = score(c.exp, c.eps, c.grads[t].get(i), c.params[t].get(i));
+      const float plain = score(c.exp, c.eps, c.grads[t].get(i), c.params[t].get(i));
+      const float value = noisy(c.noise, plain, int64_t(t), i);
       if (!c.taken[t][size_t(i)] && value > 0.f) entries.push_back({int64_t(t), i, to_bits(value)});
     }
   }
