@@ -25,7 +25,7 @@ def check_selection(params: Sequence[Tensor], budget: int, quota: int, exp: floa
         optimizer._prepare()
         bound = optimizer._ops.bind(grads, optimizer._pool, optimizer._work.table)
         optimizer._scan(bound, [])
-        optimizer._cut(bound)
+        optimizer._cut(bound, grads)
         work, eps = optimizer._work, optimizer.importance.eps
         count = int(work.new_count)
         tensor, position = work.new_tensor[:count], work.new_position[:count].long()

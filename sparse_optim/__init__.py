@@ -2,20 +2,34 @@
 
 from sparse_optim.delta import Delta, apply_delta, load_delta, save_delta
 from sparse_optim.id3 import IncrementalMaskedAdamW
-from sparse_optim.importance import D3
+from sparse_optim.importance import (
+    D3,
+    ActivationWeightGradient,
+    Magnitude,
+    Random,
+    Scores,
+    Snip,
+)
 from sparse_optim.optimizer import MaskedAdamW
 from sparse_optim.schedule import Linear, Uniform, Warmup
-from sparse_optim.selection import Increment, Static
+from sparse_optim.selection import Increment, Repeat, Static, Stochastic
 from sparse_optim.version import __version__
 
 __all__ = [
+    "ActivationWeightGradient",
     "D3",
     "Delta",
     "Increment",
     "IncrementalMaskedAdamW",
     "Linear",
+    "Magnitude",
     "MaskedAdamW",
+    "Random",
+    "Repeat",
+    "Scores",
+    "Snip",
     "Static",
+    "Stochastic",
     "Uniform",
     "Warmup",
     "__version__",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,6 +60,37 @@ class ActiveSet:
             if name != "master" or self.master.numel()
         }
 
+    def clear(self, progress: Tensor) -> None:
+        """Hold no entry, at the applied and skipped steps of `progress`."""
+        self.offsets.zero_()
+        self.progress.copy_(progress)
+        self.progress[1] = 0
+
+    def carry_over(self, before: ActiveSet, sizes: Tensor) -> None:
+        """Entries that were active in `before`, too, take their state from there.
+
+        Args:
+            before: the set of another step, of the same capacity.
+            sizes: (S,), int64, entries of each tensor.
+        """
+        index, old_index = self.global_index(sizes), before.global_index(sizes)
+        if not (index.numel() and old_index.numel()):
+            return
+        source = torch.searchsorted(old_index, index).clamp(max=old_index.numel() - 1)
+        kept = old_index[source] == index
+        for name in ENTRY_FIELDS[1:]:
+            values = getattr(self, name)[: index.numel()]
+            if values.numel():
+                values.copy_(torch.where(kept, getattr(before, name)[source], values))
+
+    def global_index(self, sizes: Tensor) -> Tensor:
+        """Global index of each active entry: (active,), int64, ascending."""
+        starts = sizes.cumsum(0) - sizes
+        count = int(self.progress[1])
+        counts = self.offsets.diff()[: sizes.numel()]
+        owner = torch.repeat_interleave(starts, counts, output_size=count)
+        return owner + self.position[:count]
+
     def fill(self, segments: Sequence[dict[str, Tensor]], progress: Tensor) -> None:
         """Take over the segments of all S tensors, in order (what `segment` returned)."""
         counts = torch.tensor([0] + [segment["position"].numel() for segment in segments])
@@ -69,6 +101,38 @@ class ActiveSet:
             if target.numel():
                 target[:total] = torch.cat([segment[name].to(target) for segment in segments])
         self.progress.copy_(progress)
+
+
+class Touched:
+    """Every entry that was ever active, where entries leave the active set again.
+
+    Sets are merged when as many are waiting as are merged already, so that a step costs no more
+    than its own set: at most 16 bytes for each entry ever active, and those of one step.
+    """
+
+    def __init__(self, index: Tensor) -> None:
+        self._merged, self._waiting = index, []
+
+    def add(self, index: Tensor) -> None:
+        """Note the global indices, (n,) int64, of a step's set."""
+        self._waiting.append(index)
+        if sum(part.numel() for part in self._waiting) >= self._merged.numel():
+            self._merge()
+
+    def index(self) -> Tensor:
+        """Global indices, (n,), int64, ascending, each once."""
+        self._merge()
+        return self._merged
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self._merged.nbytes + sum(part.nbytes for part in self._waiting)
+
+    def _merge(self) -> None:
+        if self._waiting:
+            self._merged = torch.cat([self._merged, *self._waiting]).unique()
+            self._waiting = []
 
 
 @dataclass
@@ -141,10 +205,10 @@ def max_quota(targets: Tensor, capacity: int) -> int:
     return min(2 * int(targets.diff().max()), capacity)
 
 
-def num_bytes(*owners: ActiveSet | WorkSpace) -> int:
-    """Bytes of all tensors held."""
+def num_bytes(*owners: Any) -> int:
+    """Bytes of all tensors that these dataclasses hold."""
     return sum(tensor.nbytes for owner in owners for tensor in _tensors(owner))
 
 
-def _tensors(owner: ActiveSet | WorkSpace) -> Iterable[Tensor]:
+def _tensors(owner: Any) -> Iterable[Tensor]:
     return (getattr(owner, field.name) for field in fields(owner))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sparse_optim.active_set import ENTRY_FIELDS
+from sparse_optim.active_set import ENTRY_FIELDS, Touched
 
 if TYPE_CHECKING:
     from sparse_optim.optimizer import MaskedAdamW
@@ -36,6 +36,8 @@ def pack(optimizer: MaskedAdamW) -> dict[Any, dict[str, Any]]:
         "threshold": optimizer._work.threshold.clone(),
         "fingerprints": list(optimizer._fingerprints),
     }
+    if optimizer.selection.replaces:
+        packed[UNMASK]["touched"] = optimizer._touched.index().clone()
     return packed
 
 
@@ -64,6 +66,11 @@ def split(
         raise ValueError(
             "the checkpoint is not one of MaskedAdamW (state['unmask'] is missing); "
             "a dense AdamW checkpoint cannot be resumed sparsely"
+        )
+    if optimizer.selection.replaces != ("touched" in state[UNMASK]):
+        raise ValueError(
+            "the checkpoint's selection is of another kind than the optimizer's "
+            f"{optimizer.selection}: one replaces its set at each step, the other keeps it"
         )
     modes = [group.get("unmask") for group in groups]
     if modes != [group["unmask"] for group in optimizer.param_groups]:
@@ -94,6 +101,8 @@ def unpack(optimizer: MaskedAdamW, ours: dict[str, Any]) -> None:
         )  # fmt: skip
     optimizer._reallocate(targets.clone(), capacity)
     optimizer._active.fill(ours["segments"], unmask["progress"])
+    if "touched" in unmask:
+        optimizer._touched = Touched(unmask["touched"].to(optimizer._device, copy=True))
     optimizer._work.threshold.copy_(unmask["threshold"])
     optimizer._fingerprints = list(unmask["fingerprints"])
     # Not now: the model may be loaded after the optimizer. The next step looks at the parameters.

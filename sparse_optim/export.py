@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from sparse_optim.active_set import num_bytes
 from sparse_optim.delta import Delta, SparseValues
@@ -17,16 +18,18 @@ def delta_of(optimizer: MaskedAdamW, model: torch.nn.Module | None) -> Delta:
     """Collect the active entries of the pool, and dense groups whole; see `MaskedAdamW.delta`."""
     names = _names(optimizer, model)
     sparse, fingerprints = {}, {}
-    for index, param in enumerate(optimizer._pool):
-        state = optimizer._active.segment(index)
-        if state["position"].numel():
-            name, position = names[id(param)], state["position"].long()
+    moved = _moved_entries(optimizer)
+    for index, (param, (position, unmask_step)) in enumerate(
+        zip(optimizer._pool, moved, strict=True)
+    ):
+        if position.numel():
+            name = names[id(param)]
             sparse[name] = SparseValues(
                 shape=tuple(param.shape),
                 dtype=param.dtype,
                 position=position,
                 value=param.detach().view(-1)[position],
-                unmask_step=state["unmask_step"].clone(),
+                unmask_step=unmask_step,
             )
             fingerprints[name] = optimizer._fingerprints[index]
     dense = {names[id(param)]: param.detach().clone() for param in optimizer._dense}
@@ -38,6 +41,24 @@ def delta_of(optimizer: MaskedAdamW, model: torch.nn.Module | None) -> Delta:
         "step": int(optimizer._active.progress[0]),
     }
     return Delta(sparse=sparse, dense=dense, fingerprints=fingerprints, method=method)
+
+
+def _moved_entries(optimizer: MaskedAdamW) -> list[tuple[Tensor, Tensor | None]]:
+    """For each tensor of the pool: positions (int64) that may have moved, and when unmasked.
+
+    Where entries leave the set again, no step says when one was unmasked.
+    """
+    if not optimizer.selection.replaces:
+        segments = (optimizer._active.segment(index) for index in range(len(optimizer._pool)))
+        return [(part["position"].long(), part["unmask_step"].clone()) for part in segments]
+    index = optimizer._touched.index()
+    ends = torch.tensor([param.numel() for param in optimizer._pool]).cumsum(0)
+    last = torch.searchsorted(index, ends.to(index.device)).tolist()
+    first = [0, *last[:-1]]
+    starts = [0, *ends.tolist()[:-1]]
+    return [
+        (index[a:b] - start, None) for a, b, start in zip(first, last, starts, strict=True)
+    ]
 
 
 def metrics_of(optimizer: MaskedAdamW) -> dict[str, int | float | str]:
@@ -55,7 +76,10 @@ def metrics_of(optimizer: MaskedAdamW) -> dict[str, int | float | str]:
         "threshold": float(optimizer._work.threshold),
         "grad_norm": float(optimizer._work.grad_norm),
         "backend": optimizer.backend,
-        "state_bytes": num_bytes(optimizer._active, optimizer._work)
+        "state_bytes": num_bytes(
+            optimizer._active, optimizer._work, optimizer._spare, optimizer._ranking
+        )
+        + optimizer._touched.nbytes
         + optimizer._targets.nbytes
         + sum(tensor.nbytes for tensor in dense),
         **{f"active/{name}": count for name, count in zip(optimizer._names, counts, strict=True)},

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from sparse_optim import backends, checkpoint
-from sparse_optim.active_set import ActiveSet, WorkSpace, max_quota
+from sparse_optim.active_set import ActiveSet, Touched, WorkSpace, max_quota
 from sparse_optim.delta import Delta
 from sparse_optim.dense import dense_adamw_step
 from sparse_optim.export import delta_of, metrics_of
 from sparse_optim.fingerprint import fingerprint
-from sparse_optim.importance import D3
+from sparse_optim.importance import D3, Importance, Scores
 from sparse_optim.parameters import (
     check_group_options,
     check_method,
@@ -26,8 +26,9 @@ from sparse_optim.parameters import (
     normalize_group,
     readable_grads,
 )
+from sparse_optim.ranking import Ranking, needs_param_bound, rank
 from sparse_optim.reference import tile_abs_max
-from sparse_optim.selection import Increment, Static, resolve_budget
+from sparse_optim.selection import Increment, Selection, resolve_budget
 
 
 class MaskedAdamW(torch.optim.Optimizer):
@@ -47,8 +48,9 @@ class MaskedAdamW(torch.optim.Optimizer):
         lr: float or one-element tensor, parameter units per step.
         betas, eps, weight_decay: as in torch.optim.AdamW.
         amsgrad, differentiable: only False.
-        importance: ranks the frozen entries.
-        selection: `Increment` or `Static`.
+        importance: ranks the entries: `D3`, another of `sparse_optim.importance`, or a function of
+            (name, param, grad). Only D3 is ranked without a pass and scores of its own.
+        selection: `Increment`, `Static`, `Repeat` or `Stochastic`.
         max_grad_norm: clip gradients to this global norm, within the step and without touching
             `.grad`. Use it instead of `clip_grad_norm_`; with both, gradients are clipped twice.
         bias_correction: "entry" counts Adam's step from the entry's own unmasking; "global" from
@@ -75,8 +77,8 @@ class MaskedAdamW(torch.optim.Optimizer):
         weight_decay: float = 1e-2,
         amsgrad: bool = False,
         *,
-        importance: D3,
-        selection: Increment | Static,
+        importance: Importance,
+        selection: Selection,
         max_grad_norm: float | None = None,
         bias_correction: str = "entry",
         backend: str = "auto",
@@ -103,6 +105,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         self._targets = selection.targets(budget).to(self._device)
         self._fingerprints: list[str] = []
         self._active = ActiveSet.empty(self._pool, budget, self._device)
+        self._touched = Touched(torch.empty(0, dtype=torch.int64, device=self._device))
         self._allocate_work()
 
     @torch.no_grad()
@@ -122,9 +125,12 @@ class MaskedAdamW(torch.optim.Optimizer):
             return loss
         self._prepare()
         bound = self._ops.bind(grads, self._pool, self._work.table)
-        self._scan(bound, dense_grads)
-        self._cut(bound)
-        self._append(bound)
+        if self.selection.replaces:
+            self._replace(bound, grads, dense_grads)
+        else:
+            self._scan(bound, dense_grads)
+            self._cut(bound, grads)
+            self._append(bound)
         self._update(bound)
         unscaled = self.max_grad_norm is None and getattr(self, "grad_scale", None) is None
         factor = None if unscaled else self._work.grad_factor
@@ -170,12 +176,35 @@ class MaskedAdamW(torch.optim.Optimizer):
             work.active_grad, work.grad_norm, work.grad_factor, work.found_inf, work.scratch,
         )  # fmt: skip
 
-    def _cut(self, bound: Any) -> None:
+    def _replace(self, bound: Any, grads: list[Tensor], dense_grads: list[Tensor]) -> None:
+        """Rank all entries anew into a fresh set; those of the last one keep their state."""
+        before, self._active = self._active, self._spare
+        self._active.clear(before.progress)
+        try:
+            self._scan(bound, dense_grads)
+            self._cut(bound, grads)
+            self._append(bound)
+        except BaseException:
+            self._active = before
+            raise
+        if self._work.found_inf:
+            self._active = before
+            return
+        sizes = torch.tensor([param.numel() for param in self._pool], device=self._device)
+        self._active.carry_over(before, sizes)
+        self._touched.add(self._active.global_index(sizes))
+        self._spare = before
+
+    def _cut(self, bound: Any, grads: list[Tensor]) -> None:
         active, work = self._active, self._work
+        ranked = rank(self, bound, grads)
+        if ranked is None:
+            work.new_count.zero_()
+            return
         self._ops.cut(
-            bound, active.position, active.offsets, work.tile_offsets, work.tile_max,
-            work.param_bound, self._targets, active.progress, work.found_inf, self.importance.exp,
-            self.importance.eps, self._ops.TILE, work.new_tensor, work.new_position,
+            ranked.bound, active.position, active.offsets, work.tile_offsets, ranked.tile_max,
+            work.param_bound, self._targets, active.progress, work.found_inf, ranked.exp,
+            ranked.eps, ranked.noise, self._ops.TILE, work.new_tensor, work.new_position,
             work.new_count, work.threshold, work.scratch,
         )  # fmt: skip
 
@@ -258,9 +287,14 @@ class MaskedAdamW(torch.optim.Optimizer):
         num_tiles = sum(-(-param.numel() // self._ops.TILE) for param in self._pool)
         self._work = WorkSpace.empty(
             self._pool, self._group_index, len(self.param_groups), capacity, quota, self._ops.TILE,
-            self.importance.exp < 0, self._ops.scratch_bytes(num_tiles, capacity, quota),
-            self._device,
+            needs_param_bound(self.importance, self.selection),
+            self._ops.scratch_bytes(num_tiles, capacity, quota), self._device,
         )  # fmt: skip
+        self._ranking = Ranking.empty(self.importance, self.selection, self._work)
+        spare = capacity if self.selection.replaces else 0
+        self._spare = ActiveSet.empty(self._pool, spare, self._device)
+        if isinstance(self.importance, Scores):
+            self.importance.check_names(self._names)
         self.refresh()
 
     def _pool_size(self) -> int:
@@ -358,7 +392,8 @@ class MaskedAdamW(torch.optim.Optimizer):
         kept = {
             name: value
             for name, value in self.__dict__.items()
-            if not name.startswith(("_optimizer_", "_zero_grad_")) and not callable(value)
+            if not name.startswith(("_optimizer_", "_zero_grad_"))
+            and not hasattr(type(self), name)  # a scheduler's wrapper around `step`
         }
         # A copy's parameters count their versions anew: none of them is known.
         kept["_versions"] = [-1] * len(self._pool)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_optim.importance import D3
-from sparse_optim.selection import Increment, Static
+from sparse_optim.importance import Magnitude
+from sparse_optim.selection import Increment, Static, Stochastic
 
 BIAS_CORRECTIONS = ("entry", "global")
 UNMASK_MODES = ("rank", "all", "none")
@@ -62,10 +62,20 @@ def check_method(
     importance: object, selection: object, max_grad_norm: float | None, bias_correction: str
 ) -> None:
     """Raise ValueError where an argument that belongs to no group is out of range."""
-    if not isinstance(importance, D3):
-        raise ValueError(f"importance must be D3(...), got {importance!r}")
+    if isinstance(importance, type) or not callable(importance):
+        raise ValueError(
+            "importance must be D3(...), Magnitude(), another importance or a function of (name, "
+            f"param, grad), got {importance!r}"
+        )
     if not isinstance(selection, (Increment, Static)):
-        raise ValueError(f"selection must be Increment(...) or Static(...), got {selection!r}")
+        raise ValueError(
+            "selection must be Increment(...), Static(...), Repeat(...) or Stochastic(...), "
+            f"got {selection!r}"
+        )
+    if isinstance(importance, Magnitude) and isinstance(selection, Stochastic):
+        raise ValueError(
+            "Magnitude gives an order, not weights to sample by: use Static, Increment or Repeat"
+        )
     if max_grad_norm is not None and not max_grad_norm > 0:
         raise ValueError(f"max_grad_norm must be above 0 (None does not clip), got {max_grad_norm}")
     if bias_correction not in BIAS_CORRECTIONS:

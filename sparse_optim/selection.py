@@ -1,9 +1,10 @@
-"""Selections: when which entries become active."""
+"""Selections: when which entries become active, and whether they stay so."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -58,6 +59,7 @@ class Increment:
     total_steps: int
     schedule: Schedule | Callable[[int], int] = field(default_factory=Uniform)
     unmask_steps: int | None = None
+    replaces: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if isinstance(self.total_steps, bool) or not isinstance(self.total_steps, int):
@@ -87,7 +89,44 @@ class Static:
     """
 
     budget: int | float
+    replaces: ClassVar[bool] = False
 
     def targets(self, budget: int) -> Tensor:
         """Cumulative targets, (2,), int64: everything at step 1."""
         return cumulative_targets(Uniform(), budget, 1, 1)
+
+
+@dataclass(frozen=True)
+class Repeat(Static):
+    """Unmask the whole budget anew at each step: the set of one step is dropped at the next.
+
+    Entries that are in both keep their moments; those that leave lose them and stay at the value
+    that they reached. What was ever active is recorded, for the delta.
+
+    Args:
+        budget: entries (int) or share of the pool (float), of one step.
+
+    Reference: Agarwal et al. 2025, section 6 (repeat-S).
+    """
+
+    replaces: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class Stochastic(Repeat):
+    """As `Repeat`, but each step's set is a sample without replacement.
+
+        probability of the next draw = score^2 / sum of score^2 over entries not drawn yet
+
+    Args:
+        budget: entries (int) or share of the pool (float), of one step.
+        seed: of the noise, 64 bits. The same on every backend, and after a resume.
+
+    Reference: Akbar-Tajari and Pilehvar, Stochastic Fine-Tuning of Language Models Using Masked
+    Gradients, Algorithm 1; drawn by Gumbel top-k, see `sparse_optim.noise`.
+    """
+
+    seed: int = 0
+
+
+Selection = Increment | Static  # Repeat and Stochastic are kinds of Static

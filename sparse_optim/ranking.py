@@ -1,0 +1,156 @@
+"""How a step ranks entries: by the gradients as they are, or by dense scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparse_optim import backends
+from sparse_optim.importance import (
+    D3,
+    ActivationWeightGradient,
+    Importance,
+    Magnitude,
+    Random,
+    Scores,
+    Snip,
+    check_scores,
+    is_fixed,
+)
+from sparse_optim.parameters import SUPPORTED_DTYPES
+from sparse_optim.selection import Increment, Selection, Stochastic
+
+if TYPE_CHECKING:
+    from sparse_optim.optimizer import MaskedAdamW
+
+# Importances whose scores need no check.
+OWN = (D3, Magnitude, Snip, ActivationWeightGradient, Scores)
+
+
+class Ranked(NamedTuple):
+    """What `cut` ranks by: see its arguments in `reference`."""
+
+    bound: Any
+    tile_max: Tensor
+    exp: float
+    eps: float
+    noise: Tensor
+    scores: Sequence[Tensor] = ()  # kept alive: the kernels hold their addresses
+
+
+@dataclass
+class Ranking:
+    """Buffers for dense scores; empty where the kernels rank gradients by D3 as they read them.
+
+    Attributes:
+        table: as in `reference.bind`, of the scores.
+        tile_max: (num_tiles,), int32, of the scores.
+        noise: (2,), int64: seed and step; (0,) without sampling.
+    """
+
+    table: Tensor
+    tile_max: Tensor
+    noise: Tensor
+
+    @staticmethod
+    def empty(importance: Importance, selection: Selection, like: Any) -> Ranking:
+        """Buffers for a pool whose work space is `like`."""
+        seed = noise_seed(importance, selection)
+        scored = not isinstance(importance, D3) or seed is not None
+        noise = [] if seed is None else [seed, 0]
+        return Ranking(
+            table=torch.zeros_like(like.table[: len(like.table) if scored else 0]),
+            tile_max=torch.zeros_like(like.tile_max[: like.tile_max.numel() if scored else 0]),
+            noise=torch.tensor(noise, dtype=torch.int64, device=like.table.device),
+        )
+
+
+def needs_param_bound(importance: Importance, selection: Selection) -> bool:
+    """Whether tiles are bounded by their greatest |param|: D3 with exp < 0, ranked in the kernels."""
+    if noise_seed(importance, selection) is not None:
+        return False
+    return isinstance(importance, D3) and importance.exp < 0
+
+
+def noise_seed(importance: Importance, selection: Selection) -> int | None:
+    """Seed of what samples entries, as a signed 64-bit number; None where nothing does."""
+    source = selection if isinstance(selection, Stochastic) else importance
+    if not isinstance(source, (Stochastic, Random)):
+        return None
+    return (source.seed + 2**63) % 2**64 - 2**63
+
+
+def rank(optimizer: MaskedAdamW, bound: Any, grads: Sequence[Tensor]) -> Ranked | None:
+    """What this step's `cut` ranks by; None if there is nothing to unmask.
+
+    Importances other than D3, and sampling, read counts from the device: one synchronisation.
+    """
+    work, ranking, importance = optimizer._work, optimizer._ranking, optimizer.importance
+    ops = backends.operations(optimizer.backend)
+    if isinstance(importance, D3) and not ranking.noise.numel():
+        return Ranked(bound, work.tile_max, importance.exp, importance.eps, ranking.noise)
+    if not _unmasks(optimizer):
+        return None
+    if ranking.noise.numel():
+        ranking.noise[1].copy_(optimizer._active.progress[0])
+    scores = _scores(importance, optimizer._names, optimizer._pool, grads)
+    scored = ops.bind(scores, optimizer._pool, ranking.table)
+    active = optimizer._active
+    ops.rank(
+        scored, active.position, active.offsets, work.tile_offsets, ranking.noise, ops.TILE,
+        ranking.tile_max, work.scratch,
+    )  # fmt: skip
+    return Ranked(scored, ranking.tile_max, 0.0, 1.0, ranking.noise, scores)
+
+
+def _unmasks(optimizer: MaskedAdamW) -> bool:
+    step, active, _ = optimizer._active.progress.tolist()
+    targets, selection = optimizer._targets, optimizer.selection
+    # A static set of fixed scores is complete after one step, even if it found too few above 0.
+    once = is_fixed(optimizer.importance) and not isinstance(selection, Increment)
+    if once and not selection.replaces and step > 0:
+        return False
+    wanted = int(targets[min(step + 1, targets.numel() - 1)]) > active
+    return wanted and not bool(optimizer._work.found_inf)
+
+
+def _scores(
+    importance: Importance, names: Sequence[str], params: Sequence[Tensor], grads: Sequence[Tensor]
+) -> list[Tensor]:
+    """Scores of every parameter that has a gradient; empty tensors for the others."""
+    if isinstance(importance, Random):  # views of one tensor: it need not hold the whole pool
+        ones = torch.ones(
+            max(grad.numel() for grad in grads), dtype=torch.bfloat16, device=params[0].device
+        )
+        return [ones[: grad.numel()] for grad in grads]
+    if isinstance(importance, D3) and importance.exp == 0:
+        return list(grads)
+    scores = []
+    for name, param, grad in zip(names, params, grads, strict=True):
+        if not grad.numel():
+            scores.append(grad)
+            continue
+        score = importance(name, param.detach(), grad)
+        if not isinstance(importance, OWN):
+            _check(score, name, param)
+        scores.append(score.contiguous())
+    return scores
+
+
+def _check(score: object, name: str, param: Tensor) -> None:
+    if not isinstance(score, Tensor):
+        raise TypeError(f"the importance of {name} must be a tensor, got {type(score).__name__}")
+    if score.shape != param.shape or score.device != param.device:
+        raise ValueError(
+            f"the importance of {name} must have shape {tuple(param.shape)} on {param.device}, "
+            f"got {tuple(score.shape)} on {score.device}"
+        )
+    if score.dtype not in SUPPORTED_DTYPES:
+        raise TypeError(
+            f"the importance of {name} is {score.dtype}; expected float32, bfloat16 or float16"
+        )
+    check_scores(score, name)
