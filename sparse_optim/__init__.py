@@ -16,8 +16,8 @@ from sparse_optim.selection import Increment, Repeat, Static, Stochastic
 from sparse_optim.version import __version__
 
 __all__ = [
-    "ActivationWeightGradient",
     "D3",
+    "ActivationWeightGradient",
     "Delta",
     "Increment",
     "IncrementalMaskedAdamW",

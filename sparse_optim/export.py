@@ -56,9 +56,7 @@ def _moved_entries(optimizer: MaskedAdamW) -> list[tuple[Tensor, Tensor | None]]
     last = torch.searchsorted(index, ends.to(index.device)).tolist()
     first = [0, *last[:-1]]
     starts = [0, *ends.tolist()[:-1]]
-    return [
-        (index[a:b] - start, None) for a, b, start in zip(first, last, starts, strict=True)
-    ]
+    return [(index[a:b] - start, None) for a, b, start in zip(first, last, starts, strict=True)]
 
 
 def metrics_of(optimizer: MaskedAdamW) -> dict[str, int | float | str]:

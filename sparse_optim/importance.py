@@ -15,7 +15,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -120,6 +120,14 @@ class Snip:
         return (grad.float() * param.detach().float()).abs()
 
 
+class InputFeatureMeans(Protocol):
+    """Where `ActivationWeightGradient` reads the means of this step."""
+
+    def get(self, name: str, /) -> tuple[Tensor, int] | None:
+        """Mean of each input feature of a weight, and the weight's dimension that counts them."""
+        ...
+
+
 @dataclass(frozen=True)
 class ActivationWeightGradient:
     """Rank connections by what flows through them (Stochastic Tuning).
@@ -127,21 +135,22 @@ class ActivationWeightGradient:
         importance = |mu * param * grad|,  mu the batch mean of the value that enters the connection
 
     Args:
-        means: gives {parameter name: (mu, dim)} of this step: mu one value for each input feature,
-            dim the dimension of the parameter that counts input features. mu = 1 for parameters
-            that it does not name (biases, norms, embeddings). `InputMeans` collects it.
+        means: its `get(name)` gives (mu, dim) of this step, or None where mu = 1 (biases, norms,
+            embeddings): mu one value for each input feature, dim the dimension of the parameter
+            that counts them. An `InputMeans`, or a dict.
 
     Reference: Akbar-Tajari and Pilehvar, Stochastic Fine-Tuning of Language Models Using Masked
     Gradients, Algorithm 1.
     """
 
-    means: Callable[[], Mapping[str, tuple[Tensor, int]]]
+    means: InputFeatureMeans
 
     def __call__(self, name: str, param: Tensor, grad: Tensor) -> Tensor:
         """Scores, float32, of the parameter's shape."""
         score = (grad.float() * param.detach().float()).abs()
-        if name in (means := self.means()):
-            mean, dim = means[name]
+        found = self.means.get(name)
+        if found is not None:
+            mean, dim = found
             shape = [1] * param.dim()
             shape[dim] = -1
             score *= mean.float().abs().view(shape)

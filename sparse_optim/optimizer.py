@@ -16,7 +16,7 @@ from sparse_optim.delta import Delta
 from sparse_optim.dense import dense_adamw_step
 from sparse_optim.export import delta_of, metrics_of
 from sparse_optim.fingerprint import fingerprint
-from sparse_optim.importance import D3, Importance, Scores
+from sparse_optim.importance import Importance, Scores
 from sparse_optim.parameters import (
     check_group_options,
     check_method,

@@ -47,7 +47,7 @@ IMPORTANCES = {
     "d3-minus": D3(-1.0, 0.5),
     "magnitude": Magnitude(),
     "snip": Snip(),
-    "mu": ActivationWeightGradient(lambda: MEANS),
+    "mu": ActivationWeightGradient(MEANS),
     "own": weigh,
 }
 

@@ -1,0 +1,11 @@
+"""The methods of the two papers by name: each builds an optimizer for a model.
+
+    optimizer = methods.build("pafi", model, lr=5e-4, budget=0.005, total_steps=1000)
+
+A method is an importance x a selection, or a structural mask (whole tensors, trained densely).
+"""
+
+from sparse_optim.methods._registry import METHODS, Method, build
+from sparse_optim.methods._request import MethodRequest
+
+__all__ = ["METHODS", "Method", "MethodRequest", "build"]

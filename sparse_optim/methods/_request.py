@@ -1,0 +1,102 @@
+"""What a method is asked for, and the two kinds of optimizers that methods build."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparse_optim.importance import Importance
+from sparse_optim.optimizer import MaskedAdamW
+from sparse_optim.selection import Selection
+
+
+@dataclass(frozen=True)
+class MethodRequest:
+    """What a method may need to build its optimizer.
+
+    Args:
+        model: the model to train, as the training loop calls it.
+        named: (name, parameter), in the model's order, tied weights once.
+        fresh: names trained densely, outside the budget (a new classifier head).
+        no_decay: names that weight decay leaves alone (biases, norms).
+        lr, head_lr: learning rates of the pretrained and of the fresh parameters.
+        budget: entries (int) or share of the ranked entries (float); None takes the method's own.
+        total_steps: optimizer steps of the run.
+        max_grad_norm: clip at this norm; 0 leaves gradients alone.
+        calibration: gives batches, for methods that score entries before training.
+        seed: of methods that draw entries.
+    """
+
+    model: nn.Module
+    named: list[tuple[str, nn.Parameter]]
+    fresh: frozenset[str] = frozenset()
+    no_decay: frozenset[str] = frozenset()
+    lr: float = 5e-4
+    head_lr: float = 5e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    adam_eps: float = 1e-8
+    weight_decay: float = 0.0
+    budget: int | float | None = None
+    total_steps: int = 1
+    d3_exp: float = 0.0
+    d3_eps: float = 1.0
+    max_grad_norm: float = 0.0
+    backend: str = "auto"
+    calibration: Callable[[], Iterable[Any]] | None = None
+    seed: int = 0
+
+    @property
+    def ranked(self) -> list[tuple[str, nn.Parameter]]:
+        """What is not fresh."""
+        return [(name, param) for name, param in self.named if name not in self.fresh]
+
+    def param_groups(self, named: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
+        """Param groups of some parameters, by learning rate and weight decay; none is empty."""
+        groups: dict[tuple[float, float], dict[str, Any]] = {}
+        for name, param in named:
+            lr = self.head_lr if name in self.fresh else self.lr
+            decay = 0.0 if name in self.no_decay else self.weight_decay
+            group = groups.setdefault((lr, decay), {"params": [], "lr": lr, "weight_decay": decay})
+            group["params"].append((name, param))
+        return list(groups.values())
+
+
+def masked_adamw(
+    request: MethodRequest, importance: Importance, selection: Selection
+) -> MaskedAdamW:
+    """Pretrained parameters are ranked, fresh ones trained densely."""
+    return MaskedAdamW(
+        ranked_groups(request),
+        request.lr,
+        request.betas,
+        request.adam_eps,
+        request.weight_decay,
+        importance=importance,
+        selection=selection,
+        max_grad_norm=request.max_grad_norm or None,
+        backend=request.backend,
+    )
+
+
+def dense_adamw(
+    request: MethodRequest, chosen: Iterable[tuple[str, nn.Parameter]]
+) -> torch.optim.AdamW:
+    """torch's fused AdamW on the chosen parameters; others no longer require gradients."""
+    chosen = list(chosen)
+    names = {name for name, _ in chosen}
+    for name, param in request.named:
+        param.requires_grad_(name in names)
+    return torch.optim.AdamW(
+        request.param_groups(chosen), request.lr, request.betas, request.adam_eps, fused=True
+    )
+
+
+def ranked_groups(request: MethodRequest) -> list[dict[str, Any]]:
+    """Pretrained parameters to be ranked, fresh ones to be trained densely."""
+    fresh = [item for item in request.named if item[0] in request.fresh]
+    ranked = [{**group, "unmask": "rank"} for group in request.param_groups(request.ranked)]
+    return ranked + [{**group, "unmask": "all"} for group in request.param_groups(fresh)]
