@@ -8,6 +8,7 @@ try:
     import typer
 
     from sparse_optim import delta_cli
+    from sparse_optim.experiments import command as experiments
     from sparse_optim.finetune import command
 except ModuleNotFoundError as error:
     if (error.name or "").startswith("sparse_optim"):
@@ -21,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 command.register(app)
+experiments.register(app)
 delta_cli.register(app)
 
 

@@ -66,6 +66,7 @@ def finetune(
     schedule: options.LrSchedule = "linear",
     warmup: options.Warmup = 0.0,
     weight_decay: options.WeightDecay = 0.0,
+    adam_eps: options.AdamEps = 1e-8,
     max_grad_norm: options.MaxGradNorm = 1.0,
     seed: options.Seed = 0,
     pooling: options.Pooling = "auto",

@@ -23,6 +23,7 @@ class FinetuneConfig:
         lr: learning rate (default: the method's). head_lr: of the fresh head (default: lr).
         warmup: steps if >= 1, else share of the run.
         max_length: tokens of an example.
+        adam_eps: eps of AdamW.
         max_grad_norm: clip gradients at this norm; 0 does not clip.
         eval_every, log_every, save_every: steps (defaults: a fifth of the run; a hundredth; never).
         metric: the evaluation metric to report (default: the task's first).
@@ -58,6 +59,7 @@ class FinetuneConfig:
     schedule: str = "linear"
     warmup: float = 0.0
     weight_decay: float = 0.0
+    adam_eps: float = 1e-8
     max_grad_norm: float = 1.0
     d3_exp: float = 0.0
     d3_eps: float = 1.0
@@ -89,6 +91,7 @@ class FinetuneConfig:
             "max_length": self.max_length,
             "lr": self.lr,
             "head_lr": self.head_lr,
+            "adam_eps": self.adam_eps,
             "budget": self.budget,
             "eval_every": self.eval_every,
             "log_every": self.log_every,

@@ -7,12 +7,14 @@ import logging
 import math
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from rich.console import Console
 from torch import nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
@@ -43,6 +45,8 @@ from sparse_optim.finetune.tasks import TASKS, Task
 from sparse_optim.finetune.trainer import SelectiveTrainer
 
 logger = logging.getLogger(__name__)
+
+LoadModel = Callable[[ModelSource, TaskData, PreTrainedTokenizerBase, str, str], LoadedModel]
 
 DELTA_FILE, METRICS_FILE, PLOT_FILE = "delta.safetensors", "metrics.json", "curves.png"
 
@@ -78,28 +82,78 @@ def run(config: FinetuneConfig, console: Console | None = None) -> FinetuneResul
 
 def run_checked(config: FinetuneConfig, console: Console | None) -> FinetuneResult:
     """`run`, once method and output folder are known to be right."""
+    inputs = load_inputs(config)
+    return write_results(config, inputs, train_model(config, inputs, console))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a job reads, tokenised; jobs that differ in method, rate or seed share it."""
+
+    source: ModelSource
+    data: TaskData
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    train_set: Dataset
+    eval_set: Dataset
+
+
+def load_inputs(config: FinetuneConfig) -> Inputs:
+    """Find the model, load and tokenise the data.
+
+    Raises:
+        FinetuneError: bad input, in one line.
+    """
     source = find_model(config.model)
     data = load_data(data_request(config))
     task = TASKS[data.task]
-    metric = task.check_metric(config.metric)
+    task.check_metric(config.metric)
     tokenizer = load_tokenizer(source)
+    train_set, eval_set = (
+        task.encode(split, tokenizer, config.max_length) for split in (data.train, data.evaluation)
+    )
+    return Inputs(source, data, task, tokenizer, train_set, eval_set)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model, in memory: nothing has been written."""
+
+    loaded: LoadedModel
+    trainer: SelectiveTrainer
+    seconds: float
+    metrics: dict[str, Any]
+
+
+def train_model(
+    config: FinetuneConfig, inputs: Inputs, console: Console | None, load: LoadModel = load_model
+) -> Trained:
+    """Train and evaluate; `load` may serve the base model from memory."""
+    check_method(config.method)
     set_seed(config.seed)
-    loaded = load_base(config, source, data, tokenizer)
-    trainer = make_trainer(config, task, data, tokenizer, loaded)
-    train_seconds = train(trainer, config, metric, console)
+    loaded = load_base(config, inputs, load)
+    trainer = make_trainer(config, inputs, loaded)
+    metric = inputs.task.check_metric(config.metric)
+    seconds = train(trainer, config, metric, console)
+    metrics = collect(config, trainer, inputs.data, loaded, metric)
+    return Trained(loaded, trainer, seconds, metrics | {"train_seconds": seconds})
+
+
+def write_results(config: FinetuneConfig, inputs: Inputs, trained: Trained) -> FinetuneResult:
+    """Write delta, metrics and plot, and check that base + delta is the trained model."""
     prepare_output(config)
     delta_path = config.output / DELTA_FILE
-    save_delta(describe_delta(trainer, loaded, config, data.task), delta_path)
+    save_delta(
+        describe_delta(trained.trainer, trained.loaded, config, inputs.data.task), delta_path
+    )
     if config.save_model:
-        trainer.save_model(str(config.output / "model"))
+        trained.trainer.save_model(str(config.output / "model"))
     differing = None
     if config.verify:
-        base = load_base(config, source, data, tokenizer)
-        differing = differing_tensors(base.model, loaded.model, delta_path)
-    metrics = collect(config, trainer, data, loaded, metric)
-    metrics |= {
+        base = load_base(config, inputs)
+        differing = differing_tensors(base.model, trained.loaded.model, delta_path)
+    metrics = trained.metrics | {
         "delta_bytes": delta_path.stat().st_size,
-        "train_seconds": train_seconds,
         "verified": None if differing is None else not differing,
     }
     write_json(metrics, config.output / METRICS_FILE)
@@ -108,7 +162,7 @@ def run_checked(config: FinetuneConfig, console: Console | None) -> FinetuneResu
         raise FinetuneError(
             f"base + {delta_path} is not the trained model: {', '.join(differing[:3])} differ"
         )
-    return FinetuneResult(metrics, config.output, loaded.model)
+    return FinetuneResult(metrics, config.output, trained.loaded.model)
 
 
 def check_method(name: str) -> None:
@@ -160,14 +214,9 @@ def data_request(config: FinetuneConfig) -> DataRequest:
     )
 
 
-def load_base(
-    config: FinetuneConfig,
-    source: ModelSource,
-    data: TaskData,
-    tokenizer: PreTrainedTokenizerBase,
-) -> LoadedModel:
+def load_base(config: FinetuneConfig, inputs: Inputs, load: LoadModel = load_model) -> LoadedModel:
     """The base model; parameters that the user named count as fresh."""
-    loaded = load_model(source, data, tokenizer, config.dtype, config.pooling)
+    loaded = load(inputs.source, inputs.data, inputs.tokenizer, config.dtype, config.pooling)
     names = [name for name, _ in loaded.model.named_parameters()]
     for prefix in config.dense:
         if not any(name.startswith(prefix) for name in names):
@@ -176,26 +225,18 @@ def load_base(
     return LoadedModel(loaded.model, loaded.fresh | dense)
 
 
-def make_trainer(
-    config: FinetuneConfig,
-    task: Task,
-    data: TaskData,
-    tokenizer: PreTrainedTokenizerBase,
-    loaded: LoadedModel,
-) -> SelectiveTrainer:
+def make_trainer(config: FinetuneConfig, inputs: Inputs, loaded: LoadedModel) -> SelectiveTrainer:
     """A trainer over tokenised examples."""
-    train_set, eval_set = (
-        task.encode(split, tokenizer, config.max_length) for split in (data.train, data.evaluation)
-    )
+    task, names = inputs.task, inputs.data.label_names or []
     trainer = SelectiveTrainer(
         partial(build_optimizer, config, loaded),
         model=loaded.model,
-        args=training_arguments(config, len(train_set)),
-        train_dataset=train_set,
-        eval_dataset=eval_set,
-        processing_class=tokenizer,
-        data_collator=task.collator(tokenizer),
-        compute_metrics=lambda prediction: task.compute(prediction, data.label_names or []),
+        args=training_arguments(config, len(inputs.train_set)),
+        train_dataset=inputs.train_set,
+        eval_dataset=inputs.eval_set,
+        processing_class=inputs.tokenizer,
+        data_collator=task.collator(inputs.tokenizer),
+        compute_metrics=lambda prediction: task.compute(prediction, names),
         preprocess_logits_for_metrics=task.preprocess_logits,
     )
     trainer.remove_callback(PrinterCallback)
@@ -246,7 +287,7 @@ def build_optimizer(
         lr=lr,
         head_lr=config.head_lr or lr,
         betas=(0.9, 0.999),
-        adam_eps=1e-8,
+        adam_eps=config.adam_eps,
         weight_decay=config.weight_decay,
         budget=config.budget,
         total_steps=total_steps,

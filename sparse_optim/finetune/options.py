@@ -91,6 +91,7 @@ LrSchedule = Annotated[
 ]
 Warmup = Annotated[float, training("Warm-up: steps, or a share of the run if below 1.")]
 WeightDecay = Annotated[float, training("Of active entries of matrices.")]
+AdamEps = Annotated[float, training("eps of AdamW.")]
 MaxGradNorm = Annotated[float, training("Clip gradients at this norm; 0 does not clip.")]
 Seed = Annotated[int, training("Of the fresh head, the order of examples and dropout.")]
 Resume = Annotated[Path | None, training("Go on from this checkpoint (see --save-every).")]

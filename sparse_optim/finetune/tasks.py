@@ -147,7 +147,7 @@ def class_ids(prediction: EvalPrediction) -> tuple[np.ndarray, np.ndarray]:
 
 
 def classification_metrics(prediction: EvalPrediction, names: list[str]) -> dict[str, float]:
-    """Accuracy, macro F1 and Matthews correlation."""
+    """Accuracy, Matthews correlation, macro F1, and F1 of the second class alone (GLUE's MRPC)."""
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
     guess, truth = class_ids(prediction)
@@ -155,6 +155,7 @@ def classification_metrics(prediction: EvalPrediction, names: list[str]) -> dict
     return {
         "accuracy": float(accuracy_score(truth, guess)),
         "f1": float(f1_score(truth, guess, average="macro", zero_division=0)),
+        "f1_positive": float(f1_score(truth == 1, guess == 1, zero_division=0)),
         # Undefined, and a warning, where there is one class alone.
         "matthews": float(matthews_corrcoef(truth, guess)) if len(seen) > 1 else 0.0,
     }
@@ -253,7 +254,7 @@ TASKS = {
         encode_texts,
         pad_text,
         classification_metrics,
-        ("accuracy", "matthews", "f1"),
+        ("accuracy", "matthews", "f1", "f1_positive"),
     ),
     "regression": Task(
         "AutoModelForSequenceClassification",

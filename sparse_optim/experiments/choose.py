@@ -1,0 +1,153 @@
+"""Narrow or change an experiment as the user asks."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TypeVar
+
+from sparse_optim.experiments.presets import Block, Experiment, ExperimentError, Row, TaskPreset
+from sparse_optim.finetune.config import FinetuneConfig, parse_budget
+from sparse_optim.finetune.hub import did_you_mean
+from sparse_optim.finetune.methods import METHODS
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Options as typed; None where nothing was said. Lists are separated by commas."""
+
+    model: str | None = None
+    tasks: str | None = None
+    methods: str | None = None
+    budgets: str | None = None
+    lrs: str | None = None
+    seeds: str | None = None
+    steps: int | None = None
+    batch_size: int | None = None
+
+
+def choose(experiment: Experiment, choice: Choice) -> tuple[Experiment, list[str]]:
+    """The experiment that is asked for, and names of rows that cannot run here.
+
+    Such rows are left out of a preset; one that the user names is an error.
+
+    Raises:
+        ExperimentError: unknown task or method (lists the known ones), or a list out of form.
+    """
+    budgets = split(choice.budgets)
+    for budget in budgets:
+        parse_budget(budget)
+    names = split(choice.methods)
+    rows = change_budgets(named_rows(experiment, names, budgets), budgets)
+    lrs = tuple(numbers("--lrs", choice.lrs, float))
+    rows = [replace(row, lrs=lrs or row.lrs) for row in rows]
+    left_out = [row.label for row in rows if not available(row)]
+    if names and left_out:
+        raise ExperimentError(f"--methods: {left_out[0]} needs peft, which is not installed")
+    tasks = change_tasks(experiment, choice)
+    kept = {row.label: row for row in rows if available(row)}
+    return (
+        replace(
+            experiment,
+            model=choice.model or experiment.model,
+            seeds=tuple(numbers("--seeds", choice.seeds, int)) or experiment.seeds,
+            blocks=new_blocks(experiment, tasks, kept, bool(names or budgets)),
+        ),
+        left_out,
+    )
+
+
+def new_blocks(
+    experiment: Experiment,
+    tasks: Mapping[str, TaskPreset],
+    rows: Mapping[str, Row],
+    flat: bool,
+) -> tuple[Block, ...]:
+    """The preset's blocks, narrowed; one block where the user chose the rows."""
+    if flat:
+        return (Block(tuple(tasks.values()), tuple(rows.values())),)
+    return tuple(
+        Block(
+            tuple(tasks[task.name] for task in block.tasks if task.name in tasks),
+            tuple(rows[row.label] for row in block.rows if row.label in rows),
+        )
+        for block in experiment.blocks
+    )
+
+
+def change_tasks(experiment: Experiment, choice: Choice) -> dict[str, TaskPreset]:
+    """The tasks that are asked for, by name, with other steps and batches where these are given."""
+    known = {task.name: task for task in experiment.tasks}
+    wanted = split(choice.tasks) or list(known)
+    for name in wanted:
+        if name not in known:
+            hint = did_you_mean(name, known)
+            raise ExperimentError(f"unknown task {name!r}{hint}; known: {', '.join(known)}")
+    changed = {}
+    for name in wanted:
+        task = known[name]
+        if choice.steps is not None:
+            task = replace(task, steps=choice.steps, seconds=None)
+        if choice.batch_size is not None:
+            task = replace(task, batch_size=choice.batch_size, seconds=None)
+        changed[name] = task
+    return changed
+
+
+def named_rows(experiment: Experiment, names: Sequence[str], budgets: Sequence[str]) -> list[Row]:
+    """The preset's rows of these names; for other methods new ones with the preset's rates."""
+    if not names:
+        return list(experiment.rows)
+    pattern = next((row for row in experiment.rows if row.budget), experiment.rows[0])
+    preset_budgets = list(dict.fromkeys(row.budget for row in experiment.rows if row.budget))
+    found: list[Row] = []
+    for name in names:
+        mine = [row for row in experiment.rows if row.name == name]
+        if not mine and name not in METHODS:
+            known = list(dict.fromkeys([*(row.name for row in experiment.rows), *METHODS]))
+            hint = did_you_mean(name, known)
+            raise ExperimentError(f"unknown method {name!r}{hint}; known: {', '.join(known)}")
+        if not mine:
+            has_budget = METHODS[name].has_budget
+            mine = [
+                Row(name, pattern.lrs, budget)
+                for budget in (list(budgets) or preset_budgets if has_budget else [""])
+            ]
+        found += mine
+    return found
+
+
+def change_budgets(rows: Iterable[Row], budgets: Sequence[str]) -> list[Row]:
+    """Rows that have a budget, once for each of `budgets`; the others as they are."""
+    changed: dict[str, Row] = {}
+    for row in rows:
+        for budget in budgets if budgets and row.budget else [row.budget]:
+            new = replace(row, budget=budget)
+            changed.setdefault(new.label, new)
+    return list(changed.values())
+
+
+def available(row: Row) -> bool:
+    """Whether the row's method, and its adapter where it has one, can run here."""
+    if row.adapter is None:
+        return row.method in METHODS
+    has_adapters = "adapter" in {field.name for field in fields(FinetuneConfig)}
+    return row.method in METHODS and has_adapters and importlib.util.find_spec("peft") is not None
+
+
+def split(text: str | None) -> list[str]:
+    """'a, b' as a list; empty for None."""
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
+def numbers(option: str, text: str | None, read: Callable[[str], Value]) -> list[Value]:
+    """A list of numbers, or an ExperimentError that names the option."""
+    try:
+        return [read(part) for part in split(text)]
+    except ValueError:
+        raise ExperimentError(
+            f"{option}: expected numbers separated by commas, got {text!r}"
+        ) from None

@@ -1,0 +1,39 @@
+"""Put an experiment's runner together, and show what it would do."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from sparse_optim.experiments.arithmetic import MATH
+from sparse_optim.experiments.generation import locate_training, measure_exact_match
+from sparse_optim.experiments.presets import Experiment
+from sparse_optim.experiments.runner import Runner, RunOptions
+
+
+def make_runner(experiment: Experiment, options: RunOptions, console: Console) -> Runner:
+    """The runner with the experiment's way to find data and to measure."""
+    if experiment.name == MATH.name:
+        return Runner(experiment, options, console, locate_training, measure_exact_match)
+    return Runner(experiment, options, console)
+
+
+def show_plan(runner: Runner, console: Console) -> None:
+    """One line a cell, done or its estimated seconds; then the sum of what is left."""
+    left, unknown = 0.0, 0
+    planned = list(runner.wanted())
+    for position, cell in enumerate(planned, 1):
+        done = runner.store.read(cell) is not None
+        estimate = None if done else runner.estimate(cell)
+        if not done:
+            runner.config(cell)  # data folder, budget and method are checked here
+            left += estimate or 0.0
+            unknown += estimate is None
+        state = "done" if done else "?" if estimate is None else f"{estimate:.0f} s"
+        console.print(f"{position:4}  {cell.name}  {state}", highlight=False, soft_wrap=True)
+    finished = sum(runner.store.read(cell) is not None for cell in planned)
+    rest = f"; {unknown} cells without an estimate (none of their task has run)" if unknown else ""
+    console.print(
+        f"{len(planned)} cells, {finished} finished, about {left / 60:.0f} minutes left{rest}",
+        highlight=False,
+        soft_wrap=True,
+    )

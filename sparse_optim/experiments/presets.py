@@ -1,0 +1,142 @@
+"""What an experiment is: tasks, methods, learning rates, seeds, and the paper's figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sparse_optim.finetune.errors import FinetuneError
+
+
+class ExperimentError(FinetuneError):
+    """Bad input to an experiment: one line that says what is wrong and what to do."""
+
+
+@dataclass(frozen=True)
+class TaskPreset:
+    """One task of an experiment.
+
+    Args:
+        name: of the task; of its folder in a data folder; of its column in the table.
+        dataset: hub id or built-in name, where no data folder is given.
+        task: a key of `sparse_optim.finetune.tasks.TASKS`.
+        metric: reported metric, between 0 and 1, greater is better (printed in percent).
+        max_length: tokens of an example.
+        config: configuration of the hub set.
+        split: evaluated by runs; None holds out a part of train.
+        further_splits: column of the table -> split, evaluated as well.
+        epochs: passes over the training examples; steps: optimizer steps instead.
+        eval_every: steps (None: at the end alone, so that the split is used once).
+        batch_size: examples of a step.
+        columns: of the table, where they are not the task and its further splits.
+        seconds: of a cell, measured on two CPU cores; None where that was not measured.
+    """
+
+    name: str
+    dataset: str
+    task: str
+    metric: str
+    max_length: int
+    config: str | None = None
+    split: str | None = "validation"
+    further_splits: Mapping[str, str] = field(default_factory=dict)
+    epochs: float = 3.0
+    steps: int | None = None
+    eval_every: int | None = None
+    batch_size: int = 16
+    columns: tuple[str, ...] = ()
+    seconds: float | None = None
+
+    @property
+    def table_columns(self) -> tuple[str, ...]:
+        """Columns of the table that this task fills."""
+        return self.columns or (self.name, *self.further_splits)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to fine-tune: a row of the table.
+
+    Args:
+        method: a key of `sparse_optim.finetune.methods.METHODS`.
+        lrs: learning rates to try.
+        budget: entries or a share, as `--budget` reads it; "" where it means nothing.
+        adapter, rank: additive modules, trained in place of the model's own parameters.
+        settings: further fields of `FinetuneConfig`.
+    """
+
+    method: str
+    lrs: tuple[float, ...]
+    budget: str = ""
+    adapter: str | None = None
+    rank: int | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """As users name it: 'id3', 'lora-r8' (adapter trained whole), 'id3+lora-r8'."""
+        if self.adapter is None:
+            return self.method
+        adapter = f"{self.adapter}-r{self.rank}"
+        return adapter if self.method == "full" else f"{self.method}+{adapter}"
+
+    @property
+    def label(self) -> str:
+        """Name and budget."""
+        return f"{self.name}-{self.budget}" if self.budget else self.name
+
+
+@dataclass(frozen=True)
+class Block:
+    """Tasks, and the rows to fill for all of them; a block is run before the next."""
+
+    tasks: tuple[TaskPreset, ...]
+    rows: tuple[Row, ...]
+
+
+PaperTable = Mapping[str, Mapping[str, float]]  # label of a row -> column -> per cent
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A table to fill.
+
+    Args:
+        name: of the command. title: of the table. about: for the help.
+        model: built-in name, folder or hub id.
+        blocks: what to fill, the most important first.
+        seeds: one a learning rate for "grid", one a run for "tuned".
+        protocol: "grid": one run a learning rate, the best `kept` of them are averaged. "tuned":
+            the learning rate is chosen by one run each on a part of train (the first seed), then
+            one run a seed, all averaged.
+        settings: further fields of `FinetuneConfig`, for all runs.
+        paper: the paper's own figures; paper_note: where they stand, or why there are none.
+    """
+
+    name: str
+    title: str
+    about: str
+    model: str
+    blocks: tuple[Block, ...]
+    seeds: tuple[int, ...]
+    protocol: str
+    kept: int
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    paper: PaperTable = field(default_factory=dict)
+    paper_note: str = ""
+
+    @property
+    def tasks(self) -> tuple[TaskPreset, ...]:
+        """Of all blocks, each once."""
+        return tuple({task.name: task for block in self.blocks for task in block.tasks}.values())
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """Of all blocks, each once."""
+        return tuple({row.label: row for block in self.blocks for row in block.rows}.values())
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns of the table, in order."""
+        return tuple(column for task in self.tasks for column in task.table_columns)

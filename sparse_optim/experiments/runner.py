@@ -1,0 +1,344 @@
+"""Run the cells of an experiment that are not finished yet."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from sparse_optim.experiments.cells import Cell, CellStore, Outcome, check_same
+from sparse_optim.experiments.machine import machine
+from sparse_optim.experiments.plan import cells
+from sparse_optim.experiments.presets import Experiment, ExperimentError, Row, TaskPreset
+from sparse_optim.finetune.config import FinetuneConfig, parse_budget
+from sparse_optim.finetune.data import TaskData
+from sparse_optim.finetune.errors import FinetuneError
+from sparse_optim.finetune.job import Inputs, Trained, load_inputs, train_model, write_results
+from sparse_optim.finetune.models import LoadedModel, ModelSource, load_model, set_threads
+from sparse_optim.finetune.report import jsonable
+from sparse_optim.finetune.sources import DATASETS
+from sparse_optim.version import __version__
+
+# Share of train that tuning cells are evaluated on; the split of the runs stays unseen.
+HELD_OUT = 0.1
+
+AT_THE_END = 10**9  # steps between evaluations, more than any run has
+
+# Fields of the configuration that decide what is loaded and tokenised.
+DATA_FIELDS = (
+    *("model", "dataset", "dataset_config", "task", "train_split", "eval_split", "eval_fraction"),
+    *("max_train_examples", "max_eval_examples", "max_length"),
+)
+
+# Base models above this are loaded anew for each cell, not kept beside the one that is trained.
+KEPT_MODEL_BYTES = 2 * 2**30
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How a language model writes its answers: 4 beams as in LLM-Adapters, length of Table 7b."""
+
+    beams: int = 4
+    new_tokens: int = 256
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What a user may say about a run of an experiment.
+
+    Args:
+        output: folder for cells and table.
+        data_folder: holds the tasks' data instead of the hub.
+        limit: greatest number of examples of each split.
+        max_minutes: begin no cell that would end later, by the cells so far.
+        only: run cells whose names contain one of these.
+        keep: write delta, metrics and curves of each run, too.
+        decoding: of answers, where a task has any.
+        extra: further fields of `FinetuneConfig`, stronger than the experiment's.
+    """
+
+    output: Path
+    data_folder: Path | None = None
+    limit: int | None = None
+    max_minutes: float | None = None
+    only: tuple[str, ...] = ()
+    keep: bool = False
+    decoding: Decoding = Decoding()
+    extra: Mapping[str, Any] | None = None
+
+
+Resolve = Callable[[TaskPreset, RunOptions], str]
+Measure = Callable[[FinetuneConfig, Inputs, Trained, TaskPreset, RunOptions], dict[str, Any]]
+
+
+def locate(task: TaskPreset, options: RunOptions) -> str:
+    """The task's data set: its folder in the data folder, or the built-in name or hub id.
+
+    Raises:
+        ExperimentError: if the folder of a set that is not built in is missing; lists what is.
+    """
+    if options.data_folder is None:
+        return task.dataset
+    folder = options.data_folder / task.name
+    if not folder.is_dir():
+        if task.dataset in DATASETS:
+            return task.dataset
+        there = sorted(path.name for path in options.data_folder.glob("*") if path.is_dir())
+        raise ExperimentError(
+            f"--data-folder: {folder} is missing; a task's folder holds train.jsonl and "
+            f"{task.split}.jsonl in the hub's columns (folders there: {', '.join(there) or 'none'})"
+        )
+    return str(folder)
+
+
+def measure_splits(
+    config: FinetuneConfig,
+    inputs: Inputs,
+    trained: Trained,
+    task: TaskPreset,
+    options: RunOptions,
+) -> dict[str, Any]:
+    """The task's metric on its split, and on further splits where it has some."""
+    values = {task.name: trained.metrics["metric"]["value"]}
+    for column, split in task.further_splits.items():
+        other = {"eval_split": split, "max_train_examples": 1}  # train has been read already
+        further = load_inputs(FinetuneConfig(**{**vars(config), **other}))
+        scores = trained.trainer.evaluate(further.eval_set)
+        values[column] = scores[f"eval_{task.metric}"]
+    return values
+
+
+class ModelCache:
+    """Serves a base model from memory where the checkpoint holds all of it.
+
+    A fresh head is drawn by the seed of the run, so such a model is loaded anew.
+    """
+
+    def __init__(self) -> None:
+        self.kept: dict[tuple[Any, ...], LoadedModel] = {}
+
+    def __call__(
+        self,
+        source: ModelSource,
+        data: TaskData,
+        tokenizer: PreTrainedTokenizerBase,
+        dtype: str,
+        pooling: str,
+    ) -> LoadedModel:
+        """As `load_model`."""
+        key = (source, data.task, dtype, pooling)
+        if key not in self.kept:
+            loaded = load_model(source, data, tokenizer, dtype, pooling)
+            size = sum(tensor.nbytes for tensor in loaded.model.state_dict().values())
+            if loaded.fresh or size > KEPT_MODEL_BYTES:
+                return loaded
+            self.kept = {key: loaded}
+        kept = self.kept[key]
+        return LoadedModel(copy.deepcopy(kept.model), kept.fresh)
+
+
+class Runner:
+    """Runs an experiment in one process; tokenised data and base models are kept between cells.
+
+    Args:
+        experiment: what to run.
+        options: how.
+        console: where progress is shown.
+        resolve: where a task's data lies.
+        measure: the values of a finished run, by column.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        options: RunOptions,
+        console: Console,
+        resolve: Resolve = locate,
+        measure: Measure = measure_splits,
+    ) -> None:
+        self.experiment = experiment
+        self.options = options
+        self.console = console
+        self.resolve = resolve
+        self.measure = measure
+        self.store = CellStore(options.output / "cells")
+        self.load = ModelCache()
+        self.inputs: tuple[Any, Inputs] | None = None
+
+    def wanted(self) -> Iterator[Cell]:
+        """The cells that `--only` leaves, in order."""
+        for cell in cells(self.experiment, self.store.read):
+            if not self.options.only or any(text in cell.name for text in self.options.only):
+                yield cell
+
+    def outcomes(self) -> list[Outcome]:
+        """Of the finished cells."""
+        found = (self.store.read(cell) for cell in self.wanted())
+        return [outcome for outcome in found if outcome is not None]
+
+    def run(self) -> bool:
+        """Run what is not finished; False if time ran out before the end.
+
+        Raises:
+            FinetuneError: from a cell, with its name; the others stay.
+        """
+        set_threads((self.options.extra or {}).get("threads"))
+        begin, done = time.perf_counter(), 0
+        planned = len(list(self.wanted()))
+        for cell in self.wanted():
+            done += 1
+            if cell.lr is None:
+                raise ExperimentError(f"--only leaves out the tuning of {cell.name}; widen it")
+            config = self.config(cell)
+            stored = self.store.read(cell)
+            if stored is not None:
+                check_same(cell, stored["config"], self.settings(config))
+                continue
+            minutes = (time.perf_counter() - begin + (self.estimate(cell) or 0.0)) / 60
+            if self.options.max_minutes is not None and minutes > self.options.max_minutes:
+                return False
+            outcome = self.run_cell(cell, config)
+            self.store.write(cell, outcome)
+            self.show(cell, outcome, f"{done}/{planned}")
+        return True
+
+    def show(self, cell: Cell, outcome: Outcome, position: str) -> None:
+        """One line for a finished cell."""
+        values = ", ".join(f"{name} {percent(value)}" for name, value in outcome["values"].items())
+        self.console.print(
+            f"{position}  {cell.name}: {values}  ({outcome['seconds']:.0f} s)",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def run_cell(self, cell: Cell, config: FinetuneConfig) -> Outcome:
+        """Train, measure, and say what came out; leaves no file."""
+        begin = time.perf_counter()
+        try:
+            inputs = self.inputs_of(config)
+            with tempfile.TemporaryDirectory() as scratch:
+                config = FinetuneConfig(**{**vars(config), "output": Path(scratch) / "run"})
+                trained = train_model(config, inputs, None, self.load)
+                if cell.stage == "tune":
+                    values = {cell.task.name: trained.metrics["metric"]["value"]}
+                else:
+                    values = self.measure(config, inputs, trained, cell.task, self.options)
+            if self.options.keep and cell.stage == "run":
+                folder = self.options.output / "runs" / cell.name
+                kept = FinetuneConfig(**{**vars(config), "output": folder})
+                write_results(kept, inputs, trained)
+        except FinetuneError as error:
+            raise ExperimentError(f"cell {cell.name}: {error}") from error
+        seconds = time.perf_counter() - begin
+        return describe(cell, self.settings(config), trained, values, seconds)
+
+    def settings(self, config: FinetuneConfig) -> dict[str, Any]:
+        """What decides a cell's result: everything but places."""
+        places = ("output", "overwrite", "verify", "save_model")
+        kept = {name: jsonable(value) for name, value in vars(config).items() if name not in places}
+        return kept | vars(self.options.decoding)
+
+    def inputs_of(self, config: FinetuneConfig) -> Inputs:
+        """Tokenised data, kept as long as the cells ask for the same."""
+        key = tuple(getattr(config, name) for name in DATA_FIELDS)
+        if self.inputs is None or self.inputs[0] != key:
+            self.inputs = (key, load_inputs(config))
+        return self.inputs[1]
+
+    def config(self, cell: Cell) -> FinetuneConfig:
+        """The fine-tuning job of a cell."""
+        task, row = cell.task, cell.row
+        dataset = self.resolve(task, self.options)
+        held_out = cell.stage == "tune" or task.split is None
+        settings = {
+            "model": self.experiment.model,
+            "dataset": dataset,
+            "dataset_config": task.config if dataset == task.dataset else None,
+            "output": self.options.output / "runs" / cell.name,
+            "method": row.method,
+            "task": task.task,
+            "metric": task.metric,
+            "eval_split": None if held_out else task.split,
+            "eval_fraction": HELD_OUT if held_out else None,
+            "eval_every": task.eval_every or AT_THE_END,
+            "max_train_examples": self.options.limit,
+            "max_eval_examples": self.options.limit,
+            "max_length": task.max_length,
+            "steps": task.steps,
+            "epochs": task.epochs,
+            "batch_size": task.batch_size,
+            "lr": cell.lr,
+            "seed": cell.seed,
+            **({"budget": parse_budget(row.budget)} if row.budget else {}),
+            **adapter_settings(row),
+            **self.experiment.settings,
+            **row.settings,
+            **(self.options.extra or {}),
+        }
+        return FinetuneConfig(**settings)
+
+    def estimate(self, cell: Cell) -> float | None:
+        """Seconds that a cell takes: the median of finished ones like it, else the preset's."""
+        seconds = [
+            outcome["seconds"]
+            for outcome in self.outcomes()
+            if outcome["cell"]["task"] == cell.task.name
+        ]
+        return statistics.median(seconds) if seconds else cell.task.seconds
+
+
+def adapter_settings(row: Row) -> dict[str, Any]:
+    """Fields of `FinetuneConfig` that add an adapter.
+
+    Raises:
+        ExperimentError: if fine-tuning knows no adapters.
+    """
+    if row.adapter is None:
+        return {}
+    if "adapter" not in {field.name for field in fields(FinetuneConfig)}:
+        raise ExperimentError(f"row {row.name}: fine-tuning has no adapters here; leave it out")
+    return {"adapter": row.adapter, "adapter_rank": row.rank}
+
+
+def describe(
+    cell: Cell,
+    settings: Mapping[str, Any],
+    trained: Trained,
+    values: Mapping[str, Any],
+    seconds: float,
+) -> Outcome:
+    """The content of a cell's file."""
+    metrics = trained.metrics
+    kept = ("steps", "active_entries", "state_bytes", "step_ms", "update_ms", "train_seconds")
+    return {
+        "cell": {
+            "task": cell.task.name,
+            "row": cell.row.label,
+            "stage": cell.stage,
+            "lr": cell.lr,
+            "seed": cell.seed,
+        },
+        "values": dict(values),
+        **{name: metrics[name] for name in kept},
+        "fresh_entries": metrics["model"]["fresh_entries"],
+        "parameters": metrics["model"]["parameters"],
+        "seconds": seconds,
+        "evaluations": metrics["evaluations"],
+        "config": dict(settings),
+        "versions": {**metrics["versions"], "sparse_optim": __version__},
+        "device": metrics["device"],
+        "machine": machine(),
+    }
+
+
+def percent(value: float | None) -> str:
+    """A share as the papers print it."""
+    return "diverged" if value is None else f"{100 * value:.2f}"

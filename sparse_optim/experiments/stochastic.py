@@ -1,0 +1,55 @@
+"""Stochastic Tuning on six GLUE tasks: Table 1 and section 3.1 of the paper.
+
+Akbar-Tajari and Pilehvar 2024, Findings of EMNLP, pages 17195-17202: RoBERTa, batches of 16, at
+most 128 tokens, AdamW with eps 1e-6, warm-up over a tenth of the steps and linear decay, learning
+rate chosen from six, seven seeds. Sub-networks have the size of BitFit's.
+
+The paper does not say how many epochs it trains (here: those of the ID3 paper's Table 7b), nor on
+what the learning rate is chosen (here: on a part of train). Its table is a picture; its figures are
+not copied here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from sparse_optim.experiments import glue
+from sparse_optim.experiments.presets import Block, Experiment, Row
+
+LRS = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+METRICS = {"cola": "matthews", "mrpc": "f1_positive", "stsb": "spearman"}  # caption of Table 1
+SIX = ("cola", "sst2", "mrpc", "stsb", "qnli", "rte")  # Appendix A
+
+# Biases of RoBERTa-base without a head: 12 x (4 x 768 + 3072 + 768 + 2 x 768), and 768 of the
+# embeddings' norm; 0.08% of the model.
+BUDGET = "102144"
+
+TASKS = tuple(
+    replace(task, metric=METRICS.get(name, "accuracy"), max_length=128, eval_every=None)
+    for name in SIX
+    for task in glue.TASKS
+    if task.name == name
+)
+
+ROWS = (
+    Row("stochastic-tuning", LRS, BUDGET),
+    Row("bitfit", LRS),
+    Row("full", LRS),
+    Row("top-tuning", LRS, BUDGET),
+    Row("random-tuning", LRS, BUDGET),
+    Row("multi-head", LRS),
+    Row("frozen", LRS),
+)
+
+STOCHASTIC = Experiment(
+    name="stochastic",
+    title="Stochastic Tuning, GLUE development sets",
+    about="RoBERTa-base on six GLUE tasks (Stochastic Tuning paper, Table 1).",
+    model="FacebookAI/roberta-base",
+    blocks=(Block(TASKS, ROWS),),
+    seeds=(0, 1, 2, 3, 4, 5, 6),
+    protocol="tuned",
+    kept=7,
+    settings={"adam_eps": 1e-6, "warmup": 0.1},
+    paper_note="The paper (Akbar-Tajari and Pilehvar 2024) prints its table as a picture.",
+)

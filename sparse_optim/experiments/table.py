@@ -1,0 +1,156 @@
+"""The table of an experiment: means and deviations over runs, beside the paper's own figures."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sparse_optim.experiments.cells import Outcome
+from sparse_optim.experiments.plan import value_of
+from sparse_optim.experiments.presets import Experiment, Row
+
+Summary = dict[str, Any]
+
+
+def top_mean(values: Sequence[float], kept: int) -> tuple[float, float | None, int]:
+    """Mean and sample deviation of the greatest `kept` values, and how many there were.
+
+        mean = sum(top) / n,  deviation = sqrt(sum((top - mean)^2) / (n - 1))
+
+    The deviation is None where there is one value. Diverged runs are -inf: they fall out of the
+    top as long as there are `kept` others; otherwise the mean is -inf as well.
+
+    Example:
+        >>> top_mean([0.5, 0.9, 0.7, 0.8], 3)
+        (0.8, 0.1, 3)
+
+    Reference: Agarwal et al. 2025, TACL 13:1767-1788, caption of Table 1 (which does not say
+    whether its deviations divide by n or n - 1).
+    """
+    top = sorted(values, reverse=True)[:kept]
+    if -math.inf in top:
+        return -math.inf, None, len(top)
+    deviation = round(statistics.stdev(top), 12) if len(top) > 1 else None
+    return round(statistics.fmean(top), 12), deviation, len(top)
+
+
+def summarise(experiment: Experiment, outcomes: Iterable[Outcome]) -> list[Summary]:
+    """One summary a row of the experiment that has finished runs."""
+    runs = [outcome for outcome in outcomes if outcome["cell"]["stage"] == "run"]
+    shown = shown_columns(experiment, runs)
+    found = []
+    for row in experiment.rows:
+        mine = [run for run in runs if run["cell"]["row"] == row.label]
+        if mine:
+            found.append(summarise_row(experiment, row, mine, shown))
+    return found
+
+
+def shown_columns(experiment: Experiment, runs: Sequence[Outcome]) -> tuple[str, ...]:
+    """The columns in which any row has a value."""
+    filled = {column for run in runs for column in run["values"]}
+    return tuple(column for column in experiment.columns if column in filled)
+
+
+def summarise_row(
+    experiment: Experiment, row: Row, runs: list[Outcome], shown: Sequence[str]
+) -> Summary:
+    """Means by column, their average where the row fills all that are shown, medians of costs."""
+    columns: dict[str, Any] = {}
+    for task in experiment.tasks:
+        mine = [run for run in runs if run["cell"]["task"] == task.name]
+        for column in task.table_columns if mine else ():
+            values = [value_of(run, column) for run in mine]
+            mean, deviation, count = top_mean(values, experiment.kept)
+            columns[column] = {"mean": mean, "deviation": deviation, "runs": count}
+    means = [columns[name]["mean"] for name in shown if name in columns]
+    return {
+        "row": row.label,
+        "method": row.name,
+        "budget": row.budget,
+        "columns": columns,
+        "average": statistics.fmean(means) if len(means) == len(shown) else None,
+        "entries": statistics.median(run["active_entries"] - run["fresh_entries"] for run in runs),
+        "state_bytes": statistics.median(run["state_bytes"] for run in runs),
+        "step_ms": statistics.median(run["step_ms"] for run in runs),
+        "paper": dict(experiment.paper.get(row.label, {})),
+    }
+
+
+def number(value: float | None, scale: float = 100.0) -> str:
+    """Two decimals, empty where there is nothing."""
+    if value is None:
+        return ""
+    return "diverged" if math.isinf(value) else f"{scale * value:.2f}"
+
+
+def measured(entry: Mapping[str, Any] | None, kept: int) -> str:
+    """'88.13 ± 0.21', and how many runs where some are missing."""
+    if entry is None:
+        return ""
+    deviation = "" if entry["deviation"] is None else f" ± {number(entry['deviation'])}"
+    missing = "" if entry["runs"] == kept else f" (n = {entry['runs']})"
+    return f"{number(entry['mean'])}{deviation}{missing}"
+
+
+def markdown(experiment: Experiment, summaries: Sequence[Summary]) -> str:
+    """The table as Markdown: a line of ours, and below it the paper's where it has one."""
+    filled = {column for summary in summaries for column in summary["columns"]}
+    shown = [column for column in experiment.columns if column in filled]
+    average = ["average"] if len(shown) > 1 else []
+    head = ["method", "budget", *shown, *average, "entries", "state MB", "ms a step"]
+    lines = [head, [":--", ":--", *("--:" for _ in head[2:])]]
+    for summary in summaries:
+        lines.append(our_line(summary, shown, bool(average), experiment.kept))
+        if summary["paper"]:
+            theirs = [number(summary["paper"].get(name), 1.0) for name in shown]
+            whole = (
+                summary["paper"].get("average") if len(shown) == len(experiment.columns) else None
+            )
+            theirs += [number(whole, 1.0)] if average else []
+            lines.append(["*the paper*", "", *theirs, "", "", ""])
+    body = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return f"**{experiment.title}**\n\n{body}\n{legend(experiment)}\n"
+
+
+def our_line(summary: Summary, shown: Sequence[str], average: bool, kept: int) -> list[str]:
+    """The cells of one row."""
+    columns = [measured(summary["columns"].get(name), kept) for name in shown]
+    columns += [number(summary["average"])] if average else []
+    entries, state = f"{summary['entries']:,.0f}", f"{summary['state_bytes'] / 1e6:.2f}"
+    cost = [entries, state, f"{summary['step_ms']:.0f}"]
+    return [summary["method"], summary["budget"], *columns, *cost]
+
+
+def legend(experiment: Experiment) -> str:
+    """How to read the table."""
+    how = {
+        "grid": f"mean and sample deviation of the best {experiment.kept} runs, one run a learning "
+        "rate.",
+        "tuned": "mean and sample deviation over seeds; the learning rate of each method and task "
+        "was chosen on a part of train with one seed.",
+    }[experiment.protocol]
+    entries = "Entries: trained, less the fresh head, which every method trains densely."
+    return f"Per cent; {how} {entries} {experiment.paper_note}".strip()
+
+
+def write_table(experiment: Experiment, outcomes: Sequence[Outcome], folder: Path) -> list[Summary]:
+    """Write table.md and table.json; return the summaries."""
+    summaries = summarise(experiment, outcomes)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "table.md").write_text(markdown(experiment, summaries))
+    (folder / "table.json").write_text(json.dumps(plain(summaries), indent=2) + "\n")
+    return summaries
+
+
+def plain(value: Any) -> Any:
+    """For strict JSON: infinity (diverged) as null."""
+    if isinstance(value, Mapping):
+        return {name: plain(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
