@@ -58,15 +58,16 @@ class InputMeans:
     @property
     def means(self) -> dict[str, tuple[Tensor, int]]:
         """Parameter name -> (mean input, float32 (in_features,); the weight's dimension of it)."""
-        recorded = {
-            name: self._sums[param]
-            for name, param in self._model.named_parameters()
-            if param in self._sums
-        }
-        return {
-            name: (total / count.clamp(min=1), dim)
-            for name, (total, count, dim) in recorded.items()
-        }
+        found = {name: self.get(name) for name, _ in self._model.named_parameters()}
+        return {name: mean for name, mean in found.items() if mean is not None}
+
+    def get(self, name: str) -> tuple[Tensor, int] | None:
+        """What `means` holds of one parameter; None where the factor is 1."""
+        param = self._model.get_parameter(name)
+        if param not in self._sums:
+            return None
+        total, count, dim = self._sums[param]
+        return total / count.clamp(min=1), dim
 
     def reset(self) -> None:
         """Forget what was recorded: a new step begins."""

@@ -111,7 +111,8 @@ class Touched:
     """
 
     def __init__(self, index: Tensor) -> None:
-        self._merged, self._waiting = index, []
+        self._merged = index
+        self._waiting: list[Tensor] = []
 
     def add(self, index: Tensor) -> None:
         """Note the global indices, (n,) int64, of a step's set."""

@@ -76,7 +76,7 @@ class Magnitude:
     def __call__(self, name: str, param: Tensor, grad: Tensor) -> Tensor:
         """Scores, float32, of the parameter's shape."""
         magnitude = param.detach().float().abs()
-        if magnitude.numel() > 1 and not magnitude.any():
+        if magnitude.dim() > 1 and magnitude.numel() and not magnitude.any():
             warnings.warn(
                 f"Magnitude: {name} is all zeros (a fresh LoRA B?), so that its entries are "
                 "unmasked first; leave it out of the pool, or rank by the gradient (D3)",

@@ -18,6 +18,8 @@ Spirakis 2006, Weighted Random Sampling with a Reservoir; Kool et al. 2019, arXi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -31,7 +33,7 @@ LN2 = 0.693147182464599609375  # the float32 next to log(2)
 ATANH_TERMS = (1 / 3, 1 / 5, 1 / 7, 1 / 9, 1 / 11, 1 / 13, 1 / 15)
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> Tensor:
+def philox(counter: Sequence[Tensor], seed: int) -> Tensor:
     """Philox-4x32-10: four random words for each counter.
 
     Args:

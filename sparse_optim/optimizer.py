@@ -105,6 +105,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         self._targets = selection.targets(budget).to(self._device)
         self._fingerprints: list[str] = []
         self._active = ActiveSet.empty(self._pool, budget, self._device)
+        self._spare: ActiveSet
         self._touched = Touched(torch.empty(0, dtype=torch.int64, device=self._device))
         self._allocate_work()
 

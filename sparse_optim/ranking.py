@@ -70,7 +70,7 @@ class Ranking:
 
 
 def needs_param_bound(importance: Importance, selection: Selection) -> bool:
-    """Whether tiles are bounded by their greatest |param|: D3 with exp < 0, ranked in the kernels."""
+    """Whether the kernels bound tiles by their greatest |param|: D3 with exp < 0."""
     if noise_seed(importance, selection) is not None:
         return False
     return isinstance(importance, D3) and importance.exp < 0

@@ -274,7 +274,8 @@ def cut(
     Args:
         bound: from `bind`.
         position, offsets, tile_offsets: as in `scan`.
-        tile_max: (num_tiles,), int32, from `scan` or `rank`. (This backend scores every entry instead.)
+        tile_max: (num_tiles,), int32, from `scan` or `rank`. (This backend scores every
+            entry instead.)
         param_bound: (num_tiles,), float32, greatest |param| of each tile; empty unless exp < 0.
         targets: (T + 1,), int64, cumulative entries to have unmasked after each step.
         progress: (3,), int64: applied steps, active entries, skipped steps.

@@ -109,8 +109,8 @@ class Case:
         ops.cut(
             self.bound, state.position, state.offsets, work.tile_offsets, work.tile_max,
             work.param_bound, self.targets, state.progress, work.found_inf, self.exp, 1e-3,
-            torch.empty(0, dtype=torch.int64), self.tile, work.new_tensor, work.new_position, work.new_count, work.threshold,
-            work.scratch,
+            torch.empty(0, dtype=torch.int64), self.tile, work.new_tensor, work.new_position,
+            work.new_count, work.threshold, work.scratch,
         )  # fmt: skip
 
     def append(self, ops):

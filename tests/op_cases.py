@@ -126,8 +126,8 @@ class Case:
         return (
             self.bound(ops), active.position, active.offsets, work.tile_offsets,
             work.tile_max, work.param_bound, self.targets, active.progress, work.found_inf,
-            self.exp, self.eps, self.noise, self.tile, work.new_tensor, work.new_position, work.new_count,
-            work.threshold, work.scratch,
+            self.exp, self.eps, self.noise, self.tile, work.new_tensor, work.new_position,
+            work.new_count, work.threshold, work.scratch,
         )  # fmt: skip
 
     def append_args(self, ops: ModuleType) -> tuple[Any, ...]:

@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 
 from sparse_optim.cli import app
 from sparse_optim.finetune import FinetuneConfig, FinetuneError, command, parse_budget
-from sparse_optim.finetune.methods import METHODS
 from sparse_optim.finetune.sources import DATASETS, MODELS
+from sparse_optim.methods import METHODS
 
 WIDE = {"COLUMNS": "160", "NO_COLOR": "1", "TERM": "dumb"}
 
@@ -63,7 +63,6 @@ def test_every_setting_has_an_option_with_the_same_default():
     }
     settings = {field.name: field.default for field in fields(FinetuneConfig)}
     assert options.keys() == settings.keys()
-    options["budget"] = parse_budget(options["budget"])
     options["dense"] = options["dense"] or ()
     required = ("model", "dataset", "output")
     assert {n: v for n, v in options.items() if n not in required} == {

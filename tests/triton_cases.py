@@ -58,8 +58,8 @@ class Case:
             "cut": (
                 bound, active.position, active.offsets, work.tile_offsets, work.tile_max,
                 work.param_bound, self.targets, active.progress, work.found_inf, self.exp,
-                self.eps, torch.empty(0, dtype=torch.int64), TILE, work.new_tensor, work.new_position, work.new_count,
-                work.threshold, work.scratch,
+                self.eps, torch.empty(0, dtype=torch.int64), TILE, work.new_tensor,
+                work.new_position, work.new_count, work.threshold, work.scratch,
             ),
             "append": (
                 bound, work.new_tensor, work.new_position, work.new_count, active.position,

@@ -10,7 +10,7 @@ from typing import TypeVar
 from sparse_optim.experiments.presets import Block, Experiment, ExperimentError, Row, TaskPreset
 from sparse_optim.finetune.config import FinetuneConfig, parse_budget
 from sparse_optim.finetune.hub import did_you_mean
-from sparse_optim.finetune.methods import METHODS
+from sparse_optim.methods import METHODS
 
 Value = TypeVar("Value")
 

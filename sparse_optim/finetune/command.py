@@ -13,8 +13,8 @@ from rich.table import Table
 from sparse_optim.finetune import options
 from sparse_optim.finetune.config import FinetuneConfig, parse_budget
 from sparse_optim.finetune.errors import FinetuneError
-from sparse_optim.finetune.methods import METHODS
 from sparse_optim.finetune.sources import DATASETS, MODELS
+from sparse_optim.methods import METHODS
 
 
 def listing(title: str, known: Mapping[str, Any]) -> str:
@@ -51,7 +51,7 @@ def finetune(
     dataset: options.DataSet,
     output: options.Output,
     method: options.MethodName = "id3",
-    budget: options.Budget = "1%",
+    budget: options.Budget = None,
     d3_exp: options.D3Exp = 0.0,
     d3_eps: options.D3Eps = 1.0,
     dense: options.DensePrefixes = None,
@@ -66,7 +66,7 @@ def finetune(
     schedule: options.LrSchedule = "linear",
     warmup: options.Warmup = 0.0,
     weight_decay: options.WeightDecay = 0.0,
-    adam_eps: options.AdamEps = 1e-8,
+    adam_eps: options.AdamEps = None,
     max_grad_norm: options.MaxGradNorm = 1.0,
     seed: options.Seed = 0,
     pooling: options.Pooling = "auto",
@@ -98,7 +98,8 @@ def finetune(
     """Turn the options into a FinetuneConfig (the names are its fields) and run it."""
     given = {name: value for name, value in locals().items() if name != "debug"}
     try:
-        given |= {"budget": parse_budget(budget), "dense": tuple(dense or ())}
+        entries = None if budget is None else parse_budget(budget)
+        given |= {"budget": entries, "dense": tuple(dense or ())}
         run_and_show(FinetuneConfig(**given), Console(), debug)
     except FinetuneError as error:
         if debug:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from sparse_optim.finetune.errors import FinetuneError
 
+DEFAULT_BUDGET = 0.01
+
 
 @dataclass(frozen=True)
 class FinetuneConfig:
@@ -18,12 +20,13 @@ class FinetuneConfig:
         output: folder for the delta, the metrics and the plot.
         method: a key of `METHODS`.
         task: a key of `TASKS` (default: read off the data set's columns).
-        budget: entries (int) or share of the ranked entries (float).
+        budget: entries (int) or share of the ranked entries (float) (default: 1%; for methods
+            that draw a set at each step, as many entries as there are biases).
         steps: optimizer steps (default: as many as `epochs` takes).
         lr: learning rate (default: the method's). head_lr: of the fresh head (default: lr).
         warmup: steps if >= 1, else share of the run.
         max_length: tokens of an example.
-        adam_eps: eps of AdamW.
+        adam_eps: eps of AdamW (default: the method's, most often 1e-8).
         max_grad_norm: clip gradients at this norm; 0 does not clip.
         eval_every, log_every, save_every: steps (defaults: a fifth of the run; a hundredth; never).
         metric: the evaluation metric to report (default: the task's first).
@@ -48,7 +51,7 @@ class FinetuneConfig:
     max_train_examples: int | None = None
     max_eval_examples: int | None = None
     max_length: int = 128
-    budget: int | float = 0.01
+    budget: int | float | None = None
     steps: int | None = None
     epochs: float = 3.0
     batch_size: int = 16
@@ -59,7 +62,7 @@ class FinetuneConfig:
     schedule: str = "linear"
     warmup: float = 0.0
     weight_decay: float = 0.0
-    adam_eps: float = 1e-8
+    adam_eps: float | None = None
     max_grad_norm: float = 1.0
     d3_exp: float = 0.0
     d3_eps: float = 1.0

@@ -7,7 +7,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,15 +21,11 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArgum
 
 from sparse_optim.delta import Delta, apply_delta, load_delta, save_delta
 from sparse_optim.finetune.columns import Columns
-from sparse_optim.finetune.config import FinetuneConfig
+from sparse_optim.finetune.config import DEFAULT_BUDGET, FinetuneConfig
 from sparse_optim.finetune.data import DataRequest, TaskData, load_data
 from sparse_optim.finetune.errors import FinetuneError
 from sparse_optim.finetune.hub import did_you_mean
-from sparse_optim.finetune.methods import (
-    METHODS,
-    OptimizerRequest,
-    make_delta,
-)
+from sparse_optim.finetune.methods import make_delta
 from sparse_optim.finetune.models import (
     LoadedModel,
     ModelSource,
@@ -43,6 +39,7 @@ from sparse_optim.finetune.progress import ConsoleProgress
 from sparse_optim.finetune.report import collect, write_json
 from sparse_optim.finetune.tasks import TASKS, Task
 from sparse_optim.finetune.trainer import SelectiveTrainer
+from sparse_optim.methods import METHODS, MethodRequest
 
 logger = logging.getLogger(__name__)
 
@@ -275,29 +272,38 @@ def training_arguments(config: FinetuneConfig, train_size: int) -> TrainingArgum
 
 
 def build_optimizer(
-    config: FinetuneConfig, loaded: LoadedModel, model: nn.Module, total_steps: int
+    config: FinetuneConfig,
+    loaded: LoadedModel,
+    model: nn.Module,
+    total_steps: int,
+    batches: Callable[[], Iterable[Any]],
 ) -> torch.optim.Optimizer:
     """The method's optimizer; its complaints become FinetuneError."""
     named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
-    lr = config.lr or METHODS[config.method].lr
-    request = OptimizerRequest(
+    method = METHODS[config.method]
+    lr = config.lr or method.lr
+    own_budget = None if method.budget == "biases" else DEFAULT_BUDGET
+    request = MethodRequest(
+        model=model,
         named=named,
         fresh=loaded.fresh,
         no_decay=frozenset(name for name, param in named if param.ndim < 2),
         lr=lr,
         head_lr=config.head_lr or lr,
         betas=(0.9, 0.999),
-        adam_eps=config.adam_eps,
+        adam_eps=config.adam_eps or method.adam_eps,
         weight_decay=config.weight_decay,
-        budget=config.budget,
+        budget=config.budget or own_budget,
         total_steps=total_steps,
         d3_exp=config.d3_exp,
         d3_eps=config.d3_eps,
         max_grad_norm=config.max_grad_norm,
         backend=config.backend,
+        calibration=batches,
+        seed=config.seed,
     )
     try:
-        return METHODS[config.method].build(request)
+        return method.build(request)
     except ValueError as error:
         raise FinetuneError(str(error)) from error
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from sparse_optim.finetune.columns import TASK_NAMES
-from sparse_optim.finetune.methods import METHODS
+from sparse_optim.methods import METHODS
 
 DEFAULT_RATES = ", ".join(f"{name} {method.lr:g}" for name, method in METHODS.items())
 
@@ -56,7 +56,11 @@ Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the res
 MethodName = Annotated[str, typer.Option(help=f"How to fine-tune: {', '.join(METHODS)}.")]
 
 Budget = Annotated[
-    str, selection("Entries to unmask in all: a count (320K, 103000) or a share (1%, 0.01).")
+    str | None,
+    selection(
+        "Entries to unmask in all: a count (320K, 103000) or a share (1%, 0.01). "
+        "Default: 1%; where a set is drawn at each step, as many as there are biases."
+    ),
 ]
 D3Exp = Annotated[float, selection("exp of the importance |grad| / (|param| + eps)^exp.")]
 D3Eps = Annotated[float, selection("eps of the importance.")]
@@ -91,7 +95,7 @@ LrSchedule = Annotated[
 ]
 Warmup = Annotated[float, training("Warm-up: steps, or a share of the run if below 1.")]
 WeightDecay = Annotated[float, training("Of active entries of matrices.")]
-AdamEps = Annotated[float, training("eps of AdamW.")]
+AdamEps = Annotated[float | None, training("eps of AdamW. Default: the method's.")]
 MaxGradNorm = Annotated[float, training("Clip gradients at this norm; 0 does not clip.")]
 Seed = Annotated[int, training("Of the fresh head, the order of examples and dropout.")]
 Resume = Annotated[Path | None, training("Go on from this checkpoint (see --save-every).")]

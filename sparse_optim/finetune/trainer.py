@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
@@ -14,7 +14,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from sparse_optim import MaskedAdamW
 from sparse_optim.finetune.methods import active_entries
 
-BuildOptimizer = Callable[[nn.Module, int], torch.optim.Optimizer]
+# model, total steps, function that gives training batches -> optimizer
+BuildOptimizer = Callable[[nn.Module, int, Callable[[], Iterable[Any]]], torch.optim.Optimizer]
 
 WARM_UP_STEPS = 3  # left out of the timings: allocation, first touch of memory
 
@@ -23,7 +24,7 @@ class SelectiveTrainer(Trainer):
     """Trainer whose optimizer knows the length of the run and whose log knows the active entries.
 
     Args:
-        build_optimizer: (model, total steps) -> optimizer.
+        build_optimizer: (model, total steps, function that gives training batches) -> optimizer.
         arguments: of `Trainer`, by name.
     """
 
@@ -37,7 +38,9 @@ class SelectiveTrainer(Trainer):
         """Build the optimizer; the trainer has set `state.max_steps` by now."""
         if self.optimizer is None:
             held = cast(nn.Module, self.model if model is None else model)
-            self.optimizer = self.build_optimizer(held, self.state.max_steps)
+            self.optimizer = self.build_optimizer(
+                held, self.state.max_steps, self.get_train_dataloader
+            )
         return self.optimizer
 
     @property

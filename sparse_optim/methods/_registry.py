@@ -56,7 +56,7 @@ METHODS = {
     "pafi": Method(builders.pafi, 5e-4, "smallest magnitudes, fixed"),
     "fish": Method(builders.fish, 5e-4, "greatest Fisher information, fixed", calibrates=True),
     "child-tuning-d": Method(
-        builders.child_tuning, 5e-4, "greatest squared batch gradients, fixed", calibrates=True
+        builders.child_tuning, 5e-4, "squared batch gradients, fixed", calibrates=True
     ),
     "r-mask": Method(builders.r_mask, 5e-4, "random entries, fixed"),
     "sparse-adapter": Method(builders.sparse_adapter, 5e-4, "SNIP on an adapter's entries, fixed"),
