@@ -47,6 +47,10 @@ void visit_dtype(DType dtype, const void* data, Visit&& visit) {
   }
 }
 
+inline int64_t bytes_of(DType dtype) {
+  return dtype == DType::kFloat32 ? 4 : 2;
+}
+
 // The active entries of tensor t from a flat position on; they end at `active_end`.
 inline const int32_t* active_from(const Active& active, int64_t t, int64_t position) {
   const int32_t* all = active.position;
