@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from sparse_optim.parameters import (
 )
 from sparse_optim.ranking import Ranking, needs_param_bound, rank
 from sparse_optim.reference import tile_abs_max
+from sparse_optim.scalars import Rows, check_capture, hyper_rows, write_hyper, write_scalar
 from sparse_optim.selection import Increment, Selection, resolve_budget
 
 
@@ -57,8 +59,12 @@ class MaskedAdamW(torch.optim.Optimizer):
             the first step, as dense AdamW under a mask does.
         backend: "auto", "cpp", "cuda", "triton" or "reference".
         maximize: ascend instead of descend.
-        capturable, foreach, fused: accepted so that AdamW's arguments can stay as they are. The
-            step is always fused; capturable needs CUDA parameters.
+        capturable: allow `step()` to be captured in a CUDA graph, as in torch.optim; only for
+            parameters on a CUDA device and a backend that never waits for it ("cuda", "triton").
+            Take a step before the capture. A replay reads an lr that is a tensor on the device;
+            other hyper-parameters stay. The schedule of unmasking goes on.
+        foreach, fused: accepted so that AdamW's arguments can stay as they are; the step is always
+            fused.
 
     Raises:
         ValueError, TypeError: names the argument or parameter, what arrived, what to do.
@@ -98,12 +104,14 @@ class MaskedAdamW(torch.optim.Optimizer):
             "maximize": maximize, "unmask": "rank",
         }  # fmt: skip
         super().__init__(params, defaults)
-        check_rejected(capturable, differentiable, self._device)
         self.backend = backends.resolve(backend, self._device)
+        check_rejected(capturable, differentiable, self._device, self.backend)
+        self.capturable = capturable
         ranked = any(group["unmask"] == "rank" for group in self.param_groups)
         budget = resolve_budget(selection.budget, self._pool_size()) if ranked else 0
         self._targets = selection.targets(budget).to(self._device)
         self._fingerprints: list[str] = []
+        self._hyper: Rows = []  # what the device knows of the groups' numbers
         self._active = ActiveSet.empty(self._pool, budget, self._device)
         self._spare: ActiveSet
         self._touched = Touched(torch.empty(0, dtype=torch.int64, device=self._device))
@@ -141,25 +149,14 @@ class MaskedAdamW(torch.optim.Optimizer):
     def _prepare(self) -> None:
         """Copy this step's scalars to the device; notice parameters that others have written."""
         work = self._work
-        rows = [
-            [
-                float("nan") if isinstance(group["lr"], Tensor) else group["lr"],
-                *group["betas"], group["eps"], group["weight_decay"],
-                -1.0 if group["maximize"] else 1.0,
-            ]
-            for group in self.param_groups
-        ]  # fmt: skip
-        work.hyper.copy_(torch.tensor(rows, dtype=torch.float64), non_blocking=True)
-        for row, group in enumerate(self.param_groups):
-            if isinstance(group["lr"], Tensor):
-                work.hyper[row, 0].copy_(group["lr"].squeeze())
+        rows = hyper_rows(self.param_groups)
+        changed = rows != self._hyper
+        check_capture(self._device, self.capturable, bool(self._fingerprints), changed)
+        write_hyper(work.hyper, self.param_groups, rows if changed else None)
+        self._hyper = rows
         # Set and deleted by torch.amp.GradScaler around each step.
-        for name, buffer, default in (
-            ("grad_scale", work.grad_scale, 1.0),
-            ("found_inf", work.found_inf, 0.0),
-        ):
-            given = getattr(self, name, None)
-            buffer.fill_(default) if given is None else buffer.copy_(given.squeeze())
+        write_scalar(work.grad_scale, getattr(self, "grad_scale", None), 1.0)
+        write_scalar(work.found_inf, getattr(self, "found_inf", None), 0.0)
         if not self._fingerprints:
             self._fingerprints = [fingerprint(param) for param in self._pool]
         if self._keeps_values:
@@ -285,12 +282,14 @@ class MaskedAdamW(torch.optim.Optimizer):
         """(Re)build the work space for the pool, the targets and the capacity at hand."""
         capacity = self._active.position.numel()
         quota = max_quota(self._targets, capacity)
-        num_tiles = sum(-(-param.numel() // self._ops.TILE) for param in self._pool)
+        tiles = (-(-param.numel() // self._ops.TILE) for param in self._pool)
+        self._first_tile = [0, *accumulate(tiles)]  # of each tensor, known to the host
         self._work = WorkSpace.empty(
             self._pool, self._group_index, len(self.param_groups), capacity, quota, self._ops.TILE,
             needs_param_bound(self.importance, self.selection),
-            self._ops.scratch_bytes(num_tiles, capacity, quota), self._device,
+            self._ops.scratch_bytes(self._first_tile[-1], capacity, quota), self._device,
         )  # fmt: skip
+        self._hyper = []  # nothing there yet
         self._ranking = Ranking.empty(self.importance, self.selection, self._work)
         spare = capacity if self.selection.replaces else 0
         self._spare = ActiveSet.empty(self._pool, spare, self._device)
@@ -316,11 +315,11 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _refresh(self, indices: Any) -> None:
-        bound, tile_offsets = self._work.param_bound, self._work.tile_offsets
+        bound = self._work.param_bound
         for index in indices:
             param = self._pool[index]
             if bound.numel():
-                first, last = tile_offsets[index : index + 2].tolist()
+                first, last = self._first_tile[index : index + 2]
                 bound[first:last] = tile_abs_max(param, self._ops.TILE)
             state = self._active.segment(index)
             if "master" in state:

@@ -84,12 +84,19 @@ def check_method(
         )
 
 
-def check_rejected(capturable: bool, differentiable: bool, device: torch.device) -> None:
+def check_rejected(
+    capturable: bool, differentiable: bool, device: torch.device, backend: str
+) -> None:
     """Raise ValueError for options of torch.optim.AdamW that cannot be honoured."""
     if differentiable:
         raise ValueError("differentiable=True is not supported: the step runs in fused kernels")
     if capturable and device.type != "cuda":
         raise ValueError(f"capturable=True is for CUDA graphs, but the parameters are on {device}")
+    if capturable and backend == "reference":
+        raise ValueError(
+            "capturable=True needs backend='cuda' or 'triton': the reference backend waits for the "
+            "device in every step"
+        )
 
 
 def describe(param: Tensor, name: str) -> str:

@@ -251,3 +251,59 @@ def test_bind_refuses_what_kernels_cannot_read() -> None:
         kernels.bind([good.double()], [good], table)
     with pytest.raises(ValueError, match=r"table must be int64 of shape \(1, 4\)"):
         kernels.bind([good], [good], table[:0])
+
+
+def test_bind_copies_the_table_only_when_it_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    staged: list[object] = []
+    make = torch.tensor
+    monkeypatch.setattr(torch, "tensor", lambda *a, **k: (staged.append(a), make(*a, **k))[1])
+    table, grad, param = torch.zeros(1, 4, dtype=torch.int64), torch.ones(4), torch.ones(4)
+    for expected in (1, 1):
+        kernels.bind([grad], [param], table)
+        assert len(staged) == expected
+    other = grad.clone()
+    kernels.bind([other], [param], table)
+    assert len(staged) == 2
+    assert table[0, 0] == other.data_ptr()
+
+
+class FakeTable:
+    """Stands for a table on a GPU, where a graph may be captured; counts the copies into it."""
+
+    is_cuda, shape = True, (1, 4)
+
+    def __init__(self) -> None:
+        self.copies: list[list[int]] = []
+
+    def copy_(self, source: torch.Tensor, non_blocking: bool) -> None:
+        assert non_blocking
+        self.copies.append(source.flatten().tolist())
+
+
+def test_a_graph_reads_a_block_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = importlib.import_module("sparse_optim.triton_kernels.work")
+    capturing = False
+    for name in ("tensor", "empty"):  # nothing can be pinned without a GPU
+        make = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, make=make, pin_memory=False, **k: make(*a, **k))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    staging, table = work._Staging(), FakeTable()
+    first, second = [(1, 2, 3, 4)], [(5, 6, 7, 8)]
+    capturing = True
+    with pytest.raises(RuntimeError, match="take a step between two captures"):
+        staging.write(first, table)
+    capturing = False
+    for _ in range(2):
+        staging.write(first, table)
+    assert table.copies == [[1, 2, 3, 4]]
+    capturing = True
+    staging.write(second, table)
+    with pytest.raises(RuntimeError, match="take a step between two captures"):
+        staging.write(second, table)
+    capturing = False
+    # Neither is known to be there: a replay writes the table.
+    staging.write(first, table)
+    staging.write(first, table)
+    assert table.copies[1:] == [[5, 6, 7, 8], [1, 2, 3, 4], [1, 2, 3, 4]]
+    assert staging._captured[0].flatten().tolist() == [5, 6, 7, 8]
+    assert staging._spare is not staging._captured[0]

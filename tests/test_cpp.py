@@ -23,6 +23,7 @@ sanitizers' harness saw every one of them too.
 import math
 
 import pytest
+import step_checks
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -32,7 +33,6 @@ from op_cases import (
     EXPS,
     TILE,
     Case,
-    assert_as_exact,
     assert_same_bits,
     fill_bounds,
     make_case,
@@ -42,76 +42,9 @@ from sparse_optim import reference
 
 cpp = pytest.importorskip("sparse_optim.cpp", reason="the C++ extension has not been built")
 
-EXACT_ACTIVE = ("position", "unmask_step", "offsets", "progress")
-FLOAT_ACTIVE = ("exp_avg", "exp_avg_sq", "master")
-EXACT_WORK = ("tile_max", "new_count", "threshold", "found_inf")
-
-
-def in_float64(case: Case) -> Case:
-    """The update of a case as float64 computes it: the reference code on float64 tensors."""
-    twin = case.copy()
-    for name in FLOAT_ACTIVE:
-        setattr(twin.active, name, getattr(twin.active, name).double())
-    if not twin.active.master.numel():
-        twin.params = [param.double() for param in twin.params]
-    twin.work.active_grad = twin.work.active_grad.double()
-    reference.update(*twin.update_args(reference))
-    return twin
-
 
 def assert_same_step(case: Case) -> Case:
-    """Run one step on both backends, compare everything, and return what the C++ one left."""
-    plain, fast = case.copy(), case.copy()
-    for name in ("scan", "cut", "append"):
-        getattr(reference, name)(*getattr(plain, f"{name}_args")(reference))
-        getattr(cpp, name)(*getattr(fast, f"{name}_args")(cpp))
-    for name in EXACT_WORK:
-        assert_same_bits(getattr(fast.work, name), getattr(plain.work, name), name)
-    count = int(plain.work.new_count)
-    for name in ("new_tensor", "new_position"):
-        assert_same_bits(getattr(fast.work, name)[:count], getattr(plain.work, name)[:count], name)
-    total = int(plain.active.progress[1])
-    assert_same_bits(fast.work.active_grad[:total], plain.work.active_grad[:total], "active_grad")
-    for name in (*EXACT_ACTIVE, *FLOAT_ACTIVE):
-        assert_same_bits(getattr(fast.active, name), getattr(plain.active, name), name)
-    # In the narrowest vectors (two chains of four) an eighth of a tile is added one by one.
-    rtol = (case.tile / 8 + 8) * 2**-24
-    torch.testing.assert_close(fast.work.grad_norm, plain.work.grad_norm, rtol=rtol, atol=0)
-    torch.testing.assert_close(fast.work.grad_factor, plain.work.grad_factor, rtol=rtol, atol=0)
-
-    plain.work.grad_factor.copy_(fast.work.grad_factor)
-    exact = in_float64(plain)
-    reference.update(*plain.update_args(reference))
-    cpp.update(*fast.update_args(cpp))
-    for name in EXACT_ACTIVE:
-        assert_same_bits(getattr(fast.active, name), getattr(plain.active, name), name)
-    for name in FLOAT_ACTIVE:
-        assert_as_exact(
-            getattr(fast.active, name)[:total], getattr(plain.active, name)[:total],
-            getattr(exact.active, name)[:total], name,
-        )  # fmt: skip
-    assert_params_follow(fast, exact, plain, case)
-    for got, untouched in zip(fast.grads, case.grads, strict=True):
-        assert_same_bits(got, untouched, "gradients are never written")
-    return fast
-
-
-def assert_params_follow(fast: Case, exact: Case, plain: Case, before: Case) -> None:
-    """Parameters: the rounded master, or as exact as torch; frozen entries keep their bits."""
-    for index, param in enumerate(fast.params):
-        first, last = fast.active.offsets[index : index + 2].tolist()
-        position = fast.active.position[first:last].long()
-        if fast.grads[index].numel() == 0:
-            position = position[:0]
-        elif fast.active.master.numel():
-            assert_same_bits(param[position], fast.active.master[first:last].to(param.dtype))
-        else:
-            assert_as_exact(
-                param[position], plain.params[index][position], exact.params[index][position]
-            )
-        frozen = torch.ones(param.numel(), dtype=torch.bool)
-        frozen[position] = False
-        assert_same_bits(param[frozen], before.params[index][frozen], "frozen entries")
+    return step_checks.assert_same_step(case, cpp)
 
 
 @pytest.mark.parametrize("noise", [(), (5, 3), (-(2**62), 2**32 - 1)], ids=["", "noise", "words"])

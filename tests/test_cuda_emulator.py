@@ -34,6 +34,8 @@ import emulated_cuda
 import pytest
 import torch
 from cuda_cases import FLOAT, TILE, Case, check_cut, check_exact, check_scan, check_state, run_both
+from op_cases import make_case
+from step_checks import assert_same_step
 
 from sparse_optim import D3, Increment, MaskedAdamW, backends, reference
 
@@ -281,6 +283,18 @@ def test_skipped_step_moves_nothing_but_its_count():
     check_exact(before, actual, "state", "position", "exp_avg", "exp_avg_sq", "master", "offsets")
     for want, got in zip(before.params, actual.params, strict=True):
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("exp", EXPS)
+def test_the_checks_of_the_gpu_tests_hold(exp):
+    """tests/test_gpu.py compares by this function; every field, scratch guarded."""
+    emulated_cuda.configure(multiprocessors=2, seed=1)
+    case = make_case(
+        [3 * TILE + 5, 0, 1, TILE], dtypes=(FLOAT, torch.bfloat16), kind="ties", quota=30,
+        num_active=90, exp=exp, eps=0.01, missing=[3], tile=TILE, dense_sizes=[70],
+        offset_views=True, max_grad_norm=0.5,
+    )  # fmt: skip
+    assert_same_step(case, emulated_cuda, lanes=32)
 
 
 def test_many_tensors_fill_the_table_in_several_launches():

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .elements import BFLOAT16, COLUMNS, FLOAT16, FLOAT32
 
@@ -26,9 +27,6 @@ Pieces = Sequence[tuple[int, torch.dtype]]
 
 def bind(grads: Sequence[Tensor], params: Sequence[Tensor], table: Tensor) -> Tensor:
     """Note addresses, sizes and dtypes in the table, which is what the operations take.
-
-    The rows are staged in pinned memory and copied without waiting. A fresh block every step: the
-    caching allocator hands it out again only when the copy that reads it is done.
 
     Args, Raises: see `reference.bind`; also refuses other dtypes, devices and strided tensors.
     """
@@ -49,9 +47,47 @@ def bind(grads: Sequence[Tensor], params: Sequence[Tensor], table: Tensor) -> Te
             f"shape {tuple(table.shape)}"
         )
     if rows:
-        staged = torch.tensor(rows, dtype=torch.int64, pin_memory=table.is_cuda)
-        table.copy_(staged, non_blocking=True)
+        _staged.setdefault(table, _Staging()).write(rows, table)
     return table
+
+
+class _Staging:
+    """What a table was last given, and memory from which it is copied without waiting.
+
+    Outside of a CUDA graph each new set of rows takes a fresh pinned block: the caching allocator
+    hands it out again only when the copy that reads it is done. A graph reads its block at every
+    replay, and nothing can be allocated while it is captured: a block is kept ready, and then kept
+    as long as the table.
+    """
+
+    def __init__(self) -> None:
+        self._rows: list[tuple[int, ...]] = []
+        self._spare: Tensor | None = None
+        self._captured: list[Tensor] = []
+
+    def write(self, rows: list[tuple[int, ...]], table: Tensor) -> None:
+        """table <- rows. Skipped where it holds them, which is unknown once graphs write it too."""
+        if table.is_cuda and torch.cuda.is_current_stream_capturing():
+            self._copy_in_graph(rows, table)
+            return
+        if rows != self._rows or self._captured:
+            staged = torch.tensor(rows, dtype=torch.int64, pin_memory=table.is_cuda)
+            table.copy_(staged, non_blocking=True)
+            self._rows = rows
+        if table.is_cuda and self._spare is None:
+            self._spare = torch.empty(table.shape, dtype=torch.int64, pin_memory=True)
+
+    def _copy_in_graph(self, rows: list[tuple[int, ...]], table: Tensor) -> None:
+        if self._spare is None:
+            raise RuntimeError("take a step between two captures of step() in CUDA graphs")
+        self._spare.copy_(torch.tensor(rows, dtype=torch.int64))
+        table.copy_(self._spare, non_blocking=True)
+        self._captured.append(self._spare)
+        self._spare = None
+
+
+# By identity; an entry goes with its table.
+_staged: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _check(tensor: Tensor, name: str, table: Tensor) -> None:
