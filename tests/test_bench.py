@@ -13,7 +13,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # bench is not part of the installed package
 
-from bench import goals, memory, report, results, shapes  # noqa: E402
+from bench import goals, memory, report, results, sampling, shapes  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -129,3 +129,11 @@ def test_the_readme_block_is_replaced_and_the_rest_kept():
 def test_results_of_another_schema_are_refused():
     with pytest.raises(ValueError, match="schema 1, got 99"):
         results.Results({"schema": 99})
+
+
+def test_sampling_is_measured_beside_its_peers():
+    result = sampling.measure("tiny", rounds=1)
+    assert set(result["ms"]) == {record["name"] for record in result["records"]}
+    assert len(result["ms"]) == 3
+    assert min(result["ms"].values()) > 0
+    assert result["times_ours"][sampling.OURS] == 1

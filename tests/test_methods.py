@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -233,3 +235,9 @@ def test_too_little_calibration_data_warns():
     row = {key: value[:1] for key, value in make_batch(9).items()}  # three words of eleven
     with pytest.warns(UserWarning, match="entries score above zero, the budget is 240"):
         build("fish", WithLoss(), budget=240, calibration=lambda: [row])
+
+
+def test_the_readme_names_every_method():
+    table = (Path(__file__).parents[1] / "README.md").read_text()
+    missing = [name for name in METHODS if f"`{name}`" not in table]
+    assert not missing

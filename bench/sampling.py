@@ -1,0 +1,117 @@
+"""Sampling entries without replacement: our ranking pass against NumPy's and torch's ways.
+
+    python -m bench.sampling              # BERT-base, as many entries as BitFit would train
+    python -m bench.sampling --write      # also records bench/results/cpu-sampling-<date>.json
+
+Every subject draws a set of entries with probabilities proportional to score^2, from the scores of
+the whole model: ours from the list of tensors, the others from one array of all scores, which they
+are handed. torch.multinomial is not among them: it refuses more than 2^24 entries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Sequence
+from datetime import date
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from bench.environment import ROOT, Conditions, describe
+from bench.shapes import MODELS, make_params, num_entries
+from bench.timing import Subject, interleave
+from sparse_optim import D3, MaskedAdamW, Stochastic
+
+SHARE = 0.0008  # of the entries: what BitFit trains of RoBERTa (Akbar-Tajari and Pilehvar)
+OURS = "ours: noise within the ranking pass"
+
+
+def ours(params: Sequence[Tensor], scores: list[Tensor], draws: int) -> Subject:
+    """`rank` and `cut` on scores as they are (exp = 0 takes the gradients themselves)."""
+    optimizer = MaskedAdamW(params, importance=D3(), selection=Stochastic(draws))
+    bound = optimizer._ops.bind(scores, optimizer._pool, optimizer._work.table)
+
+    def run() -> None:
+        optimizer._active.progress[0] += 1  # another sample each time
+        optimizer._cut(bound, scores)
+
+    def check() -> None:
+        if int(optimizer._work.new_count) != draws:
+            raise RuntimeError(f"drew {int(optimizer._work.new_count)} entries of {draws}")
+
+    return Subject({"name": OURS}, run, check=check)
+
+
+def numpy_choice(scores: np.ndarray, draws: int) -> Subject:
+    """Normalise on the way, then Generator.choice."""
+    generator = np.random.default_rng(0)
+
+    def run() -> None:
+        weight = np.square(scores, dtype=np.float64)
+        generator.choice(weight.size, draws, replace=False, p=weight / weight.sum(), shuffle=False)
+
+    return Subject({"name": "numpy.random.Generator.choice"}, run)
+
+
+def gumbel_topk(scores: Tensor, draws: int) -> Subject:
+    """A random number for every entry, then torch.topk."""
+
+    def run() -> None:
+        noise = torch.empty_like(scores).exponential_()
+        (scores / noise.sqrt_()).topk(draws, sorted=False)
+
+    return Subject({"name": "torch: exponential_ and topk"}, run)
+
+
+def measure(model: str, rounds: int) -> dict[str, Any]:
+    """Time all subjects, interleaved; medians in milliseconds."""
+    params = make_params(MODELS[model], torch.float32)
+    scores = [param.grad.abs() + 1e-12 for param in params]  # every entry may be drawn
+    draws = round(SHARE * num_entries(MODELS[model]))
+    joined = torch.cat([score.view(-1) for score in scores])
+    subjects = [
+        ours(params, scores, draws),
+        gumbel_topk(joined, draws),
+        numpy_choice(joined.numpy(), draws),
+    ]
+    conditions = Conditions.begin()
+    records = interleave(subjects, rounds, warmup=1)
+    medians = {record["name"]: statistics.median(record["us"]) / 1000 for record in records}
+    return {
+        **describe(),
+        "conditions": conditions.end(),
+        "model": model,
+        "entries": joined.numel(),
+        "draws": draws,
+        "ms": medians,
+        "times_ours": {name: round(ms / medians[OURS], 1) for name, ms in medians.items()},
+        "records": records,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="BERT-base", choices=list(MODELS))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--write", action="store_true", help="record under bench/results")
+    options = parser.parse_args()
+    result = measure(options.model, options.rounds)
+    table = Table(title=f"{result['draws']:,} of {result['entries']:,} entries ({options.model})")
+    for column in ("way", "ms", "times ours"):
+        table.add_column(column, justify="left" if column == "way" else "right")
+    for name, ms in result["ms"].items():
+        table.add_row(name, f"{ms:.0f}", f"{result['times_ours'][name]:.1f}")
+    Console().print(table)
+    if options.write:
+        path = ROOT / f"bench/results/cpu-sampling-{date.today()}.json"
+        path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
