@@ -61,7 +61,7 @@ def _compile_kernels(home: Path, source: str, flags: list[str], archs: str) -> P
 def _kernel_name(mangled: str) -> str:
     """The kernel's own name and what it is instantiated with, out of the mangled one."""
     kernel = re.search(r"\d([a-z_]+_kernel)", mangled)
-    argument = re.search(r"(\d+)((?:Exp|KeyArray)\w*)", mangled)
+    argument = re.search(r"(\d+)((?:Exp|KeyArray|Sampled)\w*)", mangled)
     name = kernel[1] if kernel else mangled
     return f"{name}<{argument[2][: int(argument[1])]}>" if argument else name
 
@@ -97,7 +97,7 @@ def _import_lazily(library: Path) -> None:
         "module = importlib.util.module_from_spec(spec);"
         "assert module.scratch_bytes(1, 1, 1) > 0;"
         "keys = torch._C._dispatch_has_kernel_for_dispatch_key;"
-        "names = ('bind', 'scan', 'cut', 'append', 'update');"
+        "names = ('bind', 'scan', 'rank', 'cut', 'append', 'update');"
         "assert all(keys('sparse_optim::' + name, 'CUDA') for name in names)"
     )
     _run(sys.executable, "-c", program)

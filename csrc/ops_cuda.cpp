@@ -1,5 +1,5 @@
-// The CUDA kernels behind torch.ops.sparse_optim.{bind, scan, cut, append, update}, whose schemas
-// csrc/ops.cpp defines. LibTorch stable ABI only; compiles without nvcc.
+// The CUDA kernels behind torch.ops.sparse_optim.{bind, scan, rank, cut, append, update}, whose
+// schemas csrc/ops.cpp defines. LibTorch stable ABI only; compiles without nvcc.
 //
 // Nothing here reads a device tensor, so that no call waits for the device and a step can be
 // captured in a CUDA graph. Checks of contents (tile_offsets, offsets, group_index, new_count) are
@@ -88,6 +88,16 @@ void scan(Tensor bound, Tensors dense_grads, Tensor position, Tensor offsets, Te
                             data<float>(grad_scale), max_grad_norm, out, work, device.stream));
 }
 
+void rank(Tensor bound, Tensor position, Tensor offsets, Tensor tile_offsets, Tensor noise,
+          int64_t tile, Tensor tile_max, Tensor scratch) {
+  const Device device(bound, "bound");
+  const cuda::Pool pool = tiled_pool_of(device, bound, tile_offsets, tile, tile_max);
+  check_positions(device.place, pool.num_tensors, position, offsets);
+  check_noise(device.place, noise, 0.0);
+  STD_CUDA_CHECK(cuda::rank(pool, data<int32_t>(position), data<int64_t>(offsets),
+                            data<int64_t>(noise), data<int32_t>(tile_max), device.stream));
+}
+
 void cut(Tensor bound, Tensor position, Tensor offsets, Tensor tile_offsets, Tensor tile_max,
          Tensor param_bound, Tensor targets, Tensor progress, Tensor found_inf, double exp,
          double eps, Tensor noise, int64_t tile, Tensor new_tensor, Tensor new_position,
@@ -97,7 +107,6 @@ void cut(Tensor bound, Tensor position, Tensor offsets, Tensor tile_offsets, Ten
   check_positions(device.place, pool.num_tensors, position, offsets);
   check_cut(device.place, tile_max, param_bound, targets, progress, found_inf, exp, threshold);
   check_noise(device.place, noise, exp);
-  STD_TORCH_CHECK(noise.numel() == 0, "the CUDA backend does not sample yet");
   const NewEntries found = check_new(device.place, new_tensor, new_position, new_count);
   void* work = check_scratch(device, scratch, cuda::cut_scratch_bytes(pool.num_tiles));
   const cuda::CutInput in{data<int32_t>(tile_max),
@@ -107,7 +116,8 @@ void cut(Tensor bound, Tensor position, Tensor offsets, Tensor tile_offsets, Ten
                           data<int64_t>(progress),
                           data<float>(found_inf),
                           exp,
-                          float(eps)};
+                          float(eps),
+                          data<int64_t>(noise)};
   STD_CUDA_CHECK(cuda::cut(pool, data<int32_t>(position), data<int64_t>(offsets), in, found,
                            data<float>(threshold), work, device.stream));
 }
@@ -148,6 +158,7 @@ void update(Tensor bound, Tensor position, Tensor offsets, Tensor active_grad, T
 STABLE_TORCH_LIBRARY_IMPL(sparse_optim, CUDA, library) {
   library.impl("bind", TORCH_BOX(&bind));
   library.impl("scan", TORCH_BOX(&scan));
+  library.impl("rank", TORCH_BOX(&rank));
   library.impl("cut", TORCH_BOX(&cut));
   library.impl("append", TORCH_BOX(&append));
   library.impl("update", TORCH_BOX(&update));

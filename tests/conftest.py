@@ -1,5 +1,6 @@
 """What every test module relies on: repeatable Hypothesis runs, NaN in uninitialised memory."""
 
+import shutil
 import warnings
 from collections.abc import Iterator
 
@@ -46,6 +47,16 @@ def _nan_in_empty_tensors(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def cuda_emulator(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The CUDA kernels, compiled for the emulator: the operations of `emulated_cuda` run."""
+    if shutil.which("g++") is None:
+        pytest.skip("the emulator needs g++")
+    import emulated_cuda
+
+    emulated_cuda.load(emulated_cuda.build(tmp_path_factory.mktemp("emulator")))
 
 
 @pytest.fixture(params=["reference", "cpp"])

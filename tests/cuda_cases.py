@@ -20,9 +20,11 @@ class Case:
     def __init__(
         self, sizes, *, seed=0, grad_dtypes=(FLOAT,), param_dtypes=(FLOAT,), shift=0, missing=(),
         active=0.05, quota=20, max_quota=None, levels=None, tile=TILE, exp=0.0, spread=2.0,
+        noise=(),
     ):  # fmt: skip
         self.generator = torch.Generator().manual_seed(seed)
         self.tile, self.exp = tile, exp
+        self.noise = torch.tensor(noise, dtype=torch.int64)
         self.params, self.grads, masks = [], [], []
         for i, size in enumerate(sizes):
             scale = 10.0 ** (spread * (torch.rand((), generator=self.generator) - 1))
@@ -104,13 +106,20 @@ class Case:
             work.grad_norm, work.grad_factor, work.found_inf, work.scratch,
         )  # fmt: skip
 
+    def rank(self, ops):
+        state, work = self.state, self.work
+        ops.rank(
+            self.bound, state.position, state.offsets, work.tile_offsets, self.noise, self.tile,
+            work.tile_max, work.scratch,
+        )  # fmt: skip
+
     def cut(self, ops):
         state, work = self.state, self.work
         ops.cut(
             self.bound, state.position, state.offsets, work.tile_offsets, work.tile_max,
             work.param_bound, self.targets, state.progress, work.found_inf, self.exp, 1e-3,
-            torch.empty(0, dtype=torch.int64), self.tile, work.new_tensor, work.new_position,
-            work.new_count, work.threshold, work.scratch,
+            self.noise, self.tile, work.new_tensor, work.new_position, work.new_count,
+            work.threshold, work.scratch,
         )  # fmt: skip
 
     def append(self, ops):

@@ -107,6 +107,11 @@ def scan(
         )  # fmt: skip
 
 
+def rank(bound, position, offsets, tile_offsets, noise, tile, tile_max, scratch) -> None:
+    pool = _pool(bound, tile_offsets, tile)
+    _call("rank", pool, position, offsets, noise, tile_max)
+
+
 def cut(
     bound, position, offsets, tile_offsets, tile_max, param_bound, targets, progress, found_inf,
     exp, eps, noise, tile, new_tensor, new_position, new_count, threshold, scratch,
@@ -115,7 +120,7 @@ def cut(
         _call(
             "cut", _pool(bound, tile_offsets, tile), position, offsets, tile_max, param_bound,
             targets, ctypes.c_int64(targets.numel()), progress, found_inf, ctypes.c_double(exp),
-            ctypes.c_double(eps), new_tensor, new_position, new_count,
+            ctypes.c_double(eps), noise, new_tensor, new_position, new_count,
             ctypes.c_int64(new_position.numel()), threshold, scratch,
         )  # fmt: skip
 

@@ -42,19 +42,21 @@ def test_cuda_sources_compile_link_and_import_without_spills():
                LINE.findall(checked.stdout)}  # fmt: skip
     assert {arch for name, arch in kernels if name == "scan_kernel"} == ARCHS
     assert {arch for name, arch in kernels if name == "write_kernel<ExpAny>"} == ARCHS
+    assert {arch for name, arch in kernels if name == "rank_kernel<Sampled>"} == ARCHS
     assert not [kernel for kernel, spilled in kernels.items() if spilled]
 
 
+@pytest.mark.parametrize("source", ["cut", "rank"])
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
-def test_scores_use_only_correctly_rounded_operations(tmp_path):
+def test_scores_use_only_correctly_rounded_operations(source, tmp_path):
     """Else the selections would differ from the CPU's; exponents that take `pow` are exempt."""
-    ptx = tmp_path / "cut.ptx"
+    ptx = tmp_path / "kernels.ptx"
     flags = re.search(r"^NVCC_FLAGS = (\[.*?\])$", (ROOT / "setup.py").read_text(), re.MULTILINE)
     assert flags is not None
     assert '"-fmad=false"' in flags[1]
     subprocess.run(
         [NVCC, "-std=c++17", "-O3", "-fmad=false", "-Icsrc", "-arch=compute_90", "-ptx",
-         "csrc/cuda/cut.cu", "-o", str(ptx)],
+         f"csrc/cuda/{source}.cu", "-o", str(ptx)],
         cwd=ROOT, check=True,
     )  # fmt: skip
     kernels = [

@@ -28,7 +28,6 @@ followed):
 from __future__ import annotations
 
 import math
-import shutil
 
 import emulated_cuda
 import pytest
@@ -41,16 +40,9 @@ from sparse_optim import D3, Increment, MaskedAdamW, backends, reference
 
 EXPS = (-1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _library(tmp_path_factory):
-    emulated_cuda.load(emulated_cuda.build(tmp_path_factory.mktemp("emulator")))
-
 
 @pytest.fixture(autouse=True)
-def _device():
+def _device(cuda_emulator):
     emulated_cuda.configure(multiprocessors=1, seed=0)
 
 

@@ -1,6 +1,7 @@
 // cut: the `quota` frozen entries of greatest importance, exactly, ties to the lower global index.
 //
-//   1. bound[j] of each tile (with exp = 0, tile_max itself); the quota-th greatest is the limit.
+//   1. bound[j] of each tile (with exp = 0, tile_max itself, perturbed already where entries are
+//      sampled); the quota-th greatest is the limit.
 //   2. Unless exp = 0: the tiles that reach it are opened, the quota-th greatest of their exact
 //      maxima is the limit.
 //   3. Every tile with a bound at or above the limit is listed; no other can hold a winner.
@@ -208,15 +209,15 @@ void cut_by(Importance importance, const Entries& entries, const CutInput& in,
   const int64_t num_tiles = entries.pool.num_tiles;
   const int64_t by_key = grid_for(num_tiles, kKeysPerBlock, kBlocksPerMultiprocessor);
   const int64_t by_tile = grid_for(num_tiles, 1, kBlocksPerMultiprocessor);
-  constexpr bool kExactBounds = std::is_same_v<Importance, Exp0>;
+  constexpr bool kExactBounds = kGradAlone<Importance>;
   const int32_t* bound = kExactBounds ? in.tile_max : at.bound;
-  if (!kExactBounds) {
+  if constexpr (!kExactBounds) {
     SPARSE_OPTIM_LAUNCH(bound_kernel, by_key, kThreads, stream, importance, in, num_tiles,
                         at.selection, at.bound);
   }
   select_kth(KeyArray{bound, num_tiles}, by_key, at.selection, stream);
   compact(bound, num_tiles, at.selection, at.chunk, at.list, stream);
-  if (!kExactBounds) {
+  if constexpr (!kExactBounds) {
     SPARSE_OPTIM_LAUNCH(score_kernel, by_tile, kThreads, stream, importance, entries, at);
     select_kth(KeyArray{at.maxima, -1}, by_key, at.selection, stream);
     compact(bound, num_tiles, at.selection, at.chunk, at.list, stream);
@@ -243,9 +244,11 @@ cudaError_t cut(const Pool& pool, const int32_t* position, const int64_t* offset
   SPARSE_OPTIM_LAUNCH(prepare_kernel, 1, kThreads, stream, in, found.capacity, at.selection,
                       found.count);
   if (pool.num_tiles && found.capacity) {
-    visit_importance(in.exp, in.eps, [&](auto importance) {
+    auto by = [&](auto importance) {
       cut_by(importance, {pool, position, offsets}, in, found, threshold, at, stream);
-    });
+    };
+    if (in.noise) by(Sampled{in.noise});
+    else visit_importance(in.exp, in.eps, by);
   }
   return cudaGetLastError();
 }

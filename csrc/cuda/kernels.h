@@ -41,7 +41,8 @@ struct ScanOutput {
   float* found_inf;
 };
 
-// What `cut` is asked for. param_bound is null unless exp < 0.
+// What `cut` is asked for. param_bound is null unless exp < 0; noise is null unless entries are
+// sampled, and then exp is 0.
 struct CutInput {
   const int32_t* tile_max;
   const float* param_bound;
@@ -51,6 +52,7 @@ struct CutInput {
   const float* found_inf;
   double exp;
   float eps;
+  const int64_t* noise;  // seed and step
 };
 
 // Groups whose hyper-parameters fit in a block's shared memory.
@@ -71,6 +73,9 @@ cudaError_t write_table(const std::vector<Row>& rows, int64_t* table, cudaStream
 cudaError_t scan(const Pool& pool, const std::vector<DenseGrad>& dense, const int32_t* position,
                  const int64_t* offsets, const float* grad_scale, double max_grad_norm,
                  const ScanOutput& out, void* scratch, cudaStream_t stream);
+
+cudaError_t rank(const Pool& pool, const int32_t* position, const int64_t* offsets,
+                 const int64_t* noise, int32_t* tile_max, cudaStream_t stream);
 
 cudaError_t cut(const Pool& pool, const int32_t* position, const int64_t* offsets,
                 const CutInput& in, const NewEntries& found, float* threshold, void* scratch,

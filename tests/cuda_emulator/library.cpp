@@ -38,14 +38,19 @@ int scan(Pool pool, const int64_t* dense, int64_t num_dense, const int32_t* posi
                     {tile_max, active_grad, grad_norm, grad_factor, found_inf}, scratch, nullptr);
 }
 
+int rank(Pool pool, const int32_t* position, const int64_t* offsets, const int64_t* noise,
+         int32_t* tile_max) {
+  return cuda::rank(pool, position, offsets, noise, tile_max, nullptr);
+}
+
 int cut(Pool pool, const int32_t* position, const int64_t* offsets, const int32_t* tile_max,
         const float* param_bound, const int64_t* targets, int64_t num_targets,
         const int64_t* progress, const float* found_inf, double exp, double eps,
-        int32_t* new_tensor, int32_t* new_position, int64_t* new_count, int64_t max_quota,
-        float* threshold, void* scratch) {
+        const int64_t* noise, int32_t* new_tensor, int32_t* new_position, int64_t* new_count,
+        int64_t max_quota, float* threshold, void* scratch) {
   return cuda::cut(
       pool, position, offsets,
-      {tile_max, param_bound, targets, num_targets, progress, found_inf, exp, float(eps)},
+      {tile_max, param_bound, targets, num_targets, progress, found_inf, exp, float(eps), noise},
       {new_tensor, new_position, new_count, max_quota}, threshold, scratch, nullptr);
 }
 
