@@ -175,6 +175,50 @@ def test_quota_follows_the_schedule(applied: int, quota: int) -> None:
     assert got.work.new_count.item() == want.work.new_count.item() == quota
 
 
+# Seed and step for which entries 19 and 101 of tensor 0 have a second draw, alone among its first
+# 160 (test_cuda_rank.py checks it).
+REFINED = (86, 2**32 - 399)
+NOISES = {"none": (), "refined": REFINED, "negative seed": (-(2**62), 2**32 - 1)}
+RANKS = {
+    "edges": {},
+    "ties": {"kind": "ties"},
+    "all equal": {"sizes": (110, TILE + 5), "kind": "equal", "quota": 23},
+    "all zero": {"kind": "zeros"},
+    "fewer candidates than the quota": {"kind": "few", "quota": 60},
+    "active at tile edges": {
+        "sizes": (TILE - 1, 3 * TILE + 1), "kind": "equal", "quota": 20,
+        "positions": [[0, TILE - 2], [0, TILE - 1, TILE, 2 * TILE - 1, 3 * TILE]],
+    },
+    "mixed dtypes": {"dtypes": (F32, BF16, F16), "grad_dtypes": (F16, BF16, F32, BF16)},
+    "unaligned": {"dtypes": (BF16, F32), "unaligned": True, "sizes": (2 * TILE, 5, 3 * TILE)},
+    "missing": {"missing": (0, 5), "kind": "ties"},
+    "fewer winners than tiles": {"sizes": (7 * TILE, 3, 5 * TILE + 1), "quota": 3},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "noise"),
+    [
+        (name, noise) for name in RANKS for noise in NOISES
+        if noise == "refined" or name in ("edges", "all equal", "missing")
+    ],
+)  # fmt: skip
+def test_rank_and_the_cut_after_it(name: str, noise: str) -> None:
+    case = make_case(**RANKS[name], noise=NOISES[noise], seed=len(name))
+    got, want = (case.run(ops, "rank", "cut") for ops in (kernels, reference))
+    count = int(want.work.new_count)
+    assert_bits(got, want, "tile_max", "new_count", "threshold")
+    for entries in ("new_tensor", "new_position"):
+        assert torch.equal(getattr(got.work, entries)[:count], getattr(want.work, entries)[:count])
+
+
+def test_noise_is_refused_where_it_means_nothing() -> None:
+    with pytest.raises(ValueError, match=r"noise must hold seed and step, or nothing, got 3"):
+        make_case(noise=(1, 2, 3)).run(kernels, "rank")
+    with pytest.raises(ValueError, match=r"exp must be 0 with noise, got 2.0"):
+        make_case(noise=(1, 2), exp=2.0).run(kernels, "cut")
+
+
 APPENDS = {
     "edges": {},
     "nothing new": {"quota": 0},

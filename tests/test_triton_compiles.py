@@ -28,9 +28,9 @@ from sparse_optim.triton_kernels import TILE  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-append, cut, listing, scan, tiles, update = (
+append, cut, listing, rank, scan, tiles, update = (
     importlib.import_module(f"sparse_optim.triton_kernels.{name}")
-    for name in ("append", "cut", "listing", "scan", "tiles", "update")
+    for name in ("append", "cut", "listing", "rank", "scan", "tiles", "update")
 )
 
 ARCHITECTURES = (80, 86, 90)  # A100, A6000, H100 and H200
@@ -38,6 +38,7 @@ ARCHITECTURES = (80, 86, 90)  # A100, A6000, H100 and H200
 # Types of the arguments by name, the same in every kernel.
 TYPES = {
     "table_ptr": "*i64",
+    "noise_ptr": "*i64",
     "position_ptr": "*i32",
     "offsets_ptr": "*i64",
     "tile_offsets_ptr": "*i64",
@@ -113,6 +114,7 @@ VARIANTS = {
         {"ENTRY_AGE": False, "HAS_MASTER": True, "BLOCK": update.UPDATE_BLOCK},
         update.UPDATE_WARPS,
     ),
+    "rank": Variant(rank.rank_kernel, {"SAMPLES": False, "TILE": TILE}, rank.RANK_WARPS),
     "count_step": Variant(update.count_step_kernel, {}, 1),
     "plan": Variant(cut.plan_kernel, {}, 1),
     "insert": Variant(append.insert_kernel, {"BLOCK": append.INSERT_BLOCK}, 4),
@@ -129,8 +131,6 @@ def cut_variants(exp: float) -> dict[str, Variant]:
     bounds = {"EXP": exp, "BLOCK": listing.BOUND_BLOCK}
     lists = {**bounds, "BINS": listing.BINS, "PROGRAMS": listing.NUM_PROGRAMS}
     opening = {"EXP": exp, "TILE": TILE}
-    last = {"PASS": 2, "SHIFT": 0, "PREVIOUS": 10, "BINS": cut.DIGIT_BINS}
-    shares = {"BINS": cut.DIGIT_BINS, "PROGRAMS": listing.NUM_PROGRAMS}
     return {
         name.format(exp): Variant(kernel, constants, warps, fuses=False)
         for name, kernel, constants, warps in (
@@ -138,16 +138,38 @@ def cut_variants(exp: float) -> dict[str, Variant]:
             ("list count {}", listing.list_kernel, {**lists, "WRITES": False}, 4),
             ("list write {}", listing.list_kernel, {**lists, "WRITES": True}, 4),
             ("maxima {}", listing.maxima_kernel, opening, listing.OPEN_WARPS),
-            ("digit {}", cut.digit_kernel, {**opening, **last}, listing.OPEN_WARPS),
-            ("count {}", cut.count_kernel, {**opening, **shares}, listing.OPEN_WARPS),
-            ("write {}", cut.write_kernel, {**opening, **shares}, cut.WRITE_WARPS),
+            *opening_kernels({**opening, "SAMPLES": False}),
+        )
+    }
+
+
+def opening_kernels(opening: dict[str, Any]) -> tuple[tuple[str, Any, dict[str, Any], int], ...]:
+    """Those of `cut` that open listed tiles: name, kernel, constants, warps."""
+    last = {"PASS": 2, "SHIFT": 0, "PREVIOUS": 10, "BINS": cut.DIGIT_BINS}
+    shares = {"BINS": cut.DIGIT_BINS, "PROGRAMS": listing.NUM_PROGRAMS}
+    return (
+        ("digit {}", cut.digit_kernel, {**opening, **last}, listing.OPEN_WARPS),
+        ("count {}", cut.count_kernel, {**opening, **shares}, listing.OPEN_WARPS),
+        ("write {}", cut.write_kernel, {**opening, **shares}, cut.WRITE_WARPS),
+    )
+
+
+def sampling_variants() -> dict[str, Variant]:
+    """The kernels that draw noise."""
+    sampling = {"SAMPLES": True, "TILE": TILE}
+    return {
+        name.format("sampled"): Variant(kernel, constants, warps, fuses=False)
+        for name, kernel, constants, warps in (
+            ("rank {}", rank.rank_kernel, sampling, rank.RANK_WARPS),
+            *opening_kernels({**sampling, "EXP": 0.0}),
         )
     }
 
 
 # All kernels that score, with one exponent, and two of them with every other.
 EXACT_EXPS = (-1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
-VARIANTS |= cut_variants(2.0)
+SAMPLED = sampling_variants()
+VARIANTS |= cut_variants(2.0) | SAMPLED
 ALL_KERNELS = tuple(VARIANTS)
 SCORES = {
     name: variant
@@ -200,6 +222,14 @@ def test_kernel_spills_nothing(name: str, architecture: int) -> None:
     used = usage(compiled(name, architecture))
     assert used["STACK"] == used["LOCAL"] == 0, used
     assert used["REG"] <= 128, used  # 16 warps of it fill a multiprocessor's 65536 registers
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_noise_is_correctly_rounded(name: str) -> None:
+    ptx = compiled(name, 90).asm["ptx"]
+    assert not INEXACT.findall(ptx)
+    assert "div.rn.f32" in ptx
+    assert "sqrt.rn.f32" in ptx
 
 
 @pytest.mark.parametrize("name", SCORES)

@@ -38,6 +38,7 @@ class Case:
     eps: float = 1e-3
     bias_correction: str = "entry"
     max_grad_norm: float = math.inf
+    noise: tuple[int, ...] = ()
 
     def run(self, ops: ModuleType, *names: str) -> Case:
         """A copy of the case after the named operations."""
@@ -49,17 +50,22 @@ class Case:
             ),), 0x5A, dtype=torch.uint8,
         )  # fmt: skip
         bound = ops.bind(case.grads, case.params, work.table)
+        noise = torch.tensor(self.noise, dtype=torch.int64)
         arguments: dict[str, tuple[Any, ...]] = {
             "scan": (
                 bound, case.dense_grads, active.position, active.offsets, work.tile_offsets,
                 work.grad_scale, self.max_grad_norm, TILE, work.tile_max, work.active_grad,
                 work.grad_norm, work.grad_factor, work.found_inf, work.scratch,
             ),
+            "rank": (
+                bound, active.position, active.offsets, work.tile_offsets, noise, TILE,
+                work.tile_max, work.scratch,
+            ),
             "cut": (
                 bound, active.position, active.offsets, work.tile_offsets, work.tile_max,
                 work.param_bound, self.targets, active.progress, work.found_inf, self.exp,
-                self.eps, torch.empty(0, dtype=torch.int64), TILE, work.new_tensor,
-                work.new_position, work.new_count, work.threshold, work.scratch,
+                self.eps, noise, TILE, work.new_tensor, work.new_position, work.new_count,
+                work.threshold, work.scratch,
             ),
             "append": (
                 bound, work.new_tensor, work.new_position, work.new_count, active.position,

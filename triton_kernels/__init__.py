@@ -10,11 +10,12 @@ Installed as `sparse_optim.triton_kernels`: the top-level name belongs to Triton
 
 from .append import append, append_pieces
 from .cut import cut, cut_pieces
+from .rank import rank, rank_pieces
 from .scan import scan, scan_pieces
 from .update import update
 from .work import bind, total_bytes
 
-__all__ = ["TILE", "append", "bind", "cut", "scan", "scratch_bytes", "update"]
+__all__ = ["TILE", "append", "bind", "cut", "rank", "scan", "scratch_bytes", "update"]
 
 # 16 KB of float32: enough work for a program to hide its searches, and 2048 programs for eight
 # million entries. Unmeasured.
@@ -26,5 +27,8 @@ def scratch_bytes(num_tiles: int, capacity: int, max_quota: int) -> int:
 
     About 20 per tile and 150 KB for scan and cut; 12 per entry of capacity for append.
     """
-    pieces = (scan_pieces(num_tiles), cut_pieces(num_tiles), append_pieces(capacity, max_quota))
+    pieces = (
+        scan_pieces(num_tiles), rank_pieces(num_tiles), cut_pieces(num_tiles),
+        append_pieces(capacity, max_quota),
+    )  # fmt: skip
     return max(total_bytes(each) for each in pieces)

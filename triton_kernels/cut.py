@@ -1,6 +1,7 @@
 """cut: the `quota` frozen entries of greatest importance, exactly, ties to the lower global index.
 
-    key(entry)  = bits of |grad| / (|param| + eps)^exp     (0: active, or never unmasked)
+    key(entry)  = bits of |grad| / (|param| + eps)^exp     (0: active, or never unmasked),
+                  or of score / sqrt(E) where entries are sampled
     bound(tile) = key of (its greatest |grad|, the most favourable |param|) >= key of its entries
     threshold   = the quota-th greatest key;  new = all above it, and the first that tie
 
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from .elements import INFINITY_BITS
 from .listing import BINS, LISTED, NUM_PROGRAMS, OPEN_WARPS, QUOTA, find_bin, list_tiles
+from .noise import samples
 from .tiles import locate, location_pieces, open_tile
 from .work import Pieces, carve
 
@@ -90,6 +92,7 @@ def refine(state_ptr, histogram_ptr, PASS: tl.constexpr, SHIFT: tl.constexpr, BI
 @triton.jit
 def digit_kernel(
     table_ptr,
+    noise_ptr,
     position_ptr,
     tile_offsets_ptr,
     tile_tensor_ptr,
@@ -99,6 +102,7 @@ def digit_kernel(
     histogram_ptr,
     eps,
     EXP: tl.constexpr,
+    SAMPLES: tl.constexpr,
     TILE: tl.constexpr,
     PASS: tl.constexpr,
     SHIFT: tl.constexpr,
@@ -115,8 +119,8 @@ def digit_kernel(
     listed = tl.load(state_ptr + LISTED)
     for i in range(tl.program_id(0).to(tl.int64), listed, tl.num_programs(0)):
         key, _, _ = open_tile(
-            table_ptr, position_ptr, tile_offsets_ptr, tile_tensor_ptr, tile_start_ptr,
-            tl.load(list_ptr + i), eps, EXP, TILE,
+            table_ptr, noise_ptr, position_ptr, tile_offsets_ptr, tile_tensor_ptr,
+            tile_start_ptr, tl.load(list_ptr + i), eps, EXP, SAMPLES, TILE,
         )  # fmt: skip
         matches = key > 0
         if PASS > 0:
@@ -136,6 +140,7 @@ def threshold_of(state_ptr, histogram_ptr, BINS: tl.constexpr):
 @triton.jit
 def count_kernel(
     table_ptr,
+    noise_ptr,
     position_ptr,
     tile_offsets_ptr,
     tile_tensor_ptr,
@@ -146,6 +151,7 @@ def count_kernel(
     counts_ptr,
     eps,
     EXP: tl.constexpr,
+    SAMPLES: tl.constexpr,
     TILE: tl.constexpr,
     BINS: tl.constexpr,
     PROGRAMS: tl.constexpr,
@@ -159,8 +165,8 @@ def count_kernel(
     least = tl.full((), INFINITY_BITS, tl.int32)
     for i in range(program * share, tl.minimum((program + 1) * share, listed)):
         key, _, _ = open_tile(
-            table_ptr, position_ptr, tile_offsets_ptr, tile_tensor_ptr, tile_start_ptr,
-            tl.load(list_ptr + i), eps, EXP, TILE,
+            table_ptr, noise_ptr, position_ptr, tile_offsets_ptr, tile_tensor_ptr,
+            tile_start_ptr, tl.load(list_ptr + i), eps, EXP, SAMPLES, TILE,
         )  # fmt: skip
         above += tl.sum((key > threshold).to(tl.int32), axis=0)
         tied += tl.sum((key == threshold).to(tl.int32), axis=0)
@@ -174,6 +180,7 @@ def count_kernel(
 @triton.jit
 def write_kernel(
     table_ptr,
+    noise_ptr,
     position_ptr,
     tile_offsets_ptr,
     tile_tensor_ptr,
@@ -188,6 +195,7 @@ def write_kernel(
     threshold_ptr,
     eps,
     EXP: tl.constexpr,
+    SAMPLES: tl.constexpr,
     TILE: tl.constexpr,
     BINS: tl.constexpr,
     PROGRAMS: tl.constexpr,
@@ -212,8 +220,8 @@ def write_kernel(
     share = tl.cdiv(listed, tl.num_programs(0))
     for i in range(program * share, tl.minimum((program + 1) * share, listed)):
         key, tensor, first = open_tile(
-            table_ptr, position_ptr, tile_offsets_ptr, tile_tensor_ptr, tile_start_ptr,
-            tl.load(list_ptr + i), eps, EXP, TILE,
+            table_ptr, noise_ptr, position_ptr, tile_offsets_ptr, tile_tensor_ptr,
+            tile_start_ptr, tl.load(list_ptr + i), eps, EXP, SAMPLES, TILE,
         )  # fmt: skip
         ties_here = (key == threshold).to(tl.int32)
         # Counted from here in int32: with int64 ranks the program took 216 registers.
@@ -248,9 +256,8 @@ def cut(
     threshold: Tensor,
     scratch: Tensor,
 ) -> None:
-    """See `reference.cut`; `tile` is a power of two."""
-    if noise.numel():
-        raise NotImplementedError("the Triton backend does not sample yet")
+    """See `reference.cut`; `tile` is a power of two, at least 4 with noise."""
+    sampling = samples(noise, exp)
     num_tiles = tile_max.numel()
     if not num_tiles or not new_tensor.numel():
         new_count.zero_()
@@ -258,10 +265,12 @@ def cut(
     *location, tiles, state, histograms, counts = carve(scratch, cut_pieces(num_tiles))
     histograms.zero_()
     bounds, digits = histograms[: 2 * BINS].view(2, BINS), histograms[2 * BINS :]
-    opening = (bound, position, tile_offsets, *location, tiles, state)
+    opening = (
+        bound, noise if sampling else bound, position, tile_offsets, *location, tiles, state,
+    )  # fmt: skip
     options = {
-        "EXP": float(exp), "TILE": tile, "BINS": DIGIT_BINS, "num_warps": OPEN_WARPS,
-        "enable_fp_fusion": False,
+        "EXP": float(exp), "SAMPLES": sampling, "TILE": tile, "BINS": DIGIT_BINS,
+        "num_warps": OPEN_WARPS, "enable_fp_fusion": False,
     }  # fmt: skip
     with torch.cuda.device_of(bound):
         plan_kernel[(1,)](

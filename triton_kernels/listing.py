@@ -127,6 +127,7 @@ def list_kernel(
 @triton.jit
 def maxima_kernel(
     table_ptr,
+    noise_ptr,
     position_ptr,
     tile_offsets_ptr,
     tile_tensor_ptr,
@@ -142,8 +143,8 @@ def maxima_kernel(
     listed = tl.load(state_ptr + LISTED)
     for i in range(tl.program_id(0).to(tl.int64), listed, tl.num_programs(0)):
         key, _, _ = open_tile(
-            table_ptr, position_ptr, tile_offsets_ptr, tile_tensor_ptr, tile_start_ptr,
-            tl.load(list_ptr + i), eps, EXP, TILE,
+            table_ptr, noise_ptr, position_ptr, tile_offsets_ptr, tile_tensor_ptr,
+            tile_start_ptr, tl.load(list_ptr + i), eps, EXP, False, TILE,
         )  # fmt: skip
         greatest = tl.max(key, axis=0)
         if greatest > 0:

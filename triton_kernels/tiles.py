@@ -28,6 +28,7 @@ from .elements import (
     lower_bound,
     param_dtype,
 )
+from .noise import perturbed
 from .work import Pieces, blocks_of
 
 # Tiles that one program locates. Small, as there are few tiles and many multiprocessors: 27,000
@@ -89,6 +90,7 @@ def locate(
 @triton.jit
 def open_tile(
     table_ptr,
+    noise_ptr,
     position_ptr,
     tile_offsets_ptr,
     tile_tensor_ptr,
@@ -96,14 +98,20 @@ def open_tile(
     tile_index,
     eps,
     EXP: tl.constexpr,
+    SAMPLES: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Keys of all entries of a tile (0 where active), its tensor, and its first position."""
+    """Keys of all entries of a tile (0 where active), its tensor, and its first position.
+
+    With SAMPLES gradients stand for scores, noise is in the keys, and EXP is 0.
+    """
     tensor = tl.load(tile_tensor_ptr + tile_index)
     row_ptr = table_ptr + tensor * COLUMNS
     first = (tile_index - tl.load(tile_offsets_ptr + tensor)) * TILE
     count = tl.minimum(tl.load(row_ptr + NUMEL) - first, TILE)
     grad = load_run(tl.load(row_ptr + GRAD), grad_dtype(table_ptr, tensor), first, count, TILE)
+    if SAMPLES:
+        grad = perturbed(tl.abs(grad), noise_ptr, tensor, first, TILE)
     if EXP == 0.0:
         key = importance_key(grad, grad, eps, EXP)
     else:

@@ -1,0 +1,77 @@
+"""rank: read dense scores once.
+
+    tile_max[j] <- max over frozen entries of tile j of the bits of |score| (/ sqrt(E))
+
+Bytes: one read of the scores, about 16 per tile. With noise, arithmetic comes on top: ten rounds of
+Philox for four entries, a logarithm, a root and two divisions for each. Bitwise equal to the
+reference.
+Not run on a GPU yet: compiled ahead of time and interpreted.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .elements import COLUMNS, GRAD
+from .noise import samples
+from .tiles import locate, location_pieces, open_tile
+from .work import Pieces, carve
+
+# As for `scan`. Unmeasured.
+RANK_WARPS = 8
+
+
+def rank_pieces(num_tiles: int) -> Pieces:
+    """Scratch: where tiles lie."""
+    return location_pieces(num_tiles)
+
+
+@triton.jit
+def rank_kernel(
+    table_ptr,
+    noise_ptr,
+    position_ptr,
+    tile_offsets_ptr,
+    tile_tensor_ptr,
+    tile_start_ptr,
+    tile_max_ptr,
+    SAMPLES: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    tile_index = tl.program_id(0)
+    tensor = tl.load(tile_tensor_ptr + tile_index)
+    if tl.load(table_ptr + tensor * COLUMNS + GRAD) == 0:
+        tl.store(tile_max_ptr + tile_index, 0)
+        return
+    key, _, _ = open_tile(
+        table_ptr, noise_ptr, position_ptr, tile_offsets_ptr, tile_tensor_ptr, tile_start_ptr,
+        tile_index, 0.0, 0.0, SAMPLES, TILE,
+    )  # fmt: skip
+    tl.store(tile_max_ptr + tile_index, tl.max(key, axis=0))
+
+
+def rank(
+    bound: Tensor,
+    position: Tensor,
+    offsets: Tensor,
+    tile_offsets: Tensor,
+    noise: Tensor,
+    tile: int,
+    tile_max: Tensor,
+    scratch: Tensor,
+) -> None:
+    """See `reference.rank`; `tile` is a power of two, at least 4 with noise."""
+    sampling = samples(noise, 0.0)
+    num_tiles = tile_max.numel()
+    if not num_tiles:
+        return
+    location = carve(scratch, rank_pieces(num_tiles))
+    with torch.cuda.device_of(bound):
+        locate(position, offsets, tile_offsets, tile, *location)
+        rank_kernel[(num_tiles,)](
+            bound, noise if sampling else bound, position, tile_offsets, *location, tile_max,
+            SAMPLES=sampling, TILE=tile, num_warps=RANK_WARPS, enable_fp_fusion=False,
+        )  # fmt: skip
