@@ -22,7 +22,7 @@ _NOT_YET_AUTOMATIC = {"cuda", "triton"}
 
 
 def operations(backend: str) -> Any:
-    """The module of a backend: TILE, scratch_bytes, bind, scan, cut, append, update."""
+    """The module of a backend: TILE, scratch_bytes, bind, scan, rank, cut, append, update."""
     return importlib.import_module(_BACKENDS[backend][0])
 
 

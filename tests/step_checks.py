@@ -37,7 +37,7 @@ def case_on(case: Case, device: str | torch.device, ops: ModuleType = reference)
         owner: Any = getattr(case, name)
         buffers = {item.name: moved(getattr(owner, item.name), device) for item in fields(owner)}
         setattr(own, name, replace(owner, **buffers))
-    own.targets = case.targets.to(device)
+    own.targets, own.noise = case.targets.to(device), case.noise.to(device)
     work = own.work
     size = ops.scratch_bytes(
         work.tile_max.numel(), own.active.position.numel(), work.new_tensor.numel()
@@ -93,6 +93,18 @@ def assert_same_step(
     assert_params_follow(got, exact, plain, case)
     for after, untouched in zip(got.grads, case.grads, strict=True):
         assert_same_bits(after, untouched, "gradients are never written")
+    return got
+
+
+def assert_same_sample(case: Case, ops: ModuleType, device: str | torch.device = "cpu") -> Case:
+    """`rank` and the `cut` after it, by the reference and by `ops` on a device; what `ops` left."""
+    plain, fast = case.copy(), case_on(case, device, ops)
+    for name in ("rank", "cut"):
+        getattr(reference, name)(*getattr(plain, f"{name}_args")(reference))
+        getattr(ops, name)(*getattr(fast, f"{name}_args")(ops))
+    assert (fast.work.scratch[-GUARD:] == GARBAGE).all(), "wrote beyond the scratch memory"
+    got = case_on(fast, "cpu")
+    assert_same_selection(got, plain)
     return got
 
 

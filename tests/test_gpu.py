@@ -15,7 +15,7 @@ import pytest
 import torch
 from device_runs import GRADS, Run, assert_same_run, build, give, new_run, train
 from op_cases import DTYPES, EXPS, Case, assert_same_bits, fill_bounds, make_case
-from step_checks import assert_same_selection, assert_same_step, case_on
+from step_checks import assert_same_sample, assert_same_selection, assert_same_step, case_on
 
 from sparse_optim import D3, IncrementalMaskedAdamW, MaskedAdamW, Static, backends, reference
 from sparse_optim.amp import GradScaler
@@ -129,6 +129,26 @@ def test_many_ties_and_great_quotas(target, exp, quota):
         num_active=3000, exp=exp, eps=0.1, tile=tile_of(target),
     )  # fmt: skip
     assert int(check(target, case).work.new_count) == quota
+
+
+@pytest.mark.parametrize("noise", [(), (5, 3), (-(2**62), 2**32 - 1)], ids=["", "noise", "words"])
+@pytest.mark.parametrize("kind", ["normal", "ties", "equal", "zeros", "rows"])
+def test_scores_are_ranked_and_sampled(target, kind, noise):
+    tile = tile_of(target)
+    case = make_case(
+        [tile + 1, 0, 70, 3 * tile + 5, 9], dtypes=DTYPES, kind=kind, quota=90, num_active=60,
+        missing=[2], tile=tile, offset_views=True,
+    )  # fmt: skip
+    case.noise = torch.tensor(noise, dtype=torch.int64)
+    got = assert_same_sample(case, ops_of(target), target[1])
+    assert int(got.work.new_count) == (0 if kind == "zeros" else 90)
+
+
+def test_a_large_sample_has_second_draws(target):
+    """One entry in 65536 has one, and the greatest keys: some 23 of these."""
+    case = make_case([1_500_000], kind="equal", quota=5000, tile=tile_of(target))
+    case.noise = torch.tensor([8, 1])
+    assert_same_sample(case, ops_of(target), target[1])
 
 
 @pytest.mark.parametrize("exp", [1.5, -0.7])
