@@ -16,6 +16,11 @@ Faults planted by hand, once each, and what failed:
     bounds for exp < 0 without param_bound          test_cut[fewer winners than tiles], exp < 0
     exp = -1 through a fused multiply-add           test_cut[many scales--1.0]
     float instead of integer maximum                test_non_finite_gradients_are_found[..-nan]
+    noise: words in the order 0, 2, 1, 3            test_rank_and_the_cut_after_it, 12 tests
+    noise: second draw left out, or first again     test_rank_and_the_cut_after_it[..refined]
+    noise: tensor missing from the counter          test_rank_and_the_cut_after_it[all equal-..]
+    noise: groups counted from the tile             test_rank_and_the_cut_after_it[all equal-..]
+    cut: scores as they are, without noise          test_rank_and_the_cut_after_it[missing-..]
     append: old entries one place off               test_append, 5 tests
     update: age one too small                       test_update, 4 tests
 """

@@ -2,6 +2,13 @@
 
 `rank` draws noise for four entries at a time, `cut` for each entry by itself: both must equal the
 reference bit for bit. What the emulator can show, and what not: test_cuda_emulator.py.
+
+Faults planted by hand, one at a time, and what caught them:
+
+    words of a group in another order, in either      18 tests
+    no second draw, or the first again, in `cut`      second_draws_are_in_the_threshold
+    no second draw in `rank`                          sizes_dtypes, equal_scores, 6 tests
+    tensor missing from the counter, in either        sizes_dtypes, equal_scores, tiles_of_4096
 """
 
 from __future__ import annotations
@@ -38,6 +45,15 @@ def test_the_refined_case_has_second_draws():
     zero = torch.tensor(0)
     words = philox((group, zero, torch.tensor(REFINED[1]), zero), REFINED[0]).view(-1)
     assert (words < REFINED_BELOW).nonzero().view(-1).tolist() == [19, 101]
+
+
+@pytest.mark.parametrize("quota", [1, 2])
+def test_second_draws_are_in_the_threshold(quota):
+    case = Case([160], noise=REFINED, quota=quota, active=0.0)
+    case.grads[0].fill_(0.25)
+    check_sample(case, found=quota)
+    actual = run_both(case, "rank", "cut")[1]
+    assert set(actual.work.new_position.tolist()) <= {19, 101}
 
 
 @pytest.mark.parametrize("tile", [1, 7, TILE])

@@ -5,7 +5,8 @@
 This shows that kernels compile and how, not that they run: no GPU takes part.
 
 Faults planted by hand, once each: `/` for tl.div_rn in exp = 2 failed all seven kernels of that
-exponent; tl.fma in exp = -1 failed both of that one (test_scores_are_correctly_rounded).
+exponent; tl.fma in exp = -1 failed both of that one (test_scores_are_correctly_rounded). Either
+in the logarithm of the noise failed all four kernels that draw it (..noise_is_correctly_rounded).
 """
 
 from __future__ import annotations
