@@ -7,8 +7,9 @@ Faults planted by hand, one at a time, and what caught them:
 
     words of a group in another order, in either      18 tests
     no second draw, or the first again, in `cut`      second_draws_are_in_the_threshold
-    no second draw in `rank`                          sizes_dtypes, equal_scores, 6 tests
+    no second draw, or the first again, in `rank`     sizes_dtypes, equal_scores, tiles_of_4096
     tensor missing from the counter, in either        sizes_dtypes, equal_scores, tiles_of_4096
+    groups of four counted from the tile's start      sizes_dtypes, equal_scores, second_draws
 """
 
 from __future__ import annotations
