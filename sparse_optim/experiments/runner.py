@@ -243,8 +243,8 @@ class Runner:
         return describe(cell, self.settings(config), trained, values, seconds)
 
     def settings(self, config: FinetuneConfig) -> dict[str, Any]:
-        """What decides a cell's result: everything but places."""
-        places = ("output", "overwrite", "verify", "save_model")
+        """What decides a cell's result: everything but where it is computed and written."""
+        places = ("output", "overwrite", "verify", "save_model", "cpu", "threads")
         kept = {name: jsonable(value) for name, value in vars(config).items() if name not in places}
         return kept | vars(self.options.decoding)
 
