@@ -138,8 +138,9 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 def with_solution(row: Mapping[str, Any]) -> dict[str, str]:
     """instruction, output and answer; a row of MAWPS has an equation in place of a solution."""
     if "original_text" in row:
-        output = f"{row['equation']}. The answer is {row['ans']:g}."
-        return {"instruction": row["original_text"], "output": output, "answer": str(row["ans"])}
+        answer = str(row["ans"]).removesuffix(".0")
+        output = f"{row['equation']}. The answer is {answer}."
+        return {"instruction": row["original_text"].strip(), "output": output, "answer": answer}
     return {
         "instruction": row["instruction"].strip(),
         "output": row["output"].strip(),

@@ -46,7 +46,9 @@ def choose(experiment: Experiment, choice: Choice) -> tuple[Experiment, list[str
     rows = [replace(row, lrs=lrs or row.lrs) for row in rows]
     left_out = [row.label for row in rows if not available(row)]
     if names and left_out:
-        raise ExperimentError(f"--methods: {left_out[0]} needs peft, which is not installed")
+        raise ExperimentError(
+            f"--methods: {left_out[0]} cannot run here: its method or peft is missing"
+        )
     tasks = change_tasks(experiment, choice)
     kept = {row.label: row for row in rows if available(row)}
     return (

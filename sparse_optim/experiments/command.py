@@ -10,7 +10,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markdown import Markdown
 from rich.markup import escape
 
 from sparse_optim.experiments.arithmetic import MATH
@@ -137,7 +136,7 @@ def run_and_show(
     record: Path | None,
     debug: bool,
 ) -> None:
-    """List the cells, or run them and write the table, also where it is interrupted."""
+    """List the cells, or run them and write the table."""
     if not debug:
         quiet_libraries()
     # transformers: not needed for --help
@@ -153,14 +152,14 @@ def run_and_show(
     runner = make_runner(chosen, RunOptions(**arguments), console)
     if dry_run:
         return show_plan(runner, console)
-    whole = False
-    try:
-        whole = runner.run()
-    finally:
-        outcomes = runner.outcomes()
-        summaries = write_table(chosen, outcomes, arguments["output"])
-    console.print(Markdown(markdown(chosen, summaries)))
-    console.print(f"{'Complete' if whole else 'Out of time'}: {arguments['output']}/table.md")
+    output = arguments["output"]
+    for _ in runner.run():
+        write_table(chosen, runner.outcomes(), output)  # a killed run leaves its table
+    outcomes = runner.outcomes()
+    summaries = write_table(chosen, outcomes, output)
+    console.print(markdown(chosen, summaries), markup=False, highlight=False, soft_wrap=True)
+    ending = "Complete" if runner.is_finished() else "Out of time; run it again to go on"
+    console.print(f"{ending}: {output}/table.md", highlight=False, soft_wrap=True)
     if record is not None:
         write_record(chosen.name, summaries, outcomes, record)
 

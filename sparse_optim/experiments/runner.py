@@ -184,17 +184,15 @@ class Runner:
         found = (self.store.read(cell) for cell in self.wanted())
         return [outcome for outcome in found if outcome is not None]
 
-    def run(self) -> bool:
-        """Run what is not finished; False if time ran out before the end.
+    def run(self) -> Iterator[Outcome]:
+        """Run what is not finished, until there is nothing left or no time; yields each outcome.
 
         Raises:
             FinetuneError: from a cell, with its name; the others stay.
         """
         set_threads((self.options.extra or {}).get("threads"))
-        begin, done = time.perf_counter(), 0
-        planned = len(list(self.wanted()))
-        for cell in self.wanted():
-            done += 1
+        begin, planned = time.perf_counter(), len(list(self.wanted()))
+        for position, cell in enumerate(self.wanted(), 1):
             if cell.lr is None:
                 raise ExperimentError(f"--only leaves out the tuning of {cell.name}; widen it")
             config = self.config(cell)
@@ -204,11 +202,15 @@ class Runner:
                 continue
             minutes = (time.perf_counter() - begin + (self.estimate(cell) or 0.0)) / 60
             if self.options.max_minutes is not None and minutes > self.options.max_minutes:
-                return False
+                return
             outcome = self.run_cell(cell, config)
             self.store.write(cell, outcome)
-            self.show(cell, outcome, f"{done}/{planned}")
-        return True
+            self.show(cell, outcome, f"{position}/{planned}")
+            yield outcome
+
+    def is_finished(self) -> bool:
+        """Whether no cell is left."""
+        return all(self.store.read(cell) is not None for cell in self.wanted())
 
     def show(self, cell: Cell, outcome: Outcome, position: str) -> None:
         """One line for a finished cell."""
@@ -241,8 +243,8 @@ class Runner:
         return describe(cell, self.settings(config), trained, values, seconds)
 
     def settings(self, config: FinetuneConfig) -> dict[str, Any]:
-        """What decides a cell's result: everything but places."""
-        places = ("output", "overwrite", "verify", "save_model")
+        """What decides a cell's result: everything but where it is computed and written."""
+        places = ("output", "overwrite", "verify", "save_model", "cpu", "threads")
         kept = {name: jsonable(value) for name, value in vars(config).items() if name not in places}
         return kept | vars(self.options.decoding)
 

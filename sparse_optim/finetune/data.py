@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ from sparse_optim.finetune.sources import DATASETS, load_builtin
 logger = logging.getLogger(__name__)
 
 EVALUATION_SPLITS = ("validation", "validation_matched", "dev", "valid", "eval", "test")
+SPLIT_NAME = re.compile("(train|validation|test)(_[a-z]+)?")  # with MNLI's validation_matched
 HOLD_OUT_SEED = 0  # of the evaluation part of a set that has none, whatever the seed of the run
 
 
@@ -111,13 +113,16 @@ def load_file(path: Path) -> DatasetDict:
         raise FinetuneError(f"{path}: cannot read {path.suffix or 'no suffix'}; known: {known}")
     if path.stat().st_size == 0:
         raise FinetuneError(f"{path} is empty")
-    files = {"train": str(path)}
-    if path.suffix == ".parquet":
+    return read_files({"train": str(path)}, path.suffix)
+
+
+def read_files(files: dict[str, str], suffix: str) -> DatasetDict:
+    """Files of one kind, by split."""
+    if suffix == ".parquet":
         return load_dataset("parquet", data_files=files)
-    if path.suffix in (".json", ".jsonl"):
+    if suffix in (".json", ".jsonl"):
         return load_dataset("json", data_files=files)
-    separator = "\t" if path.suffix == ".tsv" else ","
-    return load_dataset("csv", data_files=files, sep=separator)
+    return load_dataset("csv", data_files=files, sep="\t" if suffix == ".tsv" else ",")
 
 
 def load_folder(path: Path) -> DatasetDict:
@@ -128,6 +133,11 @@ def load_folder(path: Path) -> DatasetDict:
     if not any(file.suffix in DATA_SUFFIXES for file in path.rglob("*")):
         known = ", ".join(sorted(DATA_SUFFIXES))
         raise FinetuneError(f"{path} holds no data file ({known})")
+    # `load_dataset` would take validation_matched and validation_mismatched for one split.
+    files = {file.stem: file for file in sorted(path.iterdir()) if file.suffix in DATA_SUFFIXES}
+    suffixes = {file.suffix for file in files.values()}
+    if len(suffixes) == 1 and all(SPLIT_NAME.fullmatch(name) for name in files):
+        return read_files({name: str(file) for name, file in files.items()}, suffixes.pop())
     return load_dataset(str(path))
 
 

@@ -1,0 +1,105 @@
+"""Tables: aggregation by hand, order of cells, what is shown and what is not."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+pytest.importorskip("transformers", reason="experiments need the extra 'finetune'")
+
+from experiment_cases import outcome, tiny_experiment, tiny_task
+
+from sparse_optim.experiments.plan import best_lr, cells, tuning_cells
+from sparse_optim.experiments.presets import Block, Row
+from sparse_optim.experiments.table import markdown, summarise, top_mean, write_table
+
+
+def test_the_top_three_of_four_by_hand():
+    mean, deviation, count = top_mean([0.80, 0.90, 0.10, 0.70], 3)
+    assert (mean, count) == (pytest.approx(0.80), 3)
+    assert deviation == pytest.approx(math.sqrt((0.01 + 0 + 0.01) / 2))
+    assert top_mean([0.5], 3) == (0.5, None, 1)
+    assert top_mean([0.5, 0.5], 3) == (0.5, 0.0, 2)
+
+
+def test_a_diverged_run_drops_out_only_where_others_fill_the_top():
+    assert top_mean([0.5, 0.7, 0.6, -math.inf], 3)[0] == pytest.approx(0.6)
+    assert top_mean([0.5, 0.7, -math.inf], 3)[:2] == (-math.inf, None)
+
+
+def two_tasks(folder):
+    blocks = (Block((tiny_task("one"), tiny_task("two")), (Row("id3", (1e-3,), "100"),)),)
+    paper = {"id3-100": {"one": 88.1, "two": 70.0, "average": 79.05}}
+    return tiny_experiment(folder, blocks=blocks, paper=paper, paper_note="The paper: Table 1.")
+
+
+def test_the_table_stands_beside_the_papers_own_figures(tmp_path):
+    experiment = two_tasks(tmp_path)
+    outcomes = [outcome("one", "id3-100", value) for value in (0.8, 0.9, 0.1, 0.7)]
+    outcomes += [outcome("two", "id3-100", 0.6)]
+    outcomes += [outcome("two", "id3-100", 0.99) | {"cell": {"stage": "tune"}}]
+    (summary,) = write_table(experiment, outcomes, tmp_path)
+    assert summary["average"] == pytest.approx((0.8 + 0.6) / 2)
+    assert summary["entries"] == 100
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert lines[0] == "**Tiny**"
+    assert lines[2].startswith("| method | budget | one | two | average | entries | state MB |")
+    assert lines[4] == "| id3 | 100 | 80.00 ± 10.00 | 60.00 (n = 1) | 70.00 | 100 | 2.00 | 5 |"
+    assert lines[5] == "| *the paper* |  | 88.10 | 70.00 | 79.05 |  |  |  |"
+    assert "best 3 runs" in lines[-1]
+    assert "The paper: Table 1." in lines[-1]
+    assert json.loads((tmp_path / "table.json").read_text())[0]["columns"]["one"]["runs"] == 4 - 1
+
+
+def test_an_interrupted_table_shows_filled_columns_and_no_average_of_other_tasks(tmp_path):
+    experiment = two_tasks(tmp_path)
+    summaries = summarise(experiment, [outcome("two", "id3-100", 0.6)])
+    text = markdown(experiment, summaries)
+    assert "| method | budget | two | entries |" in text
+    assert "79.05" not in text  # the paper's average is of both tasks
+
+
+def test_a_row_that_lacks_a_shown_column_has_no_average(tmp_path):
+    rows = (Row("id3", (1e-3,), "100"), Row("full", (1e-3,)))
+    experiment = tiny_experiment(
+        tmp_path, blocks=(Block((tiny_task("one"), tiny_task("two")), rows),)
+    )
+    outcomes = [outcome(task, "id3-100", 0.5) for task in ("one", "two")]
+    whole, part = summarise(experiment, [*outcomes, outcome("one", "full", 0.9)])
+    assert (whole["average"], part["average"]) == (0.5, None)
+
+
+def test_a_diverged_run_is_said_so_and_is_null_in_json(tmp_path):
+    experiment = two_tasks(tmp_path)
+    write_table(experiment, [outcome("one", "id3-100", None)], tmp_path)
+    assert "| diverged (n = 1) |" in (tmp_path / "table.md").read_text()
+    assert json.loads((tmp_path / "table.json").read_text())[0]["columns"]["one"]["mean"] is None
+
+
+def test_every_row_is_run_once_before_any_is_run_again(tmp_path):
+    rows = (Row("id3", (1.0, 2.0), "100"), Row("full", (3.0,)))
+    blocks = (Block((tiny_task("one"), tiny_task("two")), rows),)
+    experiment = tiny_experiment(tmp_path, blocks=blocks, seeds=(6, 7))
+    order = [(c.task.name, c.row.name, c.lr, c.seed) for c in cells(experiment, lambda _: None)]
+    assert order == [
+        ("one", "id3", 1.0, 6),
+        ("one", "full", 3.0, 6),
+        ("two", "id3", 1.0, 6),
+        ("two", "full", 3.0, 6),
+        ("one", "id3", 2.0, 7),
+        ("two", "id3", 2.0, 7),
+    ]
+
+
+def test_the_best_rate_is_the_first_of_equals_and_needs_all_trials():
+    task, row = tiny_task("one"), Row("id3", (1.0, 2.0, 3.0), "100")
+    trials = tuning_cells(task, row, 0)
+    values = {1.0: 0.4, 2.0: 0.6, 3.0: 0.6}
+    found = {trial.name: {"values": {"one": values[trial.lr]}} for trial in trials}
+    assert best_lr(row, trials, lambda cell: found.get(cell.name)) == 2.0
+    found[trials[1].name] = {"values": {"one": None}}  # diverged
+    assert best_lr(row, trials, lambda cell: found.get(cell.name)) == 3.0
+    del found[trials[0].name]
+    assert best_lr(row, trials, lambda cell: found.get(cell.name)) is None
