@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
+from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, PercentFormatter
 
 from sparse_optim.analysis.measures import AllocationGrid, allocation_grid
@@ -98,8 +98,8 @@ def _draw_budgets(axes: Axes, records: Records, metric: str) -> None:
         budgets, values = zip(*sorted(ends), strict=True)
         axes.plot(budgets, values, color=colour, marker="s", markersize=4.5, label=method)
     axes.set_xscale("log")
-    axes.xaxis.set_minor_formatter(EngFormatter(sep=""))
-    axes.tick_params(which="minor", labelsize=8, colors="#4a4f57")
+    axes.set_xticks(sorted({record.budget for record in records.values()}))
+    axes.minorticks_off()
     axes.set_xlabel("budget (entries)")
     axes.margins(y=0.15)
 
@@ -120,11 +120,13 @@ def draw_allocation(record: AllocationRecord, title: str, path: Path) -> None:
     positive = np.concatenate([share[share > 0] for share in shares])
     norm = LogNorm(positive.min(), max(positive.max(), 1.01 * positive.min()))
     for axes, (step, grid) in zip(panels, grids.items(), strict=True):
+        there = np.where(np.isnan(grid.size), np.nan, 0.0)
+        axes.imshow(there, aspect="auto", cmap=ListedColormap(["#eceef0"]))
         axes.imshow(grid.active / grid.size, aspect="auto", cmap="YlGnBu", norm=norm)
         _label_cells(axes, grid, norm)
         axes.set_title(f"step {step}: {int(np.nansum(grid.active)):,} entries", fontsize=10)
         axes.set_yticks(range(rows), grid.modules, fontsize=8)
-    bar = figure.colorbar(panels[-1].images[0], ax=list(panels), shrink=0.6, pad=0.01)
+    bar = figure.colorbar(panels[-1].images[-1], ax=list(panels), shrink=0.6, pad=0.01)
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}%"))
     bar.set_label("active share of the tensor", fontsize=9)
     bar.ax.tick_params(labelsize=8)
@@ -140,7 +142,6 @@ def _label_cells(axes: Axes, grid: AllocationGrid, norm: LogNorm) -> None:
     names = ["none" if grid.layers[at] is None else str(grid.layers[at]) for at in ticks]
     axes.set_xticks(ticks, names, fontsize=8)
     axes.set_xlabel("layer", fontsize=9)
-    axes.set_facecolor("#f4f5f6")
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     if columns > LABELLED_LAYERS:

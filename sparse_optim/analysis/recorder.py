@@ -18,8 +18,9 @@ class AllocationRecorder(TrainerCallback):
 
     To the training logs it adds `tensor_sparsity` and `sparsity_entropy` (nats), so that they reach
     TensorBoard or whatever tracker the trainer reports to. The cost is one read of M + 1 counts;
-    positions are not read. Under Repeat and Stochastic these are the entries active at that step, not
-    all that were ever moved. With an optimizer that is no `MaskedAdamW` it records nothing.
+    positions are not read. Where a selection replaces entries (`Repeat`, `Stochastic`) the counts
+    are of that step's set, not of all that ever moved. With an optimizer that is no `MaskedAdamW`
+    it records nothing.
 
     Example:
         recorder = AllocationRecorder()
