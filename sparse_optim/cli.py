@@ -8,6 +8,7 @@ try:
     import typer
 
     from sparse_optim import delta_cli
+    from sparse_optim.analysis import command as analysis_command
     from sparse_optim.experiments import command as experiments
     from sparse_optim.finetune import command
 except ModuleNotFoundError as error:
@@ -24,6 +25,7 @@ app = typer.Typer(
 command.register(app)
 experiments.register(app)
 delta_cli.register(app)
+analysis_command.register(app)
 
 
 def main() -> None:

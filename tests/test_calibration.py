@@ -106,8 +106,7 @@ def test_expected_fisher_sums_over_classes():
     assert_close(found, expected)
 
 
-def test_the_gradient_of_squared_scores_has_zero_mean_under_the_model():
-    """sum_c p_c d log p_c = 0, so "expect" is the variance: labels drawn from p come near it."""
+def test_expect_is_the_mean_of_label_over_labels_drawn_from_the_model():
     model = make_model()
     inputs = make_batches((1,))[0]["inputs"]
     expected = fisher(model, [{"inputs": inputs}], sample_type="expect")

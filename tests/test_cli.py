@@ -49,7 +49,10 @@ def finetune(folder: Path, *more: str):
 
 
 def test_help_lists_commands_and_what_is_built_in():
-    assert all(name in invoke("--help").output for name in ("finetune", "inspect", "apply", "diff"))
+    assert all(
+        name in invoke("--help").output
+        for name in ("finetune", "analyse", "inspect", "apply", "diff")
+    )
     shown = invoke("finetune", "--help").output
     assert all(name in shown for name in (*METHODS, *MODELS, *DATASETS))
     assert "ID3 wants learning rates of 1e-4 to 7e-4, ten times those of full" in shown

@@ -22,6 +22,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
+from sparse_optim.analysis import load_record
 from sparse_optim.delta import load_delta
 from sparse_optim.finetune import FinetuneConfig, FinetuneError
 from sparse_optim.finetune.job import differing_tensors, run
@@ -93,10 +94,18 @@ def test_every_task_writes_a_delta_that_rebuilds_the_model(
     assert metrics["evaluations"][-1]["step"] == metrics["steps"] == 6
     assert metrics["delta_bytes"] == (output / "delta.safetensors").stat().st_size
     assert sorted(path.name for path in output.iterdir()) == [
+        "allocation.jsonl",
         "curves.png",
         "delta.safetensors",
         "metrics.json",
     ]
+    record = load_record(output)
+    assert (record.method, record.metric, record.budget) == ("id3", metric, 500)
+    assert record.steps == list(range(7))
+    assert [sum(snapshot.active) for snapshot in record.snapshots] == [
+        500 * t // 6 for t in range(7)
+    ]
+    assert record.evaluations(metric)[-1] == (6, 500, metrics["metric"]["value"])
     head = {"decoder": {"score.weight"}, "encoder": {"classifier.bias", "classifier.weight"}}
     fresh = set() if task == "causal-lm" else head[model]
     assert set(metrics["model"]["fresh"]) == fresh
@@ -115,6 +124,7 @@ def test_every_method_rebuilds_the_model_and_moves_what_it_says(folders, tmp_pat
     expected = {"budget": 500 + head, "all": metrics["model"]["parameters"], "head": head}[entries]
     assert metrics["active_entries"] == expected
     assert metrics["verified"] is True
+    assert (tmp_path / "out" / "allocation.jsonl").exists() == (entries == "budget")
     before, after = base.bert.state_dict(), result.model.bert.state_dict()
     moved = sum(int((before[name] != after[name]).sum()) for name in before)
     assert moved <= expected - head

@@ -1,1 +1,35 @@
-"""Analyses of a run."""
+"""Where a run spent its budget: the analyses of the ID3 paper's section 6 (Figures 5 to 9).
+
+`sparse_optim.analysis.recorder` (a transformers callback) and `.plots` (matplotlib) are imported
+from their modules: they need the extra "finetune".
+"""
+
+from sparse_optim.analysis.measures import (
+    AllocationGrid,
+    allocation_grid,
+    entry_counts,
+    sparsity_entropy,
+    tensor_sparsity,
+)
+from sparse_optim.analysis.record import (
+    ALLOCATION_FILE,
+    AllocationRecord,
+    RecordError,
+    Snapshot,
+    load_record,
+    save_record,
+)
+
+__all__ = [
+    "ALLOCATION_FILE",
+    "AllocationGrid",
+    "AllocationRecord",
+    "RecordError",
+    "Snapshot",
+    "allocation_grid",
+    "entry_counts",
+    "load_record",
+    "save_record",
+    "sparsity_entropy",
+    "tensor_sparsity",
+]

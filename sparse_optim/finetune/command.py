@@ -25,9 +25,9 @@ def listing(title: str, known: Mapping[str, Any]) -> str:
 
 HELP = f"""Fine-tune a model on labelled text, and keep what changed as a small delta.
 
-Writes delta.safetensors, metrics.json and curves.png to the output folder, and checks that
-base + delta is the trained model, bit for bit. Parameters that the checkpoint lacks (a fresh
-head) are found and trained densely, outside the budget.
+Writes delta.safetensors, metrics.json, curves.png and allocation.jsonl (for `analyse`) to the
+output folder, and checks that base + delta is the trained model, bit for bit. Parameters that the
+checkpoint lacks (a fresh head) are found and trained densely, outside the budget.
 
 [bold]ID3 wants learning rates of 1e-4 to 7e-4, ten times those of full fine-tuning.[/]
 

@@ -19,6 +19,7 @@ from rich.console import Console
 from torch import nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
 
+from sparse_optim.analysis import ALLOCATION_FILE
 from sparse_optim.delta import Delta, apply_delta, load_delta, save_delta
 from sparse_optim.finetune.columns import Columns
 from sparse_optim.finetune.config import DEFAULT_BUDGET, FinetuneConfig
@@ -58,7 +59,7 @@ class FinetuneResult:
 
 
 def run(config: FinetuneConfig, console: Console | None = None) -> FinetuneResult:
-    """Fine-tune, and write delta.safetensors, metrics.json and curves.png.
+    """Fine-tune, and write delta.safetensors, metrics.json, curves.png and allocation.jsonl.
 
     Args:
         config: what to do.
@@ -154,6 +155,7 @@ def write_results(config: FinetuneConfig, inputs: Inputs, trained: Trained) -> F
         "verified": None if differing is None else not differing,
     }
     write_json(metrics, config.output / METRICS_FILE)
+    trained.trainer.recorder.save(config.output, config.method, metrics["metric"]["name"])
     draw_curves(metrics, config.output / PLOT_FILE)
     if differing:
         raise FinetuneError(
@@ -191,7 +193,7 @@ def check_output(config: FinetuneConfig) -> None:
 def prepare_output(config: FinetuneConfig) -> None:
     """Make the folder, without the results of an earlier job."""
     config.output.mkdir(parents=True, exist_ok=True)
-    for name in (DELTA_FILE, METRICS_FILE, PLOT_FILE):
+    for name in (DELTA_FILE, METRICS_FILE, PLOT_FILE, ALLOCATION_FILE):
         (config.output / name).unlink(missing_ok=True)
     shutil.rmtree(config.output / "model", ignore_errors=True)
 

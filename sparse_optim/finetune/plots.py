@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-BLUE, ORANGE, GREEN, GREY = "#2563a8", "#d9730d", "#2f8f5b", "#8a8f98"
+from sparse_optim.plot_style import BLUE, GREEN, ORANGE, new_figure, plain, save
+
 SMOOTHING = 0.8  # weight of the past in the running mean of the training loss
 
 
@@ -22,8 +21,9 @@ def draw_curves(metrics: Mapping[str, Any], path: Path) -> None:
         metrics: the job's metrics, with `log`, `evaluations`, `metric` and `config`.
         path: file to write; its suffix is the format.
     """
-    figure = Figure(figsize=(7.2, 7.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    config = metrics["config"]
+    title = f"{config['method']}: {config['model']} on {config['dataset']}"
+    figure = new_figure(7.2, 7.6, title)
     loss_axes, metric_axes, active_axes = figure.subplots(
         3, 1, sharex=True, height_ratios=(1.2, 1.0, 1.0)
     )
@@ -31,19 +31,11 @@ def draw_curves(metrics: Mapping[str, Any], path: Path) -> None:
     draw_loss(loss_axes, log, evaluations)
     draw_metric(metric_axes, evaluations, metrics["metric"]["name"])
     draw_active(active_axes, log, metrics["active_entries"], metrics["model"]["parameters"])
-    for axes in (loss_axes, metric_axes, active_axes):
-        axes.grid(True, color="#e6e8eb", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(GREY)
-        axes.tick_params(colors="#4a4f57", labelsize=9)
+    plain((loss_axes, metric_axes, active_axes))
     active_axes.set_xlabel("step")
     active_axes.set_xlim(left=0)
     active_axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    config = metrics["config"]
-    title = f"{config['method']}: {config['model']} on {config['dataset']}"
-    figure.suptitle(title, fontsize=12, fontweight="bold", x=0.02, ha="left")
-    figure.savefig(path, dpi=130)
+    save(figure, path)
 
 
 def points(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:

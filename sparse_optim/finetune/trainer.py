@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sparse_optim import MaskedAdamW
+from sparse_optim.analysis.recorder import AllocationRecorder
 from sparse_optim.finetune.methods import active_entries
 
 # model, total steps, function that gives training batches -> optimizer
@@ -33,6 +34,8 @@ class SelectiveTrainer(Trainer):
         self.build_optimizer = build_optimizer
         self.stopwatch = Stopwatch(torch.device(self.args.device))
         self.add_callback(self.stopwatch)
+        self.recorder = AllocationRecorder()
+        self.recorder.attach(self)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build the optimizer; the trainer has set `state.max_steps` by now."""

@@ -1,0 +1,225 @@
+"""Pictures of records: sparsity and entropy, metric, allocation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap, LogNorm
+from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, PercentFormatter
+
+from sparse_optim.analysis.measures import AllocationGrid, allocation_grid
+from sparse_optim.analysis.record import AllocationRecord, Snapshot
+from sparse_optim.plot_style import COLOURS, GREY, new_figure, plain, save
+
+Records = Mapping[str, AllocationRecord]  # by the name that the legend shows
+
+SHOWN_MODULES = 7  # in the picture of growth; the rest is added up
+OTHERS = "#c9cdd2"
+LABELLED_LAYERS = 16  # with more, numbers in the cells would not be legible
+
+
+def draw_sparsity(records: Records, path: Path) -> None:
+    """Tensor sparsity and sparsity entropy against the step (Figures 8 and 9), a line a run."""
+    figure = new_figure(7.2, 6.2, _title("Where active entries lie", records))
+    sparsity_axes, entropy_axes = figure.subplots(2, 1, sharex=True)
+    for colour, (name, record) in zip(_colours(records), records.items(), strict=True):
+        style = {"color": colour, "linewidth": 1.8, "label": name}
+        sparsity_axes.plot(record.steps, record.tensor_sparsity(), **style)
+        # Before the first entry is unmasked there is nothing whose entropy could be drawn.
+        drawn = [
+            (snapshot.step, entropy)
+            for snapshot, entropy in zip(record.snapshots, record.sparsity_entropy(), strict=True)
+            if any(snapshot.active)
+        ]
+        entropy_axes.plot([step for step, _ in drawn], [value for _, value in drawn], **style)
+        greatest = float(np.log(len(record.tensors)))
+        entropy_axes.axhline(greatest, color=colour, linewidth=0.9, linestyle=":")
+    entropy_axes.annotate(
+        "dotted: all tensors alike", (0.99, 0.03), xycoords="axes fraction", ha="right",
+        color=GREY, fontsize=8.5,
+    )  # fmt: skip
+    sparsity_axes.set_ylabel("tensors without an active entry")
+    sparsity_axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    sparsity_axes.set_ylim(0, 1.03)
+    entropy_axes.set_ylabel("sparsity entropy (nats)")
+    entropy_axes.set_ylim(bottom=0)
+    plain((sparsity_axes, entropy_axes))
+    if len(records) > 1:
+        sparsity_axes.legend(frameon=False, fontsize=9)
+    _steps_below(entropy_axes)
+    save(figure, path)
+
+
+def draw_metric(records: Records, metric: str, path: Path) -> None:
+    """Evaluation metric against the entries unmasked so far (Figure 5), a line a run.
+
+    A run whose active entries stay the same in number (static, repeat) is a horizontal line at its
+    last value. Runs with different budgets add the last value against the budget (Figure 6).
+    """
+    compared = len({record.budget for record in records.values()}) > 1
+    title = _title(f"{metric.replace('_', ' / ')} and unmasked entries", records)
+    figure = new_figure(7.2, 7.2 if compared else 4.2, title)
+    axes = figure.subplots(2 if compared else 1, 1, squeeze=False)[:, 0]
+    for colour, (name, record) in zip(_colours(records), records.items(), strict=True):
+        found = record.evaluations(metric)
+        if not found:
+            continue
+        active, values = [row[1] for row in found], [row[2] for row in found]
+        if len(set(active)) == 1 and len(records) > 1:
+            axes[0].axhline(values[-1], color=colour, linestyle="--", linewidth=1.6,
+                            label=f"{name} (last value; {active[-1]:,} at every step)")  # fmt: skip
+        else:
+            axes[0].plot(active, values, color=colour, marker="o", markersize=4.5, label=name)
+    axes[0].set_xlabel("active entries")
+    axes[0].margins(y=0.15)
+    if compared:
+        _draw_budgets(axes[1], records, metric)
+    for one in axes:
+        one.set_ylabel(metric.replace("_", " / "))
+        one.xaxis.set_major_formatter(EngFormatter(sep=""))
+        if len(records) > 1:
+            one.legend(frameon=False, fontsize=9)
+    plain(axes)
+    save(figure, path)
+
+
+def _draw_budgets(axes: Axes, records: Records, metric: str) -> None:
+    """Last value of the metric against the budget, a line a method."""
+    methods: dict[str, list[tuple[int, float]]] = {}
+    for record in records.values():
+        found = record.evaluations(metric)
+        if found:
+            methods.setdefault(record.method, []).append((record.budget, found[-1][2]))
+    for colour, (method, ends) in zip(_colours(methods), methods.items(), strict=True):
+        budgets, values = zip(*sorted(ends), strict=True)
+        axes.plot(budgets, values, color=colour, marker="s", markersize=4.5, label=method)
+    axes.set_xscale("log")
+    axes.set_xticks(sorted({record.budget for record in records.values()}))
+    axes.minorticks_off()
+    axes.set_xlabel("budget (entries)")
+    axes.margins(y=0.15)
+
+
+def draw_allocation(record: AllocationRecord, title: str, path: Path) -> None:
+    """Layer x module heat maps (Figure 7): the first snapshot with active entries, and the last."""
+    grids = {
+        snapshot.step: allocation_grid(record.counts(snapshot), record.sizes)
+        for snapshot in _first_and_last(record)
+    }
+    rows, columns = next(iter(grids.values())).size.shape
+    down, across = (len(grids), 1) if columns > LABELLED_LAYERS else (1, len(grids))
+    width = 2.6 + across * max(2.6, 0.42 * columns)
+    height = min(60.0, 1.2 + down * (0.4 + 0.24 * rows))
+    figure = new_figure(width, height, f"Allocation: {title}")
+    panels = figure.subplots(down, across, sharey=True, squeeze=False).reshape(-1)
+    shares = [grid.active / grid.size for grid in grids.values()]
+    positive = np.concatenate([share[share > 0] for share in shares])
+    norm = LogNorm(positive.min(), max(positive.max(), 1.01 * positive.min()))
+    for axes, (step, grid) in zip(panels, grids.items(), strict=True):
+        there = np.where(np.isnan(grid.size), np.nan, 0.0)
+        axes.imshow(there, aspect="auto", cmap=ListedColormap(["#eceef0"]))
+        axes.imshow(grid.active / grid.size, aspect="auto", cmap="YlGnBu", norm=norm)
+        _label_cells(axes, grid, norm)
+        axes.set_title(f"step {step}: {int(np.nansum(grid.active)):,} entries", fontsize=10)
+        axes.set_yticks(range(rows), grid.modules, fontsize=8)
+    bar = figure.colorbar(panels[-1].images[-1], ax=list(panels), shrink=0.6, pad=0.01)
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}%"))
+    bar.set_label("active share of the tensor", fontsize=9)
+    bar.ax.tick_params(labelsize=8)
+    save(figure, path)
+
+
+def _label_cells(axes: Axes, grid: AllocationGrid, norm: LogNorm) -> None:
+    """Number of active entries in each cell; a dot where a tensor has none."""
+    rows, columns = grid.size.shape
+    short = EngFormatter(places=0, sep="")
+    every = max(1, columns // LABELLED_LAYERS)
+    ticks = range(0, columns, every)
+    names = ["none" if grid.layers[at] is None else str(grid.layers[at]) for at in ticks]
+    axes.set_xticks(ticks, names, fontsize=8)
+    axes.set_xlabel("layer", fontsize=9)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    if columns > LABELLED_LAYERS:
+        return
+    for row in range(rows):
+        for column in range(columns):
+            active, size = grid.active[row, column], grid.size[row, column]
+            if np.isnan(size):
+                continue
+            dark = active > 0 and norm(active / size) > 0.55
+            axes.text(column, row, short(active) if active else "·", ha="center", va="center",
+                      fontsize=6.5, color="white" if dark else "#30343a")  # fmt: skip
+
+
+def draw_growth(record: AllocationRecord, title: str, path: Path) -> None:
+    """Active entries against the step, stacked by module and by layer."""
+    grids = [
+        allocation_grid(record.counts(snapshot), record.sizes).active
+        for snapshot in record.snapshots
+    ]
+    last = allocation_grid(record.counts(record.snapshots[-1]), record.sizes)
+    by_module = np.stack([np.nansum(grid, axis=1) for grid in grids], axis=1)
+    by_layer = np.stack([np.nansum(grid, axis=0) for grid in grids], axis=1)
+    figure = new_figure(9.0, 6.6, f"Growth: {title}")
+    module_axes, layer_axes = figure.subplots(2, 1, sharex=True)
+    modules, bands = _greatest(last.modules, by_module)
+    colours = [*COLOURS[:SHOWN_MODULES], OTHERS][: len(modules)]
+    module_axes.stackplot(record.steps, bands, labels=modules, colors=colours)
+    layers = ["no layer" if layer is None else f"layer {layer}" for layer in last.layers]
+    shades = _layer_colours(last.layers)
+    layer_axes.stackplot(record.steps, by_layer, labels=layers, colors=shades)
+    for axes in (module_axes, layer_axes):
+        axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.set_ylabel("active entries")
+        handles, labels = axes.get_legend_handles_labels()
+        every = max(1, len(labels) // LABELLED_LAYERS)
+        axes.legend(handles[::-every], labels[::-every], frameon=False, fontsize=8,
+                    loc="center left", bbox_to_anchor=(1.0, 0.5))  # fmt: skip
+        axes.margins(x=0)
+    plain((module_axes, layer_axes))
+    _steps_below(layer_axes)
+    save(figure, path)
+
+
+def _greatest(modules: list[str], by_module: np.ndarray) -> tuple[list[str], np.ndarray]:
+    """The modules with most entries at the end, greatest first, and the sum of the others."""
+    order = np.argsort(-by_module[:, -1], kind="stable")
+    shown, others = order[:SHOWN_MODULES], order[SHOWN_MODULES:]
+    names, bands = [modules[at] for at in shown], by_module[shown]
+    if others.size:
+        names.append(f"{others.size} others")
+        bands = np.concatenate([bands, by_module[others].sum(axis=0, keepdims=True)])
+    return names, bands
+
+
+def _layer_colours(layers: list[int | None]) -> list[object]:
+    """Grey for what is in no layer, then light to dark."""
+    numbered = [layer for layer in layers if layer is not None]
+    shades = colormaps["YlGnBu"](np.linspace(0.25, 0.95, max(1, len(numbered))))
+    return [*[OTHERS] * (len(layers) - len(numbered)), *shades[: len(numbered)]]
+
+
+def _first_and_last(record: AllocationRecord) -> list[Snapshot]:
+    """The first snapshot with active entries and the last one; one where they are the same."""
+    active = [snapshot for snapshot in record.snapshots if any(snapshot.active)]
+    return list({snapshot.step: snapshot for snapshot in active[:1] + active[-1:]}.values())
+
+
+def _title(text: str, records: Records) -> str:
+    """With the run's name where there is one run, and so no legend."""
+    return f"{text}: {next(iter(records))}" if len(records) == 1 else text
+
+
+def _colours(runs: Mapping[str, object]) -> list[str]:
+    return [COLOURS[at % len(COLOURS)] for at in range(len(runs))]
+
+
+def _steps_below(axes: Axes) -> None:
+    axes.set_xlabel("step")
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))

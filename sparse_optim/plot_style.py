@@ -1,0 +1,36 @@
+"""How our pictures look: colours, plain axes, a title, no display needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREEN, GREY = "#2563a8", "#d9730d", "#2f8f5b", "#8a8f98"
+COLOURS = (BLUE, ORANGE, GREEN, "#8b4fb3", "#c23b4e", "#0f8b8d", "#b08900", "#6b4f3a")
+
+
+def new_figure(width: float, height: float, title: str) -> Figure:
+    """A figure, in inches, with its title at the left."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=12, fontweight="bold", x=0.02, ha="left")
+    return figure
+
+
+def plain(axes: Iterable[Axes]) -> None:
+    """A light grid, no box."""
+    for one in axes:
+        one.grid(True, color="#e6e8eb", linewidth=0.8)
+        one.set_axisbelow(True)
+        one.spines[["top", "right"]].set_visible(False)
+        one.spines[["left", "bottom"]].set_color(GREY)
+        one.tick_params(colors="#4a4f57", labelsize=9)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write the figure; the suffix is the format."""
+    figure.savefig(path, dpi=130)
