@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bench.subjects import midway
 from sparse_optim.parameters import readable_grads
-from sparse_optim.reference import importance
+from sparse_optim.scoring import importance
 
 
 def check_selection(params: Sequence[Tensor], budget: int, quota: int, exp: float) -> None:

@@ -1,5 +1,5 @@
-// The operators torch.ops.sparse_optim.{bind, scan, rank, cut, append, update}: schemas, argument checks,
-// and the CPU kernels behind them. LibTorch stable ABI only. What each does:
+// The operators torch.ops.sparse_optim.{bind, scan, rank, cut, append, update}: schemas, argument
+// checks, and the CPU kernels behind them. LibTorch stable ABI only. What each does:
 // sparse_optim/reference.py.
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
@@ -135,10 +135,9 @@ void cut(Tensor bound, Tensor position, Tensor offsets, Tensor tile_offsets, Ten
   active.position = data<int32_t>(position);
   active.offsets = data<int64_t>(offsets);
   const cpu::Threads workers = threads();
-  const cpu::Problem problem{workers, pool,       active,          tile_max.numel(), quota,
-                             exp,     float(eps), noise_of(noise), tile};
-  const int32_t key =
-      cpu::cut(problem, data<int32_t>(tile_max), data<float>(param_bound), found);
+  const cpu::Problem problem{
+      workers, pool, active, tile_max.numel(), quota, exp, float(eps), noise_of(noise), tile};
+  const int32_t key = cpu::cut(problem, data<int32_t>(tile_max), data<float>(param_bound), found);
   if (key) *data<float>(threshold) = from_bits(key);
 }
 
@@ -194,7 +193,8 @@ STABLE_TORCH_LIBRARY(sparse_optim, library) {
   library.def(
       "cut(Tensor bound, Tensor position, Tensor offsets, Tensor tile_offsets, "
       "Tensor tile_max, Tensor param_bound, Tensor targets, Tensor progress, Tensor found_inf, "
-      "float exp, float eps, Tensor noise, int tile, Tensor(a!) new_tensor, Tensor(b!) new_position, "
+      "float exp, float eps, Tensor noise, int tile, Tensor(a!) new_tensor, Tensor(b!) "
+      "new_position, "
       "Tensor(c!) new_count, Tensor(d!) threshold, Tensor(e!) scratch) -> ()");
   library.def(
       "append(Tensor bound, Tensor new_tensor, Tensor new_position, "

@@ -1,4 +1,4 @@
-"""Backends: modules that offer the four operations of `reference`, and how one is picked."""
+"""Backends: modules that offer the operations of `reference`, and how one is picked."""
 
 from __future__ import annotations
 

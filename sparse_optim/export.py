@@ -69,6 +69,7 @@ def metrics_of(optimizer: MaskedAdamW) -> dict[str, int | float | str]:
         "step": step,
         "skipped_steps": skipped,
         "active": active,
+        **({"touched": optimizer._touched.index().numel()} if optimizer.selection.replaces else {}),
         "budget": budget,
         "budget_left": budget - active,
         "threshold": float(optimizer._work.threshold),

@@ -20,7 +20,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from sparse_optim import reference
+from sparse_optim import scoring
 
 # name, parameter, gradient -> score of every entry
 Importance = Callable[[str, Tensor, Tensor], Tensor]
@@ -57,7 +57,7 @@ class D3:
 
     def __call__(self, name: str, param: Tensor, grad: Tensor) -> Tensor:
         """Scores, float32, of the parameter's shape."""
-        return reference.importance(grad, param, self.exp, self.eps)
+        return scoring.importance(grad, param, self.exp, self.eps)
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,8 @@ from sparse_optim.parameters import (
     readable_grads,
 )
 from sparse_optim.ranking import Ranking, needs_param_bound, rank
-from sparse_optim.reference import tile_abs_max
 from sparse_optim.scalars import Rows, check_capture, hyper_rows, write_hyper, write_scalar
+from sparse_optim.scoring import tile_abs_max
 from sparse_optim.selection import Increment, Selection, resolve_budget
 
 

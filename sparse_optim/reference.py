@@ -35,7 +35,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparse_optim.noise import noise as exponential_noise
+from sparse_optim.scoring import importance, importance_key, perturbed, tiles_of
 
 TILE = 512
 INFINITY_BITS = 0x7F800000
@@ -45,7 +45,7 @@ KEY_MIDDLE = 2**30
 
 
 def scratch_bytes(num_tiles: int, capacity: int, max_quota: int) -> int:
-    """Bytes of scratch memory that the four operations need besides their arguments: none here."""
+    """Bytes of scratch memory that the operations need besides their arguments: none here."""
     return 0
 
 
@@ -57,7 +57,7 @@ class Bound(NamedTuple):
 
 
 def bind(grads: Sequence[Tensor], params: Sequence[Tensor], table: Tensor) -> Bound:
-    """Check this step's tensors, once for all four operations.
+    """Check this step's tensors, once for all operations.
 
     Args:
         grads: S gradients of the pool, contiguous, float32 | bfloat16 | float16; empty if missing.
@@ -76,72 +76,6 @@ def bind(grads: Sequence[Tensor], params: Sequence[Tensor], table: Tensor) -> Bo
                 f"grads[{index}] has {grad.numel()} entries, its parameter {param.numel()}"
             )
     return Bound(grads, params)
-
-
-def importance(grad: Tensor, param: Tensor, exp: float, eps: float) -> Tensor:
-    """Score entries by D3:  |grad| / (|param| + eps)^exp  in float32.
-
-    For exp in {-1, -0.5, 0, 0.5, 1, 2} only correctly rounded operations (+, *, /, sqrt) occur, so
-    that every backend gets the same bits; other exponents go through `pow` and promise less.
-
-    Args:
-        grad: any shape and float dtype.
-        param: same shape.
-        exp: any real number; 0 ranks by gradient magnitude alone.
-        eps: added to |param|, > 0.
-
-    Returns:
-        float32 of the same shape, >= 0 or NaN.
-
-    Reference: Agarwal et al. 2025, equation 1.
-    """
-    magnitude = grad.float().abs()
-    if exp == 0:
-        return magnitude
-    base = param.float().abs() + eps
-    match exp:
-        case 1.0:
-            return magnitude / base
-        case 2.0:
-            return magnitude / (base * base)
-        case 0.5:
-            return magnitude / _sqrt(base)
-        case -1.0:
-            return magnitude * base
-        case -0.5:
-            return magnitude * _sqrt(base)
-    return magnitude / base.pow(exp)
-
-
-def perturbed(score: Tensor, noise: Tensor, tensor: int) -> Tensor:
-    """score / sqrt(E), E the noise of each entry; score itself where `noise` is empty.
-
-    Args:
-        score: (numel,), float32, >= 0, of all entries of a pool tensor.
-        noise: (2,), int64: seed and step; or (0,).
-        tensor: its index in the pool.
-    """
-    if noise.numel() == 0:
-        return score
-    seed, step = noise.tolist()
-    return score / _sqrt(exponential_noise(seed, step, tensor, score.numel(), score.device))
-
-
-def importance_key(score: Tensor) -> Tensor:
-    """Map scores to int32 keys of the same order; 0 (never unmasked) for scores of 0 and NaN.
-
-    The bits of non-negative floats are ordered as the floats are.
-    """
-    return torch.where(score > 0, score.view(torch.int32), 0)
-
-
-def tile_abs_max(param: Tensor, tile: int) -> Tensor:
-    """Greatest |param| of each tile, float32; what bounds the importance where exp < 0.
-
-    NaN counts as 0: such entries are never unmasked, and must not hide the others of their tile.
-    """
-    magnitude = param.detach().reshape(-1).float().abs().nan_to_num(nan=0.0, posinf=math.inf)
-    return _tiles(magnitude, tile).amax(dim=1)
 
 
 def scan(
@@ -197,12 +131,12 @@ def scan(
         bits = flat.abs().view(torch.int32)
         non_finite |= bool((bits >= INFINITY_BITS).any())
         bits[active] = 0
-        keys.copy_(_tiles(bits, tile).amax(dim=1))
-        sum_of_squares += float(_tiles(flat.square(), tile).sum(dim=1).double().sum())
+        keys.copy_(tiles_of(bits, tile).amax(dim=1))
+        sum_of_squares += float(tiles_of(flat.square(), tile).sum(dim=1).double().sum())
     for grad in dense_grads:
         flat = grad.reshape(-1).float()
         non_finite |= not bool(flat.isfinite().all())
-        sum_of_squares += float(_tiles(flat.square(), tile).sum(dim=1).double().sum())
+        sum_of_squares += float(tiles_of(flat.square(), tile).sum(dim=1).double().sum())
     scale = float(grad_scale)
     norm = math.sqrt(sum_of_squares) / scale
     clip = 1.0 if math.isinf(max_grad_norm) else min(1.0, max_grad_norm / (norm + 1e-6))
@@ -242,7 +176,7 @@ def rank(
         active = position[int(offsets[index]) : int(offsets[index + 1])].long()
         bits = perturbed(score.reshape(-1).float().abs(), noise, index).view(torch.int32)
         bits[active] = 0
-        keys.copy_(_tiles(bits, tile).amax(dim=1))
+        keys.copy_(tiles_of(bits, tile).amax(dim=1))
 
 
 def cut(
@@ -446,17 +380,6 @@ def _rank(key: Tensor, global_index: Tensor) -> Tensor:
     31 bits of key, moved to around 0 so that the sign bit is used too, and 33 of index.
     """
     return ((key - KEY_MIDDLE) << INDEX_BITS) | (LAST_INDEX - global_index)
-
-
-def _sqrt(value: Tensor) -> Tensor:
-    """Correctly rounded square root, float32: torch's own may be off by one unit on the CPU."""
-    return value.double().sqrt().float()
-
-
-def _tiles(flat: Tensor, tile: int) -> Tensor:
-    """(numel,) -> (tiles, tile), padded with zeros."""
-    padding = -flat.numel() % tile
-    return torch.nn.functional.pad(flat, (0, padding)).view(-1, tile)
 
 
 def _first_indices(params: Sequence[Tensor], device: torch.device) -> Tensor:

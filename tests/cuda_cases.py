@@ -7,7 +7,7 @@ import math
 import emulated_cuda
 import torch
 
-from sparse_optim import reference
+from sparse_optim import reference, scoring
 from sparse_optim.active_set import ActiveSet, WorkSpace
 
 TILE = emulated_cuda.TILE
@@ -78,7 +78,7 @@ class Case:
             torch.tensor([[1e-2, 0.9, 0.999, 1e-8, 0.1, 1.0], [3e-3, 0.5, 0.99, 1e-6, 0.0, -1.0]])
         )
         if self.exp < 0:
-            bounds = [reference.tile_abs_max(param, self.tile) for param in self.params]
+            bounds = [scoring.tile_abs_max(param, self.tile) for param in self.params]
             self.work.param_bound.copy_(torch.cat(bounds))
         for name in ("active_grad", "grad_norm", "grad_factor"):
             getattr(self.work, name).fill_(math.nan)

@@ -36,7 +36,7 @@ from cuda_cases import FLOAT, TILE, Case, check_cut, check_exact, check_scan, ch
 from op_cases import make_case
 from step_checks import assert_same_step
 
-from sparse_optim import D3, Increment, MaskedAdamW, backends, reference
+from sparse_optim import D3, Increment, MaskedAdamW, backends, scoring
 
 EXPS = (-1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
 
@@ -190,7 +190,7 @@ def test_infinite_and_nan_parameters_are_ranked_as_in_the_reference():
         case.params[0][::17] = math.inf
         case.params[0][5::23] = math.nan
         if exp < 0:
-            case.work.param_bound.copy_(reference.tile_abs_max(case.params[0], case.tile))
+            case.work.param_bound.copy_(scoring.tile_abs_max(case.params[0], case.tile))
         check_cut(*run_both(case, "scan", "cut"))
 
 

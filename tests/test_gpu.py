@@ -17,7 +17,15 @@ from device_runs import GRADS, Run, assert_same_run, build, give, new_run, train
 from op_cases import DTYPES, EXPS, Case, assert_same_bits, fill_bounds, make_case
 from step_checks import assert_same_sample, assert_same_selection, assert_same_step, case_on
 
-from sparse_optim import D3, IncrementalMaskedAdamW, MaskedAdamW, Static, backends, reference
+from sparse_optim import (
+    D3,
+    IncrementalMaskedAdamW,
+    MaskedAdamW,
+    Static,
+    backends,
+    reference,
+    scoring,
+)
 from sparse_optim.amp import GradScaler
 
 pytestmark = pytest.mark.gpu
@@ -173,7 +181,7 @@ def test_weights_that_are_not_finite(target, exp, value):
     case = make_case([3 * tile], quota=2 * tile, exp=exp, tile=tile)
     case.params[0][[5, tile + 1]] = value
     if exp < 0:
-        case.work.param_bound.copy_(reference.tile_abs_max(case.params[0], tile))
+        case.work.param_bound.copy_(scoring.tile_abs_max(case.params[0], tile))
     plain = case.copy().step(reference, "append")
     got = case_on(case, target[1], ops_of(target)).step(ops_of(target), "append")
     assert_same_selection(case_on(got, "cpu"), plain)

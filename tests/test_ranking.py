@@ -135,7 +135,9 @@ def assert_matches_brute(kind: str, selection: Static, backend: str, steps: int 
     untouched = torch.cat([p.view(-1) for p in new_params(*SHAPES, seed=4)])[~brute.touched]
     assert_same_bits(values[~brute.touched], untouched.detach())
     moved = optimizer.delta(_named(params, optimizer._names)).sparse
-    assert sum(entry.num_entries for entry in moved.values()) == int(brute.touched.sum())
+    count = int(brute.touched.sum())
+    assert sum(entry.num_entries for entry in moved.values()) == count
+    assert optimizer.metrics().get("touched", count) == count
 
 
 def _named(params: list[Parameter], names: list[str]) -> torch.nn.Module:

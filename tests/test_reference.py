@@ -18,7 +18,7 @@ from op_cases import (
     make_case,
 )
 
-from sparse_optim import reference
+from sparse_optim import reference, scoring
 
 
 def sorted_by_hand(case: Case) -> list[tuple[int, int, np.float32]]:
@@ -51,7 +51,7 @@ def test_importance_is_the_formula(exp, dtype):
     generator = torch.Generator().manual_seed(1)
     grad, param = (torch.randn(2, 1000, generator=generator)).to(dtype)
     exact = grad.double().abs() / (param.double().abs() + 1e-3) ** exp
-    score = reference.importance(grad, param, exp, 1e-3)
+    score = scoring.importance(grad, param, exp, 1e-3)
     assert score.dtype == torch.float32
     # At most four roundings of half a unit each; pow adds up to two units.
     torch.testing.assert_close(
@@ -61,7 +61,7 @@ def test_importance_is_the_formula(exp, dtype):
 
 def test_keys_keep_the_order_and_drop_zero_and_nan():
     score = torch.tensor([0.0, -0.0, math.nan, 1e-45, 1e-38, 0.5, 1.0, 3e38, math.inf])
-    key = reference.importance_key(score)
+    key = scoring.importance_key(score)
     assert key[:3].tolist() == [0, 0, 0]
     assert key[3:].tolist() == sorted(set(key[3:].tolist()))
     assert int(key[3]) == 1
@@ -219,5 +219,5 @@ def test_update_leaves_tensors_without_gradient():
 @settings(max_examples=30)
 def test_tile_abs_max_bounds_every_entry(size, tile, seed):
     param = torch.randn(size, generator=torch.Generator().manual_seed(seed)).bfloat16()
-    bound = reference.tile_abs_max(param, tile)
+    bound = scoring.tile_abs_max(param, tile)
     assert bound.tolist() == [float(part.float().abs().max()) for part in param.split(tile) if size]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_optim import reference
+from sparse_optim import scoring
 from sparse_optim.active_set import ActiveSet, WorkSpace
 
 TILE = 16
@@ -177,7 +177,7 @@ def assemble(
         torch.tensor([[1e-2, 0.9, 0.999, 1e-8, 0.1, 1.0], [3e-3, 0.8, 0.95, 1e-6, 0.0, -1.0]])
     )
     if exp < 0:
-        work.param_bound.copy_(torch.cat([reference.tile_abs_max(p, TILE) for p in params]))
+        work.param_bound.copy_(torch.cat([scoring.tile_abs_max(p, TILE) for p in params]))
     work.active_grad.uniform_(generator=generator)
     return Case(grads, params, dense, active, work, targets, **options)
 

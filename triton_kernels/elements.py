@@ -1,6 +1,6 @@
 """Device functions that the kernels share: entries of any dtype, searches, importance keys.
 
-    importance = |grad| / (|param| + eps)^exp,  float32     (reference.importance)
+    importance = |grad| / (|param| + eps)^exp,  float32     (scoring.importance)
 
 Scores are bitwise equal to the reference for exp in {-1, -0.5, 0, 0.5, 1, 2}: correctly rounded
 operations alone (`tl.div_rn` and `tl.sqrt_rn`; `/` compiles to an approximate division), launched

@@ -1,4 +1,4 @@
-// The importance of an entry, one copy for all compiled backends (reference.importance in Python).
+// The importance of an entry, one copy for all compiled backends (scoring.py is the specification).
 //
 //   importance = |grad| / (|param| + eps)^exp,  float32
 //

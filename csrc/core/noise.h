@@ -1,7 +1,8 @@
 // Noise for sampling entries (sparse_optim/noise.py is the specification), one copy for all
 // compiled backends.
 //
-//   E = -log(1 - v),  v = (u + f) / 2^32,  u = Philox-4x32-10 word of (seed, step, tensor, position)
+//   E = -log(1 - v),  v = (u + f) / 2^32,  u = Philox-4x32-10 word of (seed, step, tensor,
+//   position)
 //
 // Correctly rounded +, *, / alone: compile without contraction to fused multiply-add.
 #pragma once
