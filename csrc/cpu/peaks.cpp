@@ -1,10 +1,14 @@
 #include "cpu/peaks.h"
 
 #if defined(SPARSE_OPTIM_CLONES)
+#if !defined(__clang__)
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // false alarms of GCC 12 in its own header
+#endif
 #include <immintrin.h>
+#if !defined(__clang__)
 #pragma GCC diagnostic pop
+#endif
 #define SPARSE_OPTIM_AVX512 __attribute__((target("avx512f,avx512bw,fma")))
 #endif
 
