@@ -18,7 +18,7 @@ namespace {
 // What one task reads. Active gradients are gathered right after, while they are still in L2 (a
 // prototype's step with B = 3.5M took 17.8 ms gathering later, 9.7 so). Each task begins with a
 // search among the active entries and without what the last one prefetched. Scan over a bare read,
-// two Zen 5 cores with 1 MB of L2 each, AVX-512, 110M entries, float32 | bfloat16:
+// two cores of an AMD EPYC with 1 MB of L2 each, AVX-512, 110M entries, float32 | bfloat16:
 //              1 of 684 active        1 of 62 active
 //   128 KB   1.10-1.12 | 1.13-1.15   1.17-1.19 | 1.27-1.30
 //   256 KB   1.00-1.04 | 1.05-1.09   1.16      | 1.23-1.25

@@ -23,9 +23,10 @@ constexpr int64_t kPerTask = 4096;  // small enough to spread the gathers over t
 // 1.75M took 9.0 ms instead of 18.4 (16 ahead: 2.17 and 15.3; 32 ahead: 1.44 and 11.4).
 constexpr int64_t kPrefetchEntries = 64;
 
-// A row of the table of bias corrections costs about as much as looking through this many entries
-// for the oldest: where that is more work, rows go back to the first step. Medians of interleaved
-// processes on a busy machine, 160K entries at step 500: 0.50 to 0.65 ms, looking 0.64 to 1.29.
+// Above this many active entries per applied step the oldest of them is not looked for, and the
+// table of bias corrections goes back to the first step. A first guess: with 160K entries at step
+// 500, three interleaved pairs of processes took 0.50 to 0.65 ms so and 0.64 to 1.29 looking, but a
+// session on a busier machine showed no gain.
 constexpr int64_t kEntriesPerAge = 64;
 
 // Bias corrections by age, as the update needs them. Rows end where both are 1 in float32.
