@@ -67,6 +67,17 @@ def test_scores_are_ranked_and_sampled(kind, tile, noise):
     assert int(fast.work.new_count) == (0 if kind == "zeros" else 90)
 
 
+@pytest.mark.parametrize("tile", [100, 512, 4096])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tensors_that_several_tasks_scan(dtype, tile):
+    """A task reads 512 KB; in both tensors many maxima are those of active entries."""
+    case = make_case(
+        [600_000, 270_001], dtypes=[dtype], grad_dtypes=[dtype], kind="rows", quota=300,
+        num_active=90_000, tile=tile,
+    )  # fmt: skip
+    assert_same_step(case)
+
+
 def test_noise_of_a_large_tensor():
     """Entries with a second draw (one in 65536), and a quota beyond the buffered one."""
     case = make_case([1_500_000], kind="equal", quota=70_000)
