@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -51,7 +52,7 @@ class ModelSource:
 class LoadedModel:
     """A model, and the names of its parameters that no checkpoint held (a fresh head)."""
 
-    model: PreTrainedModel
+    model: nn.Module
     fresh: frozenset[str]
 
 
@@ -131,6 +132,28 @@ def load_model(
     fresh = fresh_parameters(model, info)
     logger.info("fresh parameters, trained densely: %s", ", ".join(sorted(fresh)) or "none")
     return LoadedModel(model, fresh)
+
+
+def load_bare_model(source: ModelSource, task: str | None, dtype: str) -> PreTrainedModel:
+    """The base model with the head of a task, or without one as its own config.json says.
+
+    Raises:
+        FinetuneError: an unknown task, or the model cannot be loaded.
+    """
+    if task is not None and task not in TASKS:
+        raise FinetuneError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
+    try:
+        if task is None:
+            config = AutoConfig.from_pretrained(source.location, **source.gguf)
+            name = (config.architectures or ["AutoModel"])[0]
+        else:
+            name = TASKS[task].model_class
+        model: PreTrainedModel = getattr(transformers, name).from_pretrained(
+            source.location, **source.gguf, dtype=DTYPES[dtype]
+        )
+    except (OSError, ValueError) as error:
+        raise hub_error("model", source.name, MODELS, error) from error
+    return model
 
 
 def choose_class(source: ModelSource, task: str, pooling: str) -> Any:
