@@ -158,26 +158,26 @@ def _layers(
     allow_whole: bool,
 ) -> tuple[int, list[str]]:
     """r, and the modules that become SHiRA layers; the other changed ones are stored whole."""
-    asked = {name for name, keys in changed.items() if not any(key in delta.dense for key in keys)}
-    reasons = {name: _obstacle(modules[name], name, changed[name]) for name in asked}
-    needs = {}
-    for name in sorted(name for name, reason in reasons.items() if reason is None):
-        entries = delta.sparse[f"{name}.weight"].num_entries
-        needs[name] = -(-entries // sum(_shape(modules[name])))
-        if needs[name] > _greatest_r(modules[name]):
-            reasons[name] = f"too small for its {entries} changed entries"
-            del needs[name]
+    obstacles = {
+        name: _obstacle(modules[name], delta, keys)
+        for name, keys in sorted(changed.items())
+        if not any(key in delta.dense for key in keys)
+    }
+    needs = {n: _least_r(modules[n], delta, n) for n, found in obstacles.items() if found is None}
     if not needs:
-        raise DeltaError("the delta changes no entries that SHiRA could hold: merge it instead")
+        raise DeltaError(
+            "SHiRA holds changed entries of Linear weights only, and finds none "
+            f"({_listed(obstacles)}): fine-tune with only such weights in the pool, or merge the "
+            "delta (sparse-optim apply)"
+        )
     largest = max(needs, key=lambda name: needs[name])
-    if r is None:
-        r = needs[largest]
+    r = needs[largest] if r is None else r
     if r < needs[largest]:
         raise DeltaError(f"r={r} is too small: {largest} needs r={needs[largest]}")
     for name in needs:
         if r > _greatest_r(modules[name]):
-            reasons[name] = f"holds at most r={_greatest_r(modules[name])}, and r is {r}"
-    refused = {name: reason for name, reason in sorted(reasons.items()) if reason is not None}
+            obstacles[name] = f"holds at most r={_greatest_r(modules[name])}, and r is {r}"
+    refused = {name: found for name, found in obstacles.items() if found is not None}
     if refused and not allow_whole:
         raise DeltaError(_refusal(refused, modules))
     layers = [name for name in needs if name not in refused]
@@ -186,13 +186,23 @@ def _layers(
     return r, layers
 
 
-def _obstacle(module: nn.Module, name: str, keys: Collection[str]) -> str | None:
+def _obstacle(module: nn.Module, delta: Delta, keys: Collection[str]) -> str | None:
     """Why SHiRA cannot express the changes of a module, or None."""
     if not isinstance(module, nn.Linear):
         return f"a {type(module).__name__}, not a Linear"
-    if set(keys) != {f"{name}.weight"}:
+    (key, *others) = keys
+    if others or not key.endswith(".weight"):
         return "its bias changed"
-    return None if module.weight.dtype in FLOATS else f"its weight is {module.weight.dtype}"
+    if module.weight.dtype not in FLOATS:
+        return f"its weight is {module.weight.dtype}"
+    if _least_r(module, delta, key.removesuffix(".weight")) > _greatest_r(module):
+        return f"too small for its {delta.sparse[key].num_entries} changed entries"
+    return None
+
+
+def _least_r(linear: nn.Module, delta: Delta, name: str) -> int:
+    """The least r with r * (m + n) >= the changed entries."""
+    return -(-delta.sparse[f"{name}.weight"].num_entries // sum(_shape(linear)))
 
 
 def _shape(linear: nn.Module) -> tuple[int, int]:
@@ -208,14 +218,17 @@ def _greatest_r(linear: nn.Module) -> int:
 
 
 def _refusal(refused: Mapping[str, str], modules: Mapping[str, nn.Module]) -> str:
-    listed = "; ".join(f"{name}: {why}" for name, why in list(refused.items())[:SHOWN])
-    more = f" and {len(refused) - SHOWN} more" if len(refused) > SHOWN else ""
     entries = sum(param.numel() for name in refused for param in modules[name].parameters())
     return (
         f"SHiRA holds changed entries of Linear weights only, not those of {len(refused)} modules "
-        f"({listed}{more}). Store these whole ({entries} entries; allow_whole=True, --whole), or "
-        "fine-tune with them in an unmask='none' group"
+        f"({_listed(refused)}). Store these whole ({entries} entries; allow_whole=True, --whole), "
+        "or fine-tune with them in an unmask='none' group"
     )
+
+
+def _listed(reasons: Mapping[str, str | None]) -> str:
+    listed = "; ".join(f"{name}: {why}" for name, why in list(reasons.items())[:SHOWN])
+    return listed + (f"; {len(reasons) - SHOWN} more" if len(reasons) > SHOWN else "")
 
 
 def _check_names(
