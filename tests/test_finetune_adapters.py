@@ -64,8 +64,14 @@ def from_files(kind, folder, output):
     return base
 
 
-@pytest.mark.parametrize("kind", list(ADAPTERS))
-@pytest.mark.parametrize("method", ["id3", "static-d3", "full"])
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        *((kind, method) for kind in ADAPTERS for method in ("id3", "full")),
+        *(("lora", method) for method in ("static-d3", "fish", "r-mask")),
+        ("pfeiffer", "sparse-adapter"),
+    ],
+)
 def test_the_adapter_is_trained_verified_and_saved(folder, tmp_path, kind, method):
     result = run(config(folder, tmp_path / "out", adapter=kind, method=method, lr=1e-2))
     assert result.metrics["verified"] is True
@@ -83,6 +89,15 @@ def test_the_adapter_is_trained_verified_and_saved(folder, tmp_path, kind, metho
     assert torch.equal(scores(from_files(kind, folder, tmp_path / "out")), scores(model))
     note = load_delta(tmp_path / "out" / "delta.safetensors").method
     assert (note["name"], note["adapter"]) == (method, kind)
+
+
+def test_pafi_on_a_fresh_adapter_warns_of_the_zeros_that_it_takes_first(folder, tmp_path):
+    with pytest.warns(UserWarning, match=r"lora_B.* is all zeros"):
+        result = run(config(folder, tmp_path / "out", adapter="lora", method="pafi"))
+    assert result.metrics["verified"] is True
+    delta = load_delta(tmp_path / "out" / "delta.safetensors")
+    assert delta.num_entries == 50
+    assert all("lora_B" in name for name in delta.sparse)
 
 
 def test_lora_takes_all_linear_modules_but_the_head(folder, tmp_path):
@@ -135,6 +150,7 @@ def test_dense_methods_take_the_rate_of_adapters(folder, tmp_path):
         ({"adapter_rank": 4}, "--adapter-rank needs --adapter"),
         ({"adapter": "lora", "adapter_rank": 0}, "--adapter-rank must be above 0"),
         ({"adapter": "lora", "save_model": True}, "--save-model is for runs without --adapter"),
+        ({"adapter": "lora", "method": "sparse-adapter"}, "0 everywhere on a fresh LoRA"),
         ({"adapter": "lora", "budget": 10**6}, "budget must be 1 to"),
     ],
 )

@@ -83,10 +83,11 @@ ADAPTERS = {
 
 def attach_adapter(
     model: nn.Module, kind: str, rank: int | None, fresh: frozenset[str]
-) -> tuple[nn.Module, frozenset[str]]:
+) -> tuple[Any, frozenset[str]]:
     """The adapted model, its base frozen, and the names of parameters to train densely.
 
-    Modules that own a fresh parameter are trained whole.
+    The model is a PeftModel, or with bottlenecks the one given. Modules that own a fresh
+    parameter are trained whole.
 
     Raises:
         FinetuneError: peft is missing, or has no place for this adapter in the architecture.

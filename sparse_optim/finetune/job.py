@@ -178,6 +178,11 @@ def check_method(config: FinetuneConfig) -> None:
             raise FinetuneError(f"unknown {kind} {name!r}{hint}; known: {', '.join(known)}")
     if config.adapter_rank and config.adapter and ADAPTERS[config.adapter].rank is None:
         raise FinetuneError(f"--adapter-rank: {config.adapter} has no rank")
+    if config.method == "sparse-adapter" and config.adapter == "lora":
+        raise FinetuneError(
+            "sparse-adapter ranks by |grad * param|, which is 0 everywhere on a fresh LoRA (B is "
+            "0, and so is the gradient of A): use --adapter pfeiffer, or another method"
+        )
 
 
 def remove_if_empty(folder: Path) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -52,7 +51,7 @@ class ModelSource:
 class LoadedModel:
     """A model, and the names of its parameters that no checkpoint held (a fresh head)."""
 
-    model: nn.Module
+    model: PreTrainedModel
     fresh: frozenset[str]
 
 
