@@ -60,12 +60,12 @@ build/stamps/python:
 .venv/stamps/packages: .venv/stamps/venv $(SOURCES)
 	$(PY) -c 'import triton' 2>/dev/null || $(PIP) -c .venv/stamps/constraints.txt triton==3.6.0 || \
 		echo "no Triton for this machine: its tests are skipped"
-	$(PIP) -c .venv/stamps/constraints.txt --no-build-isolation -e '.[finetune,dev]'
+	$(PIP) -c .venv/stamps/constraints.txt --no-build-isolation -e '.[finetune,peft,dev]'
 	touch $@
 
 # Without a network, what is there must do: tests skip what needs more, and say so.
 build/stamps/packages: build/stamps/python $(SOURCES)
-	$(PIP) -c build/stamps/constraints.txt --no-build-isolation -e '.[finetune,dev]' || \
+	$(PIP) -c build/stamps/constraints.txt --no-build-isolation -e '.[finetune,peft,dev]' || \
 		$(PIP) --no-deps --no-build-isolation -e .
 	touch $@
 

@@ -31,7 +31,7 @@ def register(app: typer.Typer) -> None:
 
 def inspect(delta_file: Annotated[Path, typer.Argument(help="A delta file.")]) -> None:
     """Show what a delta file holds."""
-    with _one_line_errors():
+    with one_line_errors():
         delta = load_delta(delta_file)
         console = Console()
         console.print(_summary(delta_file, delta))
@@ -47,15 +47,15 @@ def apply(
     out_folder: Annotated[Path, typer.Argument(help="Folder to write; new or empty.")],
 ) -> None:
     """Merge a delta into a model folder: base + delta as a full checkpoint."""
-    with _one_line_errors():
+    with one_line_errors():
         delta = load_delta(delta_file)
         merged = merge_folder(base_folder, delta, out_folder)
         entries = f"{delta.num_entries:,} entries and {len(delta.dense)} dense tensors"
-        _say(f"{out_folder}: {entries} merged into {', '.join(merged.files)}")
+        say(f"{out_folder}: {entries} merged into {', '.join(merged.files)}")
         if merged.prefix:
-            _say(f"names matched across the prefix {merged.prefix!r}")
+            say(f"names matched across the prefix {merged.prefix!r}")
         if merged.added:
-            _say(
+            say(
                 f"added {', '.join(merged.added)}; config.json is the base's: set its number of "
                 "labels and architecture to match"
             )
@@ -72,7 +72,7 @@ def diff(
     ] = False,
 ) -> None:
     """Compare two deltas, or make a delta of two model folders."""
-    with _one_line_errors():
+    with one_line_errors():
         if a.is_dir() != b.is_dir():
             raise DeltaError("expected two delta files or two model folders, got one of each")
         if not a.is_dir():
@@ -85,20 +85,23 @@ def diff(
             save_delta(delta, out)
         Console().print(_summary(b, delta))
         if out is not None:
-            _say(f"{out}: {out.stat().st_size:,} bytes")
+            say(f"{out}: {out.stat().st_size:,} bytes")
 
 
 @contextmanager
-def _one_line_errors() -> Iterator[None]:
+def one_line_errors(*errors: type[Exception]) -> Iterator[None]:
+    """Turn DeltaError, OSError and `errors` into a line on stderr and exit code 1."""
+    caught: tuple[type[Exception], ...] = (DeltaError, OSError, *errors)
     try:
         yield
-    except (DeltaError, OSError) as error:
+    except caught as error:
         line = " ".join(str(error).split())
         Console(stderr=True).print(Text(f"error: {line}"), soft_wrap=True)
         raise typer.Exit(1) from None
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """Print a line, not wrapped."""
     Console().print(Text(line), soft_wrap=True)
 
 

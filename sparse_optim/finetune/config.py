@@ -19,6 +19,8 @@ class FinetuneConfig:
         dataset: built-in name, local file or folder, or hub id.
         output: folder for the delta, the metrics and the plot.
         method: a key of `METHODS`.
+        adapter: a key of `ADAPTERS`; the method then trains its entries, and the base is frozen.
+        adapter_rank: of LoRA, DoRA or the bottleneck (default: the adapter's).
         task: a key of `TASKS` (default: read off the data set's columns).
         budget: entries (int) or share of the ranked entries (float) (default: 1%; for methods
             that draw a set at each step, as many entries as there are biases).
@@ -40,6 +42,8 @@ class FinetuneConfig:
     dataset: str
     output: Path
     method: str = "id3"
+    adapter: str | None = None
+    adapter_rank: int | None = None
     task: str | None = None
     dataset_config: str | None = None
     text_column: str | None = None
@@ -96,6 +100,7 @@ class FinetuneConfig:
             "head_lr": self.head_lr,
             "adam_eps": self.adam_eps,
             "budget": self.budget,
+            "adapter_rank": self.adapter_rank,
             "eval_every": self.eval_every,
             "log_every": self.log_every,
             "save_every": self.save_every,
@@ -109,6 +114,12 @@ class FinetuneConfig:
                 raise FinetuneError(f"{option(name)} must be at least 0, got {getattr(self, name)}")
         if self.amp not in ("none", "bf16"):
             raise FinetuneError(f"--amp must be none or bf16, got {self.amp!r}")
+        if self.adapter is None and self.adapter_rank is not None:
+            raise FinetuneError("--adapter-rank needs --adapter")
+        if self.adapter is not None and self.save_model:
+            raise FinetuneError(
+                "--save-model is for runs without --adapter: the folder adapter/ is written anyway"
+            )
 
 
 def option(field: str) -> str:

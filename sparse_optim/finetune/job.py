@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArgum
 
 from sparse_optim.analysis import ALLOCATION_FILE
 from sparse_optim.delta import Delta, apply_delta, load_delta, save_delta
+from sparse_optim.finetune.adapters import ADAPTERS, DEFAULT_RATE, attach_adapter, save_adapter
 from sparse_optim.finetune.columns import Columns
 from sparse_optim.finetune.config import DEFAULT_BUDGET, FinetuneConfig
 from sparse_optim.finetune.data import DataRequest, TaskData, load_data
@@ -47,6 +48,7 @@ logger = logging.getLogger(__name__)
 LoadModel = Callable[[ModelSource, TaskData, PreTrainedTokenizerBase, str, str], LoadedModel]
 
 DELTA_FILE, METRICS_FILE, PLOT_FILE = "delta.safetensors", "metrics.json", "curves.png"
+ADAPTER_FOLDER = "adapter"
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class FinetuneResult:
 
 
 def run(config: FinetuneConfig, console: Console | None = None) -> FinetuneResult:
-    """Fine-tune, and write delta.safetensors, metrics.json, curves.png and allocation.jsonl.
+    """Fine-tune, and write delta, metrics, curves.png, allocation.jsonl and the adapter, if any.
 
     Args:
         config: what to do.
@@ -68,7 +70,7 @@ def run(config: FinetuneConfig, console: Console | None = None) -> FinetuneResul
     Raises:
         FinetuneError: bad input, in one line.
     """
-    check_method(config.method)
+    check_method(config)
     check_output(config)
     set_threads(config.threads)
     try:
@@ -127,8 +129,7 @@ def train_model(
     config: FinetuneConfig, inputs: Inputs, console: Console | None, load: LoadModel = load_model
 ) -> Trained:
     """Train and evaluate; `load` may serve the base model from memory."""
-    check_method(config.method)
-    set_seed(config.seed)
+    check_method(config)
     loaded = load_base(config, inputs, load)
     trainer = make_trainer(config, inputs, loaded)
     metric = inputs.task.check_metric(config.metric)
@@ -144,6 +145,8 @@ def write_results(config: FinetuneConfig, inputs: Inputs, trained: Trained) -> F
     save_delta(
         describe_delta(trained.trainer, trained.loaded, config, inputs.data.task), delta_path
     )
+    if config.adapter is not None:
+        save_adapter(trained.loaded.model, config.output / ADAPTER_FOLDER)
     if config.save_model:
         trained.trainer.save_model(str(config.output / "model"))
     differing = None
@@ -164,11 +167,22 @@ def write_results(config: FinetuneConfig, inputs: Inputs, trained: Trained) -> F
     return FinetuneResult(metrics, config.output, trained.loaded.model)
 
 
-def check_method(name: str) -> None:
-    """Raise FinetuneError for an unknown method."""
-    if name not in METHODS:
-        hint = did_you_mean(name, METHODS)
-        raise FinetuneError(f"unknown method {name!r}{hint}; known: {', '.join(METHODS)}")
+def check_method(config: FinetuneConfig) -> None:
+    """Raise FinetuneError for an unknown method or adapter, or a rank where there is none."""
+    for kind, name, known in (
+        ("method", config.method, METHODS),
+        ("adapter", config.adapter, ADAPTERS),
+    ):
+        if name is not None and name not in known:
+            hint = did_you_mean(name, known)
+            raise FinetuneError(f"unknown {kind} {name!r}{hint}; known: {', '.join(known)}")
+    if config.adapter_rank and config.adapter and ADAPTERS[config.adapter].rank is None:
+        raise FinetuneError(f"--adapter-rank: {config.adapter} has no rank")
+    if config.method == "sparse-adapter" and config.adapter == "lora":
+        raise FinetuneError(
+            "sparse-adapter ranks by |grad * param|, which is 0 everywhere on a fresh LoRA (B is "
+            "0, and so is the gradient of A): use --adapter pfeiffer, or another method"
+        )
 
 
 def remove_if_empty(folder: Path) -> None:
@@ -195,7 +209,8 @@ def prepare_output(config: FinetuneConfig) -> None:
     config.output.mkdir(parents=True, exist_ok=True)
     for name in (DELTA_FILE, METRICS_FILE, PLOT_FILE, ALLOCATION_FILE):
         (config.output / name).unlink(missing_ok=True)
-    shutil.rmtree(config.output / "model", ignore_errors=True)
+    for name in ("model", ADAPTER_FOLDER):
+        shutil.rmtree(config.output / name, ignore_errors=True)
 
 
 def data_request(config: FinetuneConfig) -> DataRequest:
@@ -214,14 +229,22 @@ def data_request(config: FinetuneConfig) -> DataRequest:
 
 
 def load_base(config: FinetuneConfig, inputs: Inputs, load: LoadModel = load_model) -> LoadedModel:
-    """The base model; parameters that the user named count as fresh."""
+    """The base model, adapted if asked; parameters that the user named count as fresh.
+
+    Fresh values depend on the seed alone: a second call gives the same model.
+    """
+    set_seed(config.seed)
     loaded = load(inputs.source, inputs.data, inputs.tokenizer, config.dtype, config.pooling)
     names = [name for name, _ in loaded.model.named_parameters()]
     for prefix in config.dense:
         if not any(name.startswith(prefix) for name in names):
             raise FinetuneError(f"--dense: no parameter's name begins with {prefix!r}")
     dense = {name for name in names if name.startswith(config.dense)} if config.dense else set()
-    return LoadedModel(loaded.model, loaded.fresh | dense)
+    fresh = loaded.fresh | dense
+    if config.adapter is None:
+        return LoadedModel(loaded.model, fresh)
+    adapted = attach_adapter(loaded.model, config.adapter, config.adapter_rank, fresh)
+    return LoadedModel(*adapted)
 
 
 def make_trainer(config: FinetuneConfig, inputs: Inputs, loaded: LoadedModel) -> SelectiveTrainer:
@@ -254,7 +277,7 @@ def training_arguments(config: FinetuneConfig, train_size: int) -> TrainingArgum
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.eval_batch_size,
         gradient_accumulation_steps=config.accumulation,
-        learning_rate=config.lr or method.lr,
+        learning_rate=learning_rate(config),
         lr_scheduler_type=config.schedule,
         warmup_steps=config.warmup,
         weight_decay=config.weight_decay,
@@ -273,6 +296,12 @@ def training_arguments(config: FinetuneConfig, train_size: int) -> TrainingArgum
     )
 
 
+def learning_rate(config: FinetuneConfig) -> float:
+    """The user's, else the method's; dense methods take more on an adapter."""
+    default = METHODS[config.method].lr
+    return config.lr or (default if config.adapter is None else max(default, DEFAULT_RATE))
+
+
 def build_optimizer(
     config: FinetuneConfig,
     loaded: LoadedModel,
@@ -283,7 +312,7 @@ def build_optimizer(
     """The method's optimizer; its complaints become FinetuneError."""
     named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
     method = METHODS[config.method]
-    lr = config.lr or method.lr
+    lr = learning_rate(config)
     own_budget = None if method.budget == "biases" else DEFAULT_BUDGET
     request = MethodRequest(
         model=model,
@@ -341,6 +370,8 @@ def describe_delta(
     """What training changed, with a note of how."""
     delta = make_delta(trainer.raw_optimizer, loaded.model)
     note = {"name": config.method, "base": config.model, "dataset": config.dataset, "task": task}
+    if config.adapter is not None:
+        note["adapter"] = config.adapter
     return dataclasses.replace(delta, method={**note, **delta.method})
 
 

@@ -133,6 +133,28 @@ def load_model(
     return LoadedModel(model, fresh)
 
 
+def load_bare_model(source: ModelSource, task: str | None, dtype: str) -> PreTrainedModel:
+    """The base model with the head of a task, or without one as its own config.json says.
+
+    Raises:
+        FinetuneError: an unknown task, or the model cannot be loaded.
+    """
+    if task is not None and task not in TASKS:
+        raise FinetuneError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
+    try:
+        if task is None:
+            config = AutoConfig.from_pretrained(source.location, **source.gguf)
+            name = (config.architectures or ["AutoModel"])[0]
+        else:
+            name = TASKS[task].model_class
+        model: PreTrainedModel = getattr(transformers, name).from_pretrained(
+            source.location, **source.gguf, dtype=DTYPES[dtype]
+        )
+    except (OSError, ValueError) as error:
+        raise hub_error("model", source.name, MODELS, error) from error
+    return model
+
+
 def choose_class(source: ModelSource, task: str, pooling: str) -> Any:
     """The standard class for the task, or `MeanPooledBert` for a BERT trained with mean pooling.
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from sparse_optim.finetune.adapters import ADAPTERS, DEFAULT_RATE
 from sparse_optim.finetune.columns import TASK_NAMES
 from sparse_optim.methods import METHODS
 
@@ -54,6 +55,16 @@ DataSet = Annotated[
 ]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")]
 MethodName = Annotated[str, typer.Option(help=f"How to fine-tune: {', '.join(METHODS)}.")]
+AdapterName = Annotated[
+    str | None,
+    typer.Option(
+        "--adapter", help=f"Train only an adapter on a frozen base: {', '.join(ADAPTERS)}."
+    ),
+]
+DEFAULT_RANKS = ", ".join(f"{name} {kind.rank}" for name, kind in ADAPTERS.items() if kind.rank)
+AdapterRank = Annotated[
+    int | None, typer.Option(help=f"Rank of the adapter (default: {DEFAULT_RANKS}).")
+]
 
 Budget = Annotated[
     str | None,
@@ -86,7 +97,7 @@ LearningRate = Annotated[
     float | None,
     training(
         "Learning rate. ID3 wants 1e-4 to 7e-4, ten times full fine-tuning's "
-        f"(default: {DEFAULT_RATES})."
+        f"(default: {DEFAULT_RATES}; with --adapter {DEFAULT_RATE:g})."
     ),
 ]
 HeadLearningRate = Annotated[float | None, training("Of the fresh head (default: --lr).")]
