@@ -130,7 +130,7 @@ def test_quality_begins_with_the_core_and_gives_selective_methods_equal_chances(
     }
     budgeted = [row for row in QUALITY.rows if row.budget]
     assert len({row.lrs for row in budgeted}) == 1
-    assert {len(row.lrs) for row in QUALITY.rows} == {4}
+    assert {len(row.lrs) for row in QUALITY.rows} == {3}
     lora = 2 * 6 * (384 + 384)  # query and value of six layers, a rank
     pool = 22_565_376
     for share, rank in ((0.005, 12), (0.001, 2)):

@@ -13,9 +13,9 @@ from sparse_optim.experiments.presets import Block, Experiment, Row, TaskPreset
 MODEL = "minilm"
 HEAD_LR = 5e-3  # of all methods but "frozen", whose learning rate is the head's
 
-SELECTIVE_LRS = (5e-4, 1e-3, 2e-3, 5e-3)
-FULL_LRS = (5e-5, 1e-4, 3e-4, 5e-4)
-FROZEN_LRS = (5e-3, 1e-2, 2e-2, 5e-2)
+SELECTIVE_LRS = (5e-4, 1.5e-3, 5e-3)
+FULL_LRS = (5e-5, 1.5e-4, 5e-4)
+FROZEN_LRS = (5e-3, 1.5e-2, 5e-2)
 
 # Of LoRA on query and value: 2 x 6 layers x (384 + 384) = 9,216 entries a rank. 0.5% of the encoder
 # is 112,827 entries, 0.1% is 22,565.
