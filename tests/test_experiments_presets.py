@@ -126,14 +126,14 @@ def test_quality_begins_with_the_core_and_gives_selective_methods_equal_chances(
         "fish-0.5%",
         "pafi-0.5%",
         "r-mask-0.5%",
-        "lora-r12",
+        "lora-r3",
     }
     budgeted = [row for row in QUALITY.rows if row.budget]
     assert len({row.lrs for row in budgeted}) == 1
-    assert {len(row.lrs) for row in QUALITY.rows} == {4}
-    lora = 2 * 6 * (384 + 384)  # query and value of six layers, a rank
+    assert {len(row.lrs) for row in QUALITY.rows} == {3}
+    lora = 6 * (4 * (384 + 384) + 2 * (384 + 1536))  # every Linear of six layers, a rank
     pool = 22_565_376
-    for share, rank in ((0.005, 12), (0.001, 2)):
+    for share, rank in ((0.005, 3), (0.001, 1)):
         distance = {r: abs(r * lora - share * pool) for r in range(1, 20)}
         assert rank == min(distance, key=distance.get)
 

@@ -190,11 +190,11 @@ def test_only_filters_by_name(tmp_path):
 
 def test_estimates_come_from_finished_cells_of_the_task(tmp_path):
     run = runner(tiny_experiment(tmp_path), tmp_path)
-    first, second, third = run.wanted()
-    assert run.estimate(third) is None
+    first, second, _ = run.wanted()
+    assert run.estimates() == {"letters": None}
     for cell, seconds in ((first, 10.0), (second, 30.0)):
         run.store.write(cell, {"cell": {"task": "letters"}, "seconds": seconds})
-    assert run.estimate(third) == 20.0
+    assert run.estimates() == {"letters": 20.0}
 
 
 def test_further_splits_are_columns_of_their_own(tmp_path):

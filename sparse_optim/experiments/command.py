@@ -49,6 +49,8 @@ Record = Annotated[
 ]
 Beams = Annotated[int, typer.Option(help="math: of the search for an answer.")]
 NewTokens = Annotated[int, typer.Option(help="math: greatest length of an answer.")]
+Dtype = Annotated[str, typer.Option(help="Of the weights: float32, bfloat16 or float16.")]
+Amp = Annotated[str, typer.Option(help="Autocast: none or bf16.")]
 Cpu = Annotated[bool, typer.Option("--cpu", help="Leave the GPU alone.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads of torch.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and libraries' warnings.")]
@@ -99,6 +101,8 @@ def command(experiment: Experiment) -> Callable[..., None]:
         record: Record = None,
         beams: Beams = 4,
         new_tokens: NewTokens = 256,
+        dtype: Dtype = "float32",
+        amp: Amp = "none",
         cpu: Cpu = False,
         threads: Threads = None,
         debug: Debug = False,
@@ -112,7 +116,7 @@ def command(experiment: Experiment) -> Callable[..., None]:
             "only": tuple(only or ()),
             "keep": keep,
             "decoding": {"beams": beams, "new_tokens": new_tokens},
-            "extra": {"cpu": cpu, "threads": threads},
+            "extra": {"dtype": dtype, "amp": amp, "cpu": cpu, "threads": threads},
         }
         try:
             run_and_show(experiment, choice, arguments, dry_run, record, debug)

@@ -20,10 +20,10 @@ def make_runner(experiment: Experiment, options: RunOptions, console: Console) -
 def show_plan(runner: Runner, console: Console) -> None:
     """One line a cell, done or its estimated seconds; then the sum of what is left."""
     left, unknown = 0.0, 0
-    planned = list(runner.wanted())
+    planned, estimates = list(runner.wanted()), runner.estimates()
     for position, cell in enumerate(planned, 1):
         done = runner.store.read(cell) is not None
-        estimate = None if done else runner.estimate(cell)
+        estimate = None if done else estimates[cell.task.name]
         if not done:
             runner.config(cell)  # data folder, budget and method are checked here
             left += estimate or 0.0

@@ -200,7 +200,7 @@ class Runner:
             if stored is not None:
                 check_same(cell, stored["config"], self.settings(config))
                 continue
-            minutes = (time.perf_counter() - begin + (self.estimate(cell) or 0.0)) / 60
+            minutes = (time.perf_counter() - begin + (self.estimates()[cell.task.name] or 0.0)) / 60
             if self.options.max_minutes is not None and minutes > self.options.max_minutes:
                 return
             outcome = self.run_cell(cell, config)
@@ -287,14 +287,15 @@ class Runner:
         }
         return FinetuneConfig(**settings)
 
-    def estimate(self, cell: Cell) -> float | None:
-        """Seconds that a cell takes: the median of finished ones like it, else the preset's."""
-        seconds = [
-            outcome["seconds"]
-            for outcome in self.outcomes()
-            if outcome["cell"]["task"] == cell.task.name
-        ]
-        return statistics.median(seconds) if seconds else cell.task.seconds
+    def estimates(self) -> dict[str, float | None]:
+        """Seconds of a cell by task: the median of the finished ones, else the preset's."""
+        outcomes = self.outcomes()
+
+        def seconds(task: TaskPreset) -> float | None:
+            found = [one["seconds"] for one in outcomes if one["cell"]["task"] == task.name]
+            return statistics.median(found) if found else task.seconds
+
+        return {task.name: seconds(task) for task in self.experiment.tasks}
 
 
 def adapter_settings(row: Row) -> dict[str, Any]:
