@@ -75,7 +75,8 @@ CORE = (
 FURTHER = (
     Row("bitfit", SELECTIVE_LRS),
     *selective(("repeat-d3", "stochastic-tuning", "top-tuning"), "0.5%"),
-    Row("id3", SELECTIVE_LRS, "0.5%", adapter="lora", rank=LORA_WHOLE_RANK),
+    # A share would be one of the adapter's entries.
+    Row("id3", SELECTIVE_LRS, "112827", adapter="lora", rank=LORA_WHOLE_RANK),
 )
 SMALL = (
     *selective(("id3", "static-d3", "fish", "pafi", "r-mask"), "0.1%"),
