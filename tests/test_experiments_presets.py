@@ -23,8 +23,8 @@ from sparse_optim.experiments.presets import ExperimentError
 from sparse_optim.experiments.quality import QUALITY
 from sparse_optim.experiments.stochastic import STOCHASTIC
 from sparse_optim.finetune.config import parse_budget
-from sparse_optim.finetune.methods import METHODS
 from sparse_optim.finetune.tasks import TASKS
+from sparse_optim.methods import METHODS
 
 # Table 7b of the ID3 paper: epochs, steps between evaluations, greatest length.
 TABLE_7B = {

@@ -30,7 +30,7 @@ class TaskPreset:
         eval_every: steps (None: at the end alone, so that the split is used once).
         batch_size: examples of a step.
         columns: of the table, where they are not the task and its further splits.
-        seconds: of a cell, measured on two CPU cores; None where that was not measured.
+        seconds: of a cell, a first guess for `--dry-run`; None where there is none.
     """
 
     name: str

@@ -134,7 +134,10 @@ def legend(experiment: Experiment) -> str:
         "tuned": "mean and sample deviation over seeds; the learning rate of each method and task "
         "was chosen on a part of train with one seed.",
     }[experiment.protocol]
-    entries = "Entries: trained, less the fresh head, which every method trains densely."
+    entries = (
+        "Entries: active at the end, less the fresh head, which every method trains densely; "
+        "methods that choose anew at each step have touched more."
+    )
     return f"Per cent; {how} {entries} {experiment.paper_note}".strip()
 
 
