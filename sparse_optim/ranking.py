@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -104,6 +105,13 @@ def rank(optimizer: MaskedAdamW, bound: Any, grads: Sequence[Tensor]) -> Ranked 
         scored, active.position, active.offsets, work.tile_offsets, ranking.noise, ops.TILE,
         ranking.tile_max, work.scratch,
     )  # fmt: skip
+    if not ranking.tile_max.any():
+        warnings.warn(
+            f"{importance} scores every entry 0: nothing is unmasked in this step (|grad * param| of "
+            "a fresh LoRA, or a mask of parameters without gradients?)",
+            UserWarning,
+            stacklevel=4,
+        )
     return Ranked(scored, ranking.tile_max, 0.0, 1.0, ranking.noise, scores)
 
 

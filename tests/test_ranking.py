@@ -178,6 +178,16 @@ def test_magnitude():
         assert [position for _, position in sorted(active_of(optimizer))] == [2, 3, 5, 6, 7]
 
 
+def test_scores_that_are_all_zero_warn():
+    """SNIP on a fresh LoRA: B is zero, so that A's gradient is zero, too."""
+    a, b = Parameter(torch.randn(2, 4)), Parameter(torch.zeros(3, 2))
+    optimizer = MaskedAdamW([a, b], importance=Snip(), selection=Static(4))
+    (torch.ones(5, 4) @ a.t() @ b.t()).sum().backward()
+    with pytest.warns(UserWarning, match="Snip.* scores every entry 0"):
+        optimizer.step()
+    assert optimizer.metrics()["active"] == 0
+
+
 def test_magnitude_is_no_weight():
     with pytest.raises(ValueError, match="an order, not weights"):
         MaskedAdamW(new_params((9,)), importance=Magnitude(), selection=Stochastic(3))
