@@ -107,8 +107,8 @@ def rank(optimizer: MaskedAdamW, bound: Any, grads: Sequence[Tensor]) -> Ranked 
     )  # fmt: skip
     if not ranking.tile_max.any():
         warnings.warn(
-            f"{importance} scores every entry 0: nothing is unmasked in this step (|grad * param| of "
-            "a fresh LoRA, or a mask of parameters without gradients?)",
+            f"{importance} scores every entry 0: nothing is unmasked in this step (|grad * param| "
+            "of a fresh LoRA, or a mask of parameters without gradients?)",
             UserWarning,
             stacklevel=4,
         )

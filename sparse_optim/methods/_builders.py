@@ -96,7 +96,7 @@ def sparse_adapter(request: MethodRequest) -> MaskedAdamW:
     """SNIP on an adapter's entries (SparseAdapter, He et al. 2022): |grad * param|, one mask.
 
     Scored by the first training step's gradient. Pruned entries keep their value; in the paper
-    they are set to zero. Not for a fresh LoRA: where B is zero, so are A's gradient and every score.
+    they are set to zero. Not for a fresh LoRA: B is zero, hence A's gradient, hence every score.
     """
     return masked_adamw(request, Snip(), Static(_budget(request)))
 
