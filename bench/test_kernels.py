@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.clocks import FLUSH_BYTES
 from bench.shapes import DTYPES, MODELS, grads_of, make_params
 from bench.subjects import midway, reads, snapshot
-from bench.timing import FLUSH_BYTES
 from sparse_optim.parameters import readable_grads
 
 ROUNDS, WARMUP = 30, 3
