@@ -172,7 +172,8 @@ def stages(
             if name == "bind" or backend in ("reference", "cpp"):
                 bound = optimizer._ops.bind(grads, optimizer._pool, optimizer._work.table)
             if name != "bind":
-                getattr(optimizer, f"_{name}")(bound, *([[]] if name == "scan" else []))
+                further = {"scan": [[]], "cut": [grads]}.get(name, [])
+                getattr(optimizer, f"_{name}")(bound, *further)
 
         def prepare() -> None:
             restore()
