@@ -66,8 +66,8 @@ class Step:
 
     def call(self, name: str) -> None:
         """Run one operation."""
-        dense: tuple[list[Tensor], ...] = ([],) if name == "scan" else ()
-        getattr(self.optimizer, f"_{name}")(self.bound, *dense)
+        further: dict[str, list[list[Tensor]]] = {"scan": [[]], "cut": [self.grads]}
+        getattr(self.optimizer, f"_{name}")(self.bound, *further.get(name, []))
 
     def before(self, name: str) -> Callable[[], None]:
         """What must have happened before `name` can run, from the start of the step."""
