@@ -1,5 +1,6 @@
 # make demo   fine-tune a real encoder with ID3, full AdamW and frozen, and compare
 # make test   the tests
+# make gpu-report   on a CUDA machine: the GPU tests and measurements, within eight minutes
 #
 # Both set up first. A python3 that has torch is used as it is (a venv would not see its torch);
 # otherwise .venv is made, with the CPU build of torch where there is no GPU.
@@ -9,6 +10,7 @@ PYTHON ?= python3
 STEPS ?= 150
 OUT ?= demo-output
 PYTEST ?=
+REPORT ?=
 
 TORCH_VERSION := 2.13.0
 CPU_INDEX := https://download.pytorch.org/whl/cpu
@@ -26,13 +28,16 @@ STAMPS := $(dir $(BASE))
 PIP := $(PY) -m pip --disable-pip-version-check install -q
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo test setup test-setup which-python which-constraints clean
+.PHONY: demo test gpu-report setup test-setup which-python which-constraints clean
 
 demo: setup
 	$(PY) -m sparse_optim.finetune.demo --steps $(STEPS) --output $(OUT)
 
 test: test-setup
 	$(PY) -m pytest $(PYTEST)
+
+gpu-report: $(STAMPS)packages
+	$(PY) -m bench.gpu $(REPORT)
 
 setup: $(STAMPS)packages $(STAMPS)demo-data
 

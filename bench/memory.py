@@ -10,13 +10,18 @@ construction. The parameters are not initialised, and are read only for exp < 0.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from bench import allocations
+from bench.gpu_subjects import adamw_kinds
 from bench.shapes import DTYPES, MEASURED, MODELS, Shape, num_entries
-from sparse_optim import D3, IncrementalMaskedAdamW
+from bench.subjects import LR
+from sparse_optim import D3, IncrementalMaskedAdamW, MaskedAdamW
 from sparse_optim.active_set import num_bytes
 
 ENTRY_LIMIT, TILE_LIMIT, CONSTANT_LIMIT = 24, 8, 1 << 16  # bytes
@@ -69,6 +74,44 @@ def rows(
         for budget in budgets
         for exp in (0.0, -1.0)
     ]
+
+
+def of_optimizers(
+    params: Sequence[Tensor], backends: Sequence[str], budget: int, quota: int
+) -> list[dict[str, Any]]:
+    """What AdamW and our step by backend hold after a step, and take at most during the first two.
+
+    Args:
+        params: with gradients, on the device that is measured.
+        backends: of our step.
+    """
+    makers: dict[str, Callable[[], torch.optim.Optimizer]] = dict(adamw_kinds(params))
+    for backend in backends:
+        makers[backend] = partial(
+            IncrementalMaskedAdamW, params, budget=budget, total_steps=-(-budget // quota),
+            max_grad_norm=1.0, backend=backend, lr=LR,
+        )  # fmt: skip
+    return [{"name": name, **_two_steps(make, params[0].device)} for name, make in makers.items()]
+
+
+def _two_steps(
+    make: Callable[[], torch.optim.Optimizer], device: torch.device
+) -> dict[str, int | str]:
+    """Bytes held and at most, or why it could not be measured."""
+
+    def run() -> torch.optim.Optimizer:
+        optimizer = make()
+        if isinstance(optimizer, MaskedAdamW):
+            optimizer._fingerprints = ["not taken"] * len(optimizer._pool)
+        for _ in range(2):
+            optimizer.step()
+        return optimizer
+
+    try:
+        allocated = allocations.of_call(run, device)
+    except RuntimeError as error:
+        return {"failed": str(error).splitlines()[0]}
+    return {"held_bytes": allocated.left, "step_peak_bytes": allocated.peak}
 
 
 def held_bytes(row: dict[str, Any]) -> int:

@@ -8,16 +8,19 @@ and the plot into bench/results/cpu-steps.png.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from bench import goals
+from bench import goals, gpu_report
 from bench.environment import ROOT
 from bench.memory import held_bytes
 from bench.plot import draw
 from bench.results import Results
 from bench.steps import RESULTS, newest
+from bench.tables import count, table
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 BASELINES = ("fused", "clip+fused", "foreach", "clip+foreach")
@@ -30,20 +33,6 @@ TITLES = {
 # With fewer clean calls than this the machine was busy, and ratios mean nothing: threads that
 # share their work statically wait for the slower core, ours do not.
 LEAST_CLEAN = 0.5
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; first column to the left, the others to the right."""
-    lines = [header, [":--"] + ["--:"] * (len(header) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def count(number: int) -> str:
-    """320000 -> 320K, 3500000 -> 3.5M"""
-    for size, suffix in ((1_000_000, "M"), (1000, "K")):
-        if number >= 10 * size or (number >= size and number % (size // 10) == 0):
-            return f"{number / size:.4g}{suffix}"
-    return str(number)
 
 
 def caption(results: Results) -> str:
@@ -183,7 +172,13 @@ def short_report(results: Results) -> str:
         "The slower of exp = 0 and 2 is shown; all tables are in "
         "[bench/results/tables.md](bench/results/tables.md)."
     )
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, *gpu_section(gpu_report.short_table)])
+
+
+def gpu_section(tables: Callable[[dict[str, Any]], str], folder: Path = RESULTS) -> list[str]:
+    """The GPU part of a report; nothing while no GPU results are recorded."""
+    path = gpu_report.newest(folder)
+    return [] if path is None else [tables(json.loads(path.read_text()))]
 
 
 def full_report(results: Results) -> str:
@@ -198,7 +193,7 @@ def full_report(results: Results) -> str:
     parts += ["With exp < 0 (4 bytes a tile more):", memory_table(results, exp=-1.0)]
     parts += ["## Memory within a step", peaks_table(results)]
     parts += ["## Goals", f"```text\n{goals.check(results)}\n```"]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([*parts, *gpu_section(gpu_report.full_report)]) + "\n"
 
 
 def insert(text: str, block: str) -> str:

@@ -1,4 +1,4 @@
-"""Shapes of three encoders, and gradients that look like theirs, without downloading anything.
+"""Shapes of encoders and decoders, and gradients that look like theirs; nothing is downloaded.
 
 What matters to a step is how many entries and tensors there are and how gradients are spread: most
 rows of the word embedding are zero (tokens that the batch does not hold), and gradient scales
@@ -27,6 +27,17 @@ def encoder(
     return [*embeddings, vector, vector, *(attention + feed_forward) * layers, *head]
 
 
+def decoder(
+    vocabulary: int, hidden: int, key_value: int, intermediate: int, layers: int, tied: bool
+) -> list[Shape]:
+    """Shapes of a Llama-like decoder; `key_value` is the width of keys and of values."""
+    attention = [(hidden, hidden), (key_value, hidden), (key_value, hidden), (hidden, hidden)]
+    feed_forward = [(intermediate, hidden), (intermediate, hidden), (hidden, intermediate)]
+    layer = [*attention, *feed_forward, (hidden,), (hidden,)]
+    head = [] if tied else [(vocabulary, hidden)]
+    return [(vocabulary, hidden), *layer * layers, (hidden,), *head]
+
+
 def _head(hidden: int) -> list[Shape]:
     """Pooler and a classifier with two classes."""
     return [(hidden, hidden), (hidden,), (2, hidden), (2,)]
@@ -39,6 +50,8 @@ MODELS: dict[str, list[Shape]] = {
     "DeBERTa-base": encoder(
         [(128100, 768)], 768, 3072, 12, [(512, 768), (768,), (768,), *_head(768)]
     ),
+    "Llama-3.2-1B": decoder(128256, 2048, 512, 8192, 16, tied=True),
+    "Llama-7B": decoder(32000, 4096, 4096, 11008, 32, tied=False),
 }
 
 MEASURED = ("MiniLM", "BERT-base", "DeBERTa-base")
@@ -51,23 +64,31 @@ def num_entries(shapes: list[Shape]) -> int:
     return sum(torch.Size(shape).numel() for shape in shapes)
 
 
-def make_params(shapes: list[Shape], dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
-    """Parameters with `.grad` set; the same for the same seed.
+def make_params(
+    shapes: list[Shape], dtype: torch.dtype, seed: int = 0, device: str | torch.device = "cpu"
+) -> list[Tensor]:
+    """Parameters with `.grad` set; the same for the same seed and device.
 
     Args:
         shapes: of the tensors; rows of the first without gradient are drawn.
         dtype: of parameters and gradients; values are drawn in float32 and rounded.
         seed: of all draws.
+        device: that draws and holds them.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(shape: Shape) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
     params: list[Tensor] = []
     for index, shape in enumerate(shapes):
         std = WEIGHT_STD if len(shape) == 2 else VECTOR_STD
-        param = torch.nn.Parameter(torch.randn(shape, generator=generator).mul_(std).to(dtype))
-        log_scale = torch.randn((), generator=generator) * LOG_SCALE_STD + LOG_SCALE_MEAN
-        grad = torch.randn(shape, generator=generator).mul_(log_scale.exp())
+        param = torch.nn.Parameter(normal(shape).mul_(std).to(dtype))
+        log_scale = normal(()) * LOG_SCALE_STD + LOG_SCALE_MEAN
+        grad = normal(shape).mul_(log_scale.exp())
         if index == 0:
-            grad[torch.rand(shape[0], generator=generator) < ZERO_ROWS] = 0
+            zeros = torch.rand(shape[0], generator=generator, device=device) < ZERO_ROWS
+            grad[zeros] = 0
         param.grad = grad.to(dtype)
         params.append(param)
     return params

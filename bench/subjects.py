@@ -140,7 +140,14 @@ def _step_bytes(params: Sequence[Tensor], active: int, exp: float) -> int:
     return _scan_bytes(params, active) + (8 if exp else 4) * tiles + update * active
 
 
-def midway(params: Sequence[Tensor], budget: int, quota: int, exp: float) -> IncrementalMaskedAdamW:
+def midway(
+    params: Sequence[Tensor],
+    budget: int,
+    quota: int,
+    exp: float,
+    max_grad_norm: float | None = 1.0,
+    **options: Any,
+) -> IncrementalMaskedAdamW:
     """An optimizer after half of its steps, each of which unmasks exactly `quota` entries."""
     steps = math.ceil(budget / quota)
     taken = steps // 2
@@ -151,7 +158,8 @@ def midway(params: Sequence[Tensor], budget: int, quota: int, exp: float) -> Inc
         total_steps=steps,
         importance=D3(exp=exp, eps=1.0),
         schedule=lambda step: min(quota * step, budget),
-        max_grad_norm=1.0,
+        max_grad_norm=max_grad_norm,
+        **options,
     )
     count = quota * taken
     generator = torch.Generator().manual_seed(2)
@@ -163,7 +171,7 @@ def midway(params: Sequence[Tensor], budget: int, quota: int, exp: float) -> Inc
             "unmask_step": torch.randint(
                 1, taken + 1, (position.numel(),), generator=generator
             ).int(),
-            "master": param.detach().view(-1)[position].float(),
+            "master": param.detach().view(-1)[position.to(param.device)].float(),
         }
         for param, position in zip(
             params, random_positions([tuple(param.shape) for param in params], count), strict=True

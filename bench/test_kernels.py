@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.clocks import FLUSH_BYTES
 from bench.shapes import DTYPES, MODELS, grads_of, make_params
 from bench.subjects import midway, reads, snapshot
-from bench.timing import FLUSH_BYTES
 from sparse_optim.parameters import readable_grads
 
 ROUNDS, WARMUP = 30, 3
@@ -66,8 +66,8 @@ class Step:
 
     def call(self, name: str) -> None:
         """Run one operation."""
-        dense: tuple[list[Tensor], ...] = ([],) if name == "scan" else ()
-        getattr(self.optimizer, f"_{name}")(self.bound, *dense)
+        further: dict[str, list[list[Tensor]]] = {"scan": [[]], "cut": [self.grads]}
+        getattr(self.optimizer, f"_{name}")(self.bound, *further.get(name, []))
 
     def before(self, name: str) -> Callable[[], None]:
         """What must have happened before `name` can run, from the start of the step."""

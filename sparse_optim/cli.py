@@ -7,7 +7,7 @@ import sys
 try:
     import typer
 
-    from sparse_optim import delta_cli, peft_cli
+    from sparse_optim import delta_cli, estimate_cli, peft_cli
     from sparse_optim.analysis import command as analysis_command
     from sparse_optim.experiments import command as experiments
     from sparse_optim.finetune import command
@@ -27,6 +27,7 @@ experiments.register(app)
 delta_cli.register(app)
 analysis_command.register(app)
 peft_cli.register(app)
+estimate_cli.register(app)
 
 
 def main() -> None:

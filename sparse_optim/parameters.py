@@ -85,9 +85,12 @@ def check_method(
 
 
 def check_rejected(
-    capturable: bool, differentiable: bool, device: torch.device, backend: str
+    capturable: bool, differentiable: bool, device: torch.device, backend: str, waits: bool
 ) -> None:
-    """Raise ValueError for options of torch.optim.AdamW that cannot be honoured."""
+    """Raise ValueError for options of torch.optim.AdamW that cannot be honoured.
+
+    `waits` tells of a method whose steps read the device.
+    """
     if differentiable:
         raise ValueError("differentiable=True is not supported: the step runs in fused kernels")
     if capturable and device.type != "cuda":
@@ -96,6 +99,11 @@ def check_rejected(
         raise ValueError(
             "capturable=True needs backend='cuda' or 'triton': the reference backend waits for the "
             "device in every step"
+        )
+    if capturable and waits:
+        raise ValueError(
+            "capturable=True needs importance D3 and a selection that keeps what it unmasked "
+            "(Increment, Static): others wait for the device in every step"
         )
 
 

@@ -100,9 +100,11 @@ def test_captures_that_could_not_be_replayed(monkeypatch, capturable, ready, cha
 
 def test_capturable_is_for_cuda_and_a_backend_that_does_not_wait():
     cuda = torch.device("cuda", 0)
-    check_rejected(True, False, cuda, "cuda")
-    check_rejected(True, False, cuda, "triton")
+    check_rejected(True, False, cuda, "cuda", False)
+    check_rejected(True, False, cuda, "triton", False)
+    with pytest.raises(ValueError, match="needs importance D3 and a selection that keeps"):
+        check_rejected(True, False, cuda, "cuda", True)
     with pytest.raises(ValueError, match="needs backend='cuda' or 'triton'"):
-        check_rejected(True, False, cuda, "reference")
+        check_rejected(True, False, cuda, "reference", False)
     with pytest.raises(ValueError, match="the parameters are on cpu"):
         MaskedAdamW(new_params((4,)), importance=D3(), selection=Static(1), capturable=True)

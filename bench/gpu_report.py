@@ -1,0 +1,169 @@
+"""Tables of a GPU results file (see bench.gpu)."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.tables import count, table
+
+Record = dict[str, Any]
+MODES = {"alone": "alone", "clip": "clipped", "scaler": "scaler + clipped", "graph": "CUDA graph"}
+
+
+def newest(folder: Path) -> Path | None:
+    """The file recorded last; None while there is none."""
+    paths = sorted(folder.glob("gpu-*.json"), key=lambda path: json.loads(path.read_text())["date"])
+    return paths[-1] if paths else None
+
+
+def median_ms(record: Record) -> float:
+    """Median of the rounds."""
+    return statistics.median(record["us"]) / 1e3
+
+
+def select(data: dict[str, Any], kind: str, **labels: Any) -> list[Record]:
+    """Timed records of a phase kind with these labels."""
+    wanted = {"kind": kind, **labels}
+    return [
+        record
+        for record in data["records"]
+        if "us" in record and all(record.get(key) == value for key, value in wanted.items())
+    ]
+
+
+def caption(data: dict[str, Any]) -> str:
+    """Card, versions, commit, date."""
+    machine, versions = data["machine"], data["versions"]
+    where = machine.get("gpu", f"dry run on {machine['cpu']}")
+    changed = " with local changes" if data["dirty"] else ""
+    clock = "CUDA events" if "gpu" in machine else "the CPU's clock"
+    return (
+        f"{where}; torch {versions['torch']}, Python {versions['python']}, sparse_optim "
+        f"{versions['sparse_optim']}, commit {data['commit'][:8]}{changed}, {data['date'][:10]}. "
+        f"Medians by {clock}, caches flushed before each call. Clipped: `clip_grad_norm_` before "
+        "AdamW, `max_grad_norm` in our step. Scaler: `unscale_` and `clip_grad_norm_` before "
+        "AdamW, `sparse_optim.amp.GradScaler` with our step."
+    )
+
+
+def bandwidth_line(data: dict[str, Any]) -> str:
+    """What the memory gives, GB/s: the fastest copy and read."""
+    best: dict[str, float] = {}
+    for record in select(data, "bandwidth"):
+        speed = record["moved_bytes"] / max(median_ms(record), 1e-3) / 1e6
+        best[record["name"]] = max(best.get(record["name"], 0.0), speed)
+    return ", ".join(f"{name} {speed:,.0f} GB/s" for name, speed in best.items())
+
+
+def cells(data: dict[str, Any], kind: str) -> list[tuple[str, str]]:
+    """(model, dtype) of a phase kind, in the order measured."""
+    return list(dict.fromkeys((each["model"], each["dtype"]) for each in select(data, kind)))
+
+
+def steps_table(data: dict[str, Any]) -> str:
+    """Every subject by mode, milliseconds; time of the host for the clipped step."""
+    rows = []
+    for model, dtype in cells(data, "steps"):
+        found = select(data, "steps", model=model, dtype=dtype)
+        for name, exp in dict.fromkeys((each["name"], each.get("exp")) for each in found):
+            own = [each for each in found if (each["name"], each.get("exp")) == (name, exp)]
+            by_mode = {each.get("mode", "alone"): each for each in own}
+            title = f"{model} {dtype}, {name}" + ("" if exp is None else f", exp = {exp:g}")
+            rows.append([title, *(_ms(by_mode.get(mode)) for mode in MODES),
+                         _host_ms(by_mode.get("clip"))])  # fmt: skip
+    return table(["ms", *MODES.values(), "host, clipped"], rows)
+
+
+def _ms(record: Record | None) -> str:
+    return "" if record is None else f"{median_ms(record):.3f}"
+
+
+def _host_ms(record: Record | None) -> str:
+    if record is None or "host_us" not in record:
+        return ""
+    return f"{statistics.median(record['host_us']) / 1e3:.3f}"
+
+
+def stages_table(data: dict[str, Any]) -> str:
+    """Each operation alone, milliseconds."""
+    found = select(data, "stages")
+    names = list(dict.fromkeys(each["stage"] for each in found))
+    rows: dict[str, dict[str, str]] = {}
+    for each in found:
+        title = f"{each['model']} {each['dtype']}, {each['name']}, exp = {each['exp']:g}"
+        rows.setdefault(title, {})[each["stage"]] = _ms(each)
+    return table(
+        ["ms", *names], [[title, *(row.get(name, "") for name in names)]
+                         for title, row in rows.items()],
+    )  # fmt: skip
+
+
+def factors_table(data: dict[str, Any]) -> str:
+    """One factor at a time."""
+    rows = [
+        [
+            f"{each['model']} {each['dtype']}, {each['name']}, B = {count(each['budget'])}, "
+            f"k = {each['quota']}",
+            _ms(each),
+        ]
+        for each in select(data, "factors")
+    ]
+    return table(["ms", "clipped"], rows)
+
+
+def memory_table(data: dict[str, Any]) -> str:
+    """What each optimizer holds, and takes at most, in MB."""
+    rows = [
+        [
+            f"{each['model']} {each['dtype']}, {each['name']}",
+            f"{each['held_bytes'] / 1e6:,.1f}",
+            f"{each['step_peak_bytes'] / 1e6:,.1f}",
+        ]
+        for each in data["records"]
+        if "held_bytes" in each
+    ]
+    return table(["MB", "held", "at most in a step"], rows)
+
+
+def failures(data: dict[str, Any]) -> str:
+    """Phases that did not end well, and subjects that could not be measured."""
+    lines = [
+        f"- {phase['name']}: {phase['status']}"
+        for phase in data["phases"]
+        if phase["status"] != "ok"
+    ]
+    lines += [
+        f"- {each.get('model', '')} {each.get('dtype', '')} {each['kind']}: {each['failed']}"
+        for each in data["records"]
+        if "failed" in each
+    ]
+    return "\n".join(lines)
+
+
+def _sections(parts: Sequence[tuple[str, str]]) -> str:
+    return "\n\n".join(f"{title}\n\n{body}" if title else body for title, body in parts if body)
+
+
+def short_table(data: dict[str, Any]) -> str:
+    """What is printed last, and what the README shows."""
+    parts = [("", steps_table(data)), ("", bandwidth_line(data)), ("", caption(data))]
+    return _sections([*parts, ("Not measured:", failures(data))])
+
+
+def full_report(data: dict[str, Any]) -> str:
+    """Every table."""
+    return _sections(
+        [
+            ("# Recorded on a GPU", caption(data)),
+            ("## Steps", steps_table(data)),
+            ("## Stages", stages_table(data)),
+            ("## Budgets and quotas", factors_table(data)),
+            ("## Memory", memory_table(data)),
+            ("## Bandwidth", bandwidth_line(data)),
+            ("## Not measured", failures(data)),
+        ]
+    )

@@ -1,0 +1,189 @@
+"""Subjects of the GPU report: our step by backend and mode, AdamW as users run it, bandwidth.
+
+Each is built when its turn comes and dropped after it, so that the states of two optimizers never
+stand in memory together.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from bench.shapes import grads_of
+from bench.subjects import LR, _words, midway, snapshot
+from bench.timing import Subject
+from sparse_optim import IncrementalMaskedAdamW
+from sparse_optim.amp import GradScaler
+from sparse_optim.parameters import readable_grads
+
+# As users run a step: alone; clipped; with the loss scale taken out of the gradients, and clipped.
+MODES = ("alone", "clip", "scaler")
+STAGES = ("bind", "scan", "cut", "append", "update")
+NEVER_REACHED = 1e9  # norm to clip to: torch multiplies the gradients by 1 all the same
+
+Builder = Callable[[], Subject]
+
+
+def bandwidth(device: torch.device, size: int) -> Iterator[Builder]:
+    """Copy and read of `size` bytes: what the memory gives, without tricks."""
+
+    def copy() -> Subject:
+        source, target = (torch.zeros(size // 4, device=device) for _ in range(2))
+        return Subject({"name": "copy"}, lambda: target.copy_(source), moved_bytes=2 * size)
+
+    def read(by: str, reduce: Callable[[Tensor], object], dtype: torch.dtype) -> Subject:
+        source = torch.zeros(size // 4, device=device).view(dtype)
+        return Subject({"name": "read", "by": by}, lambda: reduce(source), moved_bytes=size)
+
+    yield copy
+    yield partial(read, "torch.sum", torch.sum, torch.float32)
+    yield partial(read, "torch.max", torch.max, torch.int32)
+    yield partial(read, "torch.linalg.vector_norm", torch.linalg.vector_norm, torch.float32)
+
+
+def gradient_reads(params: Sequence[Tensor]) -> Iterator[Builder]:
+    """All gradients of a model read by torch, tensor by tensor."""
+    grads = grads_of(list(params))
+    floats = [_words(grad).view(torch.float32) for grad in grads]
+    size = sum(grad.nbytes for grad in grads)
+    yield lambda: Subject(
+        {"name": "read", "by": "torch._foreach_norm"},
+        lambda: torch._foreach_norm(floats),
+        moved_bytes=size,
+    )
+
+
+def _scaler(device: torch.device, kind: type[torch.amp.GradScaler]) -> torch.amp.GradScaler:
+    """A loss scaler whose scale is and stays 1, so that gradients keep their values."""
+    scaler = kind(device.type, init_scale=1.0, growth_interval=1 << 30)
+    scaler.scale(torch.ones((), device=device))
+    return scaler
+
+
+def adamw_kinds(params: Sequence[Tensor]) -> dict[str, Callable[[], torch.optim.Optimizer]]:
+    """Constructors by name; 8-bit ones where their packages are importable."""
+    kinds: dict[str, Callable[[], torch.optim.Optimizer]] = {
+        "fused": lambda: torch.optim.AdamW(params, lr=LR, fused=True),
+        "foreach": lambda: torch.optim.AdamW(params, lr=LR, foreach=True),
+    }
+    for name, module, attribute in (
+        ("bitsandbytes 8-bit", "bitsandbytes.optim", "AdamW8bit"),
+        ("torchao 8-bit", "torchao.optim", "AdamW8bit"),
+    ):
+        try:
+            found = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError, OSError):
+            continue
+        kinds[name] = partial(found, params, lr=LR)
+    return kinds
+
+
+def baselines(params: Sequence[Tensor]) -> Iterator[Builder]:
+    """AdamW of every kind, in every mode."""
+    device = params[0].device
+
+    def build(name: str, make: Callable[[], torch.optim.Optimizer], mode: str) -> Subject:
+        optimizer = make()
+        scaler = _scaler(device, torch.amp.GradScaler)
+
+        def run() -> None:
+            if mode == "scaler":
+                scaler.unscale_(optimizer)
+            if mode != "alone":
+                torch.nn.utils.clip_grad_norm_(params, NEVER_REACHED)
+            if mode == "scaler":
+                scaler.step(optimizer)
+                scaler.update()
+            else:
+                optimizer.step()
+
+        return Subject({"name": name, "mode": mode}, run)
+
+    for name, make in adamw_kinds(params).items():
+        for mode in MODES:
+            yield partial(build, name, make, mode)
+
+
+def _graph_of(optimizer: IncrementalMaskedAdamW, restore: Callable[[], None]) -> Callable[[], None]:
+    """A CUDA graph of the whole step; replaying it is the step."""
+    optimizer.step()
+    restore()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    return lambda: graph.replay()
+
+
+def _step_of(
+    optimizer: IncrementalMaskedAdamW, mode: str, restore: Callable[[], None]
+) -> Callable[[], object]:
+    """What is timed: the step, a replay of it, or the step under our loss scaler."""
+    if mode == "graph":
+        return _graph_of(optimizer, restore)
+    if mode != "scaler":
+        return optimizer.step
+    scaler = _scaler(optimizer._device, GradScaler)
+
+    def run() -> None:
+        scaler.step(optimizer)
+        scaler.update()
+
+    return run
+
+
+def our_step(
+    params: Sequence[Tensor], backend: str, mode: str, budget: int, quota: int, exp: float
+) -> Subject:
+    """Our step in the middle of its run (see `bench.subjects.ours`); every mode but one clips."""
+    optimizer = midway(
+        params, budget, quota, exp, None if mode == "alone" else 1.0, backend=backend,
+        capturable=mode == "graph",
+    )  # fmt: skip
+    restore, active = snapshot(optimizer), int(optimizer._active.progress[1])
+
+    def check() -> None:
+        grown = int(optimizer._active.progress[1]) - active
+        if grown != quota:
+            raise RuntimeError(f"the step unmasked {grown} entries, expected {quota}")
+
+    labels = {"name": backend, "mode": mode, "budget": budget, "quota": quota, "exp": exp}
+    run = _step_of(optimizer, mode, restore)
+    size = sum(param.nbytes for param in params)
+    return Subject(labels, run, moved_bytes=size, prepare=restore, check=check)
+
+
+def stages(
+    params: Sequence[Tensor], backend: str, budget: int, quota: int, exp: float
+) -> Iterator[Builder]:
+    """Each operation alone, on what those before it left."""
+
+    def build(stage: str) -> Subject:
+        optimizer = midway(params, budget, quota, exp, backend=backend)
+        restore = snapshot(optimizer)
+        grads = readable_grads(optimizer._pool, optimizer._names)
+
+        def call(name: str) -> None:
+            bound = optimizer._work.table
+            if name == "bind" or backend in ("reference", "cpp"):
+                bound = optimizer._ops.bind(grads, optimizer._pool, optimizer._work.table)
+            if name != "bind":
+                further = {"scan": [[]], "cut": [grads]}.get(name, [])
+                getattr(optimizer, f"_{name}")(bound, *further)
+
+        def prepare() -> None:
+            restore()
+            with torch.no_grad():
+                optimizer._prepare()
+                for earlier in STAGES[: STAGES.index(stage)]:
+                    call(earlier)
+
+        labels = {"budget": budget, "quota": quota, "exp": exp, "stage": stage}
+        return Subject({"name": backend, **labels}, partial(call, stage), prepare=prepare)
+
+    for stage in STAGES:
+        yield partial(build, stage)

@@ -1,0 +1,118 @@
+"""`sparse-optim estimate`: memory of fine-tuning a model, and which GPU holds it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from sparse_optim.estimate import GIB, GPUS, OPTIMIZERS, Estimate, Footprint
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command `estimate` to `app`."""
+    app.command("estimate")(estimate)
+
+
+def estimate(
+    model: Annotated[str, typer.Option("--model", "-m", help="Built-in name, folder or hub id.")],
+    budget: Annotated[str, typer.Option(help="Entries, or a share such as 1%.")] = "1%",
+    dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = "bfloat16",
+    gpu: Annotated[str, typer.Option(help=f"One of {', '.join(GPUS)}.")] = "a100",
+    sequence: Annotated[int, typer.Option(min=1, help="Tokens of an example.")] = 512,
+    batch: Annotated[int, typer.Option(min=1, help="Examples in a forward pass.")] = 8,
+    checkpointing: Annotated[bool, typer.Option(help="Recompute activations.")] = False,
+    optimizer: Annotated[
+        str | None, typer.Option(help=f"One of {', '.join(OPTIMIZERS)}; default: all.")
+    ] = None,
+) -> None:
+    """Estimate memory from the model's config alone; no weights are read.
+
+    adamw holds moments in the model's dtype, adamw-fp32 in float32 with master values, adamw-8bit
+    in a byte each, sparse is this package's. Temporaries and the CUDA context come on top.
+    """
+    from sparse_optim.finetune.config import parse_budget
+    from sparse_optim.finetune.errors import FinetuneError
+
+    try:
+        _check("gpu", gpu, tuple(GPUS))
+        _check("dtype", dtype, DTYPES)
+        _check("optimizer", optimizer or OPTIMIZERS[0], OPTIMIZERS)
+        share = parse_budget(budget)
+        footprint, itemsize = read_footprint(model, dtype, batch, sequence, checkpointing)
+    except FinetuneError as error:
+        Console(stderr=True).print(f"[bold red]Error:[/] {error}", soft_wrap=True, markup=True)
+        raise typer.Exit(1) from None
+    from sparse_optim.estimate import estimates
+
+    entries = share if isinstance(share, int) else round(share * footprint.entries)
+    wanted = OPTIMIZERS if optimizer is None else (optimizer,)
+    Console().print(_table(estimates(footprint, itemsize, entries, wanted), gpu))
+
+
+def read_footprint(
+    name: str, dtype: str, batch: int, sequence: int, checkpointing: bool
+) -> tuple[Footprint, int]:
+    """(what the model takes, bytes of an entry), from its config.
+
+    Raises:
+        FinetuneError: the model is not found, or takes no so long sequence.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    from sparse_optim.estimate import footprint_of
+    from sparse_optim.finetune.errors import FinetuneError
+    from sparse_optim.finetune.models import check_generates, find_model
+
+    source = find_model(name)
+    config = AutoConfig.from_pretrained(source.location, **source.gguf)
+    longest = getattr(config, "max_position_embeddings", None) or sequence
+    if sequence > longest:
+        raise FinetuneError(f"--sequence {sequence} is beyond the model's {longest} positions")
+    try:
+        check_generates(source)
+        generates = True
+    except FinetuneError:
+        generates = False
+    kind = AutoModelForCausalLM if generates else AutoModelForSequenceClassification
+    config.use_cache = False
+    with torch.device("meta"):
+        model = kind.from_config(config, dtype=getattr(torch, dtype)).train()
+        ids = torch.zeros((batch, sequence), dtype=torch.long)
+        labels = ids if generates else torch.zeros(batch, dtype=torch.long)
+    inputs = {"input_ids": ids, "labels": labels}
+    if generates:
+        # A mask in its final form: transformers would look for values, which meta tensors lack.
+        shape = (batch, 1, sequence, sequence)
+        inputs["attention_mask"] = torch.ones(shape, dtype=torch.bool, device="meta")
+    layers = config.num_hidden_layers if checkpointing else 0
+    footprint = footprint_of(model, inputs, layers)
+    return footprint, getattr(torch, dtype).itemsize
+
+
+def _check(option: str, value: str, known: tuple[str, ...]) -> None:
+    from sparse_optim.finetune.errors import FinetuneError
+
+    if value not in known:
+        raise FinetuneError(f"unknown --{option} {value!r}; known: {', '.join(known)}")
+
+
+def _table(found: list[Estimate], gpu: str) -> Table:
+    """GiB by optimizer, and what fits."""
+    table = Table(title=f"GiB; {gpu} has {GPUS[gpu] / GIB:.0f}")
+    for column in ("optimizer", "weights", "state", "gradients", "activations", "peak", "fits"):
+        table.add_column(column, justify="left" if column == "optimizer" else "right")
+    for each in found:
+        model = each.footprint
+        sizes = (
+            model.weights, each.state, model.gradients, model.activations + model.recomputed,
+            each.peak,
+        )  # fmt: skip
+        fits = "yes" if each.peak <= GPUS[gpu] else "NO"
+        table.add_row(each.optimizer, *(f"{size / GIB:.3f}" for size in sizes), fits)
+    return table
