@@ -27,6 +27,8 @@ def describe() -> dict[str, Any]:
             "cpu": _cpu_model(),
             "cores": len(os.sched_getaffinity(0)),
             "threads": torch.get_num_threads(),
+            # torch's own switch: tensors of 2 MB and more lie in huge pages.
+            "huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",
             "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             "system": f"{platform.system()} {platform.machine()}",
             "vector": torch.backends.cpu.get_cpu_capability(),

@@ -39,11 +39,12 @@ def caption(results: Results) -> str:
     """Machine, threads, versions, commit, date, and how quiet it was."""
     data = results.data
     machine, versions = data["machine"], data["versions"]
+    pages = ", huge pages (THP_MEM_ALLOC_ENABLE=1)" if machine.get("huge_pages") else ""
     changed = " with local changes" if data["dirty"] else ""
     settings = data["settings"]
     return (
         f"{machine['cpu']}, {machine['threads']} threads, "
-        f"{machine['memory_bytes'] / 2**30:.0f} GiB; torch {versions['torch']}, "
+        f"{machine['memory_bytes'] / 2**30:.0f} GiB{pages}; torch {versions['torch']}, "
         f"Python {versions['python']}, sparse_optim {versions['sparse_optim']}, "
         f"commit {data['commit'][:8]}{changed}, {data['date'][:10]}. "
         f"Medians of {settings['rounds']} rounds; median of {settings['runs']} processes; "
