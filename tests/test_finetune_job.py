@@ -233,6 +233,19 @@ def test_a_changed_delta_is_noticed(folders, tmp_path):
     assert differing_tensors(base, result.model, path) == ["bert.embeddings.word_embeddings.weight"]
 
 
+def test_a_tracker_sees_where_the_budget_goes(folders, tmp_path):
+    """TensorBoard's own reader finds loss, active entries, sparsity and entropy at every step."""
+    pytest.importorskip("tensorboard", reason="the extra 'dev' has it")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(config(folders, tmp_path / "out", "encoder", "sequence", report_to="tensorboard"))
+    (events,) = (tmp_path / "out").rglob("events.out.tfevents.*")
+    accumulator = EventAccumulator(str(events))
+    accumulator.Reload()
+    for name in ("loss", "active", "tensor_sparsity", "sparsity_entropy"):
+        assert len(accumulator.Scalars(f"train/{name}")) > 1, name
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -242,6 +255,7 @@ def test_a_changed_delta_is_noticed(folders, tmp_path):
         ({"dtype": "int8"}, "unknown dtype 'int8'"),
         ({"pooling": "max"}, "unknown pooling 'max'.*cls"),
         ({"amp": "fp8"}, "--amp must be none or bf16"),
+        ({"report_to": "paper"}, "'paper' is unknown or not installed; there are: none"),
         ({"task": "causal-lm", "text_column": "text"}, "does not generate text"),
         ({"dense": ("head",)}, "no parameter's name begins with 'head'"),
         ({"backend": "fortran"}, "backend"),

@@ -93,6 +93,7 @@ def finetune(
     log_every: options.LogEvery = None,
     save_every: options.SaveEvery = None,
     save_model: options.SaveModel = False,
+    report_to: options.ReportTo = "none",
     overwrite: options.Overwrite = False,
     verify: options.Verify = True,
     dtype: options.Dtype = "float32",

@@ -36,6 +36,7 @@ class FinetuneConfig:
         dense: further parameters to train densely, by the beginning of their names.
         pooling: what a sequence head reads: "cls", "mean", or "auto" as the model was trained.
         resume: a Trainer checkpoint to go on from.
+        report_to: a tracker that transformers knows (tensorboard, wandb, ...), or none.
     """
 
     model: str
@@ -82,6 +83,7 @@ class FinetuneConfig:
     save_every: int | None = None
     save_model: bool = False
     resume: Path | None = None
+    report_to: str = "none"
     overwrite: bool = False
     verify: bool = True
     cpu: bool = False

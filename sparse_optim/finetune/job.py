@@ -18,6 +18,7 @@ from datasets import Dataset
 from rich.console import Console
 from torch import nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
+from transformers.integrations import get_available_reporting_integrations
 
 from sparse_optim.analysis import ALLOCATION_FILE
 from sparse_optim.delta import Delta, apply_delta, load_delta, save_delta
@@ -71,6 +72,7 @@ def run(config: FinetuneConfig, console: Console | None = None) -> FinetuneResul
         FinetuneError: bad input, in one line.
     """
     check_method(config)
+    check_tracker(config.report_to)
     check_output(config)
     set_threads(config.threads)
     try:
@@ -185,6 +187,16 @@ def check_method(config: FinetuneConfig) -> None:
         )
 
 
+def check_tracker(name: str) -> None:
+    """Raise FinetuneError for a tracker that is unknown or not installed."""
+    installed = get_available_reporting_integrations()
+    if name not in ("none", "all", *installed):
+        raise FinetuneError(
+            f"--report-to: {name!r} is unknown or not installed; "
+            f"there are: {', '.join(['none', *sorted(installed)])}"
+        )
+
+
 def remove_if_empty(folder: Path) -> None:
     """Remove a folder that the trainer made and nothing was written to."""
     if folder.is_dir() and not any(folder.iterdir()):
@@ -292,7 +304,7 @@ def training_arguments(config: FinetuneConfig, train_size: int) -> TrainingArgum
         use_cpu=config.cpu,
         dataloader_pin_memory=torch.cuda.is_available() and not config.cpu,
         disable_tqdm=True,
-        report_to="none",
+        report_to=config.report_to,
     )
 
 

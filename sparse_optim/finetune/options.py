@@ -139,6 +139,9 @@ EvalEvery = Annotated[int | None, results("Steps (default: a fifth of the run)."
 LogEvery = Annotated[int | None, results("Steps (default: a hundredth of the run).")]
 SaveEvery = Annotated[int | None, results("Steps between checkpoints (default: none are kept).")]
 SaveModel = Annotated[bool, results("Write the whole trained model, too.", "--save-model")]
+ReportTo = Annotated[
+    str, results("Also log to a tracker: tensorboard, wandb, mlflow, ... or none.")
+]
 Overwrite = Annotated[bool, results("Replace an earlier job's results.", "--overwrite")]
 Verify = Annotated[bool, results("Check base + delta == trained model.", "--verify/--no-verify")]
 
