@@ -54,6 +54,13 @@ struct Place {
   }
 };
 
+inline bool same_shape(const Tensor& a, const Tensor& b) {
+  if (a.dim() != b.dim()) return false;
+  for (int64_t d = 0; d < a.dim(); ++d)
+    if (a.size(d) != b.size(d)) return false;
+  return true;
+}
+
 // The rows of the table for these tensors.
 inline std::vector<Row> check_bind(const Place& place, const Tensors& grads, const Tensors& params,
                                    const Tensor& table) {
@@ -65,8 +72,8 @@ inline std::vector<Row> check_bind(const Place& place, const Tensors& grads, con
     const DType grad_dtype = place.dtype_of(grads[i], "grads");
     const DType param_dtype = place.dtype_of(params[i], "params");
     const int64_t numel = params[i].numel(), grad_numel = grads[i].numel();
-    STD_TORCH_CHECK(grad_numel == 0 || grad_numel == numel, "grads[", i, "] has ", grad_numel,
-                    " entries, its parameter ", numel);
+    STD_TORCH_CHECK(grad_numel == 0 || same_shape(grads[i], params[i]), "grads[", i, "] has ",
+                    grad_numel, " entries, its parameter ", numel, ", or another shape");
     rows.push_back({grad_numel ? grads[i].const_data_ptr() : nullptr,
                     numel ? params[i].mutable_data_ptr() : nullptr, numel, grad_dtype,
                     param_dtype});

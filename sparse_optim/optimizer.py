@@ -19,6 +19,7 @@ from sparse_optim.export import delta_of, metrics_of
 from sparse_optim.fingerprint import fingerprint
 from sparse_optim.importance import D3, Importance, Scores
 from sparse_optim.parameters import (
+    bind_grads,
     check_group_options,
     check_method,
     check_param,
@@ -129,12 +130,11 @@ class MaskedAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        grads = readable_grads(self._pool, self._names)
+        bound, grads = bind_grads(self._ops.bind, self._pool, self._names, self._work.table)
         dense_grads = readable_grads(self._dense, self._dense_names)
         if not any(grad.numel() for grad in grads + dense_grads):
             return loss
         self._prepare()
-        bound = self._ops.bind(grads, self._pool, self._work.table)
         if self.selection.replaces:
             self._replace(bound, grads, dense_grads)
         else:

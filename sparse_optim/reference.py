@@ -38,6 +38,7 @@ from torch import Tensor
 from sparse_optim.scoring import importance, importance_key, perturbed, tiles_of
 
 TILE = 512
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INFINITY_BITS = 0x7F800000
 INDEX_BITS = 33
 LAST_INDEX = 2**INDEX_BITS - 1
@@ -68,12 +69,18 @@ def bind(grads: Sequence[Tensor], params: Sequence[Tensor], table: Tensor) -> Bo
         `bound` of the other operations. Valid while the tensors live and keep their memory.
 
     Raises:
-        ValueError: a gradient has not as many entries as its parameter.
+        ValueError, TypeError, RuntimeError: a gradient of another shape than its parameter, or
+            something that is no contiguous tensor of these dtypes on the table's device.
     """
     for index, (grad, param) in enumerate(zip(grads, params, strict=True)):
-        if grad.numel() not in (0, param.numel()):
+        if not isinstance(grad, Tensor) or grad.dtype not in DTYPES or grad.is_sparse:
+            raise TypeError(f"grads[{index}] is no dense tensor of {DTYPES}")
+        if not grad.is_contiguous() or grad.device != table.device:
+            raise ValueError(f"grads[{index}] is not contiguous, or not on {table.device}")
+        if grad.numel() and grad.shape != param.shape:
             raise ValueError(
-                f"grads[{index}] has {grad.numel()} entries, its parameter {param.numel()}"
+                f"grads[{index}] has {grad.numel()} entries, its parameter {param.numel()}, "
+                "or another shape"
             )
     return Bound(grads, params)
 

@@ -34,9 +34,10 @@ def bind(grads: Sequence[Tensor], params: Sequence[Tensor], table: Tensor) -> Te
     for index, (grad, param) in enumerate(zip(grads, params, strict=True)):
         _check(grad, f"grads[{index}]", table)
         _check(param, f"params[{index}]", table)
-        if grad.numel() not in (0, param.numel()):
+        if grad.numel() and grad.shape != param.shape:
             raise ValueError(
-                f"grads[{index}] has {grad.numel()} entries, its parameter {param.numel()}"
+                f"grads[{index}] has {grad.numel()} entries, its parameter {param.numel()}, "
+                "or another shape"
             )
         dtypes = _CODES[grad.dtype] << 8 | _CODES[param.dtype]
         address = grad.data_ptr() if grad.numel() else 0
