@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any
@@ -17,19 +17,20 @@ from sparse_optim.delta import Delta
 from sparse_optim.dense import dense_adamw_step
 from sparse_optim.export import delta_of, metrics_of
 from sparse_optim.fingerprint import fingerprint
-from sparse_optim.importance import D3, Importance, Scores
+from sparse_optim.importance import Importance, Scores
+from sparse_optim.in_backward import InBackward, check_fusable, warn_of_clipping
 from sparse_optim.parameters import (
-    check_group_options,
     check_method,
-    check_param,
+    check_new_group,
     check_rejected,
     check_together,
     normalize_group,
     readable_grads,
 )
 from sparse_optim.ranking import Ranking, needs_param_bound, rank
+from sparse_optim.reference import tile_abs_max
+from sparse_optim.replacing import replace_active_set
 from sparse_optim.scalars import Rows, check_capture, hyper_rows, write_hyper, write_scalar
-from sparse_optim.scoring import tile_abs_max
 from sparse_optim.selection import Increment, Selection, resolve_budget
 
 
@@ -65,6 +66,11 @@ class MaskedAdamW(torch.optim.Optimizer):
             other hyper-parameters stay. The schedule of unmasking goes on.
         foreach, fused: accepted so that AdamW's arguments can stay as they are; the step is always
             fused.
+        fuse_backward: take each gradient when the backward pass has produced it, and free it: no
+            gradient buffer (see `sparse_optim.in_backward`). `clip_grad_norm_` then sees no
+            gradients, clips nothing and returns 0: clip by `max_grad_norm` (`math.inf` says that
+            none is wanted). The same results bit for bit; no gradient accumulation. D3 with
+            `Increment` or `Static`, in one process.
 
     Raises:
         ValueError, TypeError: names the argument or parameter, what arrived, what to do.
@@ -93,6 +99,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        fuse_backward: bool = False,
     ) -> None:
         check_method(importance, selection, max_grad_norm, bias_correction)
         self.importance = importance
@@ -105,8 +112,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         }  # fmt: skip
         super().__init__(params, defaults)
         self.backend = backends.resolve(backend, self._device)
-        waits = selection.replaces or not isinstance(importance, D3)
-        check_rejected(capturable, differentiable, self._device, self.backend, waits)
+        check_rejected(capturable, differentiable, self._device, self.backend)
         self.capturable = capturable
         ranked = any(group["unmask"] == "rank" for group in self.param_groups)
         budget = resolve_budget(selection.budget, self._pool_size()) if ranked else 0
@@ -116,7 +122,36 @@ class MaskedAdamW(torch.optim.Optimizer):
         self._active = ActiveSet.empty(self._pool, budget, self._device)
         self._spare: ActiveSet
         self._touched = Touched(torch.empty(0, dtype=torch.int64, device=self._device))
+        self._in_backward: InBackward | None = None
         self._allocate_work()
+        self.fuse_backward = fuse_backward
+
+    @property
+    def fuse_backward(self) -> bool:
+        """Whether gradients are taken during the backward pass; may be changed between steps."""
+        return self._in_backward is not None
+
+    @fuse_backward.setter
+    def fuse_backward(self, wanted: bool) -> None:
+        self._check_idle("a change of fuse_backward")
+        if wanted:
+            check_fusable(self.importance, self.selection, self.capturable)
+            if self.max_grad_norm is None:
+                warn_of_clipping()
+        if self._in_backward is not None:
+            self._in_backward.detach()
+        self._in_backward = InBackward(self) if wanted else None
+
+    def _check_idle(self, what: str) -> None:
+        fused: InBackward | None = getattr(self, "_in_backward", None)  # None: under construction
+        if fused is not None:
+            fused.check_idle(what)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients, those that `fuse_backward=True` has taken, too."""
+        super().zero_grad(set_to_none)
+        if self._in_backward is not None:
+            self._in_backward.discard()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -129,14 +164,17 @@ class MaskedAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        grads = readable_grads(self._pool, self._names)
+        fused = self._in_backward
+        grads = fused.take_rest() if fused else readable_grads(self._pool, self._names)
         dense_grads = readable_grads(self._dense, self._dense_names)
         if not any(grad.numel() for grad in grads + dense_grads):
             return loss
         self._prepare()
         bound = self._ops.bind(grads, self._pool, self._work.table)
-        if self.selection.replaces:
-            self._replace(bound, grads, dense_grads)
+        if fused:
+            fused.finish(bound, dense_grads)
+        elif self.selection.replaces:
+            replace_active_set(self, bound, grads, dense_grads)
         else:
             self._scan(bound, dense_grads)
             self._cut(bound, grads)
@@ -145,6 +183,8 @@ class MaskedAdamW(torch.optim.Optimizer):
         unscaled = self.max_grad_norm is None and getattr(self, "grad_scale", None) is None
         factor = None if unscaled else self._work.grad_factor
         dense_adamw_step(self, dense_grads, factor, self._work.found_inf)
+        if fused:
+            fused.end()
         return loss
 
     def _prepare(self) -> None:
@@ -160,6 +200,10 @@ class MaskedAdamW(torch.optim.Optimizer):
         write_scalar(work.found_inf, getattr(self, "found_inf", None), 0.0)
         if not self._fingerprints:
             self._fingerprints = [fingerprint(param) for param in self._pool]
+        self._notice_writes()
+
+    def _notice_writes(self) -> None:
+        """Take over parameter values that others have written since the last step."""
         if self._keeps_values:
             versions = zip(self._pool, self._versions, strict=True)
             written = [
@@ -167,32 +211,13 @@ class MaskedAdamW(torch.optim.Optimizer):
             ]
             self._refresh(written)
 
-    def _scan(self, bound: Any, dense_grads: list[Tensor]) -> None:
+    def _scan(self, bound: Any, dense_grads: Sequence[Tensor]) -> None:
         active, work = self._active, self._work
         self._ops.scan(
             bound, dense_grads, active.position, active.offsets, work.tile_offsets,
             work.grad_scale, self.max_grad_norm or math.inf, self._ops.TILE, work.tile_max,
             work.active_grad, work.grad_norm, work.grad_factor, work.found_inf, work.scratch,
         )  # fmt: skip
-
-    def _replace(self, bound: Any, grads: list[Tensor], dense_grads: list[Tensor]) -> None:
-        """Rank all entries anew into a fresh set; those of the last one keep their state."""
-        before, self._active = self._active, self._spare
-        self._active.clear(before.progress)
-        try:
-            self._scan(bound, dense_grads)
-            self._cut(bound, grads)
-            self._append(bound)
-        except BaseException:
-            self._active = before
-            raise
-        if self._work.found_inf:
-            self._active = before
-            return
-        sizes = torch.tensor([param.numel() for param in self._pool], device=self._device)
-        self._active.carry_over(before, sizes)
-        self._touched.add(self._active.global_index(sizes))
-        self._spare = before
 
     def _cut(self, bound: Any, grads: list[Tensor]) -> None:
         active, work = self._active, self._work
@@ -239,12 +264,8 @@ class MaskedAdamW(torch.optim.Optimizer):
             ValueError, TypeError: as the constructor; the optimizer is then unchanged.
         """
         group = normalize_group(param_group)
-        probe = {**self.defaults, **group}
-        check_group_options(probe)
-        for number, item in enumerate(group["params"]):
-            name, param = item if isinstance(item, tuple) else (f"parameter {number}", item)
-            if isinstance(param, Tensor):
-                check_param(param, name, probe["unmask"])
+        check_new_group({**self.defaults, **group})
+        self._check_idle("add_param_group()")
         super().add_param_group(group)
         try:
             self._index_params()
@@ -297,6 +318,9 @@ class MaskedAdamW(torch.optim.Optimizer):
         if isinstance(self.importance, Scores):
             self.importance.check_names(self._names)
         self.refresh()
+        if self._in_backward is not None:
+            self._in_backward.detach()
+            self._in_backward = InBackward(self)
 
     def _pool_size(self) -> int:
         """Entries that may be unmasked: those of the pool that require gradients."""
@@ -350,6 +374,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         num_active = int(self._active.progress[1])
         if entries < num_active:
             raise ValueError(f"budget {entries} is below the {num_active} entries already active")
+        self._check_idle("extend()")
         self._reallocate(selection.targets(entries), entries)
         self.selection = selection
 
@@ -384,6 +409,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         Raises:
             ValueError: the state does not fit these parameters; the optimizer is then unchanged.
         """
+        self._check_idle("load_state_dict()")
         ours, torchs = checkpoint.split(self, state_dict)
         super().load_state_dict(torchs)
         checkpoint.unpack(self, ours)
@@ -398,7 +424,18 @@ class MaskedAdamW(torch.optim.Optimizer):
         }
         # A copy's parameters count their versions anew: none of them is known.
         kept["_versions"] = [-1] * len(self._pool)
+        self._check_idle("a copy")
+        kept["_in_backward"] = self.fuse_backward
         return {**super().__getstate__(), **kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Hooks are not copied: a copy registers its own on its own parameters."""
+        super().__setstate__(state)
+        if self.__dict__.get("_in_backward") is True:
+            self._in_backward = None
+            self._in_backward = InBackward(self)
+        elif self.__dict__.get("_in_backward") is False:
+            self._in_backward = None
 
     @property
     def grad_norm(self) -> Tensor:
