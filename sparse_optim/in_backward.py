@@ -36,7 +36,35 @@ if TYPE_CHECKING:
 BATCH_BYTES = 1 << 20
 
 
-def check_fusable(importance: object, selection: Any, capturable: bool) -> None:
+def switched(optimizer: MaskedAdamW, wanted: bool) -> InBackward | None:
+    """Register hooks or remove them, for `optimizer.fuse_backward = wanted`.
+
+    Returns:
+        what the optimizer shall take gradients with; None if it shall not.
+
+    Raises:
+        ValueError, RuntimeError: it cannot, or gradients were taken that no step has used.
+    """
+    now = optimizer._in_backward
+    if wanted == (now is not None):
+        return now
+    if now is not None:
+        now.check_idle("a change of fuse_backward")
+        now.detach()
+        return None
+    _check_fusable(optimizer.importance, optimizer.selection, optimizer.capturable)
+    if optimizer.max_grad_norm is None:
+        warnings.warn(
+            "fuse_backward=True without max_grad_norm: nothing clips gradients, since "
+            "clip_grad_norm_ finds none and returns 0. Pass max_grad_norm to the optimizer "
+            "(math.inf for no clipping)",
+            UserWarning,
+            stacklevel=4,
+        )
+    return InBackward(optimizer)
+
+
+def _check_fusable(importance: object, selection: Any, capturable: bool) -> None:
     """Raise ValueError where selection cannot happen inside the backward pass."""
     if not isinstance(importance, D3):
         raise ValueError(
@@ -51,16 +79,6 @@ def check_fusable(importance: object, selection: Any, capturable: bool) -> None:
     if capturable:
         raise ValueError("fuse_backward=True cannot be captured in a CUDA graph: use one of both")
     _check_not_distributed()
-
-
-def warn_of_clipping() -> None:
-    """Warn that nothing clips: from outside of the optimizer nobody can."""
-    warnings.warn(
-        "fuse_backward=True without max_grad_norm: nothing clips gradients, since clip_grad_norm_ "
-        "finds none and returns 0. Pass max_grad_norm (math.inf for no clipping) to the optimizer",
-        UserWarning,
-        stacklevel=4,
-    )
 
 
 def _check_not_distributed() -> None:

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparse_optim import backends, checkpoint
-from sparse_optim.active_set import ActiveSet, Touched, WorkSpace, max_quota
+from sparse_optim import backends, buffers, checkpoint
+from sparse_optim.active_set import ActiveSet, Touched, WorkSpace
 from sparse_optim.delta import Delta
 from sparse_optim.dense import dense_adamw_step
 from sparse_optim.export import delta_of, metrics_of
 from sparse_optim.fingerprint import fingerprint
-from sparse_optim.importance import Importance, Scores
-from sparse_optim.in_backward import InBackward, check_fusable, warn_of_clipping
+from sparse_optim.importance import Importance
+from sparse_optim.in_backward import InBackward, switched
 from sparse_optim.parameters import (
     check_method,
     check_new_group,
@@ -27,11 +25,10 @@ from sparse_optim.parameters import (
     normalize_group,
     readable_grads,
 )
-from sparse_optim.ranking import Ranking, needs_param_bound, rank
-from sparse_optim.reference import tile_abs_max
+from sparse_optim.ranking import Ranking, rank
 from sparse_optim.replacing import replace_active_set
 from sparse_optim.scalars import Rows, check_capture, hyper_rows, write_hyper, write_scalar
-from sparse_optim.selection import Increment, Selection, resolve_budget
+from sparse_optim.selection import Selection, resolve_budget
 
 
 class MaskedAdamW(torch.optim.Optimizer):
@@ -79,6 +76,13 @@ class MaskedAdamW(torch.optim.Optimizer):
     """
 
     _step_supports_amp_scaling = True
+    _in_backward: InBackward | None = None
+    # Set by `buffers.allocate`.
+    _work: WorkSpace
+    _ranking: Ranking
+    _spare: ActiveSet
+    _first_tile: list[int]
+    _versions: list[int]
 
     def __init__(
         self,
@@ -120,10 +124,8 @@ class MaskedAdamW(torch.optim.Optimizer):
         self._fingerprints: list[str] = []
         self._hyper: Rows = []  # what the device knows of the groups' numbers
         self._active = ActiveSet.empty(self._pool, budget, self._device)
-        self._spare: ActiveSet
         self._touched = Touched(torch.empty(0, dtype=torch.int64, device=self._device))
-        self._in_backward: InBackward | None = None
-        self._allocate_work()
+        buffers.allocate(self)
         self.fuse_backward = fuse_backward
 
     @property
@@ -133,19 +135,11 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     @fuse_backward.setter
     def fuse_backward(self, wanted: bool) -> None:
-        self._check_idle("a change of fuse_backward")
-        if wanted:
-            check_fusable(self.importance, self.selection, self.capturable)
-            if self.max_grad_norm is None:
-                warn_of_clipping()
-        if self._in_backward is not None:
-            self._in_backward.detach()
-        self._in_backward = InBackward(self) if wanted else None
+        self._in_backward = switched(self, wanted)
 
     def _check_idle(self, what: str) -> None:
-        fused: InBackward | None = getattr(self, "_in_backward", None)  # None: under construction
-        if fused is not None:
-            fused.check_idle(what)
+        if self._in_backward is not None:
+            self._in_backward.check_idle(what)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients, those that `fuse_backward=True` has taken, too."""
@@ -168,6 +162,8 @@ class MaskedAdamW(torch.optim.Optimizer):
         grads = fused.take_rest() if fused else readable_grads(self._pool, self._names)
         dense_grads = readable_grads(self._dense, self._dense_names)
         if not any(grad.numel() for grad in grads + dense_grads):
+            if fused:
+                fused.discard()
             return loss
         self._prepare()
         bound = self._ops.bind(grads, self._pool, self._work.table)
@@ -209,7 +205,7 @@ class MaskedAdamW(torch.optim.Optimizer):
             written = [
                 i for i, (param, version) in enumerate(versions) if param._version != version
             ]
-            self._refresh(written)
+            buffers.refresh(self, written)
 
     def _scan(self, bound: Any, dense_grads: Sequence[Tensor]) -> None:
         active, work = self._active, self._work
@@ -278,7 +274,7 @@ class MaskedAdamW(torch.optim.Optimizer):
             if self._fingerprints:
                 known = len(self._fingerprints)
                 self._fingerprints += [fingerprint(param) for param in self._pool[known:]]
-            self._reallocate(self._targets, self._active.position.numel())
+            buffers.reallocate(self, self._targets, self._active.position.numel())
 
     def _index_params(self) -> None:
         """List the pool (groups of unmask="rank") and the dense parameters, with names."""
@@ -300,28 +296,6 @@ class MaskedAdamW(torch.optim.Optimizer):
         self._group_index = [row for _, _, row in pool]
         self._device = next(iter(self._pool + self._dense), torch.empty(0)).device
 
-    def _allocate_work(self) -> None:
-        """(Re)build the work space for the pool, the targets and the capacity at hand."""
-        capacity = self._active.position.numel()
-        quota = max_quota(self._targets, capacity)
-        tiles = (-(-param.numel() // self._ops.TILE) for param in self._pool)
-        self._first_tile = [0, *accumulate(tiles)]  # of each tensor, known to the host
-        self._work = WorkSpace.empty(
-            self._pool, self._group_index, len(self.param_groups), capacity, quota, self._ops.TILE,
-            needs_param_bound(self.importance, self.selection),
-            self._ops.scratch_bytes(self._first_tile[-1], capacity, quota), self._device,
-        )  # fmt: skip
-        self._hyper = []  # nothing there yet
-        self._ranking = Ranking.empty(self.importance, self.selection, self._work)
-        spare = capacity if self.selection.replaces else 0
-        self._spare = ActiveSet.empty(self._pool, spare, self._device)
-        if isinstance(self.importance, Scores):
-            self.importance.check_names(self._names)
-        self.refresh()
-        if self._in_backward is not None:
-            self._in_backward.detach()
-            self._in_backward = InBackward(self)
-
     def _pool_size(self) -> int:
         """Entries that may be unmasked: those of the pool that require gradients."""
         return sum(param.numel() for param in self._pool if param.requires_grad)
@@ -336,22 +310,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         Writes that autograd sees (`param._version`) are noticed by themselves; call this after
         writing through `param.data`.
         """
-        self._refresh(range(len(self._pool)))
-
-    @torch.no_grad()
-    def _refresh(self, indices: Any) -> None:
-        bound = self._work.param_bound
-        for index in indices:
-            param = self._pool[index]
-            if bound.numel():
-                first, last = self._first_tile[index : index + 2]
-                bound[first:last] = tile_abs_max(param, self._ops.TILE)
-            state = self._active.segment(index)
-            if "master" in state:
-                value = param.view(-1)[state["position"].long()]
-                stale = state["master"].to(param.dtype) != value
-                state["master"][stale] = value[stale].float()
-        self._versions = [param._version for param in self._pool]
+        buffers.refresh(self, range(len(self._pool)))
 
     def extend(self, *, budget: int | float | None = None, total_steps: int | None = None) -> None:
         """Change the budget or the steps in the middle of a run; what is active stays active.
@@ -363,31 +322,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         Raises:
             ValueError: if the budget is below the entries that are active already.
         """
-        current = int(self._targets[-1]), self._targets.numel() - 1
-        selection = replace(self.selection, budget=current[0] if budget is None else budget)
-        if isinstance(selection, Increment):
-            steps = current[1] if total_steps is None else total_steps
-            selection = replace(selection, total_steps=steps)
-        elif total_steps is not None:
-            raise ValueError("a static selection has no total_steps; give only budget")
-        entries = resolve_budget(selection.budget, self._pool_size())
-        num_active = int(self._active.progress[1])
-        if entries < num_active:
-            raise ValueError(f"budget {entries} is below the {num_active} entries already active")
-        self._check_idle("extend()")
-        self._reallocate(selection.targets(entries), entries)
-        self.selection = selection
-
-    def _reallocate(self, targets: Tensor, capacity: int) -> None:
-        """Adopt a schedule table; move the active set into buffers for another pool or capacity."""
-        segments = [self._active.segment(index) for index in range(len(self._pool))]
-        for param, segment in zip(self._pool, segments, strict=True):
-            values = param.detach().view(-1)[segment["position"].long()]
-            segment.setdefault("master", values.float())
-        grown = ActiveSet.empty(self._pool, capacity, self._device)
-        grown.fill(segments, self._active.progress)
-        self._active, self._targets = grown, targets.to(self._device)
-        self._allocate_work()
+        buffers.extend(self, budget, total_steps)
 
     def state_dict(self) -> dict[str, Any]:
         """State in torch's form, plus "unmask" (counts, schedule, fingerprints) under "state".
@@ -431,11 +366,8 @@ class MaskedAdamW(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Hooks are not copied: a copy registers its own on its own parameters."""
         super().__setstate__(state)
-        if self.__dict__.get("_in_backward") is True:
-            self._in_backward = None
-            self._in_backward = InBackward(self)
-        elif self.__dict__.get("_in_backward") is False:
-            self._in_backward = None
+        if "_in_backward" in state:
+            self._in_backward = InBackward(self) if state["_in_backward"] else None
 
     @property
     def grad_norm(self) -> Tensor:
