@@ -98,7 +98,7 @@ def assert_pool_is_free(optimizer: MaskedAdamW) -> None:
 
 
 def train_both(dtype, steps, overflows=(), **options) -> list[MaskedAdamW]:
-    """Train with and without, compared after every step; with loss scaling if there are overflows"""
+    """Train with and without, compared after every step; overflows bring loss scaling."""
     nets = [new_net(dtype) for _ in range(2)]
     optimizers = [
         build(net, fuse, **options) for net, fuse in zip(nets, (True, False), strict=True)
@@ -226,7 +226,7 @@ def test_schedulers_and_closures_work_as_ever():
 
     losses = []
     for _ in range(6):
-        losses.append(float(optimizer.step(closure)))
+        losses.append(optimizer.step(closure).item())
         schedule.step()
     assert optimizer.metrics()["step"] == 6
     assert losses[-1] < losses[0]
@@ -337,6 +337,7 @@ def test_zero_grad_between_backward_and_step_discards():
     assert optimizer.metrics()["step"] == 0
     backward(net)
     optimizer.step()
+    optimizer.zero_grad()
     optimizer.step()  # nothing came since
     assert optimizer.metrics()["step"] == 1
 
@@ -408,7 +409,9 @@ def test_switched_off_and_on_between_steps():
         lambda optimizer: setattr(optimizer, "fuse_backward", False),
         lambda optimizer: optimizer.extend(budget=400),
         lambda optimizer: optimizer.load_state_dict(optimizer.state_dict()),
-        lambda optimizer: optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]}),
+        lambda optimizer: optimizer.add_param_group(
+            {"params": [("new", nn.Parameter(torch.ones(3)))]}
+        ),
         copy.deepcopy,
     ],
 )
@@ -543,6 +546,21 @@ def test_several_processes_are_refused(monkeypatch):
     optimizer.zero_grad()
     backward(net)
     optimizer.step()
+
+
+def test_ddp_of_one_process_is_refused_at_the_step():
+    """Its reducer writes gradients back after ours were taken."""
+    distributed = torch.distributed
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        net = new_net()
+        optimizer = build(net, fuse=True)
+        wrapped = nn.parallel.DistributedDataParallel(net)
+        backward(wrapped)
+        with pytest.raises(RuntimeError, match="averaged by DistributedDataParallel"):
+            optimizer.step()
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_torchs_scaler_is_refused():
