@@ -14,7 +14,7 @@ from sparse_optim.active_set import ActiveSet, WorkSpace, max_quota
 from sparse_optim.importance import Scores
 from sparse_optim.in_backward import InBackward
 from sparse_optim.ranking import Ranking, needs_param_bound
-from sparse_optim.reference import tile_abs_max
+from sparse_optim.scoring import tile_abs_max
 from sparse_optim.selection import Increment, resolve_budget
 
 if TYPE_CHECKING:

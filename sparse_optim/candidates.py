@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_optim import reference
+from sparse_optim import scoring
 from sparse_optim.active_set import WorkSpace
 from sparse_optim.importance import D3
+from sparse_optim.schedule import step_quota
 
 # Units in the last place that bounds are raised by: `pow` is neither exact nor monotone.
 POW_MARGIN = 16
@@ -70,7 +71,7 @@ class Candidates:
         self._index: list[Tensor] = []
         self._grad: list[Tensor] = []
         self._param: list[Tensor] = []
-        self._quota = reference.step_quota(self._targets, self._progress, self._max_quota)
+        self._quota = step_quota(self._targets, self._progress, self._max_quota)
         self._floor = torch.ones((), dtype=torch.int32, device=self._least.device)
 
     @property
@@ -153,10 +154,8 @@ class Candidates:
         if self._importance.exp != 0:
             magnitude = tile_max.view(torch.float32)
             param = param_bound if param_bound.numel() else torch.zeros_like(magnitude)
-            score = reference.importance(
-                magnitude, param, self._importance.exp, self._importance.eps
-            )
-            bound = reference.importance_key(score)
+            score = scoring.importance(magnitude, param, self._importance.exp, self._importance.eps)
+            bound = scoring.importance_key(score)
             bound = torch.where(bound > 0, bound + POW_MARGIN, 0)
         return bound >= self._floor
 
@@ -180,10 +179,10 @@ class Candidates:
             return
         grad = torch.cat(self._grad)[order]
         param = torch.cat(self._param)[order] if self._param else grad
-        tile_max = reference.tile_abs_max(grad, self._ops.TILE).view(torch.int32)
+        tile_max = scoring.tile_abs_max(grad, self._ops.TILE).view(torch.int32)
         param_bound = param.new_empty(0)
         if self._importance.exp < 0:
-            param_bound = reference.tile_abs_max(param, self._ops.TILE)
+            param_bound = scoring.tile_abs_max(param, self._ops.TILE)
         tiles = tile_max.numel()
         self._cut(
             self._ops.bind([grad], [param], self._table), order[:0].int(),

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from sparse_optim import reference
 from sparse_optim.candidates import Candidates
 from sparse_optim.importance import D3
+from sparse_optim.norm import clip_factor
 from sparse_optim.parameters import readable_grads
 
 if TYPE_CHECKING:
@@ -248,7 +248,7 @@ class InBackward:
                 norm, self._unused, self._found_inf, work.scratch,
             )  # fmt: skip
         work.found_inf.copy_(torch.maximum(work.found_inf, self._found_inf))
-        reference.clip_factor(
+        clip_factor(
             self._norms, work.grad_scale, optimizer.max_grad_norm or math.inf, work.grad_norm,
             work.grad_factor,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The norm of all gradients from those of the tensors, and what it clips by: part of the specification.
+"""The norm of all gradients from those of the tensors, and the clip factor (the specification).
 
 As torch.nn.utils.clip_grad_norm_ takes it, so that tensors may be read one by one, in any order.
 """

@@ -15,7 +15,7 @@ from sparse_optim.delta import Delta
 from sparse_optim.dense import dense_adamw_step
 from sparse_optim.export import delta_of, metrics_of
 from sparse_optim.fingerprint import fingerprint
-from sparse_optim.importance import Importance
+from sparse_optim.importance import D3, Importance
 from sparse_optim.in_backward import InBackward, switched
 from sparse_optim.parameters import (
     check_method,
@@ -116,7 +116,8 @@ class MaskedAdamW(torch.optim.Optimizer):
         }  # fmt: skip
         super().__init__(params, defaults)
         self.backend = backends.resolve(backend, self._device)
-        check_rejected(capturable, differentiable, self._device, self.backend)
+        waits = selection.replaces or not isinstance(importance, D3)
+        check_rejected(capturable, differentiable, self._device, self.backend, waits)
         self.capturable = capturable
         ranked = any(group["unmask"] == "rank" for group in self.param_groups)
         budget = resolve_budget(selection.budget, self._pool_size()) if ranked else 0

@@ -16,7 +16,7 @@ from sparse_optim import backends
 from sparse_optim.active_set import WorkSpace
 from sparse_optim.candidates import Candidates
 from sparse_optim.importance import D3
-from sparse_optim.reference import tile_abs_max
+from sparse_optim.scoring import tile_abs_max
 
 SIZES = (700, 0, 33, 2000, 5, 1500, 1024, 40, 3000)
 
