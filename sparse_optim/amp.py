@@ -51,12 +51,27 @@ class GradScaler(torch.amp.GradScaler):
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
         """Step unless a gradient is infinite or NaN; see torch.amp.GradScaler.step."""
-        result = super().step(optimizer, *args, **kwargs)
-        if self._enabled and _will_scan(optimizer):
-            found = self._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
-            for flag in found.values():
-                flag.copy_(optimizer._work.found_inf)  # type: ignore[attr-defined]
+        if not (self._enabled and _will_scan(optimizer)):
+            return super().step(optimizer, *args, **kwargs)
+        ours: Any = optimizer
+        ours._tells_found_inf = True
+        try:
+            result = super().step(optimizer, *args, **kwargs)
+        finally:
+            del ours._tells_found_inf
+        found = self._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
+        for flag in found.values():
+            flag.copy_(ours._work.found_inf)
         return result
+
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+        """Divide the gradients by the scale, as in torch; there are none with `fuse_backward`."""
+        if self._enabled and isinstance(optimizer, MaskedAdamW) and optimizer.fuse_backward:
+            raise RuntimeError(
+                "unscale_ finds no gradients with fuse_backward=True; leave it out: step() "
+                "unscales by itself, and clips if the optimizer was given max_grad_norm"
+            )
+        super().unscale_(optimizer)
 
 
 def _will_scan(optimizer: torch.optim.Optimizer) -> bool:
@@ -64,4 +79,6 @@ def _will_scan(optimizer: torch.optim.Optimizer) -> bool:
     if not isinstance(optimizer, MaskedAdamW):
         return False
     params = optimizer._pool + optimizer._dense
+    if optimizer._in_backward is not None and optimizer._in_backward.holds_any:
+        return True
     return any(param.grad is not None and param.grad.numel() for param in params)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sparse_optim import buffers
 from sparse_optim.active_set import ENTRY_FIELDS, Touched
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def unpack(optimizer: MaskedAdamW, ours: dict[str, Any]) -> None:
             "(budget %d, %d steps); extend() changes it",
             capacity, targets.numel() - 1, int(before[-1]), before.numel() - 1,
         )  # fmt: skip
-    optimizer._reallocate(targets.clone(), capacity)
+    buffers.reallocate(optimizer, targets.clone(), capacity)
     optimizer._active.fill(ours["segments"], unmask["progress"])
     if "touched" in unmask:
         optimizer._touched = Touched(unmask["touched"].to(optimizer._device, copy=True))

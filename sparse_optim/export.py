@@ -79,6 +79,7 @@ def metrics_of(optimizer: MaskedAdamW) -> dict[str, int | float | str]:
             optimizer._active, optimizer._work, optimizer._spare, optimizer._ranking
         )
         + optimizer._touched.nbytes
+        + (optimizer._in_backward.nbytes if optimizer._in_backward else 0)
         + optimizer._targets.nbytes
         + sum(tensor.nbytes for tensor in dense),
         **{f"active/{name}": count for name, count in zip(optimizer._names, counts, strict=True)},

@@ -31,7 +31,7 @@ class IncrementalMaskedAdamW(MaskedAdamW):
             the number of entries unmasked so far.
         unmask_steps: spend the budget in so many steps instead of `total_steps`.
         max_grad_norm, bias_correction, backend, maximize: as in `MaskedAdamW`.
-        foreach, capturable, differentiable, fused: as in `MaskedAdamW`.
+        foreach, capturable, differentiable, fused, fuse_backward: as in `MaskedAdamW`.
 
     Example:
         >>> import torch
@@ -71,6 +71,7 @@ class IncrementalMaskedAdamW(MaskedAdamW):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        fuse_backward: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -89,4 +90,5 @@ class IncrementalMaskedAdamW(MaskedAdamW):
             capturable=capturable,
             differentiable=differentiable,
             fused=fused,
+            fuse_backward=fuse_backward,
         )

@@ -3,35 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import replace
-from itertools import accumulate
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparse_optim import backends, checkpoint
-from sparse_optim.active_set import ActiveSet, Touched, WorkSpace, max_quota
+from sparse_optim import backends, buffers, checkpoint
+from sparse_optim.active_set import ActiveSet, Touched, WorkSpace
 from sparse_optim.delta import Delta
 from sparse_optim.dense import dense_adamw_step
 from sparse_optim.export import delta_of, metrics_of
 from sparse_optim.fingerprint import fingerprint
-from sparse_optim.importance import D3, Importance, Scores
+from sparse_optim.importance import D3, Importance
+from sparse_optim.in_backward import InBackward, switched
 from sparse_optim.parameters import (
     bind_grads,
-    check_group_options,
     check_method,
-    check_param,
+    check_new_group,
     check_rejected,
     check_together,
     normalize_group,
     readable_grads,
 )
-from sparse_optim.ranking import Ranking, needs_param_bound, rank
+from sparse_optim.ranking import Ranking, rank
+from sparse_optim.replacing import replace_active_set
 from sparse_optim.scalars import Rows, check_capture, hyper_rows, write_hyper, write_scalar
-from sparse_optim.scoring import tile_abs_max
-from sparse_optim.selection import Increment, Selection, resolve_budget
+from sparse_optim.selection import Selection, resolve_budget
 
 
 class MaskedAdamW(torch.optim.Optimizer):
@@ -66,6 +64,11 @@ class MaskedAdamW(torch.optim.Optimizer):
             other hyper-parameters stay. The schedule of unmasking goes on.
         foreach, fused: accepted so that AdamW's arguments can stay as they are; the step is always
             fused.
+        fuse_backward: take each gradient when the backward pass has produced it, and free it: no
+            gradient buffer (see `sparse_optim.in_backward`). `clip_grad_norm_` then sees no
+            gradients, clips nothing and returns 0: clip by `max_grad_norm` (`math.inf` says that
+            none is wanted). The same results bit for bit; no gradient accumulation. D3 with
+            `Increment` or `Static`, in one process.
 
     Raises:
         ValueError, TypeError: names the argument or parameter, what arrived, what to do.
@@ -74,6 +77,13 @@ class MaskedAdamW(torch.optim.Optimizer):
     """
 
     _step_supports_amp_scaling = True
+    _in_backward: InBackward | None = None
+    # Set by `buffers.allocate`.
+    _work: WorkSpace
+    _ranking: Ranking
+    _spare: ActiveSet
+    _first_tile: list[int]
+    _versions: list[int]
 
     def __init__(
         self,
@@ -94,6 +104,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        fuse_backward: bool = False,
     ) -> None:
         check_method(importance, selection, max_grad_norm, bias_correction)
         self.importance = importance
@@ -115,9 +126,28 @@ class MaskedAdamW(torch.optim.Optimizer):
         self._fingerprints: list[str] = []
         self._hyper: Rows = []  # what the device knows of the groups' numbers
         self._active = ActiveSet.empty(self._pool, budget, self._device)
-        self._spare: ActiveSet
         self._touched = Touched(torch.empty(0, dtype=torch.int64, device=self._device))
-        self._allocate_work()
+        buffers.allocate(self)
+        self.fuse_backward = fuse_backward
+
+    @property
+    def fuse_backward(self) -> bool:
+        """Whether gradients are taken during the backward pass; may be changed between steps."""
+        return self._in_backward is not None
+
+    @fuse_backward.setter
+    def fuse_backward(self, wanted: bool) -> None:
+        self._in_backward = switched(self, wanted)
+
+    def _check_idle(self, what: str) -> None:
+        if self._in_backward is not None:
+            self._in_backward.check_idle(what)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients, those that `fuse_backward=True` has taken, too."""
+        super().zero_grad(set_to_none)
+        if self._in_backward is not None:
+            self._in_backward.discard()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -130,13 +160,21 @@ class MaskedAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        bound, grads = bind_grads(self._ops.bind, self._pool, self._names, self._work.table)
+        fused = self._in_backward
+        if fused:
+            bound, grads = fused.take_rest()
+        else:
+            bound, grads = bind_grads(self._ops.bind, self._pool, self._names, self._work.table)
         dense_grads = readable_grads(self._dense, self._dense_names)
         if not any(grad.numel() for grad in grads + dense_grads):
+            if fused:
+                fused.discard()
             return loss
         self._prepare()
-        if self.selection.replaces:
-            self._replace(bound, grads, dense_grads)
+        if fused:
+            fused.finish(bound, dense_grads)
+        elif self.selection.replaces:
+            replace_active_set(self, bound, grads, dense_grads)
         else:
             self._scan(bound, dense_grads)
             self._cut(bound, grads)
@@ -145,6 +183,8 @@ class MaskedAdamW(torch.optim.Optimizer):
         unscaled = self.max_grad_norm is None and getattr(self, "grad_scale", None) is None
         factor = None if unscaled else self._work.grad_factor
         dense_adamw_step(self, dense_grads, factor, self._work.found_inf)
+        if fused:
+            fused.end()
         return loss
 
     def _prepare(self) -> None:
@@ -160,39 +200,24 @@ class MaskedAdamW(torch.optim.Optimizer):
         write_scalar(work.found_inf, getattr(self, "found_inf", None), 0.0)
         if not self._fingerprints:
             self._fingerprints = [fingerprint(param) for param in self._pool]
+        self._notice_writes()
+
+    def _notice_writes(self) -> None:
+        """Take over parameter values that others have written since the last step."""
         if self._keeps_values:
             versions = zip(self._pool, self._versions, strict=True)
             written = [
                 i for i, (param, version) in enumerate(versions) if param._version != version
             ]
-            self._refresh(written)
+            buffers.refresh(self, written)
 
-    def _scan(self, bound: Any, dense_grads: list[Tensor]) -> None:
+    def _scan(self, bound: Any, dense_grads: Sequence[Tensor]) -> None:
         active, work = self._active, self._work
         self._ops.scan(
             bound, dense_grads, active.position, active.offsets, work.tile_offsets,
             work.grad_scale, self.max_grad_norm or math.inf, self._ops.TILE, work.tile_max,
             work.active_grad, work.grad_norm, work.grad_factor, work.found_inf, work.scratch,
         )  # fmt: skip
-
-    def _replace(self, bound: Any, grads: list[Tensor], dense_grads: list[Tensor]) -> None:
-        """Rank all entries anew into a fresh set; those of the last one keep their state."""
-        before, self._active = self._active, self._spare
-        self._active.clear(before.progress)
-        try:
-            self._scan(bound, dense_grads)
-            self._cut(bound, grads)
-            self._append(bound)
-        except BaseException:
-            self._active = before
-            raise
-        if self._work.found_inf:
-            self._active = before
-            return
-        sizes = torch.tensor([param.numel() for param in self._pool], device=self._device)
-        self._active.carry_over(before, sizes)
-        self._touched.add(self._active.global_index(sizes))
-        self._spare = before
 
     def _cut(self, bound: Any, grads: list[Tensor]) -> None:
         active, work = self._active, self._work
@@ -239,12 +264,8 @@ class MaskedAdamW(torch.optim.Optimizer):
             ValueError, TypeError: as the constructor; the optimizer is then unchanged.
         """
         group = normalize_group(param_group)
-        probe = {**self.defaults, **group}
-        check_group_options(probe)
-        for number, item in enumerate(group["params"]):
-            name, param = item if isinstance(item, tuple) else (f"parameter {number}", item)
-            if isinstance(param, Tensor):
-                check_param(param, name, probe["unmask"])
+        check_new_group({**self.defaults, **group})
+        self._check_idle("add_param_group()")
         super().add_param_group(group)
         try:
             self._index_params()
@@ -257,7 +278,7 @@ class MaskedAdamW(torch.optim.Optimizer):
             if self._fingerprints:
                 known = len(self._fingerprints)
                 self._fingerprints += [fingerprint(param) for param in self._pool[known:]]
-            self._reallocate(self._targets, self._active.position.numel())
+            buffers.reallocate(self, self._targets, self._active.position.numel())
 
     def _index_params(self) -> None:
         """List the pool (groups of unmask="rank") and the dense parameters, with names."""
@@ -279,25 +300,6 @@ class MaskedAdamW(torch.optim.Optimizer):
         self._group_index = [row for _, _, row in pool]
         self._device = next(iter(self._pool + self._dense), torch.empty(0)).device
 
-    def _allocate_work(self) -> None:
-        """(Re)build the work space for the pool, the targets and the capacity at hand."""
-        capacity = self._active.position.numel()
-        quota = max_quota(self._targets, capacity)
-        tiles = (-(-param.numel() // self._ops.TILE) for param in self._pool)
-        self._first_tile = [0, *accumulate(tiles)]  # of each tensor, known to the host
-        self._work = WorkSpace.empty(
-            self._pool, self._group_index, len(self.param_groups), capacity, quota, self._ops.TILE,
-            needs_param_bound(self.importance, self.selection),
-            self._ops.scratch_bytes(self._first_tile[-1], capacity, quota), self._device,
-        )  # fmt: skip
-        self._hyper = []  # nothing there yet
-        self._ranking = Ranking.empty(self.importance, self.selection, self._work)
-        spare = capacity if self.selection.replaces else 0
-        self._spare = ActiveSet.empty(self._pool, spare, self._device)
-        if isinstance(self.importance, Scores):
-            self.importance.check_names(self._names)
-        self.refresh()
-
     def _pool_size(self) -> int:
         """Entries that may be unmasked: those of the pool that require gradients."""
         return sum(param.numel() for param in self._pool if param.requires_grad)
@@ -312,22 +314,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         Writes that autograd sees (`param._version`) are noticed by themselves; call this after
         writing through `param.data`.
         """
-        self._refresh(range(len(self._pool)))
-
-    @torch.no_grad()
-    def _refresh(self, indices: Any) -> None:
-        bound = self._work.param_bound
-        for index in indices:
-            param = self._pool[index]
-            if bound.numel():
-                first, last = self._first_tile[index : index + 2]
-                bound[first:last] = tile_abs_max(param, self._ops.TILE)
-            state = self._active.segment(index)
-            if "master" in state:
-                value = param.view(-1)[state["position"].long()]
-                stale = state["master"].to(param.dtype) != value
-                state["master"][stale] = value[stale].float()
-        self._versions = [param._version for param in self._pool]
+        buffers.refresh(self, range(len(self._pool)))
 
     def extend(self, *, budget: int | float | None = None, total_steps: int | None = None) -> None:
         """Change the budget or the steps in the middle of a run; what is active stays active.
@@ -339,30 +326,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         Raises:
             ValueError: if the budget is below the entries that are active already.
         """
-        current = int(self._targets[-1]), self._targets.numel() - 1
-        selection = replace(self.selection, budget=current[0] if budget is None else budget)
-        if isinstance(selection, Increment):
-            steps = current[1] if total_steps is None else total_steps
-            selection = replace(selection, total_steps=steps)
-        elif total_steps is not None:
-            raise ValueError("a static selection has no total_steps; give only budget")
-        entries = resolve_budget(selection.budget, self._pool_size())
-        num_active = int(self._active.progress[1])
-        if entries < num_active:
-            raise ValueError(f"budget {entries} is below the {num_active} entries already active")
-        self._reallocate(selection.targets(entries), entries)
-        self.selection = selection
-
-    def _reallocate(self, targets: Tensor, capacity: int) -> None:
-        """Adopt a schedule table; move the active set into buffers for another pool or capacity."""
-        segments = [self._active.segment(index) for index in range(len(self._pool))]
-        for param, segment in zip(self._pool, segments, strict=True):
-            values = param.detach().view(-1)[segment["position"].long()]
-            segment.setdefault("master", values.float())
-        grown = ActiveSet.empty(self._pool, capacity, self._device)
-        grown.fill(segments, self._active.progress)
-        self._active, self._targets = grown, targets.to(self._device)
-        self._allocate_work()
+        buffers.extend(self, budget, total_steps)
 
     def state_dict(self) -> dict[str, Any]:
         """State in torch's form, plus "unmask" (counts, schedule, fingerprints) under "state".
@@ -384,6 +348,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         Raises:
             ValueError: the state does not fit these parameters; the optimizer is then unchanged.
         """
+        self._check_idle("load_state_dict()")
         ours, torchs = checkpoint.split(self, state_dict)
         super().load_state_dict(torchs)
         checkpoint.unpack(self, ours)
@@ -398,7 +363,15 @@ class MaskedAdamW(torch.optim.Optimizer):
         }
         # A copy's parameters count their versions anew: none of them is known.
         kept["_versions"] = [-1] * len(self._pool)
+        self._check_idle("a copy")
+        kept["_in_backward"] = self.fuse_backward
         return {**super().__getstate__(), **kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Hooks are not copied: a copy registers its own on its own parameters."""
+        super().__setstate__(state)
+        if "_in_backward" in state:
+            self._in_backward = InBackward(self) if state["_in_backward"] else None
 
     @property
     def grad_norm(self) -> Tensor:

@@ -148,6 +148,15 @@ def check_param(param: Tensor, name: str, mode: str) -> None:
         raise ValueError(f"{who} has more than {MAX_TENSOR_ENTRIES} entries; split the tensor")
 
 
+def check_new_group(group: dict[str, Any]) -> None:
+    """Raise ValueError or TypeError where a group's options or parameters cannot be optimized."""
+    check_group_options(group)
+    for number, item in enumerate(group["params"]):
+        name, param = item if isinstance(item, tuple) else (f"parameter {number}", item)
+        if isinstance(param, Tensor):
+            check_param(param, name, group["unmask"])
+
+
 def check_together(params: Sequence[Tensor], names: Sequence[str]) -> None:
     """Raise ValueError where parameters lie on several devices, share memory or are too many."""
     if sum(param.numel() for param in params) > MAX_POOL_ENTRIES:

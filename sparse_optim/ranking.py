@@ -134,7 +134,7 @@ def _scores(
         ones = torch.ones(
             max(grad.numel() for grad in grads), dtype=torch.bfloat16, device=params[0].device
         )
-        return [ones[: grad.numel()] for grad in grads]
+        return [ones[: grad.numel()].view(grad.shape) for grad in grads]
     if isinstance(importance, D3) and importance.exp == 0:
         return list(grads)
     scores = []

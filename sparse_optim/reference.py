@@ -28,13 +28,14 @@ Reference: Agarwal et al. 2025, Step-by-Step Unmasking, TACL 13:1767-1788, Algor
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from sparse_optim.norm import clip_factor, tensor_norm
+from sparse_optim.schedule import step_quota
 from sparse_optim.scoring import importance, importance_key, perturbed, tiles_of
 
 TILE = 512
@@ -105,8 +106,7 @@ def scan(
 
         tile_max[j]    <- max over frozen entries of tile j of the bits of |grad|
         active_grad[i] <- grad at active entry i
-        grad_norm      <- sqrt(sum of grad^2) / grad_scale, over all gradients
-        grad_factor    <- min(1, max_grad_norm / (grad_norm + 1e-6)) / grad_scale
+        grad_norm, grad_factor <- `clip_factor` of the norms of all gradients
         found_inf      <- 1 if it was 1 or any gradient is infinite or NaN
 
     Args:
@@ -125,7 +125,7 @@ def scan(
         found_inf: (), float32, 0 or 1. Mutated.
         scratch: uint8, `scratch_bytes` long.
     """
-    sum_of_squares, non_finite = 0.0, False
+    norms, non_finite = [0.0], False
     for index, grad in enumerate(bound.grads):
         keys = tile_max[int(tile_offsets[index]) : int(tile_offsets[index + 1])]
         if grad.numel() == 0:
@@ -139,16 +139,13 @@ def scan(
         non_finite |= bool((bits >= INFINITY_BITS).any())
         bits[active] = 0
         keys.copy_(tiles_of(bits, tile).amax(dim=1))
-        sum_of_squares += float(tiles_of(flat.square(), tile).sum(dim=1).double().sum())
+        norms.append(tensor_norm(flat, tile))
     for grad in dense_grads:
         flat = grad.reshape(-1).float()
         non_finite |= not bool(flat.isfinite().all())
-        sum_of_squares += float(tiles_of(flat.square(), tile).sum(dim=1).double().sum())
-    scale = float(grad_scale)
-    norm = math.sqrt(sum_of_squares) / scale
-    clip = 1.0 if math.isinf(max_grad_norm) else min(1.0, max_grad_norm / (norm + 1e-6))
-    grad_norm.fill_(norm)
-    grad_factor.fill_(clip / scale)
+        norms.append(tensor_norm(flat, tile))
+    tensor_norms = torch.tensor(norms, dtype=torch.float64, device=grad_norm.device)
+    clip_factor(tensor_norms, grad_scale, max_grad_norm, grad_norm, grad_factor)
     if non_finite:
         found_inf.fill_(1.0)
 
@@ -208,7 +205,7 @@ def cut(
 ) -> None:
     """Find the frozen entries of greatest importance, exactly as many as the schedule asks for.
 
-        quota <- min(targets[min(step + 1, T)] - active, max_quota), 0 if found_inf
+        quota <- `step_quota`, 0 if found_inf
         new   <- the first `quota` frozen entries in (importance descending, global index
                  ascending) order, leaving out those of zero importance; listed in global order
 
@@ -230,9 +227,7 @@ def cut(
         threshold: (), float32, least importance among the new entries. Mutated if there is one.
         scratch: uint8.
     """
-    step, num_active = int(progress[0]), int(progress[1])
-    target = int(targets[min(step + 1, targets.numel() - 1)])
-    quota = 0 if found_inf else min(max(target - num_active, 0), new_position.numel())
+    quota = 0 if found_inf else int(step_quota(targets, progress, new_position.numel()))
     new_count.zero_()
     if quota == 0:
         return

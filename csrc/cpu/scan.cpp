@@ -6,7 +6,9 @@
 //
 // Bytes: one read of the gradient (4 N in float32, 2 N in bfloat16), 4 per tile and 12 per active
 // entry. The maxima are exact integers; sums are float32 in a tile, float64 above, in an order
-// that threads do not change (the width of the machine's vectors does).
+// that threads do not change (the width of the machine's vectors does). The norm is that of the
+// tensors' norms, so that tensors scanned one by one, in any order, give the same bits.
+#include <cmath>
 #include <type_traits>
 
 #include "cpu/peaks.h"
@@ -120,10 +122,14 @@ ScanResult scan(const Threads& threads, const std::vector<PoolTensor>& pool,
     });
   });
 
-  Peaks total;
-  for (const Peaks& partial : partials) {
-    total.squares += partial.squares;
-    total.bits = std::max(total.bits, partial.bits);
+  Peaks total, tensor;
+  for (size_t i = 0; i < tasks.size(); ++i) {
+    tensor.squares += partials[i].squares;
+    total.bits = std::max(total.bits, partials[i].bits);
+    if (i + 1 < tasks.size() && tasks[i + 1].tensor == tasks[i].tensor) continue;
+    const double norm = std::sqrt(tensor.squares);
+    total.squares += norm * norm;
+    tensor.squares = 0.0;
   }
   return {total.squares, total.bits >= kInfinityBits};
 }

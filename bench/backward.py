@@ -1,0 +1,220 @@
+"""Whole training steps with and without a gradient buffer: python -m bench.backward
+
+Forward, backward and optimizer step of ID3 with and without `fuse_backward`, and of fused AdamW, in
+turns within one process, on models of random weights and tokens. Memory by allocation trace:
+
+    gradients   greatest bytes of parameter gradients alive at once, looked at whenever one arrives
+    live        greatest bytes that torch holds at once on top of what it held before the step
+
+Written to bench/results/cpu-backward-<date>.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from bench import environment
+from bench.subjects import LR, midway
+from bench.timing import Subject, interleave
+
+RESULTS = environment.ROOT / "bench" / "results"
+BUDGET, QUOTA = 320_000, 320
+KINDS = ("ordinary", "fused", "AdamW")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A configuration of transformers with random weights, and its batch.
+
+    Attributes:
+        kind: "bert" or "llama".
+        sizes: arguments of the configuration.
+        batch, length: sequences, tokens in each.
+    """
+
+    kind: str
+    sizes: dict[str, Any]
+    batch: int
+    length: int
+
+    def build(self) -> torch.nn.Module:
+        """The model in training mode, without dropout: kinds must do the same arithmetic."""
+        import transformers
+
+        torch.manual_seed(0)
+        if self.kind == "llama":
+            return transformers.LlamaForCausalLM(transformers.LlamaConfig(**self.sizes)).train()
+        config = transformers.BertConfig(
+            **self.sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+        )
+        return transformers.BertForSequenceClassification(config).train()
+
+    def inputs(self) -> dict[str, Tensor]:
+        """Random tokens; labels are the tokens, or random classes."""
+        generator = torch.Generator().manual_seed(1)
+        size = (self.batch, self.length)
+        tokens = torch.randint(self.sizes["vocab_size"], size, generator=generator)
+        classes = torch.randint(2, (self.batch,), generator=generator)
+        return {"input_ids": tokens, "labels": tokens if self.kind == "llama" else classes}
+
+
+def _bert(hidden: int, layers: int, intermediate: int) -> dict[str, Any]:
+    return {
+        "vocab_size": 30522, "hidden_size": hidden, "num_hidden_layers": layers,
+        "num_attention_heads": 12, "intermediate_size": intermediate,
+    }  # fmt: skip
+
+
+MODELS = {
+    "tiny": Model("bert", {**_bert(24, 2, 48), "vocab_size": 1000}, 2, 8),  # for tests
+    "MiniLM": Model("bert", _bert(384, 6, 1536), 16, 48),
+    "BERT-base": Model("bert", _bert(768, 12, 3072), 8, 64),
+    "Llama-small": Model(
+        "llama",
+        {"vocab_size": 32000, "hidden_size": 512, "num_hidden_layers": 8, "intermediate_size": 1408,
+         "num_attention_heads": 8, "num_key_value_heads": 4},
+        4, 128,
+    ),
+}  # fmt: skip
+
+
+@dataclass
+class Training:
+    """A model under one optimizer; `step` is a whole training step."""
+
+    kind: str
+    model: torch.nn.Module
+    optimizer: Any
+    inputs: dict[str, Tensor]
+
+    def step(self) -> None:
+        """Forward, backward, clipping, update."""
+        self.model(**self.inputs).loss.backward()
+        if self.kind == "AdamW":
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def trainings(model: Model, budget: int = BUDGET, quota: int = QUOTA) -> list[Training]:
+    """One of each kind, each with a copy of the model; ours in the middle of the unmasking."""
+    first, made = model.build(), []
+    for kind in KINDS:
+        own = copy.deepcopy(first)
+        params = list(own.parameters())
+        if kind == "AdamW":
+            optimizer: Any = torch.optim.AdamW(params, lr=LR, fused=True)
+        else:
+            optimizer = midway(params, budget, quota, exp=0.0)
+            optimizer.fuse_backward = kind == "fused"
+        made.append(Training(kind, own, optimizer, model.inputs()))
+    return made
+
+
+def gradient_bytes(training: Training) -> int:
+    """Greatest bytes of parameter gradients alive at once in a step."""
+    alive: list[tuple[StorageWeakRef, int]] = []
+    most = 0
+
+    def note(grad: Tensor) -> None:
+        nonlocal most
+        alive[:] = [entry for entry in alive if not entry[0].expired()]
+        alive.append((StorageWeakRef(grad.untyped_storage()), grad.nbytes))
+        most = max(most, sum(size for _, size in alive))
+
+    handles = [param.register_hook(note) for param in training.model.parameters()]
+    training.step()
+    for handle in handles:
+        handle.remove()
+    return most
+
+
+def live_bytes(run: Callable[[], object]) -> int:
+    """Greatest bytes that torch holds at once during a call, above what it held before."""
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        run()
+    events = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+def memory(made: Sequence[Training]) -> dict[str, Any]:
+    """Bytes of a step of each kind, and of the two largest gradients."""
+    sizes = sorted((param.nbytes for param in made[0].model.parameters()), reverse=True)
+    rows = {}
+    for training in made:
+        training.step()
+        rows[training.kind] = {
+            "gradient_bytes": gradient_bytes(training),
+            "live_bytes": live_bytes(training.step),
+        }
+    return {"all_gradients": sum(sizes), "two_largest": sum(sizes[:2]), **rows}
+
+
+def measure(name: str, rounds: int, warmup: int) -> dict[str, Any]:
+    """Memory and raw times of one model."""
+    made = trainings(MODELS[name])
+    watch = environment.Conditions.begin()
+    counted = memory(made)
+    subjects = [Subject({"name": training.kind}, training.step) for training in made]
+    records = interleave(subjects, rounds, warmup)
+    return {"model": name, "memory": counted, "subjects": records, "conditions": watch.end()}
+
+
+def summary(run: dict[str, Any]) -> str:
+    """A few lines on a finished run."""
+    times = {record["name"]: record["us"] for record in run["subjects"]}
+    ratios = [a / b for a, b in zip(times["fused"], times["ordinary"], strict=True)]
+    lines = [f"{run['model']}: fused / ordinary {statistics.median(ratios):.3f} (median of rounds)"]
+    for kind in KINDS:
+        row = run["memory"][kind]
+        lines.append(
+            f"  {kind:9} {statistics.median(times[kind]) / 1e3:8.1f} ms   gradients "
+            f"{row['gradient_bytes'] / 1e6:7.1f} MB   live {row['live_bytes'] / 1e6:7.1f} MB"
+        )
+    counted = run["memory"]
+    lines.append(f"  all gradients {counted['all_gradients'] / 1e6:.1f} MB, the two largest "
+                 f"{counted['two_largest'] / 1e6:.1f} MB")  # fmt: skip
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure every model, print the figures and write the results file."""
+    parser = argparse.ArgumentParser(prog="python -m bench.backward", description=__doc__)
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS)[1:])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--warmup", type=int, default=2)
+    name = f"cpu-backward-{date.today().isoformat()}.json"
+    parser.add_argument("--out", type=Path, default=RESULTS / name)
+    arguments = parser.parse_args()
+    data: dict[str, Any] = {
+        "schema": 1,
+        "kind": "cpu-backward",
+        **environment.describe(),
+        "settings": {"rounds": arguments.rounds, "warmup": arguments.warmup, "budget": BUDGET,
+                     "quota": QUOTA},
+        "runs": [],
+    }  # fmt: skip
+    for model in arguments.models:
+        data["runs"].append(measure(model, arguments.rounds, arguments.warmup))
+        arguments.out.write_text(json.dumps(data, separators=(",", ":")) + "\n")
+        print(summary(data["runs"][-1]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
