@@ -14,8 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -25,7 +24,8 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from bench import environment
+from bench import allocations, environment
+from bench.results import clean_times, median_us
 from bench.subjects import LR, midway
 from bench.timing import Subject, interleave
 
@@ -90,6 +90,9 @@ MODELS = {
 }  # fmt: skip
 
 
+MEASURED = ("MiniLM", "BERT-base", "Llama-small")
+
+
 @dataclass
 class Training:
     """A model under one optimizer; `step` is a whole training step."""
@@ -108,8 +111,9 @@ class Training:
         self.optimizer.zero_grad()
 
 
-def trainings(model: Model, budget: int = BUDGET, quota: int = QUOTA) -> list[Training]:
+def trainings(name: str, budget: int = BUDGET, quota: int = QUOTA) -> list[Training]:
     """One of each kind, each with a copy of the model; ours in the middle of the unmasking."""
+    model = MODELS[name]
     first, made = model.build(), []
     for kind in KINDS:
         own = copy.deepcopy(first)
@@ -141,18 +145,6 @@ def gradient_bytes(training: Training) -> int:
     return most
 
 
-def live_bytes(run: Callable[[], object]) -> int:
-    """Greatest bytes that torch holds at once during a call, above what it held before."""
-    with torch.autograd.profiler.profile(profile_memory=True) as profile:
-        run()
-    events = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
-    held = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return most
-
-
 def memory(made: Sequence[Training]) -> dict[str, Any]:
     """Bytes of a step of each kind, and of the two largest gradients."""
     sizes = sorted((param.nbytes for param in made[0].model.parameters()), reverse=True)
@@ -161,14 +153,14 @@ def memory(made: Sequence[Training]) -> dict[str, Any]:
         training.step()
         rows[training.kind] = {
             "gradient_bytes": gradient_bytes(training),
-            "live_bytes": live_bytes(training.step),
+            "live_bytes": allocations.of_call(training.step, torch.device("cpu")).peak,
         }
     return {"all_gradients": sum(sizes), "two_largest": sum(sizes[:2]), **rows}
 
 
 def measure(name: str, rounds: int, warmup: int) -> dict[str, Any]:
     """Memory and raw times of one model."""
-    made = trainings(MODELS[name])
+    made = trainings(name)
     watch = environment.Conditions.begin()
     counted = memory(made)
     subjects = [Subject({"name": training.kind}, training.step) for training in made]
@@ -178,25 +170,35 @@ def measure(name: str, rounds: int, warmup: int) -> dict[str, Any]:
 
 def summary(run: dict[str, Any]) -> str:
     """A few lines on a finished run."""
-    times = {record["name"]: record["us"] for record in run["subjects"]}
-    ratios = [a / b for a, b in zip(times["fused"], times["ordinary"], strict=True)]
-    lines = [f"{run['model']}: fused / ordinary {statistics.median(ratios):.3f} (median of rounds)"]
+    times = {record["name"]: median_us(record) for record in run["subjects"]}
+    clean = sum(len(clean_times(record)) for record in run["subjects"])
+    calls = sum(len(record["us"]) for record in run["subjects"])
+    spent = ", ".join(f"{kind} {us / 1e3:.1f} ms" for kind, us in times.items())
+    return (
+        f"{run['model']}: {spent}; fused / ordinary {times['fused'] / times['ordinary']:.3f} "
+        f"(medians of clean calls; {clean} of {calls} were)\n{table(run['memory'])}"
+    )
+
+
+def table(counted: dict[str, Any]) -> str:
+    """Megabytes of what `memory` counted."""
+    everything, two = counted["all_gradients"] / 1e6, counted["two_largest"] / 1e6
+    lines = [
+        f"  all gradients {everything:.1f} MB, the two largest {two:.1f} MB",
+        "            gradients alive     all that is live, at most",
+    ]
     for kind in KINDS:
-        row = run["memory"][kind]
+        row = counted[kind]
         lines.append(
-            f"  {kind:9} {statistics.median(times[kind]) / 1e3:8.1f} ms   gradients "
-            f"{row['gradient_bytes'] / 1e6:7.1f} MB   live {row['live_bytes'] / 1e6:7.1f} MB"
+            f"    {kind:9} {row['gradient_bytes'] / 1e6:7.1f} MB {row['live_bytes'] / 1e6:16.1f} MB"
         )
-    counted = run["memory"]
-    lines.append(f"  all gradients {counted['all_gradients'] / 1e6:.1f} MB, the two largest "
-                 f"{counted['two_largest'] / 1e6:.1f} MB")  # fmt: skip
     return "\n".join(lines)
 
 
 def main() -> None:
     """Measure every model, print the figures and write the results file."""
     parser = argparse.ArgumentParser(prog="python -m bench.backward", description=__doc__)
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS)[1:])
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=MEASURED)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--warmup", type=int, default=2)
     name = f"cpu-backward-{date.today().isoformat()}.json"

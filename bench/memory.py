@@ -10,6 +10,7 @@ construction. The parameters are not initialised, and are read only for exp < 0.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import allocations
+from bench import allocations, backward
 from bench.gpu_subjects import adamw_kinds
 from bench.shapes import DTYPES, MEASURED, MODELS, Shape, num_entries
 from bench.subjects import LR
@@ -120,7 +121,17 @@ def held_bytes(row: dict[str, Any]) -> int:
 
 
 def main() -> None:
-    """Print the bytes of every case, against the limit and AdamW."""
+    """Print the bytes of every case, against the limit and AdamW; or of whole training steps."""
+    parser = argparse.ArgumentParser(prog="python -m bench.memory", description=__doc__)
+    parser.add_argument(
+        "--backward", nargs="*", metavar="MODEL", choices=list(backward.MODELS),
+        help="instead: gradients alive in training steps with and without fuse_backward",
+    )  # fmt: skip
+    arguments = parser.parse_args()
+    if arguments.backward is not None:
+        for name in arguments.backward or backward.MEASURED:
+            print(f"{name}\n{backward.table(backward.memory(backward.trainings(name)))}")
+        return
     print(f"{'model':13} {'dtype':5} {'budget':>9} {'exp':>4} {'state':>7} {'work':>7} "
           f"{'B/entry':>8} {'limit':>7} {'AdamW':>8}  (MB)")  # fmt: skip
     for row in rows(MEASURED, list(DTYPES), BUDGETS):
