@@ -85,6 +85,23 @@ class Candidates:
         parts = [self._starts, self._slots, self._scratch, *self._index, *self._grad, *self._param]
         return sum(part.nbytes for part in parts)
 
+    def hopeful(self, tile_max: Tensor, param_bound: Tensor) -> Tensor | None:
+        """tile_max of tiles that may hold an entry that reaches the floor, 0 for the others.
+
+        None where the host sees that there is no such tile: the tensors need not be added.
+        """
+        bound = tile_max
+        if self._importance.exp != 0:
+            magnitude = tile_max.view(torch.float32)
+            param = param_bound if param_bound.numel() else torch.zeros_like(magnitude)
+            score = scoring.importance(magnitude, param, self._importance.exp, self._importance.eps)
+            bound = scoring.importance_key(score)
+            bound = torch.where(bound > 0, bound + POW_MARGIN, 0)
+        reach = bound >= self._floor
+        if self._on_host and not reach.any():
+            return None
+        return torch.where(reach, tile_max, 0)
+
     def add(
         self,
         first: int,
@@ -102,17 +119,14 @@ class Candidates:
         Args:
             first: index of the first in the pool.
             grads, params: as in `reference.bind`, none missing.
-            tile_max, param_bound: their tiles; see `reference.cut`.
+            tile_max: of their tiles, as `hopeful` returned it.
+            param_bound: of their tiles; see `reference.cut`.
             tile_offsets, position, offsets, found_inf: as in `reference.cut`, of these tensors.
         """
-        reach = self._reach(tile_max, param_bound)
-        if self._on_host and not reach.any():
-            return
         rows = self._work.table[first : first + len(grads)]
         bound = self._ops.bind(grads, params, rows)
-        hopeful = torch.where(reach, tile_max, 0)
         self._cut(
-            bound, position, offsets, tile_offsets, hopeful, param_bound, found_inf, self._least,
+            bound, position, offsets, tile_offsets, tile_max, param_bound, found_inf, self._least,
             self._work.scratch,
         )  # fmt: skip
         index = self._starts[first + self._filled(self._work.new_tensor).long()]
@@ -147,17 +161,6 @@ class Candidates:
         self._work.new_tensor[: index.numel()] = tensor.int()
         self._work.new_position[: index.numel()] = (index - self._starts[tensor]).int()
         return self._grad[0]
-
-    def _reach(self, tile_max: Tensor, param_bound: Tensor) -> Tensor:
-        """Which tiles may hold an entry that reaches the floor."""
-        bound = tile_max
-        if self._importance.exp != 0:
-            magnitude = tile_max.view(torch.float32)
-            param = param_bound if param_bound.numel() else torch.zeros_like(magnitude)
-            score = scoring.importance(magnitude, param, self._importance.exp, self._importance.eps)
-            bound = scoring.importance_key(score)
-            bound = torch.where(bound > 0, bound + POW_MARGIN, 0)
-        return bound >= self._floor
 
     def _cut(
         self, bound: Any, position: Tensor, offsets: Tensor, tile_offsets: Tensor,

@@ -321,11 +321,15 @@ class InBackward:
         optimizer, last = self._optimizer, first + len(grads)
         work, active = optimizer._work, optimizer._active
         tiles = slice(optimizer._first_tile[first], optimizer._first_tile[last])
+        param_bound = work.param_bound[tiles]
+        tile_max = self._candidates.hopeful(work.tile_max[tiles], param_bound)
+        if tile_max is None:
+            return
         tile_offsets = work.tile_offsets[first : last + 1]
         self._candidates.add(
-            first, grads, optimizer._pool[first:last], work.tile_max[tiles],
-            work.param_bound[tiles], tile_offsets - tile_offsets[0], active.position,
-            active.offsets[first : last + 1], self._found_inf,
+            first, grads, optimizer._pool[first:last], tile_max, param_bound,
+            tile_offsets - tile_offsets[0], active.position, active.offsets[first : last + 1],
+            self._found_inf,
         )  # fmt: skip
 
 

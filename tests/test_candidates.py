@@ -60,9 +60,12 @@ class Step:
         param_bound = [tile_abs_max(param, tile) for param in params]
         tiles = torch.tensor([0, *(maxima.numel() for maxima in tile_max)]).cumsum(0)
         keeps_bound = self.work.param_bound.numel() > 0
+        bound = torch.cat(param_bound) if keeps_bound else torch.empty(0)
+        hopeful = self.candidates.hopeful(torch.cat(tile_max), bound)
+        if hopeful is None:
+            return
         self.candidates.add(
-            first, grads, params, torch.cat(tile_max),
-            torch.cat(param_bound) if keeps_bound else torch.empty(0), tiles,
+            first, grads, params, hopeful, bound, tiles,
             torch.zeros(1, dtype=torch.int32), torch.zeros(last - first + 1, dtype=torch.int64),
             self.no_inf,
         )  # fmt: skip
