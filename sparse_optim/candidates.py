@@ -67,12 +67,16 @@ class Candidates:
         self.begin()
 
     def begin(self) -> None:
-        """Forget everything: a new step."""
+        """Prepare for a step."""
+        self.clear()
+        self._quota = step_quota(self._targets, self._progress, self._max_quota)
+        self._floor = torch.ones((), dtype=torch.int32, device=self._least.device)
+
+    def clear(self) -> None:
+        """Forget all candidates."""
         self._index: list[Tensor] = []
         self._grad: list[Tensor] = []
         self._param: list[Tensor] = []
-        self._quota = step_quota(self._targets, self._progress, self._max_quota)
-        self._floor = torch.ones((), dtype=torch.int32, device=self._least.device)
 
     @property
     def wanted(self) -> bool:

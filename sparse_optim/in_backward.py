@@ -174,6 +174,7 @@ class InBackward:
         """Forget what was taken, as `zero_grad()` forgets gradients."""
         self._taken = [False] * len(self._sources)
         self._waiting: dict[int, Tensor] = {}
+        self._candidates.clear()
         self._begun = self._ranks = False
         self._error: str | None = None
 

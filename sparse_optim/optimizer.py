@@ -78,8 +78,7 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     _step_supports_amp_scaling = True
     _in_backward: InBackward | None = None
-    # Set by `buffers.allocate`.
-    _work: WorkSpace
+    _work: WorkSpace  # this and those below are set by `buffers.allocate`
     _ranking: Ranking
     _spare: ActiveSet
     _first_tile: list[int]
@@ -205,10 +204,8 @@ class MaskedAdamW(torch.optim.Optimizer):
     def _notice_writes(self) -> None:
         """Take over parameter values that others have written since the last step."""
         if self._keeps_values:
-            versions = zip(self._pool, self._versions, strict=True)
-            written = [
-                i for i, (param, version) in enumerate(versions) if param._version != version
-            ]
+            known = zip(self._pool, self._versions, strict=True)
+            written = [i for i, (param, version) in enumerate(known) if param._version != version]
             buffers.refresh(self, written)
 
     def _scan(self, bound: Any, dense_grads: Sequence[Tensor]) -> None:
