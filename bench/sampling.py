@@ -15,6 +15,7 @@ import json
 import statistics
 from collections.abc import Sequence
 from datetime import date
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from bench.environment import ROOT, Conditions, describe
 from bench.shapes import MODELS, make_params, num_entries
+from bench.tables import table
 from bench.timing import Subject, interleave
 from sparse_optim import D3, MaskedAdamW, Stochastic
 
@@ -95,6 +97,22 @@ def measure(model: str, rounds: int) -> dict[str, Any]:
     }
 
 
+def section(folder: Path) -> list[str]:
+    """The newest recorded figures as Markdown; nothing while there are none."""
+    paths = sorted(folder.glob("cpu-sampling-*.json"))
+    if not paths:
+        return []
+    data = json.loads(paths[-1].read_text())
+    rows = [
+        [name, f"{ms:.0f}", f"{data['times_ours'][name]:.1f}"] for name, ms in data["ms"].items()
+    ]
+    return [
+        f"Drawing {data['draws']:,} of {data['entries']:,} entries without replacement "
+        f"({data['model']} shapes, {data['machine']['threads']} threads, commit "
+        f"{data['commit'][:8]}):\n\n{table(['sampling', 'ms', 'times ours'], rows)}"
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="BERT-base", choices=list(MODELS))
@@ -102,12 +120,12 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="record under bench/results")
     options = parser.parse_args()
     result = measure(options.model, options.rounds)
-    table = Table(title=f"{result['draws']:,} of {result['entries']:,} entries ({options.model})")
+    printed = Table(title=f"{result['draws']:,} of {result['entries']:,} entries ({options.model})")
     for column in ("way", "ms", "times ours"):
-        table.add_column(column, justify="left" if column == "way" else "right")
+        printed.add_column(column, justify="left" if column == "way" else "right")
     for name, ms in result["ms"].items():
-        table.add_row(name, f"{ms:.0f}", f"{result['times_ours'][name]:.1f}")
-    Console().print(table)
+        printed.add_row(name, f"{ms:.0f}", f"{result['times_ours'][name]:.1f}")
+    Console().print(printed)
     if options.write:
         path = ROOT / f"bench/results/cpu-sampling-{date.today()}.json"
         path.write_text(json.dumps(result, indent=1) + "\n")
