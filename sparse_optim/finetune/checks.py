@@ -1,0 +1,52 @@
+"""What can be told of a configuration before anything is loaded."""
+
+from __future__ import annotations
+
+from transformers.integrations import get_available_reporting_integrations
+
+from sparse_optim.finetune.adapters import ADAPTERS
+from sparse_optim.finetune.config import FinetuneConfig
+from sparse_optim.finetune.errors import FinetuneError
+from sparse_optim.finetune.hub import did_you_mean
+from sparse_optim.methods import METHODS
+
+
+def check_method(config: FinetuneConfig) -> None:
+    """Raise FinetuneError for an unknown method or adapter, or a rank where there is none."""
+    for kind, name, known in (
+        ("method", config.method, METHODS),
+        ("adapter", config.adapter, ADAPTERS),
+    ):
+        if name is not None and name not in known:
+            hint = did_you_mean(name, known)
+            raise FinetuneError(f"unknown {kind} {name!r}{hint}; known: {', '.join(known)}")
+    if config.adapter_rank and config.adapter and ADAPTERS[config.adapter].rank is None:
+        raise FinetuneError(f"--adapter-rank: {config.adapter} has no rank")
+    if config.method == "sparse-adapter" and config.adapter == "lora":
+        raise FinetuneError(
+            "sparse-adapter ranks by |grad * param|, which is 0 everywhere on a fresh LoRA (B is "
+            "0, and so is the gradient of A): use --adapter pfeiffer, or another method"
+        )
+
+
+def check_tracker(name: str) -> None:
+    """Raise FinetuneError for a tracker that is unknown or not installed."""
+    installed = get_available_reporting_integrations()
+    if name not in ("none", "all", *installed):
+        raise FinetuneError(
+            f"--report-to: {name!r} is unknown or not installed; "
+            f"there are: {', '.join(['none', *sorted(installed)])}"
+        )
+
+
+def check_output(config: FinetuneConfig) -> None:
+    """Raise FinetuneError for an output folder in use, or a checkpoint that is not there."""
+    if config.resume is not None:
+        if not (config.resume / "trainer_state.json").is_file():
+            raise FinetuneError(f"--resume: {config.resume} is no Trainer checkpoint")
+        return
+    output = config.output
+    if output.exists() and not output.is_dir():
+        raise FinetuneError(f"--output: {output} is a file")
+    if output.is_dir() and any(output.iterdir()) and not config.overwrite:
+        raise FinetuneError(f"--output: {output} is not empty; add --overwrite or name another")
