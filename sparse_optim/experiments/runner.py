@@ -244,7 +244,7 @@ class Runner:
 
     def settings(self, config: FinetuneConfig) -> dict[str, Any]:
         """What decides a cell's result: everything but where it is computed and written."""
-        places = ("output", "overwrite", "verify", "save_model", "cpu", "threads")
+        places = ("output", "overwrite", "verify", "save_model", "report_to", "cpu", "threads")
         kept = {name: jsonable(value) for name, value in vars(config).items() if name not in places}
         return kept | vars(self.options.decoding)
 
