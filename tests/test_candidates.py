@@ -1,7 +1,7 @@
 """The running top-k against a full sort, and on a device whose counts the host does not read.
 
 A fault planted by hand: the floor raised by a batch with fewer entries than the quota
-(test_equals_a_full_sort saw it).
+(test_a_part_smaller_than_the_quota_sets_no_floor saw it).
 """
 
 from __future__ import annotations
@@ -106,6 +106,17 @@ def test_candidates_stay_few(backend):
             step.add(tensor, tensor + 1)
             held = sum(part.numel() for part in step.candidates._index)
             assert held <= 4 * 100
+
+
+def test_a_part_smaller_than_the_quota_sets_no_floor(backend):
+    """All of a tensor of great gradients, and the best of a tensor of small ones."""
+    step = Step(backend, "normal", 0.0, 3500)
+    step.grads[3].mul_(1e-9)
+    step.add(8, 9)
+    step.add(3, 4)
+    found, _ = step.found()
+    assert [tensor for tensor, _ in found].count(8) == 3000
+    assert [tensor for tensor, _ in found].count(3) == 500
 
 
 def test_parts_below_the_floor_are_not_cut(backend, monkeypatch):
