@@ -5,7 +5,7 @@
 
 The model runs forward on the meta device, where tensors have shapes but no memory; what autograd
 saves is counted exactly. Backward frees activations while gradients appear, so that the greater of
-the two counts; gradients stand apart, since a step that runs within backward does without them.
+the two counts. A step that runs within backward (`fuse_backward=True`) holds two gradients at once.
 Temporaries within single operations, the CUDA context and fragmentation come on top. Attention that
 saves less on a GPU (flash attention) makes the figure an upper one there.
 """
@@ -26,7 +26,7 @@ GPUS = {
     "l4": 24 * GIB, "rtx4090": 24 * GIB, "a6000": 48 * GIB, "a100-40": 40 * GIB,
     "a100": 80 * GIB, "h100": 80 * GIB, "h200": 140 * GIB,
 }  # fmt: skip
-OPTIMIZERS = ("adamw", "adamw-fp32", "adamw-8bit", "sparse")
+OPTIMIZERS = ("adamw", "adamw-fp32", "adamw-8bit", "sparse", "in-backward")
 TILE = 4096  # of the GPU backends; 16 bytes of work space each, or a little more
 
 
@@ -38,6 +38,7 @@ class Footprint:
         entries, tensors: trainable scalars, and the tensors that hold them.
         weights: bytes.
         gradients: bytes, all of them at once.
+        two_gradients: bytes of the two largest.
         activations: bytes that autograd saves in one forward pass.
         recomputed: bytes that checkpointing saves anew for one layer.
     """
@@ -46,6 +47,7 @@ class Footprint:
     tensors: int
     weights: int
     gradients: int
+    two_gradients: int
     activations: int
     recomputed: int
 
@@ -67,7 +69,13 @@ class Estimate:
     def peak(self) -> int:
         """In the second step or a later one."""
         model = self.footprint
-        return self.held + max(model.activations + model.recomputed, model.gradients)
+        return self.held + max(model.activations + model.recomputed, self.gradients)
+
+    @property
+    def gradients(self) -> int:
+        """Alive at once."""
+        model = self.footprint
+        return model.two_gradients if self.optimizer == "in-backward" else model.gradients
 
 
 def state_bytes(optimizer: str, footprint: Footprint, itemsize: int, budget: int) -> int:
@@ -76,7 +84,8 @@ def state_bytes(optimizer: str, footprint: Footprint, itemsize: int, budget: int
     Args:
         optimizer: "adamw" (moments in the parameters' dtype), "adamw-fp32" (float32 moments, and
             master values of parameters of 16 bits), "adamw-8bit" (moments of a byte, float32 scales
-            for blocks of 256) or "sparse" (this package).
+            for blocks of 256), "sparse" (this package) or "in-backward" (the same, with
+            `fuse_backward=True`).
         itemsize: bytes of a parameter's entry.
         budget: entries that may become active.
     """
@@ -116,6 +125,7 @@ def footprint_of(model: torch.nn.Module, inputs: dict[str, Tensor], layers: int)
         tensors=len(params),
         weights=sum(param.nbytes for param in model.parameters()),
         gradients=sum(param.nbytes for param in params.values()),
+        two_gradients=sum(sorted(param.nbytes for param in params.values())[-2:]),
         activations=saved,
         recomputed=recomputed,
     )

@@ -33,7 +33,8 @@ def estimate(
     """Estimate memory from the model's config alone; no weights are read.
 
     adamw holds moments in the model's dtype, adamw-fp32 in float32 with master values, adamw-8bit
-    in a byte each, sparse is this package's. Temporaries and the CUDA context come on top.
+    in a byte each, sparse is this package's, in-backward the same with fuse_backward=True.
+    Temporaries and the CUDA context come on top.
     """
     from sparse_optim.finetune.config import parse_budget
     from sparse_optim.finetune.errors import FinetuneError
@@ -110,7 +111,7 @@ def _table(found: list[Estimate], gpu: str) -> Table:
     for each in found:
         model = each.footprint
         sizes = (
-            model.weights, each.state, model.gradients, model.activations + model.recomputed,
+            model.weights, each.state, each.gradients, model.activations + model.recomputed,
             each.peak,
         )  # fmt: skip
         fits = "yes" if each.peak <= GPUS[gpu] else "NO"

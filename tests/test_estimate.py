@@ -60,6 +60,13 @@ OPTIMIZERS = {
     "sparse": lambda model: IncrementalMaskedAdamW(
         model.named_parameters(), budget=BUDGET, total_steps=10
     ),
+    "in-backward": lambda model: IncrementalMaskedAdamW(
+        model.named_parameters(),
+        budget=BUDGET,
+        total_steps=10,
+        max_grad_norm=1.0,
+        fuse_backward=True,
+    ),
 }
 
 
@@ -74,12 +81,12 @@ def test_within_a_tenth_of_what_a_training_step_takes(minilm, name, checkpointin
 
 
 def test_state_of_each_optimizer():
-    footprint = estimate.Footprint(1_000_000, 3, 4, 4, 0, 0)
+    footprint = estimate.Footprint(1_000_000, 3, 4, 4, 2, 0, 0)
     sizes = {name: estimate.state_bytes(name, footprint, 2, 1000) for name in estimate.OPTIMIZERS}
     assert sizes["adamw"] == 4_000_000
     assert sizes["adamw-fp32"] == 12_000_000
     assert sizes["adamw-8bit"] == 2_000_000 + 8 * 3906
-    assert sizes["sparse"] == 32 * 1000 + 24 * (244 + 3)
+    assert sizes["in-backward"] == sizes["sparse"] == 32 * 1000 + 24 * (244 + 3)
     assert estimate.state_bytes("adamw-fp32", footprint, 4, 1000) == 8_000_000
 
 
@@ -99,6 +106,7 @@ def test_frozen_and_tied_weights():
 
     footprint = estimate.footprint_of(Loss(), {"x": torch.zeros(7, 10, device="meta")}, 0)
     assert (footprint.weights, footprint.gradients, footprint.entries) == (800, 400, 100)
+    assert footprint.two_gradients == 400  # there is but one
     assert footprint.activations == 2 * 7 * 10 * 4  # inputs of the two that are trained
 
 
