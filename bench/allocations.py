@@ -51,6 +51,8 @@ def _on_cpu(run: Callable[[], object]) -> Allocated:
     return Allocated(max(live), live[-1])
 
 
-def peak_resident_bytes() -> int:
-    """The high-water mark of this process's resident memory."""
+def peak_bytes(device: torch.device) -> int:
+    """The most ever held: by torch's allocator on CUDA, else by this process (resident)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -113,18 +113,21 @@ class Training:
 
 def trainings(name: str, budget: int = BUDGET, quota: int = QUOTA) -> list[Training]:
     """One of each kind, each with a copy of the model; ours in the middle of the unmasking."""
-    model = MODELS[name]
-    first, made = model.build(), []
-    for kind in KINDS:
-        own = copy.deepcopy(first)
-        params = list(own.parameters())
-        if kind == "AdamW":
-            optimizer: Any = torch.optim.AdamW(params, lr=LR, fused=True)
-        else:
-            optimizer = midway(params, budget, quota, exp=0.0)
-            optimizer.fuse_backward = kind == "fused"
-        made.append(Training(kind, own, optimizer, model.inputs()))
-    return made
+    first = MODELS[name].build()
+    return [training(name, kind, copy.deepcopy(first), budget, quota) for kind in KINDS]
+
+
+def training(
+    name: str, kind: str, model: torch.nn.Module, budget: int = BUDGET, quota: int = QUOTA
+) -> Training:
+    """A model, of those named, under one kind of optimizer."""
+    params = list(model.parameters())
+    inputs = {key: value.to(params[0].device) for key, value in MODELS[name].inputs().items()}
+    if kind == "AdamW":
+        return Training(kind, model, torch.optim.AdamW(params, lr=LR, fused=True), inputs)
+    optimizer = midway(params, budget, quota, exp=0.0)
+    optimizer.fuse_backward = kind == "fused"
+    return Training(kind, model, optimizer, inputs)
 
 
 def gradient_bytes(training: Training) -> int:

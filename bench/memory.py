@@ -13,12 +13,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench import allocations, backward
+from bench import allocations, backward, training
 from bench.gpu_subjects import adamw_kinds
 from bench.shapes import DTYPES, MEASURED, MODELS, Shape, num_entries
 from bench.subjects import LR
@@ -127,7 +128,17 @@ def main() -> None:
         "--backward", nargs="*", metavar="MODEL", choices=list(backward.MODELS),
         help="instead: gradients alive in training steps with and without fuse_backward",
     )  # fmt: skip
+    parser.add_argument(
+        "--training", nargs="*", metavar="MODEL", choices=list(backward.MODELS),
+        help="instead: what a whole training step takes, each in a process of its own",
+    )  # fmt: skip
+    parser.add_argument("--snapshot", type=Path, help="with --training, on CUDA: a folder for "
+                        "memory snapshots (docs.pytorch.org/memory_viz)")  # fmt: skip
     arguments = parser.parse_args()
+    if arguments.training is not None:
+        print(training.table(training.rows(arguments.training or backward.MEASURED,
+                                           arguments.snapshot)))  # fmt: skip
+        return
     if arguments.backward is not None:
         for name in arguments.backward or backward.MEASURED:
             print(f"{name}\n{backward.table(backward.memory(backward.trainings(name)))}")

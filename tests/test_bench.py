@@ -13,7 +13,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # bench is not part of the installed package
 
-from bench import goals, memory, report, results, sampling, shapes  # noqa: E402
+from bench import backward, goals, memory, report, results, sampling, shapes, training  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -137,3 +137,17 @@ def test_sampling_is_measured_beside_its_peers():
     assert len(result["ms"]) == 3
     assert min(result["ms"].values()) > 0
     assert result["times_ours"][sampling.OURS] == 1
+
+
+@pytest.mark.parametrize("kind", ["ordinary", "fused", "AdamW"])
+def test_memory_of_a_training_step(kind):
+    """Weights, gradients and dense state by hand; the step holds gradients, the process all."""
+    row = training.measure("tiny", kind, budget=5000)
+    entries = sum(param.numel() for param in backward.MODELS["tiny"].build().parameters())
+    assert row["weights"] == 4 * entries
+    if kind == "AdamW":
+        assert row["state"] == pytest.approx(8 * entries, rel=0.01)  # and step counts
+    assert row["gradients"] == 4 * entries  # of so small a model, in the fused mode, too
+    assert row["step"] >= row["gradients"]
+    assert row["resident"] > row["weights"] + row["state"] + row["step"]
+    assert f"| tiny | {kind} |" in training.table([row])
