@@ -59,7 +59,7 @@ class Row:
     """One way to fine-tune: a row of the table.
 
     Args:
-        method: a key of `sparse_optim.finetune.methods.METHODS`.
+        method: a key of `sparse_optim.methods.METHODS`.
         lrs: learning rates to try.
         budget: entries or a share, as `--budget` reads it; "" where it means nothing.
         adapter, rank: additive modules, trained in place of the model's own parameters.

@@ -27,7 +27,6 @@ from sparse_optim.finetune.columns import Columns
 from sparse_optim.finetune.config import DEFAULT_BUDGET, FinetuneConfig
 from sparse_optim.finetune.data import DataRequest, TaskData, load_data
 from sparse_optim.finetune.errors import FinetuneError
-from sparse_optim.finetune.methods import make_delta
 from sparse_optim.finetune.models import (
     LoadedModel,
     ModelSource,
@@ -38,6 +37,7 @@ from sparse_optim.finetune.models import (
 )
 from sparse_optim.finetune.plots import draw_curves
 from sparse_optim.finetune.progress import ConsoleProgress
+from sparse_optim.finetune.readings import make_delta
 from sparse_optim.finetune.report import collect, write_json
 from sparse_optim.finetune.tasks import TASKS, Task
 from sparse_optim.finetune.trainer import SelectiveTrainer

@@ -12,8 +12,8 @@ from typing import Any
 
 from sparse_optim.finetune.config import FinetuneConfig
 from sparse_optim.finetune.data import TaskData
-from sparse_optim.finetune.methods import active_entries, state_bytes
 from sparse_optim.finetune.models import LoadedModel
+from sparse_optim.finetune.readings import active_entries, state_bytes
 from sparse_optim.finetune.trainer import SelectiveTrainer
 
 

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from sparse_optim import MaskedAdamW
 from sparse_optim.analysis.recorder import AllocationRecorder
-from sparse_optim.finetune.methods import active_entries
+from sparse_optim.finetune.readings import active_entries
 
 # model, total steps, function that gives training batches -> optimizer
 BuildOptimizer = Callable[[nn.Module, int, Callable[[], Iterable[Any]]], torch.optim.Optimizer]
