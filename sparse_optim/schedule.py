@@ -74,6 +74,9 @@ class Warmup:
         return head + [early + (budget - early) * t // rest for t in range(1, rest + 1)]
 
 
+SCHEDULES: dict[str, Schedule] = {"uniform": Uniform(), "linear": Linear()}  # by name
+
+
 def cumulative_targets(
     schedule: Schedule | Callable[[int], int], budget: int, total_steps: int, unmask_steps: int
 ) -> Tensor:

@@ -130,7 +130,7 @@ def test_quality_begins_with_the_core_and_gives_selective_methods_equal_chances(
     }
     budgeted = [row for row in QUALITY.rows if row.budget]
     assert len({row.lrs for row in budgeted}) == 1
-    assert {len(row.lrs) for row in QUALITY.rows} == {3}
+    assert {len(row.lrs) for row in QUALITY.rows} == {4}
     lora = 6 * (4 * (384 + 384) + 2 * (384 + 1536))  # every Linear of six layers, a rank
     pool = 22_565_376
     for share, rank in ((0.005, 3), (0.001, 1)):

@@ -48,7 +48,7 @@ def test_the_table_stands_beside_the_papers_own_figures(tmp_path):
     assert lines[2].startswith("| method | budget | one | two | average | entries | state MB |")
     assert lines[4] == "| id3 | 100 | 80.00 ± 10.00 | 60.00 (n = 1) | 70.00 | 100 | 2.00 | 5 |"
     assert lines[5] == "| *the paper* |  | 88.10 | 70.00 | 79.05 |  |  |  |"
-    assert "best 3 runs" in lines[-1]
+    assert "best 3 of them" in lines[-1]
     assert "The paper: Table 1." in lines[-1]
     assert json.loads((tmp_path / "table.json").read_text())[0]["columns"]["one"]["runs"] == 4 - 1
 

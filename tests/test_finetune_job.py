@@ -25,7 +25,13 @@ from transformers import (
 from sparse_optim.analysis import load_record
 from sparse_optim.delta import load_delta
 from sparse_optim.finetune import FinetuneConfig, FinetuneError
-from sparse_optim.finetune.job import differing_tensors, run
+from sparse_optim.finetune.job import (
+    differing_tensors,
+    load_base,
+    load_inputs,
+    make_trainer,
+    run,
+)
 
 LETTERS = "abcdefgh"
 LETTER_IDS = {letter: index + len(SPECIAL) for index, letter in enumerate(LETTERS)}
@@ -195,9 +201,53 @@ def test_accumulation_weight_decay_bf16_and_dense_prefixes(folders, tmp_path):
     assert "bert.pooler.dense.weight" in metrics["model"]["fresh"]
 
 
-def test_autocast(folders, tmp_path):
-    metrics = run(config(folders, tmp_path / "out", "encoder", "sequence", amp="bf16")).metrics
+@pytest.mark.parametrize("cpu", [True, False])
+def test_autocast(folders, tmp_path, cpu):
+    """Without a GPU, bf16 must not ask for --cpu."""
+    settings = {"amp": "bf16", "cpu": cpu}
+    metrics = run(config(folders, tmp_path / "out", "encoder", "sequence", **settings)).metrics
     assert metrics["verified"] is True
+
+
+def test_examples_of_like_length_share_a_batch(folders, tmp_path):
+    """Lengths 3 to 10 in batches of four: padding is what batches mix of them."""
+    rows = [{"text": " ".join("a" * (1 + i % 8)), "label": ("x", "y")[i % 2]} for i in range(64)]
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    padding = {}
+    for grouped in (False, True):
+        settings = {"group_by_length": grouped, "batch_size": 4, "steps": 1}
+        job = config({**folders, "lengths": str(path)}, tmp_path, "encoder", "lengths", **settings)
+        inputs = load_inputs(job)
+        trainer = make_trainer(job, inputs, load_base(job, inputs))
+        batches = list(trainer.get_train_dataloader())
+        padding[grouped] = sum(int((batch["attention_mask"] == 0).sum()) for batch in batches)
+    assert padding[True] < padding[False] / 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "counts"),
+    [
+        ({"unmask_schedule": "uniform"}, [10, 20, 30, 40]),
+        ({"unmask_schedule": "linear"}, [17, 30, 37, 40]),  # 40 (1 - (1 - t/4)^2)
+        ({"unmask_share": 0.5}, [20, 40, 40, 40]),
+    ],
+)
+def test_the_budget_is_spent_as_asked(folders, tmp_path, settings, counts):
+    options = {"steps": 4, "log_every": 1, "budget": 40, **settings}
+    result = run(config(folders, tmp_path / "out", "encoder", "sequence", **options))
+    fresh = result.metrics["model"]["fresh_entries"]
+    assert [row["active"] - fresh for row in result.metrics["log"]] == counts
+
+
+def test_bias_correction_reaches_the_optimizer(folders, tmp_path):
+    """An entry unmasked at step 2 moves by its lr, or by half of it: two different models."""
+    weights = {}
+    for kind in ("entry", "global"):
+        options = {"steps": 4, "budget": 40, "bias_correction": kind}
+        result = run(config(folders, tmp_path / kind, "encoder", "sequence", **options))
+        weights[kind] = [param.detach() for param in result.model.parameters()]
+    assert not all(map(torch.equal, weights["entry"], weights["global"]))
 
 
 def test_perplexity_is_the_mean_over_tokens_not_over_batches(folders, tmp_path):
@@ -255,6 +305,9 @@ def test_a_tracker_sees_where_the_budget_goes(folders, tmp_path):
         ({"dtype": "int8"}, "unknown dtype 'int8'"),
         ({"pooling": "max"}, "unknown pooling 'max'.*cls"),
         ({"amp": "fp8"}, "--amp must be none or bf16"),
+        ({"unmask_schedule": "cosine"}, "--unmask-schedule must be one of uniform, linear"),
+        ({"unmask_share": 0.0}, "--unmask-share must be above 0 and at most 1"),
+        ({"bias_correction": "none"}, "bias_correction"),
         ({"report_to": "paper"}, "'paper' is unknown or not installed; there are: none"),
         ({"task": "causal-lm", "text_column": "text"}, "does not generate text"),
         ({"dense": ("head",)}, "no parameter's name begins with 'head'"),

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from sparse_optim.experiments.ablation import ABLATION
 from sparse_optim.experiments.arithmetic import MATH
 from sparse_optim.experiments.choose import Choice, choose
 from sparse_optim.experiments.glue import GLUE, NER
@@ -21,7 +22,7 @@ from sparse_optim.experiments.stochastic import STOCHASTIC
 from sparse_optim.finetune.command import quiet_libraries
 from sparse_optim.finetune.errors import FinetuneError
 
-EXPERIMENTS = (GLUE, NER, MATH, STOCHASTIC, QUALITY)
+EXPERIMENTS = (GLUE, NER, MATH, STOCHASTIC, QUALITY, ABLATION)
 
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Folder (default: runs/NAME).")]
 DataFolder = Annotated[
@@ -49,8 +50,10 @@ Record = Annotated[
 ]
 Beams = Annotated[int, typer.Option(help="math: of the search for an answer.")]
 NewTokens = Annotated[int, typer.Option(help="math: greatest length of an answer.")]
-Dtype = Annotated[str, typer.Option(help="Of the weights: float32, bfloat16 or float16.")]
-Amp = Annotated[str, typer.Option(help="Autocast: none or bf16.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="Of the weights: float32 (default), bfloat16 or float16.")
+]
+Amp = Annotated[str | None, typer.Option(help="Autocast: none or bf16 (default: the preset's).")]
 Cpu = Annotated[bool, typer.Option("--cpu", help="Leave the GPU alone.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads of torch.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and libraries' warnings.")]
@@ -101,13 +104,14 @@ def command(experiment: Experiment) -> Callable[..., None]:
         record: Record = None,
         beams: Beams = 4,
         new_tokens: NewTokens = 256,
-        dtype: Dtype = "float32",
-        amp: Amp = "none",
+        dtype: Dtype = None,
+        amp: Amp = None,
         cpu: Cpu = False,
         threads: Threads = None,
         debug: Debug = False,
     ) -> None:
         choice = Choice(model, tasks, methods, budgets, lrs, seeds, steps, batch_size)
+        given = {name: value for name, value in (("dtype", dtype), ("amp", amp)) if value}
         arguments = {
             "output": output or Path("runs") / experiment.name,
             "data_folder": data_folder,
@@ -116,7 +120,7 @@ def command(experiment: Experiment) -> Callable[..., None]:
             "only": tuple(only or ()),
             "keep": keep,
             "decoding": {"beams": beams, "new_tokens": new_tokens},
-            "extra": {"dtype": dtype, "amp": amp, "cpu": cpu, "threads": threads},
+            "extra": {"cpu": cpu, "threads": threads} | given,
         }
         try:
             run_and_show(experiment, choice, arguments, dry_run, record, debug)

@@ -64,6 +64,7 @@ class Row:
         budget: entries or a share, as `--budget` reads it; "" where it means nothing.
         adapter, rank: additive modules, trained in place of the model's own parameters.
         settings: further fields of `FinetuneConfig`.
+        variant: tells rows of one method and budget apart, in a few characters.
     """
 
     method: str
@@ -72,10 +73,13 @@ class Row:
     adapter: str | None = None
     rank: int | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    variant: str = ""
 
     @property
     def name(self) -> str:
-        """As users name it: 'id3', 'lora-r8' (adapter trained whole), 'id3+lora-r8'."""
+        """As users name it: 'id3', 'id3@exp=2', 'lora-r8' (trained whole), 'id3+lora-r8'."""
+        if self.variant:
+            return f"{self.method}@{self.variant}"
         if self.adapter is None:
             return self.method
         adapter = f"{self.adapter}-r{self.rank}"

@@ -129,8 +129,12 @@ def our_line(summary: Summary, shown: Sequence[str], average: bool, kept: int) -
 def legend(experiment: Experiment) -> str:
     """How to read the table."""
     how = {
-        "grid": f"mean and sample deviation of the best {experiment.kept} runs, one run a learning "
-        "rate.",
+        "grid": "one run a learning rate; "
+        + (
+            "the best one."
+            if experiment.kept == 1
+            else f"mean and sample deviation of the best {experiment.kept} of them."
+        ),
         "tuned": "mean and sample deviation over seeds; the learning rate of each method and task "
         "was chosen on a part of train with one seed.",
     }[experiment.protocol]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparse_optim.finetune.errors import FinetuneError
+from sparse_optim.schedule import SCHEDULES
 
 DEFAULT_BUDGET = 0.01
 
@@ -32,7 +33,11 @@ class FinetuneConfig:
         max_grad_norm: clip gradients at this norm; 0 does not clip.
         eval_every, log_every, save_every: steps (defaults: a fifth of the run; a hundredth; never).
         metric: the evaluation metric to report (default: the task's first).
+        group_by_length: batch examples of about the same length: less padding.
         d3_exp, d3_eps: of the importance |grad| / (|param| + eps)^exp.
+        unmask_schedule: of methods that unmask step by step, a key of `SCHEDULES`.
+        unmask_share: of the run, in which their budget is spent; above 0, at most 1.
+        bias_correction: "entry" or "global", as in `MaskedAdamW`.
         dense: further parameters to train densely, by the beginning of their names.
         pooling: what a sequence head reads: "cls", "mean", or "auto" as the model was trained.
         resume: a Trainer checkpoint to go on from.
@@ -69,8 +74,12 @@ class FinetuneConfig:
     weight_decay: float = 0.0
     adam_eps: float | None = None
     max_grad_norm: float = 1.0
+    group_by_length: bool = False
     d3_exp: float = 0.0
     d3_eps: float = 1.0
+    unmask_schedule: str = "uniform"
+    unmask_share: float = 1.0
+    bias_correction: str = "entry"
     dense: tuple[str, ...] = ()
     pooling: str = "auto"
     backend: str = "auto"
@@ -114,6 +123,15 @@ class FinetuneConfig:
         for name in ("warmup", "weight_decay", "max_grad_norm"):
             if getattr(self, name) < 0:
                 raise FinetuneError(f"{option(name)} must be at least 0, got {getattr(self, name)}")
+        if self.unmask_schedule not in SCHEDULES:
+            raise FinetuneError(
+                f"--unmask-schedule must be one of {', '.join(SCHEDULES)}, "
+                f"got {self.unmask_schedule!r}"
+            )
+        if not 0 < self.unmask_share <= 1:
+            raise FinetuneError(
+                f"--unmask-share must be above 0 and at most 1, got {self.unmask_share}"
+            )
         if self.amp not in ("none", "bf16"):
             raise FinetuneError(f"--amp must be none or bf16, got {self.amp!r}")
         if self.adapter is None and self.adapter_rank is not None:

@@ -42,6 +42,7 @@ from sparse_optim.finetune.report import collect, write_json
 from sparse_optim.finetune.tasks import TASKS, Task
 from sparse_optim.finetune.trainer import SelectiveTrainer
 from sparse_optim.methods import METHODS, MethodRequest
+from sparse_optim.schedule import SCHEDULES
 
 logger = logging.getLogger(__name__)
 
@@ -253,13 +254,14 @@ def training_arguments(config: FinetuneConfig, train_size: int) -> TrainingArgum
         weight_decay=config.weight_decay,
         max_grad_norm=0.0 if method.clips else config.max_grad_norm,
         bf16=config.amp == "bf16",
+        train_sampling_strategy="group_by_length" if config.group_by_length else "random",
         logging_steps=config.log_every or max(1, steps // 100),
         eval_strategy="steps",
         eval_steps=config.eval_every or max(1, steps // 5),
         save_strategy="steps" if config.save_every else "no",
         save_steps=config.save_every or 500,
         seed=config.seed,
-        use_cpu=config.cpu,
+        use_cpu=config.cpu or not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available() and not config.cpu,
         disable_tqdm=True,
         report_to=config.report_to,
@@ -298,6 +300,9 @@ def build_optimizer(
         total_steps=total_steps,
         d3_exp=config.d3_exp,
         d3_eps=config.d3_eps,
+        schedule=SCHEDULES[config.unmask_schedule],
+        unmask_share=config.unmask_share,
+        bias_correction=config.bias_correction,
         max_grad_norm=config.max_grad_norm,
         backend=config.backend,
         calibration=batches,

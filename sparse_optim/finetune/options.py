@@ -10,6 +10,7 @@ import typer
 from sparse_optim.finetune.adapters import ADAPTERS, DEFAULT_RATE
 from sparse_optim.finetune.columns import TASK_NAMES
 from sparse_optim.methods import METHODS
+from sparse_optim.schedule import SCHEDULES
 
 DEFAULT_RATES = ", ".join(f"{name} {method.lr:g}" for name, method in METHODS.items())
 
@@ -75,6 +76,13 @@ Budget = Annotated[
 ]
 D3Exp = Annotated[float, selection("exp of the importance |grad| / (|param| + eps)^exp.")]
 D3Eps = Annotated[float, selection("eps of the importance.")]
+UnmaskSchedule = Annotated[
+    str, selection(f"How the budget is spread over the steps: {', '.join(SCHEDULES)}.")
+]
+UnmaskShare = Annotated[float, selection("Spend the budget in this share of the run.")]
+BiasCorrection = Annotated[
+    str, selection("Adam's step counts from an entry's unmasking (entry) or the start (global).")
+]
 DensePrefixes = Annotated[
     list[str] | None,
     selection("Train these parameters densely, too: how their names begin. Repeatable."),
@@ -108,6 +116,9 @@ Warmup = Annotated[float, training("Warm-up: steps, or a share of the run if bel
 WeightDecay = Annotated[float, training("Of active entries of matrices.")]
 AdamEps = Annotated[float | None, training("eps of AdamW. Default: the method's.")]
 MaxGradNorm = Annotated[float, training("Clip gradients at this norm; 0 does not clip.")]
+GroupByLength = Annotated[
+    bool, training("Batch examples of about the same length.", "--group-by-length")
+]
 Seed = Annotated[int, training("Of the fresh head, the order of examples and dropout.")]
 Resume = Annotated[Path | None, training("Go on from this checkpoint (see --save-every).")]
 

@@ -14,34 +14,24 @@ from torch import Tensor, nn
 
 from sparse_optim.activations import InputMeans
 from sparse_optim.calibration import child_tuning_d, fisher
-from sparse_optim.id3 import IncrementalMaskedAdamW
 from sparse_optim.importance import D3, ActivationWeightGradient, Magnitude, Random, Scores, Snip
 from sparse_optim.methods._request import (
     MethodRequest,
     dense_adamw,
     masked_adamw,
-    ranked_groups,
 )
 from sparse_optim.optimizer import MaskedAdamW
-from sparse_optim.selection import Repeat, Selection, Static, Stochastic, resolve_budget
+from sparse_optim.selection import Increment, Repeat, Selection, Static, Stochastic, resolve_budget
 
 FISHER_SAMPLES = 1024  # of the Fish mask paper
 
 
 def id3(request: MethodRequest) -> MaskedAdamW:
     """D3 importance, the budget unmasked step by step (Agarwal et al. 2025, Algorithm 1)."""
-    return IncrementalMaskedAdamW(
-        ranked_groups(request),
-        request.lr,
-        request.betas,
-        request.adam_eps,
-        request.weight_decay,
-        budget=_budget(request),
-        total_steps=request.total_steps,
-        importance=D3(request.d3_exp, request.d3_eps),
-        max_grad_norm=request.max_grad_norm or None,
-        backend=request.backend,
-    )
+    steps = request.total_steps
+    unmask_steps = max(1, round(steps * request.unmask_share))
+    selection = Increment(_budget(request), steps, request.schedule, unmask_steps)
+    return masked_adamw(request, D3(request.d3_exp, request.d3_eps), selection)
 
 
 def static_d3(request: MethodRequest) -> MaskedAdamW:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 
 from sparse_optim.importance import Importance
 from sparse_optim.optimizer import MaskedAdamW
+from sparse_optim.schedule import Schedule, Uniform
 from sparse_optim.selection import Selection
 
 
@@ -26,6 +27,9 @@ class MethodRequest:
         lr, head_lr: learning rates of the pretrained and of the fresh parameters.
         budget: entries (int) or share of the ranked entries (float); None takes the method's own.
         total_steps: optimizer steps of the run.
+        schedule, unmask_share: of methods that unmask step by step: how the budget is spread over
+            the steps, and in which share of the run it is spent.
+        bias_correction: as in `MaskedAdamW`.
         max_grad_norm: clip at this norm; 0 leaves gradients alone.
         calibration: gives batches, for methods that score entries before training.
         seed: of methods that draw entries.
@@ -44,6 +48,9 @@ class MethodRequest:
     total_steps: int = 1
     d3_exp: float = 0.0
     d3_eps: float = 1.0
+    schedule: Schedule = field(default_factory=Uniform)
+    unmask_share: float = 1.0
+    bias_correction: str = "entry"
     max_grad_norm: float = 0.0
     backend: str = "auto"
     calibration: Callable[[], Iterable[Any]] | None = None
@@ -78,6 +85,7 @@ def masked_adamw(
         importance=importance,
         selection=selection,
         max_grad_norm=request.max_grad_norm or None,
+        bias_correction=request.bias_correction,
         backend=request.backend,
     )
 
