@@ -13,7 +13,7 @@ from typing import Any
 from sparse_optim.experiments.presets import Block, Experiment, Row
 from sparse_optim.experiments.quality import MODEL, SETTINGS, TASKS
 
-LRS = (1.5e-3, 5e-3, 1.5e-2)
+LRS = (1.5e-3, 5e-3)
 BUDGET = "0.5%"
 
 
