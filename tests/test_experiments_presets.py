@@ -122,6 +122,7 @@ def test_quality_begins_with_the_core_and_gives_selective_methods_equal_chances(
         "full",
         "frozen",
         "id3-0.5%",
+        "id3@share=0.5-0.5%",
         "static-d3-0.5%",
         "fish-0.5%",
         "pafi-0.5%",

@@ -37,6 +37,11 @@ def lora(budget: str) -> Row:
     return Row("full", SELECTIVE_LRS, adapter="lora", rank=LORA_RANKS[budget])
 
 
+def half(budget: str) -> Row:
+    """ID3 that has spent its budget in the middle of the run: the best of its settings."""
+    return Row("id3", SELECTIVE_LRS, budget, settings={"unmask_share": 0.5}, variant="share=0.5")
+
+
 def task(name: str, dataset: str, kind: str, metric: str, **more: object) -> TaskPreset:
     """A task of 300 steps of 16, tested once."""
     fields: dict[str, object] = {"steps": 300, "batch_size": 16, "split": "test"}
@@ -71,6 +76,7 @@ CORE = (
     Row("frozen", FROZEN_LRS, settings={"head_lr": None}),
     *selective(("id3", "static-d3", "fish", "pafi", "r-mask"), "0.5%"),
     lora("0.5%"),
+    half("0.5%"),
 )
 FURTHER = (
     Row("bitfit", SELECTIVE_LRS),
