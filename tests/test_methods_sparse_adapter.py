@@ -33,12 +33,11 @@ class Net(nn.Module):
 
     def forward(
         self,
-        input_ids: Tensor | None = None,
+        input_ids: Tensor,
         labels: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
     ) -> SimpleNamespace:
-        hidden = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
-        logits = self.up(self.activation(self.down(hidden))).sum(1)
+        logits = self.up(self.activation(self.down(self.embedding(input_ids)))).sum(1)
         loss = None if labels is None else functional.cross_entropy(logits, labels)
         return SimpleNamespace(loss=loss, logits=logits)
 
@@ -133,6 +132,8 @@ def test_synflow_counts_the_paths_through_an_entry():
     expected = {"down.weight": TOKENS * down * up.sum(0)[:, None]}
     expected["up.weight"] = TOKENS * up * down.sum(1)[None, :]
     assert chosen(model, "synflow") == top(expected)
+    tokens = torch.arange(4)
+    assert torch.equal(model.embedding(tokens), model.embedding.weight[tokens])
 
 
 def test_each_score_takes_its_own_entries():

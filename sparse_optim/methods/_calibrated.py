@@ -102,16 +102,21 @@ SPARSE_SCORES: dict[str, Callable[[MethodRequest], Importance]] = {
 
 def _logits_of_ones(model: nn.Module) -> Tensor:
     """What a transformers model makes of tokens whose embeddings are ones."""
-    embeddings: Any = getattr(model, "get_input_embeddings", None)
-    if embeddings is None:
+    find: Any = getattr(model, "get_input_embeddings", None)
+    if find is None:
         raise ValueError(
-            "synflow calls model(inputs_embeds=...) of a transformers model, and "
+            "synflow puts ones in the place of a transformers model's embeddings, and "
             f"{type(model).__name__} has no get_input_embeddings: give "
             "Scores(calibration.synflow(model, forward)) to MaskedAdamW"
         )
-    weight = embeddings().weight
-    ones = torch.ones(1, SYNFLOW_TOKENS, weight.shape[-1], dtype=weight.dtype, device=weight.device)
-    return model(inputs_embeds=ones).logits
+    embeddings = find()
+    # Not inputs_embeds: not every model takes it.
+    hook = embeddings.register_forward_hook(lambda module, inputs, output: torch.ones_like(output))
+    tokens = torch.zeros(1, SYNFLOW_TOKENS, dtype=torch.int64, device=embeddings.weight.device)
+    try:
+        return model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
+    finally:
+        hook.remove()
 
 
 def _names(request: MethodRequest) -> list[str]:
