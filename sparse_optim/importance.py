@@ -12,7 +12,6 @@ gradients. Every other one costs a pass of its own and a score of every entry wh
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
@@ -65,7 +64,8 @@ class Magnitude:
     """Rank the smallest |param| first; needs no data (PaFi).
 
     The score is the greatest float32 less |param|, counted in units in the last place, so that the
-    order is exact. Entries that are zero come first; NaN and infinity never.
+    order is exact. Entries that are zero come first (with a warning, where they fill a matrix); NaN
+    and infinity never.
 
     Reference: Liao et al. 2023, Parameter-Efficient Fine-Tuning without Introducing New Latency
     (PaFi), section 3.1.
@@ -76,13 +76,6 @@ class Magnitude:
     def __call__(self, name: str, param: Tensor, grad: Tensor) -> Tensor:
         """Scores, float32, of the parameter's shape."""
         magnitude = param.detach().float().abs()
-        if magnitude.dim() > 1 and magnitude.numel() and not magnitude.any():
-            warnings.warn(
-                f"Magnitude: {name} is all zeros (a fresh LoRA B?), so that its entries are "
-                "unmasked first; leave it out of the pool, or rank by the gradient (D3)",
-                UserWarning,
-                stacklevel=2,
-            )
         bits = GREATEST_FINITE_BITS - magnitude.view(torch.int32)
         return bits.clamp(min=0).view(torch.float32)
 

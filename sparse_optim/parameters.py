@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -177,6 +177,12 @@ def check_together(params: Sequence[Tensor], names: Sequence[str]) -> None:
             raise ValueError(
                 f"{name} and {other} share memory; give tied weights as one and the same Parameter"
             )
+
+
+def zero_matrices(named_params: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Names of the matrices (two dimensions or more) that are zero throughout: a fresh LoRA's B."""
+    matrices = ((name, param) for name, param in named_params if param.dim() > 1 and param.numel())
+    return [name for name, param in matrices if not param.any()]
 
 
 def bind_grads(

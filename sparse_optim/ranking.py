@@ -22,7 +22,7 @@ from sparse_optim.importance import (
     check_scores,
     is_fixed,
 )
-from sparse_optim.parameters import SUPPORTED_DTYPES
+from sparse_optim.parameters import SUPPORTED_DTYPES, zero_matrices
 from sparse_optim.selection import Increment, Selection, Stochastic
 
 if TYPE_CHECKING:
@@ -105,6 +105,8 @@ def rank(optimizer: MaskedAdamW, bound: Any, grads: Sequence[Tensor]) -> Ranked 
         scored, active.position, active.offsets, work.tile_offsets, ranking.noise, ops.TILE,
         ranking.tile_max, work.scratch,
     )  # fmt: skip
+    if isinstance(importance, Magnitude):
+        _warn_of_zeros(optimizer._names, optimizer._pool, grads)
     if not ranking.tile_max.any():
         warnings.warn(
             f"{importance} scores every entry 0: nothing is unmasked in this step (|grad * param| "
@@ -113,6 +115,19 @@ def rank(optimizer: MaskedAdamW, bound: Any, grads: Sequence[Tensor]) -> Ranked 
             stacklevel=4,
         )
     return Ranked(scored, ranking.tile_max, 0.0, 1.0, ranking.noise, scores)
+
+
+def _warn_of_zeros(names: Sequence[str], params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    ranked = zip(names, params, grads, strict=True)
+    zero = zero_matrices((name, param) for name, param, grad in ranked if grad.numel())
+    if zero:
+        warnings.warn(
+            f"Magnitude: {len(zero)} of the ranked matrices are all zeros (a fresh LoRA B?; the "
+            f"first is {zero[0]}), so that their entries are unmasked first, in the order of "
+            "their positions; leave them out of the pool, or rank by the gradient (D3)",
+            UserWarning,
+            stacklevel=5,
+        )
 
 
 def _unmasks(optimizer: MaskedAdamW) -> bool:

@@ -201,7 +201,7 @@ def tiny(folder, *more: str):
 def test_the_command_lists_runs_records_and_goes_on(tmp_path):
     listed = tiny(tmp_path, "--tasks", "rte", "--dry-run")
     assert "rte-id3-200-seed6-lr0.001" in listed.output
-    assert "4 cells, 0 finished, about 0 minutes left; 4 cells without an estimate" in listed.output
+    assert "4 cells, 0 finished, time left: unknown; 4 cells without an estimate" in listed.output
     assert not (tmp_path / "out").exists()
 
     record = tmp_path / "record"
@@ -219,6 +219,17 @@ def test_the_command_lists_runs_records_and_goes_on(tmp_path):
 
     again = tiny(tmp_path, "--tasks", "rte", "--threads", "1", "--dry-run")
     assert "4 cells, 4 finished, about 0 minutes left" in again.output
+
+
+def test_processes_that_share_a_folder_leave_one_table(tmp_path):
+    for task in ("rte", "cola"):
+        assert tiny(tmp_path, "--tasks", task, "--only", "full").exit_code == 0
+        if task == "rte":
+            write_classes(tmp_path / "data" / "cola")
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert "| method | budget | lr | cola | rte | average | entries |" in text
+    (summary,) = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert summary["columns"].keys() == summary["lr"].keys() == {"rte", "cola"}
 
 
 def test_errors_of_the_command_are_one_line(tmp_path):

@@ -23,6 +23,7 @@ from tiny_models import save_decoder
 
 from sparse_optim.experiments import runner as module
 from sparse_optim.experiments.cells import CellStore
+from sparse_optim.experiments.choose import Choice, choose, whole
 from sparse_optim.experiments.presets import Block, ExperimentError, Row
 
 
@@ -171,6 +172,50 @@ def test_other_settings_are_refused_not_mixed(tmp_path):
     )
     with pytest.raises(ExperimentError, match=r"letters-frozen.*ran with steps=2, now 3"):
         list(runner(longer, tmp_path, only=("frozen",)).run())
+
+
+def test_a_setting_that_came_after_a_cell_is_the_default(tmp_path):
+    """New options must not make the cells of an earlier version useless."""
+    experiment = tiny_experiment(tmp_path)
+    run = runner(experiment, tmp_path, only=("frozen",))
+    (outcome,) = run.run()
+    cell = next(run.wanted())
+    del outcome["config"]["sparse_score"]
+    run.store.write(cell, outcome)
+    assert list(runner(experiment, tmp_path, only=("frozen",)).run()) == []
+    other = runner(
+        experiment, tmp_path, only=("frozen",), extra={"cpu": True, "sparse_score": "mag"}
+    )
+    with pytest.raises(ExperimentError, match="ran with sparse_score='snip', now 'mag'"):
+        list(other.run())
+
+
+def test_the_table_covers_the_cells_of_other_processes_that_ran_alike(tmp_path):
+    write_classes(tmp_path / "data" / "more")
+    rows = (Row("id3", (1e-3,), "200"), Row("frozen", (1e-3,)))
+    tasks = (tiny_task("letters"), tiny_task("more"))
+    experiment = tiny_experiment(tmp_path, blocks=(Block(tasks, rows),))
+
+    def part(*choice):
+        return choose(experiment, Choice(**dict(choice)))[0]
+
+    def covered(choice, **options):
+        found = runner(experiment, tmp_path, **options).finished(whole(experiment, choice))
+        return {(outcome["cell"]["task"], outcome["cell"]["row"]) for outcome in found}
+
+    list(runner(part(("tasks", "letters")), tmp_path).run())
+    list(runner(part(("tasks", "more"), ("methods", "frozen")), tmp_path).run())
+    every = {("letters", "id3-200"), ("letters", "frozen"), ("more", "frozen")}
+    assert covered(Choice()) == covered(Choice(tasks="more")) == every
+    assert covered(Choice(methods="frozen")) == covered(Choice(), only=("nothing",)) == every
+    assert covered(Choice(budgets="100")) == every
+    list(runner(part(("methods", "r-mask"), ("tasks", "more")), tmp_path).run())
+    assert covered(Choice(methods="r-mask", tasks="letters")) == every | {("more", "r-mask-200")}
+    # Of another protocol, or of data that this process does not have: not in the same table.
+    assert covered(Choice(steps=3)) == covered(Choice(lrs="1e-2")) == set()
+    assert covered(Choice(), limit=8) == set()
+    (tmp_path / "data" / "more").rename(tmp_path / "gone")
+    assert covered(Choice()) == every - {("more", "frozen")}
 
 
 def test_no_cell_begins_that_would_end_too_late(tmp_path):

@@ -13,7 +13,7 @@ from experiment_cases import outcome, tiny_experiment, tiny_task
 
 from sparse_optim.experiments.plan import best_lr, cells, tuning_cells
 from sparse_optim.experiments.presets import Block, Row
-from sparse_optim.experiments.table import markdown, summarise, top_mean, write_table
+from sparse_optim.experiments.table import markdown, rates, summarise, top_mean, write_table
 
 
 def test_the_top_three_of_four_by_hand():
@@ -45,9 +45,13 @@ def test_the_table_stands_beside_the_papers_own_figures(tmp_path):
     assert summary["entries"] == 100
     lines = (tmp_path / "table.md").read_text().splitlines()
     assert lines[0] == "**Tiny**"
-    assert lines[2].startswith("| method | budget | one | two | average | entries | state MB |")
-    assert lines[4] == "| id3 | 100 | 80.00 ± 10.00 | 60.00 (n = 1) | 70.00 | 100 | 2.00 | 5 |"
-    assert lines[5] == "| *the paper* |  | 88.10 | 70.00 | 79.05 |  |  |  |"
+    assert lines[2].startswith(
+        "| method | budget | lr | one | two | average | entries | state MB |"
+    )
+    assert lines[4] == (
+        "| id3 | 100 | 1e-3 | 80.00 ± 10.00 | 60.00 (n = 1) | 70.00 | 100 | 2.00 | 5 |"
+    )
+    assert lines[5] == "| *the paper* |  |  | 88.10 | 70.00 | 79.05 |  |  |  |"
     assert "best 3 of them" in lines[-1]
     assert "The paper: Table 1." in lines[-1]
     assert json.loads((tmp_path / "table.json").read_text())[0]["columns"]["one"]["runs"] == 4 - 1
@@ -57,7 +61,7 @@ def test_an_interrupted_table_shows_filled_columns_and_no_average_of_other_tasks
     experiment = two_tasks(tmp_path)
     summaries = summarise(experiment, [outcome("two", "id3-100", 0.6)])
     text = markdown(experiment, summaries)
-    assert "| method | budget | two | entries |" in text
+    assert "| method | budget | lr | two | entries |" in text
     assert "79.05" not in text  # the paper's average is of both tasks
 
 
@@ -76,6 +80,60 @@ def test_a_diverged_run_is_said_so_and_is_null_in_json(tmp_path):
     write_table(experiment, [outcome("one", "id3-100", None)], tmp_path)
     assert "| diverged (n = 1) |" in (tmp_path / "table.md").read_text()
     assert json.loads((tmp_path / "table.json").read_text())[0]["columns"]["one"]["mean"] is None
+
+
+def with_rate(task, row, value, lr):
+    found = outcome(task, row, value)
+    return found | {"cell": found["cell"] | {"lr": lr}}
+
+
+def test_the_table_shows_the_rates_of_the_best_runs(tmp_path):
+    rows = (Row("id3", (1e-3, 1.5e-2), "100"), Row("full", (5e-5,)), Row("frozen", (5e-2,)))
+    experiment = tiny_experiment(
+        tmp_path, blocks=(Block((tiny_task("one"), tiny_task("two")), rows),)
+    )
+    outcomes = [
+        with_rate("two", "id3-100", 0.7, 1e-3),
+        with_rate("two", "id3-100", 0.7, 1.5e-2),  # the first of equals counts
+        with_rate("one", "id3-100", 0.6, 1e-3),
+        with_rate("one", "id3-100", 0.8, 1.5e-2),
+        with_rate("one", "full", None, 1e-4),  # diverged
+        with_rate("one", "full", 0.9, 5e-5),
+        with_rate("two", "full", 0.9, 5e-5),
+        with_rate("one", "frozen", 0.3, 5e-2),
+    ]
+    write_table(experiment, outcomes, tmp_path)
+    table = json.loads((tmp_path / "table.json").read_text())
+    assert [summary["lr"] for summary in table] == [
+        {"one": 1.5e-2, "two": 1e-3},
+        {"one": 5e-5, "two": 5e-5},
+        {"one": 5e-2},
+    ]
+    text = (tmp_path / "table.md").read_text()
+    assert "| id3 | 100 | 1.5e-2/1e-3 | " in text
+    assert "| full |  | 5e-5 | " in text
+    assert "| frozen |  | 5e-2 | " in text
+    assert "where tasks differ, in their order" in text
+
+
+def test_a_task_without_a_run_keeps_its_place_among_the_rates():
+    assert rates({"a": 5e-3, "c": 1.5e-2}, ["a", "b", "c"]) == "5e-3/-/1.5e-2"
+    assert rates({"a": 1.0}, ["a", "b"]) == "1e0"
+
+
+def test_a_table_that_breaks_off_leaves_the_last_one(tmp_path, monkeypatch):
+    experiment = two_tasks(tmp_path)
+    write_table(experiment, [outcome("two", "id3-100", 0.6)], tmp_path)
+    before = (tmp_path / "table.md").read_text()
+
+    def breaks_off(path, text):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("pathlib.Path.write_text", breaks_off)
+    with pytest.raises(OSError, match="disk full"):
+        write_table(experiment, [outcome("one", "id3-100", 0.6)], tmp_path)
+    assert (tmp_path / "table.md").read_text() == before
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_every_row_is_run_once_before_any_is_run_again(tmp_path):

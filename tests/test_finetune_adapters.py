@@ -70,10 +70,14 @@ def from_files(kind, folder, output):
         *((kind, method) for kind in ADAPTERS for method in ("id3", "full")),
         *(("lora", method) for method in ("static-d3", "fish", "r-mask")),
         ("pfeiffer", "sparse-adapter"),
+        ("lora", "sparse-adapter@rand"),
+        *(("pfeiffer", f"sparse-adapter@{score}") for score in ("mag", "grasp", "synflow")),
     ],
 )
 def test_the_adapter_is_trained_verified_and_saved(folder, tmp_path, kind, method):
-    result = run(config(folder, tmp_path / "out", adapter=kind, method=method, lr=1e-2))
+    method, _, score = method.partition("@")
+    settings = {"method": method, "lr": 1e-2, "sparse_score": score or "snip"}
+    result = run(config(folder, tmp_path / "out", adapter=kind, **settings))
     assert result.metrics["verified"] is True
     model, metrics = result.model, result.metrics
     adapter = sum(param.numel() for param in adapter_parameters(model).values())
@@ -92,7 +96,7 @@ def test_the_adapter_is_trained_verified_and_saved(folder, tmp_path, kind, metho
 
 
 def test_pafi_on_a_fresh_adapter_warns_of_the_zeros_that_it_takes_first(folder, tmp_path):
-    with pytest.warns(UserWarning, match=r"lora_B.* is all zeros"):
+    with pytest.warns(UserWarning, match=r"are all zeros .*lora_B"):
         result = run(config(folder, tmp_path / "out", adapter="lora", method="pafi"))
     assert result.metrics["verified"] is True
     delta = load_delta(tmp_path / "out" / "delta.safetensors")
@@ -150,7 +154,9 @@ def test_dense_methods_take_the_rate_of_adapters(folder, tmp_path):
         ({"adapter_rank": 4}, "--adapter-rank needs --adapter"),
         ({"adapter": "lora", "adapter_rank": 0}, "--adapter-rank must be above 0"),
         ({"adapter": "lora", "save_model": True}, "--save-model is for runs without --adapter"),
-        ({"adapter": "lora", "method": "sparse-adapter"}, "0 everywhere on a fresh LoRA"),
+        ({"adapter": "lora", "method": "sparse-adapter"}, r"all zeros \(a fresh LoRA B\)"),
+        ({"adapter": "dora", "method": "sparse-adapter"}, r"all zeros \(a fresh LoRA B\)"),
+        ({"sparse_score": "snap"}, r"unknown sparse-score 'snap' \(did you mean 'snip'\?\)"),
         ({"adapter": "lora", "budget": 10**6}, "budget must be 1 to"),
     ],
 )

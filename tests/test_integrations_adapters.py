@@ -1,9 +1,8 @@
-"""Param groups of adapted models, deltas over adapters, zeroing, warnings."""
+"""Param groups of adapted models, deltas over adapters, zeroing."""
 
 from __future__ import annotations
 
 import re
-import warnings
 
 import pytest
 import torch
@@ -21,7 +20,6 @@ from sparse_optim.integrations import (
     adapter_groups,
     adapter_parameters,
     add_bottlenecks,
-    warn_if_zero_initialised,
     zero_inactive_,
 )
 
@@ -130,23 +128,6 @@ def test_models_without_trainable_adapters_are_refused(tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is_trainable=True"):
         adapter_groups(reloaded(classifier(), tmp_path))
-
-
-@pytest.mark.parametrize(
-    ("kind", "zero"),
-    [("lora", r".*lora_B.*"), ("dora", r".*lora_B.*"), ("bottleneck", r".*\.bias"), ("ia3", None)],
-)
-def test_zero_initialised_tensors_are_named(kind, zero):
-    ranked = adapter_groups(adapted(kind))[0]["params"]
-    if zero is None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            assert warn_if_zero_initialised(ranked) == []
-        return
-    expected = [name for name, _ in ranked if re.fullmatch(zero, name)]
-    with pytest.warns(UserWarning, match=rf"{len(expected)} of the ranked tensors.*Rank by grad"):
-        assert warn_if_zero_initialised(ranked) == expected
-    assert expected
 
 
 def pruned_run(kind):

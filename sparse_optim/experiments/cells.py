@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from sparse_optim.experiments.presets import ExperimentError, Row, TaskPreset
-from sparse_optim.finetune.report import write_json
+from sparse_optim.finetune.config import FinetuneConfig
+from sparse_optim.finetune.report import jsonable, write_json
 
 Outcome = dict[str, Any]  # what a cell's file holds
 
@@ -37,10 +39,7 @@ class Cell:
 
 
 class CellStore:
-    """The finished cells of a folder, a JSON file each.
-
-    A file appears whole or not at all: it is written beside its place and then renamed.
-    """
+    """The finished cells of a folder, a JSON file each."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -67,23 +66,39 @@ class CellStore:
         return self._known[path]
 
     def write(self, cell: Cell, outcome: Outcome) -> None:
-        """Write the cell's file in one piece."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.path(cell)
-        unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-        try:
+        """Write the cell's file."""
+        with in_one_piece(self.path(cell)) as unfinished:
             write_json(outcome, unfinished)
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def in_one_piece(path: Path) -> Iterator[Path]:
+    """Where to write a file that appears whole or not at all, whoever else writes it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        yield unfinished
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def differing_settings(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that a finished cell ran with, where they differ from what is asked for.
+
+    A setting that the cell does not know came after it: it ran with the default.
+    """
+    defaults = {field.name: jsonable(field.default) for field in fields(FinetuneConfig)}
+    known = defaults | dict(stored)
+    return {name: known.get(name) for name in wanted if known.get(name) != wanted[name]}
 
 
 def check_same(cell: Cell, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raise ExperimentError where a finished cell ran with other settings than are asked for."""
-    differing = [name for name in wanted if stored.get(name) != wanted[name]]
+    differing = differing_settings(stored, wanted)
     if differing:
-        name = differing[0]
+        name, ran_with = next(iter(differing.items()))
         raise ExperimentError(
-            f"cell {cell.name} ran with {name}={stored.get(name)!r}, now {wanted[name]!r} is asked "
+            f"cell {cell.name} ran with {name}={ran_with!r}, now {wanted[name]!r} is asked "
             "for; use another --output, or remove the cell's file"
         )

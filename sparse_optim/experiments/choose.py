@@ -62,6 +62,17 @@ def choose(experiment: Experiment, choice: Choice) -> tuple[Experiment, list[str
     )
 
 
+def whole(experiment: Experiment, choice: Choice) -> Experiment:
+    """All of the experiment of which `choice` runs a part: what its table covers.
+
+    Every task, the preset's rows and the choice's, in one block, as the choice would run them.
+    """
+    part, _ = choose(experiment, choice)
+    every, _ = choose(experiment, replace(choice, tasks=None, methods=None, budgets=None))
+    rows = {row.label: row for row in (*every.rows, *part.rows)}
+    return replace(every, blocks=(Block(every.tasks, tuple(rows.values())),))
+
+
 def new_blocks(
     experiment: Experiment,
     tasks: Mapping[str, TaskPreset],

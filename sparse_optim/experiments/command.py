@@ -14,7 +14,7 @@ from rich.markup import escape
 
 from sparse_optim.experiments.ablation import ABLATION
 from sparse_optim.experiments.arithmetic import MATH
-from sparse_optim.experiments.choose import Choice, choose
+from sparse_optim.experiments.choose import Choice, choose, whole
 from sparse_optim.experiments.glue import GLUE, NER
 from sparse_optim.experiments.presets import Experiment
 from sparse_optim.experiments.quality import QUALITY
@@ -77,6 +77,7 @@ def about(experiment: Experiment) -> str:
     rows = ", ".join(row.label for row in experiment.rows)
     return (
         f"{experiment.about}\n\nFinished cells are skipped, so a stopped run goes on where it was. "
+        "Several processes may share an output folder, each with tasks or methods of its own. "
         f"Writes cells/*.json, table.md and table.json.\n\nModel: {experiment.model}. "
         f"Tasks: {tasks}. Rows: {rows}."
     )
@@ -144,7 +145,7 @@ def run_and_show(
     record: Path | None,
     debug: bool,
 ) -> None:
-    """List the cells, or run them and write the table."""
+    """List the cells, or run them and write the table of all that are finished."""
     if not debug:
         quiet_libraries()
     # transformers: not needed for --help
@@ -161,11 +162,12 @@ def run_and_show(
     if dry_run:
         return show_plan(runner, console)
     output = arguments["output"]
+    every = whole(experiment, choice)
     for _ in runner.run():
-        write_table(chosen, runner.outcomes(), output)  # a killed run leaves its table
-    outcomes = runner.outcomes()
-    summaries = write_table(chosen, outcomes, output)
-    console.print(markdown(chosen, summaries), markup=False, highlight=False, soft_wrap=True)
+        write_table(every, runner.finished(every), output)  # a killed run leaves its table
+    outcomes = runner.finished(every)
+    summaries = write_table(every, outcomes, output)
+    console.print(markdown(every, summaries), markup=False, highlight=False, soft_wrap=True)
     ending = "Complete" if runner.is_finished() else "Out of time; run it again to go on"
     console.print(f"{ending}: {output}/table.md", highlight=False, soft_wrap=True)
     if record is not None:

@@ -32,8 +32,10 @@ def show_plan(runner: Runner, console: Console) -> None:
         console.print(f"{position:4}  {cell.name}  {state}", highlight=False, soft_wrap=True)
     finished = sum(runner.store.read(cell) is not None for cell in planned)
     rest = f"; {unknown} cells without an estimate (none of their task has run)" if unknown else ""
+    is_known = left or not unknown
+    time = f"about {left / 60:.0f} minutes left" if is_known else "time left: unknown"
     console.print(
-        f"{len(planned)} cells, {finished} finished, about {left / 60:.0f} minutes left{rest}",
+        f"{len(planned)} cells, {finished} finished, {time}{rest}",
         highlight=False,
         soft_wrap=True,
     )

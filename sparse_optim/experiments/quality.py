@@ -1,8 +1,9 @@
 """Quality against cost on real text: one encoder, many methods, equal numbers of entries.
 
 The built-in MiniLM encoder, 300 steps of 16 short examples of about the same length under bfloat16
-autocast, so that a run takes half a minute on one CPU core; the same command runs it whole on a GPU. Every method gets the same steps, head and head learning rate; its own learning rate is
-chosen on a part of train with one seed. Each run looks at the test split once, at its end.
+autocast, so that a run takes half a minute on one CPU core; the same command runs it whole on a
+GPU. Every method gets the same steps, head and head learning rate; its own learning rate is chosen
+on a part of train with one seed. Each run looks at the test split once, at its end.
 """
 
 from __future__ import annotations

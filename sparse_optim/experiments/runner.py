@@ -14,7 +14,13 @@ from typing import Any
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from sparse_optim.experiments.cells import Cell, CellStore, Outcome, check_same
+from sparse_optim.experiments.cells import (
+    Cell,
+    CellStore,
+    Outcome,
+    check_same,
+    differing_settings,
+)
 from sparse_optim.experiments.machine import machine
 from sparse_optim.experiments.plan import cells
 from sparse_optim.experiments.presets import Experiment, ExperimentError, Row, TaskPreset
@@ -183,6 +189,19 @@ class Runner:
         """Of the finished cells."""
         found = (self.store.read(cell) for cell in self.wanted())
         return [outcome for outcome in found if outcome is not None]
+
+    def finished(self, experiment: Experiment) -> list[Outcome]:
+        """Outcomes of the cells of `experiment` that any process ran with this one's settings."""
+        found = ((cell, self.store.read(cell)) for cell in cells(experiment, self.store.read))
+        return [outcome for cell, outcome in found if outcome and self.is_alike(cell, outcome)]
+
+    def is_alike(self, cell: Cell, outcome: Outcome) -> bool:
+        """Whether a finished cell would run with the same settings now."""
+        try:
+            wanted = self.settings(self.config(cell))
+        except ExperimentError:  # its data is not here
+            return False
+        return not differing_settings(outcome["config"], wanted)
 
     def run(self) -> Iterator[Outcome]:
         """Run what is not finished, until there is nothing left or no time; yields each outcome.

@@ -6,10 +6,11 @@ import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sparse_optim.experiments.cells import Outcome
+from sparse_optim.experiments.cells import Outcome, in_one_piece
 from sparse_optim.experiments.plan import value_of
 from sparse_optim.experiments.presets import Experiment, Row
 
@@ -59,10 +60,17 @@ def shown_columns(experiment: Experiment, runs: Sequence[Outcome]) -> tuple[str,
 def summarise_row(
     experiment: Experiment, row: Row, runs: list[Outcome], shown: Sequence[str]
 ) -> Summary:
-    """Means by column, their average where the row fills all that are shown, medians of costs."""
+    """Means by column, their average where the row fills all that are shown, medians of costs.
+
+    "lr" is the rate of the best run (the first of equals) by task.
+    """
     columns: dict[str, Any] = {}
+    best_rates: dict[str, float] = {}
     for task in experiment.tasks:
         mine = [run for run in runs if run["cell"]["task"] == task.name]
+        if mine:
+            best = max(mine, key=partial(value_of, column=task.table_columns[0]))
+            best_rates[task.name] = best["cell"]["lr"]
         for column in task.table_columns if mine else ():
             values = [value_of(run, column) for run in mine]
             mean, deviation, count = top_mean(values, experiment.kept)
@@ -72,6 +80,7 @@ def summarise_row(
         "row": row.label,
         "method": row.name,
         "budget": row.budget,
+        "lr": best_rates,
         "columns": columns,
         "average": statistics.fmean(means) if len(means) == len(shown) else None,
         "entries": statistics.median(run["active_entries"] - run["fresh_entries"] for run in runs),
@@ -97,33 +106,57 @@ def measured(entry: Mapping[str, Any] | None, kept: int) -> str:
     return f"{number(entry['mean'])}{deviation}{missing}"
 
 
+def rate(value: float) -> str:
+    """As the papers write rates.
+
+    Example:
+        >>> rate(0.015), rate(5e-4)
+        ('1.5e-2', '5e-4')
+    """
+    mantissa, exponent = f"{value:e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
+def rates(found: Mapping[str, float], tasks: Sequence[str]) -> str:
+    """The rate, or where tasks differ one a task in their order, '-' where a task has no run.
+
+    Example:
+        >>> rates({"a": 5e-3, "c": 1.5e-2}, ["a", "b", "c"])
+        '5e-3/-/1.5e-2'
+    """
+    if len(set(found.values())) == 1:
+        return rate(next(iter(found.values())))
+    return "/".join(rate(found[task]) if task in found else "-" for task in tasks)
+
+
 def markdown(experiment: Experiment, summaries: Sequence[Summary]) -> str:
     """The table as Markdown: a line of ours, and below it the paper's where it has one."""
     filled = {column for summary in summaries for column in summary["columns"]}
     shown = [column for column in experiment.columns if column in filled]
     average = ["average"] if len(shown) > 1 else []
-    head = ["method", "budget", *shown, *average, "entries", "state MB", "ms a step"]
-    lines = [head, [":--", ":--", *("--:" for _ in head[2:])]]
+    tasks = [task.name for task in experiment.tasks if any(task.name in s["lr"] for s in summaries)]
+    head = ["method", "budget", "lr", *shown, *average, "entries", "state MB", "ms a step"]
+    lines = [head, [":--", ":--", ":--", *("--:" for _ in head[3:])]]
     for summary in summaries:
-        lines.append(our_line(summary, shown, bool(average), experiment.kept))
+        start = [summary["method"], summary["budget"], rates(summary["lr"], tasks)]
+        lines.append(start + our_figures(summary, shown, bool(average), experiment.kept))
         if summary["paper"]:
             theirs = [number(summary["paper"].get(name), 1.0) for name in shown]
             whole = (
                 summary["paper"].get("average") if len(shown) == len(experiment.columns) else None
             )
             theirs += [number(whole, 1.0)] if average else []
-            lines.append(["*the paper*", "", *theirs, "", "", ""])
+            lines.append(["*the paper*", "", "", *theirs, "", "", ""])
     body = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     return f"**{experiment.title}**\n\n{body}\n{legend(experiment)}\n"
 
 
-def our_line(summary: Summary, shown: Sequence[str], average: bool, kept: int) -> list[str]:
-    """The cells of one row."""
+def our_figures(summary: Summary, shown: Sequence[str], average: bool, kept: int) -> list[str]:
+    """What was measured of one row."""
     columns = [measured(summary["columns"].get(name), kept) for name in shown]
     columns += [number(summary["average"])] if average else []
     entries, state = f"{summary['entries']:,.0f}", f"{summary['state_bytes'] / 1e6:.2f}"
-    cost = [entries, state, f"{summary['step_ms']:.0f}"]
-    return [summary["method"], summary["budget"], *columns, *cost]
+    return [*columns, entries, state, f"{summary['step_ms']:.0f}"]
 
 
 def legend(experiment: Experiment) -> str:
@@ -138,19 +171,21 @@ def legend(experiment: Experiment) -> str:
         "tuned": "mean and sample deviation over seeds; the learning rate of each method and task "
         "was chosen on a part of train with one seed.",
     }[experiment.protocol]
+    lr = "lr: of the best run; where tasks differ, in their order."
     entries = (
         "Entries: active at the end, less the fresh head, which every method trains densely; "
         "methods that choose anew at each step have touched more."
     )
-    return f"Per cent; {how} {entries} {experiment.paper_note}".strip()
+    return f"Per cent; {how} {lr} {entries} {experiment.paper_note}".strip()
 
 
 def write_table(experiment: Experiment, outcomes: Sequence[Outcome], folder: Path) -> list[Summary]:
     """Write table.md and table.json; return the summaries."""
     summaries = summarise(experiment, outcomes)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "table.md").write_text(markdown(experiment, summaries))
-    (folder / "table.json").write_text(json.dumps(plain(summaries), indent=2) + "\n")
+    with in_one_piece(folder / "table.md") as path:
+        path.write_text(markdown(experiment, summaries))
+    with in_one_piece(folder / "table.json") as path:
+        path.write_text(json.dumps(plain(summaries), indent=2) + "\n")
     return summaries
 
 

@@ -8,25 +8,21 @@ from sparse_optim.finetune.adapters import ADAPTERS
 from sparse_optim.finetune.config import FinetuneConfig
 from sparse_optim.finetune.errors import FinetuneError
 from sparse_optim.finetune.hub import did_you_mean
-from sparse_optim.methods import METHODS
+from sparse_optim.methods import METHODS, SPARSE_SCORES
 
 
 def check_method(config: FinetuneConfig) -> None:
-    """Raise FinetuneError for an unknown method or adapter, or a rank where there is none."""
+    """Raise FinetuneError for an unknown method, adapter or score, or a rank of (IA)3."""
     for kind, name, known in (
         ("method", config.method, METHODS),
         ("adapter", config.adapter, ADAPTERS),
+        ("sparse-score", config.sparse_score, SPARSE_SCORES),
     ):
         if name is not None and name not in known:
             hint = did_you_mean(name, known)
             raise FinetuneError(f"unknown {kind} {name!r}{hint}; known: {', '.join(known)}")
     if config.adapter_rank and config.adapter and ADAPTERS[config.adapter].rank is None:
         raise FinetuneError(f"--adapter-rank: {config.adapter} has no rank")
-    if config.method == "sparse-adapter" and config.adapter == "lora":
-        raise FinetuneError(
-            "sparse-adapter ranks by |grad * param|, which is 0 everywhere on a fresh LoRA (B is "
-            "0, and so is the gradient of A): use --adapter pfeiffer, or another method"
-        )
 
 
 def check_tracker(name: str) -> None:

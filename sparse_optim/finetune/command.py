@@ -63,6 +63,7 @@ def finetune(
     unmask_schedule: options.UnmaskSchedule = "uniform",
     unmask_share: options.UnmaskShare = 1.0,
     bias_correction: options.BiasCorrection = "entry",
+    sparse_score: options.SparseScore = "snip",
     dense: options.DensePrefixes = None,
     backend: options.Backend = "auto",
     steps: options.Steps = None,

@@ -38,6 +38,7 @@ class FinetuneConfig:
         unmask_schedule: of methods that unmask step by step, a key of `SCHEDULES`.
         unmask_share: of the run, in which their budget is spent; above 0, at most 1.
         bias_correction: "entry" or "global", as in `MaskedAdamW`.
+        sparse_score: of "sparse-adapter", a key of `SPARSE_SCORES`.
         dense: further parameters to train densely, by the beginning of their names.
         pooling: what a sequence head reads: "cls", "mean", or "auto" as the model was trained.
         resume: a Trainer checkpoint to go on from.
@@ -80,6 +81,7 @@ class FinetuneConfig:
     unmask_schedule: str = "uniform"
     unmask_share: float = 1.0
     bias_correction: str = "entry"
+    sparse_score: str = "snip"
     dense: tuple[str, ...] = ()
     pooling: str = "auto"
     backend: str = "auto"

@@ -303,6 +303,7 @@ def build_optimizer(
         schedule=SCHEDULES[config.unmask_schedule],
         unmask_share=config.unmask_share,
         bias_correction=config.bias_correction,
+        sparse_score=config.sparse_score,
         max_grad_norm=config.max_grad_norm,
         backend=config.backend,
         calibration=batches,

@@ -9,7 +9,7 @@ import typer
 
 from sparse_optim.finetune.adapters import ADAPTERS, DEFAULT_RATE
 from sparse_optim.finetune.columns import TASK_NAMES
-from sparse_optim.methods import METHODS
+from sparse_optim.methods import METHODS, SPARSE_SCORES
 from sparse_optim.schedule import SCHEDULES
 
 DEFAULT_RATES = ", ".join(f"{name} {method.lr:g}" for name, method in METHODS.items())
@@ -82,6 +82,9 @@ UnmaskSchedule = Annotated[
 UnmaskShare = Annotated[float, selection("Spend the budget in this share of the run.")]
 BiasCorrection = Annotated[
     str, selection("Adam's step counts from an entry's unmasking (entry) or the start (global).")
+]
+SparseScore = Annotated[
+    str, selection(f"How sparse-adapter ranks an adapter's entries: {', '.join(SPARSE_SCORES)}.")
 ]
 DensePrefixes = Annotated[
     list[str] | None,

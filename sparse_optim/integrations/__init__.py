@@ -9,7 +9,6 @@ adapter folder that `peft.PeftModel.from_pretrained` loads.
 from sparse_optim.integrations.adapters import (
     adapter_groups,
     adapter_parameters,
-    warn_if_zero_initialised,
     zero_inactive_,
 )
 from sparse_optim.integrations.bottleneck import (
@@ -29,6 +28,5 @@ __all__ = [
     "export_shira",
     "load_bottlenecks",
     "save_bottlenecks",
-    "warn_if_zero_initialised",
     "zero_inactive_",
 ]

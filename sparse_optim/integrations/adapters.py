@@ -13,8 +13,7 @@ our bottleneck follows, so that nothing here imports peft. What is there, and ho
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -79,32 +78,6 @@ def adapter_groups(model: nn.Module) -> list[dict[str, Any]]:
     whole = [(name, param) for name, param in trainable if name not in adapter]
     groups: list[dict[str, Any]] = [{"params": ranked, "unmask": "rank"}]
     return [*groups, {"params": whole, "unmask": "all"}] if whole else groups
-
-
-def warn_if_zero_initialised(named_params: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """Warn where whole tensors are exactly zero, as LoRA's B and fresh biases are.
-
-    An importance that prefers small |param| (`Magnitude`, PaFi) takes these entries first, in the
-    order of their positions, whatever they are worth; |grad * param| (SNIP) never takes them.
-
-    Args:
-        named_params: what will be ranked.
-
-    Returns:
-        Names of the tensors that are zero throughout.
-    """
-    zero = [(name, param.numel()) for name, param in named_params if not bool(param.any())]
-    if zero:
-        entries = sum(numel for _, numel in zero)
-        warnings.warn(
-            f"{len(zero)} of the ranked tensors ({entries} entries; the first is {zero[0][0]}) are "
-            "all zeros: a ranking by |param| cannot tell their entries apart and falls back on "
-            "their positions. Rank by gradients (D3), start from an adapter trained for some "
-            "steps, or give these tensors a group of their own with unmask='all' or 'none'",
-            UserWarning,
-            stacklevel=2,
-        )
-    return [name for name, _ in zero]
 
 
 @torch.no_grad()

@@ -1,42 +1,31 @@
-"""One function for each method: a request becomes an optimizer.
+"""One function for each method (see also `_calibrated`): a request becomes an optimizer.
 
 What the sources leave open, and what is done here, stands in each docstring.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sparse_optim.activations import InputMeans
-from sparse_optim.calibration import child_tuning_d, fisher
-from sparse_optim.importance import D3, ActivationWeightGradient, Magnitude, Random, Scores, Snip
-from sparse_optim.methods._request import (
-    MethodRequest,
-    dense_adamw,
-    masked_adamw,
-)
+from sparse_optim.importance import D3, ActivationWeightGradient, Magnitude, Random
+from sparse_optim.methods._request import MethodRequest, dense_adamw, masked_adamw
 from sparse_optim.optimizer import MaskedAdamW
-from sparse_optim.selection import Increment, Repeat, Selection, Static, Stochastic, resolve_budget
-
-FISHER_SAMPLES = 1024  # of the Fish mask paper
+from sparse_optim.selection import Increment, Repeat, Selection, Static, Stochastic
 
 
 def id3(request: MethodRequest) -> MaskedAdamW:
     """D3 importance, the budget unmasked step by step (Agarwal et al. 2025, Algorithm 1)."""
     steps = request.total_steps
     unmask_steps = max(1, round(steps * request.unmask_share))
-    selection = Increment(_budget(request), steps, request.schedule, unmask_steps)
+    selection = Increment(request.given_budget, steps, request.schedule, unmask_steps)
     return masked_adamw(request, D3(request.d3_exp, request.d3_eps), selection)
 
 
 def static_d3(request: MethodRequest) -> MaskedAdamW:
     """D3 importance, the whole budget at the first step (Agarwal et al. 2025, section 3)."""
-    return masked_adamw(request, D3(request.d3_exp, request.d3_eps), Static(_budget(request)))
+    return masked_adamw(request, D3(request.d3_exp, request.d3_eps), Static(request.given_budget))
 
 
 def repeat_d3(request: MethodRequest) -> MaskedAdamW:
@@ -44,12 +33,12 @@ def repeat_d3(request: MethodRequest) -> MaskedAdamW:
 
     The paper does not say what becomes of the moments of entries that leave: here they are lost.
     """
-    return masked_adamw(request, D3(request.d3_exp, request.d3_eps), Repeat(_budget(request)))
+    return masked_adamw(request, D3(request.d3_exp, request.d3_eps), Repeat(request.given_budget))
 
 
 def r_mask(request: MethodRequest) -> MaskedAdamW:
     """A random mask, drawn once (Agarwal et al. 2025, section 4)."""
-    return masked_adamw(request, Random(request.seed), Static(_budget(request)))
+    return masked_adamw(request, Random(request.seed), Static(request.given_budget))
 
 
 def random_tuning(request: MethodRequest) -> MaskedAdamW:
@@ -59,36 +48,7 @@ def random_tuning(request: MethodRequest) -> MaskedAdamW:
 
 def pafi(request: MethodRequest) -> MaskedAdamW:
     """The entries of smallest magnitude, data-free (PaFi, Liao et al. 2023)."""
-    return masked_adamw(request, Magnitude(), Static(_budget(request)))
-
-
-def fish(request: MethodRequest) -> MaskedAdamW:
-    """The entries of greatest empirical Fisher information (Fish mask, Sung et al. 2021).
-
-    True labels, batch size 1, 1024 samples, as in the paper's runs.
-    """
-    names = [name for name, _ in request.ranked]
-    scores = fisher(request.model, _calibration(request), samples=FISHER_SAMPLES, params=names)
-    return masked_adamw(request, _some(scores, request), Static(_budget(request)))
-
-
-def child_tuning(request: MethodRequest) -> MaskedAdamW:
-    """Fisher information of batch gradients, one mask (Child-Tuning-D, Xu et al. 2021).
-
-    Batches of the calibration data, all of them, once.
-    """
-    names = [name for name, _ in request.ranked]
-    scores = child_tuning_d(request.model, _calibration(request), params=names)
-    return masked_adamw(request, _some(scores, request), Static(_budget(request)))
-
-
-def sparse_adapter(request: MethodRequest) -> MaskedAdamW:
-    """SNIP on an adapter's entries (SparseAdapter, He et al. 2022): |grad * param|, one mask.
-
-    Scored by the first training step's gradient. Pruned entries keep their value; in the paper
-    they are set to zero. Not for a fresh LoRA: B is zero, hence A's gradient, hence every score.
-    """
-    return masked_adamw(request, Snip(), Static(_budget(request)))
+    return masked_adamw(request, Magnitude(), Static(request.given_budget))
 
 
 def stochastic_tuning(request: MethodRequest) -> MaskedAdamW:
@@ -143,12 +103,6 @@ def frozen(request: MethodRequest) -> torch.optim.Optimizer:
     return dense_adamw(request, [item for item in request.named if item[0] in request.fresh])
 
 
-def _budget(request: MethodRequest) -> int | float:
-    if request.budget is None:
-        raise ValueError("this method needs a budget: entries (int) or a share (float)")
-    return request.budget
-
-
 def _biases(request: MethodRequest) -> list[tuple[str, nn.Parameter]]:
     return [(name, param) for name, param in request.ranked if name.endswith("bias")]
 
@@ -181,26 +135,3 @@ def _connections(request: MethodRequest, selection: Selection) -> MaskedAdamW:
     optimizer = masked_adamw(request, ActivationWeightGradient(inputs), selection)
     optimizer.register_step_post_hook(lambda *_: inputs.reset())
     return optimizer
-
-
-def _calibration(request: MethodRequest) -> Iterable[Any]:
-    if request.calibration is None:
-        raise ValueError(
-            "this method scores entries before the first step: give calibration=, a function that "
-            "returns batches with labels (lambda: dataloader)"
-        )
-    return request.calibration()
-
-
-def _some(scores: dict[str, Tensor], request: MethodRequest) -> Scores:
-    """The scores, with a warning where fewer entries than the budget score above zero."""
-    found = sum(int((score > 0).sum()) for score in scores.values())
-    wanted = resolve_budget(_budget(request), sum(score.numel() for score in scores.values()))
-    if found < wanted:
-        warnings.warn(
-            f"only {found} entries score above zero, the budget is {wanted}: give more "
-            "calibration data, or a smaller budget",
-            UserWarning,
-            stacklevel=3,
-        )
-    return Scores(scores)

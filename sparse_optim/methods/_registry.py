@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sparse_optim.methods import _builders as builders
+from sparse_optim.methods import _calibrated as calibrated
 from sparse_optim.methods._request import MethodRequest
 
 
@@ -54,12 +55,14 @@ METHODS = {
     "static-d3": Method(builders.static_d3, 5e-4, "top budget of D3 at step 1, then fixed"),
     "repeat-d3": Method(builders.repeat_d3, 5e-4, "top budget of D3, anew at each step"),
     "pafi": Method(builders.pafi, 5e-4, "smallest magnitudes, fixed"),
-    "fish": Method(builders.fish, 5e-4, "greatest Fisher information, fixed", calibrates=True),
+    "fish": Method(calibrated.fish, 5e-4, "greatest Fisher information, fixed", calibrates=True),
     "child-tuning-d": Method(
-        builders.child_tuning, 5e-4, "squared batch gradients, fixed", calibrates=True
+        calibrated.child_tuning, 5e-4, "squared batch gradients, fixed", calibrates=True
     ),
     "r-mask": Method(builders.r_mask, 5e-4, "random entries, fixed"),
-    "sparse-adapter": Method(builders.sparse_adapter, 5e-4, "SNIP on an adapter's entries, fixed"),
+    "sparse-adapter": Method(
+        calibrated.sparse_adapter, 5e-4, "SNIP or another pruning score of an adapter, fixed"
+    ),
     "stochastic-tuning": _fresh_each_step(
         builders.stochastic_tuning, "a sample by |mu param grad| a step"
     ),

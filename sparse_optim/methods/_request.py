@@ -32,6 +32,7 @@ class MethodRequest:
         bias_correction: as in `MaskedAdamW`.
         max_grad_norm: clip at this norm; 0 leaves gradients alone.
         calibration: gives batches, for methods that score entries before training.
+        sparse_score: of "sparse-adapter", a key of `SPARSE_SCORES`.
         seed: of methods that draw entries.
     """
 
@@ -54,12 +55,20 @@ class MethodRequest:
     max_grad_norm: float = 0.0
     backend: str = "auto"
     calibration: Callable[[], Iterable[Any]] | None = None
+    sparse_score: str = "snip"
     seed: int = 0
 
     @property
     def ranked(self) -> list[tuple[str, nn.Parameter]]:
         """What is not fresh."""
         return [(name, param) for name, param in self.named if name not in self.fresh]
+
+    @property
+    def given_budget(self) -> int | float:
+        """The budget, of a method that has none of its own."""
+        if self.budget is None:
+            raise ValueError("this method needs a budget: entries (int) or a share (float)")
+        return self.budget
 
     def param_groups(self, named: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
         """Param groups of some parameters, by learning rate and weight decay; none is empty."""
