@@ -3,10 +3,6 @@
     optimizer = methods.build("pafi", model, lr=5e-4, budget=0.005, total_steps=1000)
 
 A method is an importance x a selection, or a structural mask (whole tensors, trained densely).
-
-Not among them: DPS (Zhang et al. 2022), a baseline of Stochastic Tuning. It trains every entry
-densely in every other window of steps, so that nothing stays frozen, and the state is as large as
-that of full fine-tuning.
 """
 
 from sparse_optim.methods._calibrated import SPARSE_SCORES

@@ -11,6 +11,7 @@ from torch import nn
 
 from sparse_optim.methods import _builders as builders
 from sparse_optim.methods import _calibrated as calibrated
+from sparse_optim.methods import _dps
 from sparse_optim.methods._request import MethodRequest
 
 
@@ -70,6 +71,7 @@ METHODS = {
         builders.top_tuning, "top of |mu param grad|, anew at each step"
     ),
     "random-tuning": _fresh_each_step(builders.random_tuning, "random entries, anew at each step"),
+    "dps": Method(_dps.dps, 1e-4, "dense windows choose what the next may move", clips=False),
     "bitfit": _dense(builders.bitfit, 1e-3, "bias terms only"),
     "multi-head": _dense(builders.multi_head, 1e-4, "attention modules only"),
     "full": _dense(builders.full, 5e-5, "every entry, torch.optim.AdamW"),

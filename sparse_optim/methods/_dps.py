@@ -1,0 +1,133 @@
+"""DPS: a dense window of steps chooses the entries that the next window trains."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_optim.methods._request import MethodRequest
+from sparse_optim.selection import resolve_budget
+
+WINDOWS = 20  # of a run; the paper's windows are a hyper-parameter
+
+
+class DynamicParameterSelection(torch.optim.AdamW):
+    """AdamW whose windows of steps are dense and sparse in turn (DPS Dense).
+
+        dense window    every entry moves;  F += g^2  for each Linear weight
+        sparse window   of each Linear weight only the top share of F moves; F is reset after it
+
+    Biases, norms, embeddings, the head, and weights that never had a gradient in a dense window
+    move in every step. Entries that a sparse window leaves out keep value and moments. A baseline:
+    its state is larger than full fine-tuning's, by F and the mask.
+
+    Args:
+        params: param groups, as of torch.optim.AdamW.
+        linear: weights that sparse windows restrict.
+        share: of each such weight, above 0, at most 1; at least one entry.
+        window: steps, >= 1.
+        options: of torch.optim.AdamW.
+
+    Raises:
+        ValueError: if a number is out of range.
+
+    Reference: Zhang et al. 2022, Fine-Tuning Pre-Trained Language Models Effectively by Optimizing
+    Subnetworks Adaptively, NeurIPS 35. Not here: DPS Mix (mixout in the dense window).
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        linear: Iterable[nn.Parameter],
+        share: float,
+        window: int,
+        **options: Any,
+    ) -> None:
+        if not 0 < share <= 1:
+            raise ValueError(f"share must be above 0 and at most 1, got {share}")
+        if window < 1:
+            raise ValueError(f"window must be at least 1 step, got {window}")
+        super().__init__(params, **options)
+        self.linear = tuple(linear)
+        self.share = share
+        self.window = window
+        for group in self.param_groups:
+            group["steps_taken"] = 0  # here, so that it is in the state_dict
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of the window that it falls in."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        taken = self.param_groups[0]["steps_taken"]
+        position = taken % (2 * self.window)
+        if position == self.window:
+            self._choose()
+        kept = self._kept() if position >= self.window else []
+        super().step()
+        for tensor, before, mask in kept:
+            tensor.copy_(torch.where(mask, tensor, before))
+        if position < self.window:
+            self._accumulate()
+        for group in self.param_groups:
+            group["steps_taken"] = taken + 1
+        return loss
+
+    def _accumulate(self) -> None:
+        for param in self.linear:
+            if param.grad is not None:
+                state = self.state[param]
+                if "fisher" not in state:
+                    state["fisher"] = torch.zeros_like(param)
+                state["fisher"].addcmul_(param.grad, param.grad)
+
+    def _choose(self) -> None:
+        for param in self.linear:
+            state = self.state[param]
+            if "fisher" in state:
+                count = max(1, round(self.share * param.numel()))
+                mask = torch.zeros_like(state["fisher"]).view(-1)
+                mask[state["fisher"].reshape(-1).topk(count).indices] = 1
+                state["chosen"] = mask.view_as(param)
+                state["fisher"].zero_()
+
+    def _kept(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Tensors of restricted parameters, copies of them, and where they may change."""
+        found = []
+        for param in self.linear:
+            state = self.state[param]
+            if "chosen" in state:
+                mask = state["chosen"].bool()
+                tensors = (param, state["exp_avg"], state["exp_avg_sq"])
+                found += [(tensor, tensor.clone(), mask) for tensor in tensors]
+        return found
+
+
+def dps(request: MethodRequest) -> DynamicParameterSelection:
+    """Windows of a twentieth of the run; the budget is a share of the Linear weights.
+
+    Raises:
+        ValueError: the model has no Linear weight among the ranked parameters.
+    """
+    weights = {
+        id(module.weight) for module in request.model.modules() if isinstance(module, nn.Linear)
+    }
+    linear = [param for _, param in request.ranked if id(param) in weights]
+    if not linear:
+        raise ValueError("dps has nothing to select from: no ranked weight of a Linear module")
+    size = sum(param.numel() for param in linear)
+    return DynamicParameterSelection(
+        request.param_groups(request.named),
+        linear,
+        resolve_budget(request.given_budget, size) / size,
+        math.ceil(request.total_steps / WINDOWS),
+        lr=request.lr,
+        betas=request.betas,
+        eps=request.adam_eps,
+    )
