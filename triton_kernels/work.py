@@ -53,28 +53,28 @@ def bind(grads: Sequence[Tensor], params: Sequence[Tensor], table: Tensor) -> Te
 
 
 class _Staging:
-    """What a table was last given, and memory from which it is copied without waiting.
+    """Memory from which a table is copied without waiting.
 
-    Outside of a CUDA graph each new set of rows takes a fresh pinned block: the caching allocator
-    hands it out again only when the copy that reads it is done. A graph reads its block at every
-    replay, and nothing can be allocated while it is captured: a block is kept ready, and then kept
-    as long as the table.
+    Outside of a CUDA graph each copy takes a fresh pinned block: the caching allocator hands it out
+    again only when the copy that reads it is done. A graph reads its block at every replay, and
+    nothing can be allocated while it is captured: a block is kept ready, and then kept as long as
+    the table.
+
+    Rows that a table was given before are copied again all the same: another table may be a view of
+    the same memory, and a graph's replay writes it behind our back.
     """
 
     def __init__(self) -> None:
-        self._rows: list[tuple[int, ...]] = []
         self._spare: Tensor | None = None
         self._captured: list[Tensor] = []
 
     def write(self, rows: list[tuple[int, ...]], table: Tensor) -> None:
-        """table <- rows. Skipped where it holds them, which is unknown once graphs write it too."""
+        """table <- rows"""
         if table.is_cuda and torch.cuda.is_current_stream_capturing():
             self._copy_in_graph(rows, table)
             return
-        if rows != self._rows or self._captured:
-            staged = torch.tensor(rows, dtype=torch.int64, pin_memory=table.is_cuda)
-            table.copy_(staged, non_blocking=True)
-            self._rows = rows
+        staged = torch.tensor(rows, dtype=torch.int64, pin_memory=table.is_cuda)
+        table.copy_(staged, non_blocking=True)
         if table.is_cuda and self._spare is None:
             self._spare = torch.empty(table.shape, dtype=torch.int64, pin_memory=True)
 
