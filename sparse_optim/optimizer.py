@@ -159,6 +159,8 @@ class MaskedAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        ready = bool(self._fingerprints)
+        check_capture(self._device, self.capturable, ready, self.param_groups, self._hyper)
         fused = self._in_backward
         if fused:
             bound, grads = fused.take_rest()
@@ -190,9 +192,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         """Copy this step's scalars to the device; notice parameters that others have written."""
         work = self._work
         rows = hyper_rows(self.param_groups)
-        changed = rows != self._hyper
-        check_capture(self._device, self.capturable, bool(self._fingerprints), changed)
-        write_hyper(work.hyper, self.param_groups, rows if changed else None)
+        write_hyper(work.hyper, self.param_groups, rows if rows != self._hyper else None)
         self._hyper = rows
         # Set and deleted by torch.amp.GradScaler around each step.
         write_scalar(work.grad_scale, getattr(self, "grad_scale", None), 1.0)

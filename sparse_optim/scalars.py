@@ -59,14 +59,21 @@ def write_scalar(buffer: Tensor, given: Tensor | None, default: float) -> None:
         buffer.copy_(given.squeeze(), non_blocking=True)
 
 
-def check_capture(device: torch.device, capturable: bool, ready: bool, changed: bool) -> None:
+def check_capture(
+    device: torch.device,
+    capturable: bool,
+    ready: bool,
+    groups: Sequence[dict[str, Any]],
+    known: Rows,
+) -> None:
     """Raise where a CUDA graph is being captured that could not be replayed.
 
     Args:
         device: of the parameters.
         capturable: as the optimizer was constructed.
         ready: a step has been taken outside of a capture.
-        changed: the host's hyper-parameters are not those of that step.
+        groups: param groups.
+        known: what `hyper_rows` gave in the last step.
 
     Raises:
         RuntimeError: says what to do before the capture.
@@ -79,7 +86,7 @@ def check_capture(device: torch.device, capturable: bool, ready: bool, changed: 
     if not ready:
         raise RuntimeError("take a step before the capture: the first one hashes the weights and "
                            "allocates state")  # fmt: skip
-    if changed:
+    if hyper_rows(groups) != known:
         raise RuntimeError(
             "hyper-parameters changed since the last step outside of the capture: a graph would "
             "keep them. Take a step before the capture; for a schedule, make lr a tensor on the "

@@ -88,14 +88,28 @@ def test_scalars_are_copied_or_set():
     ],
 )
 def test_captures_that_could_not_be_replayed(monkeypatch, capturable, ready, changed, message):
-    cuda = torch.device("cuda", 0)
+    cuda, known = torch.device("cuda", 0), scalars.hyper_rows(groups())
+    now = groups(lr=0.2) if changed else groups()
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match=message):
-        scalars.check_capture(cuda, capturable, ready, changed)
-    scalars.check_capture(cuda, True, True, False)
-    scalars.check_capture(torch.device("cpu"), capturable, ready, changed)
+        scalars.check_capture(cuda, capturable, ready, now, known)
+    scalars.check_capture(cuda, True, True, groups(), known)
+    scalars.check_capture(torch.device("cpu"), capturable, ready, now, known)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    scalars.check_capture(cuda, capturable, ready, changed)
+    scalars.check_capture(cuda, capturable, ready, now, known)
+
+
+def test_a_capture_is_refused_before_anything_is_recorded(monkeypatch):
+    """The capture would hold what `bind` launched; Triton's would lack memory, and say so."""
+    optimizer = MaskedAdamW(new_params((4,)), importance=D3(), selection=Static(1))
+    optimizer._pool[0].grad = torch.ones(4)
+    bound: list[object] = []
+    monkeypatch.setattr("sparse_optim.optimizer.bind_grads", lambda *a: bound.append(a))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    optimizer._device = torch.device("cuda", 0)
+    with pytest.raises(RuntimeError, match="construct the optimizer with capturable=True"):
+        optimizer.step()
+    assert not bound
 
 
 def test_capturable_is_for_cuda_and_a_backend_that_does_not_wait():
