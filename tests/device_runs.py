@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -77,15 +78,17 @@ def new_run(
     lr: float | Tensor = 0.01,
     params: Sequence[Tensor] | None = None,
     missing: bool = True,
+    instead: Mapping[torch.dtype, torch.dtype] = MappingProxyType({}),
     **options: Any,
 ) -> Run:
     """The same start on every device; `params` continues from these values instead.
 
     Without `missing` gradients keep their memory from step to step, as a captured graph asks.
+    `instead` gives dtypes in the place of others.
     """
     generator = torch.Generator().manual_seed(3)
     start = [
-        torch.randn(shape, generator=generator).to(dtype)
+        torch.randn(shape, generator=generator).to(instead.get(dtype, dtype))
         for shape, dtype in zip(SHAPES, PARAM_DTYPES, strict=True)
     ]
     values = start if params is None else [param.detach().cpu() for param in params]
@@ -102,7 +105,7 @@ def new_run(
 def give(run: Run, grads: Sequence[Tensor], scale: float = 1.0, missing: bool = True) -> None:
     """Set the gradients: anew, a third of them missing in turn; or in the memory they have."""
     for index, (param, grad) in enumerate(zip(run.params, grads, strict=True)):
-        value = (grad * scale).to(param.device)
+        value = (grad * scale).to(param)
         if not missing and param.grad is not None:
             param.grad.copy_(value)
         elif missing and int(grad.float().nan_to_num().abs().sum() * 8) % 3 == index % 3:
