@@ -45,7 +45,7 @@ from triton_cases import (
     make_case,
 )
 
-from sparse_optim import reference
+from sparse_optim import IncrementalMaskedAdamW, backends, reference, self_check
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("run by test_triton_interpreter.py", allow_module_level=True)
@@ -287,6 +287,37 @@ def test_whole_step(exp: float) -> None:
     assert_bits(got, want, "position", "offsets", "unmask_step", "progress")
     for param, expected in zip(got.params, want.params, strict=True):
         assert_close(param, expected)
+
+
+def test_the_self_check_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole optimizer on this backend, as `backend="auto"` runs it on a GPU before taking it."""
+    monkeypatch.setitem(backends._BACKENDS, "triton", ("sparse_optim.triton_kernels", "cpu"))
+    monkeypatch.setattr(self_check, "METHODS", self_check.METHODS[1:])  # interpreted: 3 s a step
+    monkeypatch.setattr(self_check, "STEPS", ("ties", "overflow"))
+    assert self_check.fault("triton", torch.device("cpu")) is None
+
+
+def test_gradients_taken_one_by_one_give_the_same_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients come at the addresses of the last step's, in a table that it has used otherwise."""
+    monkeypatch.setitem(backends._BACKENDS, "triton", ("sparse_optim.triton_kernels", "cpu"))
+    runs = []
+    for fuse in (False, True):
+        generator = torch.Generator().manual_seed(3)
+        params = [torch.nn.Parameter(torch.randn(n, generator=generator)) for n in (300, 17, 130)]
+        optimizer = IncrementalMaskedAdamW(
+            params, lr=1e-2, budget=60, total_steps=3, max_grad_norm=1.0, backend="triton",
+            fuse_backward=fuse,
+        )  # fmt: skip
+        memory = [torch.empty_like(param.detach()) for param in params]
+        for _ in range(3):
+            for param, grad in zip(params, memory, strict=True):
+                param.grad = grad.normal_(generator=generator)
+            optimizer.step()
+        runs.append(optimizer)
+    ordinary, fused = runs
+    assert torch.equal(fused._active.position, ordinary._active.position)
+    for got, want in zip(fused._pool, ordinary._pool, strict=True):
+        assert_close(got.detach(), want.detach())
 
 
 def test_bind_refuses_what_kernels_cannot_read() -> None:
