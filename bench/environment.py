@@ -42,8 +42,11 @@ def describe() -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str:
-    """Output of a git command in this repository; empty outside of one."""
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    """Output of a git command in this repository; empty outside of one, or without git."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    except FileNotFoundError:
+        return ""
     return done.stdout.strip() if done.returncode == 0 else ""
 
 

@@ -11,9 +11,12 @@ bench/results/gpu-<card>-<date>.json; a short table comes last. The card's setti
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -33,24 +36,50 @@ RESULTS = environment.ROOT / "bench" / "results"
 # What memcheck and racecheck, which slow kernels down a hundred times, get through in a minute.
 SMALL_TESTS = "edge_sizes or skips_the_step"
 LEAST_S = 15  # a phase with less time left than this is not begun
+OUTPUT_CHARACTERS = 12_000  # kept of a phase: the first failure and the summary
+
+
+def pytest_command(only: str, dry: bool, alone: bool) -> list[str]:
+    """The GPU tests, several processes at once unless `alone`: a test that crashes loses itself.
+
+    Warnings, which are errors elsewhere, are shown: torch has some on GPUs that no CPU run tells.
+    """
+    line = [sys.executable, "-m", "pytest", "-q", "--maxfail=20", "--tb=short", "-W", "default"]
+    line += ["-p", "no:cacheprovider", "tests/test_gpu.py", "-k", only]
+    if importlib.util.find_spec("xdist") and not (alone or dry):
+        line += ["-n", "4"]
+    if importlib.util.find_spec("pytest_timeout"):  # by a thread: a kernel that hangs hears nothing
+        line += ["--timeout", "90", "--timeout-method", "thread"]
+    return [*line, "--dry-gpu"] if dry else line
 
 
 def command(phase: Phase, records: Path, dry: bool) -> list[str] | None:
     """What runs a phase; None if a tool is missing."""
-    tests = ["-m", "pytest", "-q", "--maxfail=20", "-p", "no:cacheprovider", "tests/test_gpu.py"]
-    tests += ["--dry-gpu"] if dry else []
     if phase.kind == "build":
         pip = ["-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "-e", "."]
         return [sys.executable, *(["-c", "import sparse_optim._C"] if dry else pip)]
     if phase.kind == "tests":
-        return [sys.executable, *tests, "-k", phase.only]
+        return pytest_command(phase.only, dry, alone=False)
     if phase.kind == "sanitizer":
         tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
         if not Path(tool).exists():
             return None
         options = ["--tool", phase.tool, "--error-exitcode", "9", "--target-processes", "all"]
-        return [tool, *options, sys.executable, *tests, "-k", f"cuda and ({SMALL_TESTS})"]
+        if phase.tool == "memcheck":  # of kernels alone: torch asks CUDA what it may not answer
+            options += ["--report-api-errors", "no"]
+        return [tool, *options, *pytest_command(f"cuda and ({SMALL_TESTS})", dry, alone=True)]
     return [sys.executable, "-m", "bench.gpu_phases", phase.name, str(records)]
+
+
+def environment_of(phase: Phase, dry: bool) -> dict[str, str]:
+    """Variables of a phase: what the build is for; every allocation by itself under a sanitizer,
+    which sees no end of a tensor within torch's own blocks of memory."""
+    own = {}
+    if phase.kind == "build" and not dry:
+        own = {"SPARSE_OPTIM_CUDA": "1", "TORCH_CUDA_ARCH_LIST": card()["capability"]}
+    if phase.kind == "sanitizer":
+        own = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return {**own, **os.environ}
 
 
 def run_phase(phase: Phase, left_s: float, dry: bool) -> tuple[dict[str, Any], list[Any]]:
@@ -65,23 +94,42 @@ def run_phase(phase: Phase, left_s: float, dry: bool) -> tuple[dict[str, Any], l
             return {**report, "status": "left out: compute-sanitizer is not installed"}, []
         start = time.monotonic()
         with log.open("wb") as output:
-            report["status"] = _status(line, output, min(phase.limit_s, left_s))
+            limit_s = min(phase.limit_s, left_s)
+            report["status"] = _status(line, output, limit_s, environment_of(phase, dry))
         report["seconds"] = round(time.monotonic() - start, 1)
-        report["output"] = log.read_text(errors="replace")[-4000:]
-        found = records.read_text().splitlines() if records.exists() else []
-    return report, [json.loads(line) for line in found]
+        text = log.read_text(errors="replace")
+        report["output"] = _ends(text)
+        if phase.kind in ("tests", "sanitizer"):
+            report["summary"] = next(iter(text.splitlines()[::-1]), "")
+            if report["status"] == "ok" and " passed" not in text:
+                report["status"] = "left out: every test was skipped"
+        found = records.read_text().splitlines(keepends=True) if records.exists() else []
+    # What is stopped may leave half a line.
+    return report, [json.loads(line) for line in found if line.endswith("\n")]
 
 
-def _status(line: list[str], output: Any, limit_s: float) -> str:
-    """Run a command; "ok", or how it ended."""
+def _ends(text: str) -> str:
+    """The beginning and the end of a long text."""
+    half = OUTPUT_CHARACTERS // 2
+    return text if len(text) <= 2 * half else f"{text[:half]}\n[...]\n{text[-half:]}"
+
+
+def _status(line: list[str], output: Any, limit_s: float, variables: dict[str, str]) -> str:
+    """Run a command; "ok", or how it ended. What it has started ends with it."""
+    process = subprocess.Popen(
+        line, cwd=environment.ROOT, stdout=output, stderr=subprocess.STDOUT,
+        env=variables, start_new_session=True,
+    )  # fmt: skip
     try:
-        done = subprocess.run(
-            line, cwd=environment.ROOT, stdout=output, stderr=subprocess.STDOUT, timeout=limit_s,
-            check=False,
-        )  # fmt: skip
+        code = process.wait(limit_s)
     except subprocess.TimeoutExpired:
         return f"stopped after {limit_s:.0f} s"
-    return "ok" if done.returncode == 0 else f"failed with exit status {done.returncode}"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hold on to it
+            process.wait(20)
+    return "ok" if code == 0 else f"failed with exit status {code}"
 
 
 def card() -> dict[str, Any]:
@@ -119,7 +167,8 @@ def measure(phases: tuple[Phase, ...], path: Path, minutes: float, dry: bool) ->
         data["phases"].append(report)
         data["records"] += records
         path.write_text(json.dumps(data, indent=1) + "\n")
-        print(f"{report['name']:24} {report['seconds']:6.1f} s  {report['status']}", flush=True)
+        ended = f"{report['status']}  {report.get('summary', '')}"
+        print(f"{report['name']:24} {report['seconds']:6.1f} s  {ended}", flush=True)
         if report["status"].startswith(("failed", "stopped")):
             print(report["output"], flush=True)
     return data

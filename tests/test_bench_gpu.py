@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # bench is not part of the installed package
 
-from bench import allocations, clocks, gpu, gpu_phases, gpu_report, report, shapes  # noqa: E402
+from bench import allocations, clocks, environment, gpu, gpu_phases, gpu_report, report, shapes  # noqa: E402
 
 pytest.importorskip("sparse_optim.cpp", reason="the C++ extension has not been built")
 
@@ -118,8 +119,10 @@ def test_phases_that_fail_or_do_not_fit_are_told(tmp_path, monkeypatch):
     assert {phase["status"] for phase in late["phases"]} == {"left out: no time"}
 
 
-def test_records_of_a_phase_that_dies_are_kept(tmp_path, monkeypatch):
-    script = "import sys, os; open(sys.argv[1], 'w').write('{\"us\": [1]}\\n'); os._exit(1)"
+def test_records_of_a_phase_that_dies_are_kept(monkeypatch):
+    """All but half a line."""
+    lines = '{"us": [1]}\\n{"us": [2'
+    script = f"import sys, os; open(sys.argv[1], 'w').write('{lines}'); os._exit(1)"
     monkeypatch.setattr(
         gpu, "command", lambda phase, path, dry: [sys.executable, "-c", script, str(path)]
     )
@@ -128,13 +131,61 @@ def test_records_of_a_phase_that_dies_are_kept(tmp_path, monkeypatch):
     assert records == [{"us": [1]}]
 
 
+def test_what_a_stopped_phase_has_started_ends_with_it(tmp_path, monkeypatch):
+    """compute-sanitizer, for one, leaves the tests running when it is killed."""
+    child = "import time, sys, pathlib; time.sleep(3); pathlib.Path(sys.argv[1]).touch()"
+    parent = (
+        f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}, *sys.argv[1:]])"
+    )
+    monkeypatch.setattr(
+        gpu, "command", lambda *_: [sys.executable, "-c", parent, str(tmp_path / "survived")]
+    )
+    report, _ = gpu.run_phase(gpu_phases.Phase("a", "x", 1.0), 60, dry=True)
+    assert report["status"] == "stopped after 1 s"
+    time.sleep(3)
+    assert not (tmp_path / "survived").exists()
+
+
+def test_skipped_tests_do_not_count_as_passed(monkeypatch):
+    for words, status in (("7 skipped in 1s", "left out: every test was skipped"),
+                          ("7 passed, 1 skipped in 1s", "ok")):  # fmt: skip
+        line = [sys.executable, "-c", f"print('dots'); print({words!r})"]
+        monkeypatch.setattr(gpu, "command", lambda *_, line=line: line)
+        report, _ = gpu.run_phase(gpu_phases.Phase("a", "tests", 20), 60, dry=True)
+        assert (report["status"], report["summary"]) == (status, words)
+
+
+def test_long_output_keeps_its_ends():
+    text = "first failure" + 100_000 * "." + "summary"
+    kept = gpu._ends(text)
+    assert kept.startswith("first failure")
+    assert kept.endswith("summary")
+    assert len(kept) < gpu.OUTPUT_CHARACTERS + 20
+    assert gpu._ends("short") == "short"
+
+
+def test_variables_of_the_phases(monkeypatch):
+    monkeypatch.setattr(gpu, "card", lambda: {"capability": "9.0"})
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    build = gpu.environment_of(gpu_phases.PHASES[0], dry=False)
+    assert build["SPARSE_OPTIM_CUDA"] == "1"  # without nvcc the build fails, and is told
+    assert build["TORCH_CUDA_ARCH_LIST"] == "9.0"
+    memcheck = next(phase for phase in gpu_phases.PHASES if phase.tool == "memcheck")
+    assert gpu.environment_of(memcheck, dry=False)["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
+
+
+def test_without_git_there_is_no_commit(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert environment._git("rev-parse", "HEAD") == ""
+
+
 def test_commands_of_the_phases():
     for phases, dry in ((gpu_phases.PHASES, False), (gpu_phases.DRY_PHASES, True)):
         assert len({phase.name for phase in phases}) == len(phases)
         for phase in phases:
             line = gpu.command(phase, Path("out"), dry)
             if phase.kind == "tests":
-                assert line[-2:] == ["-k", phase.only]
+                assert line[line.index("-k") + 1] == phase.only
                 assert ("--dry-gpu" in line) == dry
             if phase.kind in gpu_phases.MEASURE:
                 assert line[-2:] == [phase.name, "out"]
