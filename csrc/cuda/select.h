@@ -4,6 +4,11 @@
 // agree with the prefix found so far; the last block to finish finds the digit's bin that holds the
 // k-th greatest. Counts are integers, so that the order of the additions does not matter. A key of
 // 0 never counts.
+//
+// Not by cub: CUDA 13.0 has no device-wide selection of the k-th, and its sorts take the number of
+// keys from the host, which does not know how many tiles are listed. Of its blocks' pieces only
+// BlockScan and BlockReduce would be of use, for the few lines of block_prefix and block_sum; the
+// emulator, which has no cub, would then run other code in their place.
 #pragma once
 #include "core/importance.h"
 #include "cuda/device.h"
