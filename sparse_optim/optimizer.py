@@ -56,7 +56,8 @@ class MaskedAdamW(torch.optim.Optimizer):
             `.grad`. Use it instead of `clip_grad_norm_`; with both, gradients are clipped twice.
         bias_correction: "entry" counts Adam's step from the entry's own unmasking; "global" from
             the first step, as dense AdamW under a mask does.
-        backend: "auto", "cpp", "cuda", "triton" or "reference".
+        backend: "cpp", "cuda", "triton", "reference", or "auto": the fastest that is installed and
+            agrees with the reference on the device.
         maximize: ascend instead of descend.
         capturable: allow `step()` to be captured in a CUDA graph, as in torch.optim; only for
             parameters on a CUDA device and a backend that never waits for it ("cuda", "triton").
