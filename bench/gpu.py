@@ -35,6 +35,7 @@ SCHEMA = 1
 RESULTS = environment.ROOT / "bench" / "results"
 # What memcheck and racecheck, which slow kernels down a hundred times, get through in a minute.
 SMALL_TESTS = "edge_sizes or skips_the_step"
+GPU_TESTS = ("tests/test_gpu.py", "tests/test_gpu_runs.py")
 LEAST_S = 15  # a phase with less time left than this is not begun
 OUTPUT_CHARACTERS = 12_000  # kept of a phase: the first failure and the summary
 
@@ -45,7 +46,7 @@ def pytest_command(only: str, dry: bool, alone: bool) -> list[str]:
     Warnings, which are errors elsewhere, are shown: torch has some on GPUs that no CPU run tells.
     """
     line = [sys.executable, "-m", "pytest", "-q", "--maxfail=20", "--tb=short", "-W", "default"]
-    line += ["-p", "no:cacheprovider", "tests/test_gpu.py", "-k", only]
+    line += ["-p", "no:cacheprovider", *GPU_TESTS, "-k", only]
     if importlib.util.find_spec("xdist") and not (alone or dry):
         line += ["-n", "4"]
     if importlib.util.find_spec("pytest_timeout"):  # by a thread: a kernel that hangs hears nothing

@@ -74,3 +74,41 @@ def backend(request: pytest.FixtureRequest) -> str:
     if request.param == "cpp":
         pytest.importorskip("sparse_optim.cpp", reason="the C++ extension has not been built")
     return request.param
+
+
+# Tests marked gpu: (backend, device) of each.
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every backend that a GPU has; in a dry run those of the CPU."""
+    if "target" in metafunc.fixturenames:
+        dry = metafunc.config.getoption("--dry-gpu")
+        names = ["cpp", "reference"] if dry else ["cuda", "triton", "reference"]
+        metafunc.parametrize("target", names, indirect=True)
+
+
+@pytest.fixture
+def target(request: pytest.FixtureRequest) -> tuple[str, torch.device]:
+    """(backend, device); the reference on the device is what runs where nothing is compiled."""
+    if request.config.getoption("--dry-gpu"):
+        return request.param, torch.device("cpu")
+    device = torch.device("cuda", torch.cuda.current_device())
+    try:
+        return backends.resolve(request.param, device), device
+    except RuntimeError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def compiled(target: tuple[str, torch.device]) -> tuple[str, torch.device]:
+    """Backends that never wait for the device."""
+    if target[0] == "reference":
+        pytest.skip("the reference backend waits for the device, as it says")
+    return target
+
+
+@pytest.fixture
+def on_gpu(compiled: tuple[str, torch.device]) -> tuple[str, torch.device]:
+    if compiled[1].type != "cuda":
+        pytest.skip("a dry run: there are no streams and graphs on the CPU")
+    return compiled

@@ -1,4 +1,4 @@
-"""The tests of tests/test_gpu.py hold for the C++ backend, before a GPU has run them."""
+"""The tests of test_gpu.py and test_gpu_runs.py hold for the C++ backend, before a GPU ran them."""
 
 import subprocess
 import sys
@@ -14,7 +14,8 @@ LEFT_OUT = "kinds_of_gradients or great_quotas or 16_bit or random_steps"
 
 def test_gpu_tests_pass_on_the_cpu():
     command = [sys.executable, "-m", "pytest", "-q", "--dry-gpu", "-p", "no:cacheprovider"]
-    tests = [str(Path(__file__).with_name("test_gpu.py")), "-k", f"cpp and not ({LEFT_OUT})"]
-    run = subprocess.run([*command, *tests], capture_output=True, text=True, check=False)
+    tests = [str(Path(__file__).with_name(f"{name}.py")) for name in ("test_gpu", "test_gpu_runs")]
+    chosen = ["-k", f"cpp and not ({LEFT_OUT})"]
+    run = subprocess.run([*command, *tests, *chosen], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     assert " passed" in run.stdout, run.stdout
