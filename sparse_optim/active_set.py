@@ -42,10 +42,12 @@ class ActiveSet:
         low_precision = any(param.dtype != torch.float32 for param in params)
         return ActiveSet(
             position=torch.zeros(capacity, dtype=torch.int32, device=device),
-            exp_avg=torch.zeros(capacity, device=device),
-            exp_avg_sq=torch.zeros(capacity, device=device),
+            exp_avg=torch.zeros(capacity, dtype=torch.float32, device=device),
+            exp_avg_sq=torch.zeros(capacity, dtype=torch.float32, device=device),
             unmask_step=torch.zeros(capacity, dtype=torch.int32, device=device),
-            master=torch.zeros(capacity if low_precision else 0, device=device),
+            master=torch.zeros(
+                capacity if low_precision else 0, dtype=torch.float32, device=device
+            ),
             offsets=torch.zeros(len(params) + 1, dtype=torch.int64, device=device),
             progress=torch.zeros(3, dtype=torch.int64, device=device),
         )
@@ -182,16 +184,18 @@ class WorkSpace:
             table=torch.zeros(len(params), 4, dtype=torch.int64, device=device),
             tile_offsets=tiles.cumsum(0).to(device),
             tile_max=torch.zeros(num_tiles, dtype=torch.int32, device=device),
-            param_bound=torch.zeros(num_tiles if bounded else 0, device=device),
-            active_grad=torch.zeros(capacity, device=device),
+            param_bound=torch.zeros(
+                num_tiles if bounded else 0, dtype=torch.float32, device=device
+            ),
+            active_grad=torch.zeros(capacity, dtype=torch.float32, device=device),
             new_tensor=torch.zeros(max_quota, dtype=torch.int32, device=device),
             new_position=torch.zeros(max_quota, dtype=torch.int32, device=device),
             new_count=torch.zeros((), dtype=torch.int64, device=device),
-            threshold=torch.zeros((), device=device),
+            threshold=torch.zeros((), dtype=torch.float32, device=device),
             grad_norm=torch.zeros((), dtype=torch.float64, device=device),
-            grad_factor=torch.ones((), device=device),
-            grad_scale=torch.ones((), device=device),
-            found_inf=torch.zeros((), device=device),
+            grad_factor=torch.ones((), dtype=torch.float32, device=device),
+            grad_scale=torch.ones((), dtype=torch.float32, device=device),
+            found_inf=torch.zeros((), dtype=torch.float32, device=device),
             hyper=torch.zeros(num_groups, 6, dtype=torch.float64, device=device),
             group_index=torch.tensor(group_index, dtype=torch.int32, device=device),
             scratch=torch.zeros(scratch_bytes, dtype=torch.uint8, device=device),

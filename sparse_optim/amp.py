@@ -45,7 +45,9 @@ class GradScaler(torch.amp.GradScaler):
         if not _will_scan(optimizer):
             return super()._check_inf_per_device(optimizer)
         device = optimizer._device  # type: ignore[attr-defined]
-        found: dict[torch.device, Tensor] = {device: torch.zeros((), device=device)}
+        found: dict[torch.device, Tensor] = {
+            device: torch.zeros((), dtype=torch.float32, device=device)
+        }
         self._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = found
         return found
 

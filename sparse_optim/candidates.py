@@ -60,7 +60,7 @@ class Candidates:
         self._nothing = torch.zeros(1, dtype=torch.int64, device=device)
         self._table = torch.zeros(1, work.table.size(1), dtype=torch.int64, device=device)
         self._noise = torch.empty(0, dtype=torch.int64, device=device)
-        self._least = torch.zeros((), device=device)
+        self._least = torch.zeros((), dtype=torch.float32, device=device)
         most = self._most + self._max_quota
         size = ops.scratch_bytes(-(-most // ops.TILE), 0, self._max_quota)
         self._scratch = torch.zeros(size, dtype=torch.uint8, device=device)

@@ -121,9 +121,9 @@ class InBackward:
         self._norms = torch.zeros(
             len(pool) + len(optimizer._dense), dtype=torch.float64, device=device
         )
-        self._found_inf = torch.zeros((), device=device)
-        self._one = torch.ones((), device=device)
-        self._unused = torch.zeros((), device=device)
+        self._found_inf = torch.zeros((), dtype=torch.float32, device=device)
+        self._one = torch.ones((), dtype=torch.float32, device=device)
+        self._unused = torch.zeros((), dtype=torch.float32, device=device)
         self._budget = int(optimizer._targets[-1])
         # A copy on the host, of the last step or the one before: what is complete stays complete.
         self._progress = torch.zeros(3, dtype=torch.int64, pin_memory=device.type == "cuda")

@@ -132,7 +132,7 @@ def _near(ours: Tensor, theirs: Tensor) -> bool:
 
 def _values(kind: str, generator: torch.Generator) -> list[Tensor]:
     """Values of the pool on the CPU: "normal", "ties", or "overflow" with one that is infinite."""
-    values = [torch.randn(shape, generator=generator) for shape in SHAPES]
+    values = [torch.randn(shape, generator=generator, dtype=torch.float32) for shape in SHAPES]
     if kind == "ties":
         values = [(2 * value).round().clamp(-2, 2) / 4 for value in values]
     if kind == "overflow":

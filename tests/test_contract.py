@@ -201,6 +201,30 @@ def test_parameters_that_are_slices_of_one_buffer(backend):
     assert flat[0] == before[0]
 
 
+@pytest.mark.parametrize("fuse", [False, True], ids=["", "fuse_backward"])
+def test_the_default_dtype_does_not_count(backend, fuse):
+    """Scripts that load large models leave bfloat16 behind."""
+    states = []
+    for default in (torch.float32, torch.bfloat16):
+        params = [Parameter(torch.linspace(-1, 1, 60).to(dtype)) for dtype in DTYPES]
+        torch.set_default_dtype(default)
+        try:
+            optimizer = IncrementalMaskedAdamW(
+                params, budget=9, total_steps=3, importance=D3(exp=-1.0),
+                max_grad_norm=1.0, backend=backend, fuse_backward=fuse,
+            )  # fmt: skip
+            for step in range(3):
+                for param in params:
+                    param.grad = (param.detach() + step).sin()
+                optimizer.step()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        states.append([*vars(optimizer._active).values(), *params])
+    for one, other in zip(*states, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+
+
 def test_a_step_without_gradients_is_no_step():
     params = new_params((5,), (0,))
     optimizer = IncrementalMaskedAdamW(params, budget=2, total_steps=2)
