@@ -314,12 +314,16 @@ def test_bind_copies_the_table_only_when_it_changed(monkeypatch: pytest.MonkeyPa
     kernels.bind([other], [param], table)
     assert len(staged) == 2
     assert table[0, 0] == other.data_ptr()
+    kernels.bind([grad], [param], table[:1])  # a view of the same memory
+    kernels.bind([other], [param], table)
+    assert len(staged) == 4
+    assert table[0, 0] == other.data_ptr()
 
 
 class FakeTable:
     """Stands for a table on a GPU, where a graph may be captured; counts the copies into it."""
 
-    is_cuda, shape = True, (1, 4)
+    is_cuda, shape, _version = True, (1, 4), 0
 
     def __init__(self) -> None:
         self.copies: list[list[int]] = []

@@ -63,6 +63,7 @@ class _Staging:
 
     def __init__(self) -> None:
         self._rows: list[tuple[int, ...]] = []
+        self._version = -1  # of the table after that; views of it count their writes together
         self._spare: Tensor | None = None
         self._captured: list[Tensor] = []
 
@@ -71,10 +72,10 @@ class _Staging:
         if table.is_cuda and torch.cuda.is_current_stream_capturing():
             self._copy_in_graph(rows, table)
             return
-        if rows != self._rows or self._captured:
+        if rows != self._rows or table._version != self._version or self._captured:
             staged = torch.tensor(rows, dtype=torch.int64, pin_memory=table.is_cuda)
             table.copy_(staged, non_blocking=True)
-            self._rows = rows
+            self._rows, self._version = rows, table._version
         if table.is_cuda and self._spare is None:
             self._spare = torch.empty(table.shape, dtype=torch.int64, pin_memory=True)
 
