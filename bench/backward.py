@@ -198,25 +198,34 @@ def section(folder: Path) -> list[str]:
 
 
 def report(data: dict[str, Any]) -> str:
-    """One row for each model: time of a step, gradients alive and all that is live."""
-    rows = []
+    """Time of a training step where it was taken; memory of every model."""
+    timed, held = [], []
     for run in data["runs"]:
         spent, counted = times(run), run["memory"]
-        shown = [f"{spent[kind] / 1e3:.0f}" if spent else "" for kind in KINDS]
-        ratio = f"{spent['fused'] / spent['ordinary']:.3f}" if spent else ""
-        alive = [f"{counted[kind]['gradient_bytes'] / 1e6:.0f}" for kind in ("ordinary", "fused")]
-        live = [f"{counted[kind]['live_bytes'] / 1e6:.0f}" for kind in KINDS]
-        rows.append([run["model"], *shown, ratio, *alive, *live])
-    header = ["whole training steps", *(f"{kind}, ms" for kind in KINDS), "fused / ordinary",
-              "gradients, MB", "fused", *(f"live, {kind}, MB" for kind in KINDS)]  # fmt: skip
-    return (
-        f"{tables.table(header, rows)}\n\n"
-        "ID3 (B = 320K) with a gradient buffer and with `fuse_backward=True` (fused), clipped "
-        f"fused AdamW on all parameters, and on LoRA (r = {LORA_RANK}, all Linear modules but a "
-        "language model's head). Gradients: the most alive at once. Live: the most that a step "
-        "takes on top of weights and state, activations and temporaries included. "
-        f"{data['machine']['threads']} threads, commit {data['commit'][:8]}."
-    )
+        if spent:
+            ratio = f"{spent['fused'] / spent['ordinary']:.3f}"
+            timed.append([run["model"], *(f"{spent[kind] / 1e3:.0f}" for kind in KINDS), ratio])
+        alive = [counted[kind]["gradient_bytes"] for kind in KINDS[:2]]
+        sizes = [*alive, counted["two_largest"], *(counted[kind]["live_bytes"] for kind in KINDS)]
+        held.append([run["model"], *(f"{size / 1e6:.0f}" for size in sizes)])
+    records = [record for run in data["runs"] for record in run["subjects"]]
+    clean = sum(len(clean_times(record)) for record in records)
+    calls = max(sum(len(record["us"]) for record in records), 1)
+    return "\n\n".join(
+        [
+            "Whole training steps of ID3 (B = 320K) with a gradient buffer and with "
+            "`fuse_backward=True` (fused), of clipped fused AdamW on all parameters, and on LoRA "
+            f"(r = {LORA_RANK}, all Linear modules but a language model's head):",
+            tables.table(["ms", *KINDS, "fused / ordinary"], timed),
+            tables.table(
+                ["MB", "gradients at once, ordinary", "fused", "two largest",
+                 *(f"step, {kind}" for kind in KINDS)], held,
+            ),
+            "Step: the most that a step takes on top of weights and optimizer state: gradients, "
+            f"activations and temporaries. {data['machine']['threads']} threads, commit "
+            f"{data['commit'][:8]}; {clean / calls:.0%} of the calls were clean.",
+        ]
+    )  # fmt: skip
 
 
 def recorded(path: Path, data: dict[str, Any], models: Sequence[str]) -> list[dict[str, Any]]:

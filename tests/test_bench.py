@@ -166,9 +166,9 @@ def test_training_steps_of_every_kind():
     times = [{"name": kind, "us": [2000], "delay_us": [0]} for kind in backward.KINDS]
     run = {"model": "tiny", "memory": counted, "subjects": times}
     data = {"runs": [run, {**run, "subjects": []}], "machine": {"threads": 2}, "commit": "0" * 40}
-    timed, untimed = backward.report(data).splitlines()[2:4]
-    assert timed.startswith("| tiny | 2 | 2 | 2 | 2 | 1.000 | 0 |")
-    assert untimed.startswith("| tiny |  |  |  |  |  | 0 |")
+    timed, *held = [line for line in backward.report(data).splitlines() if "| tiny |" in line]
+    assert timed == "| tiny | 2 | 2 | 2 | 2 | 1.000 |"
+    assert len(held) == 2  # the second run has no times
     assert "fused / ordinary 1.000" in backward.summary(run)
 
 
