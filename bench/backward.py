@@ -1,10 +1,16 @@
 """Whole training steps with and without a gradient buffer: python -m bench.backward
 
-Forward, backward and optimizer step of ID3 with and without `fuse_backward`, and of fused AdamW, in
-turns within one process, on models of random weights and tokens. Memory by allocation trace:
+Forward, backward and optimizer step of ID3 with and without `fuse_backward`, of fused AdamW, and of
+fused AdamW on LoRA (peft, r = 16, all Linear modules but a language model's head), in turns within
+one process, on models of random weights and tokens. Memory by allocation trace, one kind after the
+other:
 
     gradients   greatest bytes of parameter gradients alive at once, looked at whenever one arrives
     live        greatest bytes that torch holds at once on top of what it held before the step
+    held        bytes of weights and optimizer state, counted from tensors
+
+Of tied weights autograd adds several gradients up before it hands one over: what waits there is
+live, not yet a parameter's gradient.
 
 Written to bench/results/cpu-backward-<date>.json.
 """
@@ -14,7 +20,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -24,73 +30,21 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from bench import allocations, environment
+from bench import allocations, environment, tables
+from bench.models import MODELS
 from bench.results import clean_times, median_us
 from bench.subjects import LR, midway
 from bench.timing import Subject, interleave
+from sparse_optim import MaskedAdamW
 
 RESULTS = environment.ROOT / "bench" / "results"
 BUDGET, QUOTA = 320_000, 320
-KINDS = ("ordinary", "fused", "AdamW")
-
-
-@dataclass(frozen=True)
-class Model:
-    """A configuration of transformers with random weights, and its batch.
-
-    Attributes:
-        kind: "bert" or "llama".
-        sizes: arguments of the configuration.
-        batch, length: sequences, tokens in each.
-    """
-
-    kind: str
-    sizes: dict[str, Any]
-    batch: int
-    length: int
-
-    def build(self) -> torch.nn.Module:
-        """The model in training mode, without dropout: kinds must do the same arithmetic."""
-        import transformers
-
-        torch.manual_seed(0)
-        if self.kind == "llama":
-            return transformers.LlamaForCausalLM(transformers.LlamaConfig(**self.sizes)).train()
-        config = transformers.BertConfig(
-            **self.sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
-        )
-        return transformers.BertForSequenceClassification(config).train()
-
-    def inputs(self) -> dict[str, Tensor]:
-        """Random tokens; labels are the tokens, or random classes."""
-        generator = torch.Generator().manual_seed(1)
-        size = (self.batch, self.length)
-        tokens = torch.randint(self.sizes["vocab_size"], size, generator=generator)
-        classes = torch.randint(2, (self.batch,), generator=generator)
-        return {"input_ids": tokens, "labels": tokens if self.kind == "llama" else classes}
-
-
-def _bert(hidden: int, layers: int, intermediate: int) -> dict[str, Any]:
-    return {
-        "vocab_size": 30522, "hidden_size": hidden, "num_hidden_layers": layers,
-        "num_attention_heads": 12, "intermediate_size": intermediate,
-    }  # fmt: skip
-
-
-MODELS = {
-    "tiny": Model("bert", {**_bert(24, 2, 48), "vocab_size": 1000}, 2, 8),  # for tests
-    "MiniLM": Model("bert", _bert(384, 6, 1536), 16, 48),
-    "BERT-base": Model("bert", _bert(768, 12, 3072), 8, 64),
-    "Llama-small": Model(
-        "llama",
-        {"vocab_size": 32000, "hidden_size": 512, "num_hidden_layers": 8, "intermediate_size": 1408,
-         "num_attention_heads": 8, "num_key_value_heads": 4},
-        4, 128,
-    ),
-}  # fmt: skip
+KINDS = ("ordinary", "fused", "AdamW", "LoRA")
+LORA_RANK = 16
 
 
 MEASURED = ("MiniLM", "BERT-base", "Llama-small")
+MEMORY_ALONE = ("Llama-1B",)  # four copies of it would not fit where this is run
 
 
 @dataclass
@@ -102,28 +56,53 @@ class Training:
     optimizer: Any
     inputs: dict[str, Tensor]
 
+    @property
+    def trained(self) -> list[Tensor]:
+        """Parameters that get gradients."""
+        return [param for param in self.model.parameters() if param.requires_grad]
+
+    @property
+    def held_bytes(self) -> int:
+        """Weights and optimizer state."""
+        return sum(param.nbytes for param in self.model.parameters()) + self.state_bytes
+
+    @property
+    def state_bytes(self) -> int:
+        """Of the optimizer."""
+        if isinstance(self.optimizer, MaskedAdamW):
+            return int(self.optimizer.metrics()["state_bytes"])
+        held = (value for state in self.optimizer.state.values() for value in state.values())
+        return sum(value.nbytes for value in held if isinstance(value, Tensor))
+
     def step(self) -> None:
         """Forward, backward, clipping, update."""
         self.model(**self.inputs).loss.backward()
-        if self.kind == "AdamW":
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        if self.kind in ("AdamW", "LoRA"):
+            torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
 
-def trainings(name: str, budget: int = BUDGET, quota: int = QUOTA) -> list[Training]:
+def trainings(name: str, budget: int = BUDGET, quota: int = QUOTA) -> Iterator[Training]:
     """One of each kind, each with a copy of the model; ours in the middle of the unmasking."""
     first = MODELS[name].build()
-    return [training(name, kind, copy.deepcopy(first), budget, quota) for kind in KINDS]
+    for kind in KINDS:
+        yield training(name, kind, copy.deepcopy(first), budget, quota)
 
 
 def training(
     name: str, kind: str, model: torch.nn.Module, budget: int = BUDGET, quota: int = QUOTA
 ) -> Training:
     """A model, of those named, under one kind of optimizer."""
-    params = list(model.parameters())
+    if kind == "LoRA":
+        import peft
+
+        model = peft.get_peft_model(
+            model, peft.LoraConfig(r=LORA_RANK, target_modules="all-linear", lora_dropout=0.0)
+        )
+    params = [param for param in model.parameters() if param.requires_grad]
     inputs = {key: value.to(params[0].device) for key, value in MODELS[name].inputs().items()}
-    if kind == "AdamW":
+    if kind in ("AdamW", "LoRA"):
         return Training(kind, model, torch.optim.AdamW(params, lr=LR, fused=True), inputs)
     optimizer = midway(params, budget, quota, exp=0.0)
     optimizer.fuse_backward = kind == "fused"
@@ -141,80 +120,142 @@ def gradient_bytes(training: Training) -> int:
         alive.append((StorageWeakRef(grad.untyped_storage()), grad.nbytes))
         most = max(most, sum(size for _, size in alive))
 
-    handles = [param.register_hook(note) for param in training.model.parameters()]
+    handles = [param.register_hook(note) for param in training.trained]
     training.step()
     for handle in handles:
         handle.remove()
     return most
 
 
-def memory(made: Sequence[Training]) -> dict[str, Any]:
-    """Bytes of a step of each kind, and of the two largest gradients."""
-    sizes = sorted((param.nbytes for param in made[0].model.parameters()), reverse=True)
-    rows = {}
+def memory(made: Iterable[Training]) -> dict[str, Any]:
+    """Bytes of a step of each kind, one after the other, and of the two largest gradients."""
+    rows: dict[str, Any] = {}
     for training in made:
-        training.step()
+        training.step()  # allocates dense AdamW's state
+        gradients: list[int] = []
+        step = allocations.of_call(
+            lambda one=training, found=gradients: found.append(gradient_bytes(one)),
+            torch.device("cpu"),
+        )
         rows[training.kind] = {
-            "gradient_bytes": gradient_bytes(training),
-            "live_bytes": allocations.of_call(training.step, torch.device("cpu")).peak,
+            "gradient_bytes": gradients[0],
+            "live_bytes": step.peak,
+            "held_bytes": training.held_bytes,
         }
-    return {"all_gradients": sum(sizes), "two_largest": sum(sizes[:2]), **rows}
+        if training.kind == KINDS[0]:
+            sizes = sorted((param.nbytes for param in training.trained), reverse=True)
+            rows |= {"all_gradients": sum(sizes), "two_largest": sum(sizes[:2])}
+        del training, step  # before the next one is made
+    return rows
 
 
 def measure(name: str, rounds: int, warmup: int) -> dict[str, Any]:
-    """Memory and raw times of one model."""
-    made = trainings(name)
+    """Memory and, unless it is one of MEMORY_ALONE, raw times of one model."""
     watch = environment.Conditions.begin()
-    counted = memory(made)
-    subjects = [Subject({"name": training.kind}, training.step) for training in made]
-    records = interleave(subjects, rounds, warmup)
-    return {"model": name, "memory": counted, "subjects": records, "conditions": watch.end()}
+    run: dict[str, Any] = {"model": name, "memory": memory(trainings(name)), "subjects": []}
+    if name not in MEMORY_ALONE:
+        made = list(trainings(name))
+        subjects = [Subject({"name": training.kind}, training.step) for training in made]
+        run["subjects"] = interleave(subjects, rounds, warmup)
+    return {**run, "conditions": watch.end()}
+
+
+def times(run: dict[str, Any]) -> dict[str, float]:
+    """Median microseconds of each kind that was timed."""
+    return {record["name"]: median_us(record) for record in run["subjects"]}
 
 
 def summary(run: dict[str, Any]) -> str:
     """A few lines on a finished run."""
-    times = {record["name"]: median_us(record) for record in run["subjects"]}
-    clean = sum(len(clean_times(record)) for record in run["subjects"])
-    calls = sum(len(record["us"]) for record in run["subjects"])
-    spent = ", ".join(f"{kind} {us / 1e3:.1f} ms" for kind, us in times.items())
-    return (
-        f"{run['model']}: {spent}; fused / ordinary {times['fused'] / times['ordinary']:.3f} "
-        f"(medians of clean calls; {clean} of {calls} were)\n{table(run['memory'])}"
-    )
+    lines = [f"{run['model']}, MB:", table(run["memory"])]
+    spent = times(run)
+    if spent:
+        clean = sum(len(clean_times(record)) for record in run["subjects"])
+        calls = sum(len(record["us"]) for record in run["subjects"])
+        lines.append(
+            ", ".join(f"{kind} {us / 1e3:.1f} ms" for kind, us in spent.items())
+            + f"; fused / ordinary {spent['fused'] / spent['ordinary']:.3f} "
+            f"(medians of clean calls; {clean} of {calls} were)"
+        )
+    return "\n".join(lines)
 
 
 def table(counted: dict[str, Any]) -> str:
-    """Megabytes of what `memory` counted."""
+    """Megabytes of what `memory` counted, as Markdown."""
     everything, two = counted["all_gradients"] / 1e6, counted["two_largest"] / 1e6
-    lines = [
-        f"  all gradients {everything:.1f} MB, the two largest {two:.1f} MB",
-        "            gradients alive     all that is live, at most",
-    ]
-    for kind in KINDS:
-        row = counted[kind]
-        lines.append(
-            f"    {kind:9} {row['gradient_bytes'] / 1e6:7.1f} MB {row['live_bytes'] / 1e6:16.1f} MB"
-        )
-    return "\n".join(lines)
+    columns = ("held_bytes", "gradient_bytes", "live_bytes")
+    rows = [[kind, *(f"{counted[kind][name] / 1e6:.1f}" for name in columns)] for kind in KINDS]
+    header = ["", "weights and state", "gradients alive", "all that is live in a step"]
+    return (
+        f"all gradients {everything:.1f}, the two largest {two:.1f}\n\n{tables.table(header, rows)}"
+    )
+
+
+def section(folder: Path) -> list[str]:
+    """The newest recorded figures as Markdown; nothing while there are none."""
+    paths = sorted(folder.glob("cpu-backward-*.json"))
+    return [] if not paths else [report(json.loads(paths[-1].read_text()))]
+
+
+def report(data: dict[str, Any]) -> str:
+    """Time of a training step where it was taken; memory of every model."""
+    timed, held = [], []
+    for run in data["runs"]:
+        spent, counted = times(run), run["memory"]
+        if spent:
+            ratio = f"{spent['fused'] / spent['ordinary']:.3f}"
+            timed.append([run["model"], *(f"{spent[kind] / 1e3:.0f}" for kind in KINDS), ratio])
+        alive = [counted[kind]["gradient_bytes"] for kind in KINDS[:2]]
+        sizes = [*alive, counted["two_largest"], *(counted[kind]["live_bytes"] for kind in KINDS)]
+        held.append([run["model"], *(f"{size / 1e6:.0f}" for size in sizes)])
+    records = [record for run in data["runs"] for record in run["subjects"]]
+    clean = sum(len(clean_times(record)) for record in records)
+    calls = max(sum(len(record["us"]) for record in records), 1)
+    return "\n\n".join(
+        [
+            "Whole training steps of ID3 (B = 320K) with a gradient buffer and with "
+            "`fuse_backward=True` (fused), of clipped fused AdamW on all parameters, and on LoRA "
+            f"(r = {LORA_RANK}, all Linear modules but a language model's head):",
+            tables.table(["ms", *KINDS, "fused / ordinary"], timed),
+            tables.table(
+                ["MB", "gradients at once, ordinary", "fused", "two largest",
+                 *(f"step, {kind}" for kind in KINDS)], held,
+            ),
+            "Step: the most that a step takes on top of weights and optimizer state: gradients, "
+            f"activations and temporaries. {data['machine']['threads']} threads, commit "
+            f"{data['commit'][:8]}; {clean / calls:.0%} of the calls were clean.",
+        ]
+    )  # fmt: skip
+
+
+def recorded(path: Path, data: dict[str, Any], models: Sequence[str]) -> list[dict[str, Any]]:
+    """Runs of other models that the file holds, of the same commit and settings."""
+    if not path.exists():
+        return []
+    held = json.loads(path.read_text())
+    if any(held[key] != data[key] for key in ("commit", "settings", "dirty")):
+        return []
+    return [run for run in held["runs"] if run["model"] not in models]
 
 
 def main() -> None:
     """Measure every model, print the figures and write the results file."""
     parser = argparse.ArgumentParser(prog="python -m bench.backward", description=__doc__)
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=MEASURED)
+    parser.add_argument(
+        "--models", nargs="+", choices=list(MODELS), default=[*MEASURED, *MEMORY_ALONE]
+    )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--warmup", type=int, default=2)
     name = f"cpu-backward-{date.today().isoformat()}.json"
     parser.add_argument("--out", type=Path, default=RESULTS / name)
     arguments = parser.parse_args()
-    data: dict[str, Any] = {
-        "schema": 1,
-        "kind": "cpu-backward",
-        **environment.describe(),
-        "settings": {"rounds": arguments.rounds, "warmup": arguments.warmup, "budget": BUDGET,
-                     "quota": QUOTA},
-        "runs": [],
+    settings = {
+        "rounds": arguments.rounds, "warmup": arguments.warmup, "budget": BUDGET, "quota": QUOTA
     }  # fmt: skip
+    data: dict[str, Any] = {
+        "schema": 1, "kind": "cpu-backward", **environment.describe(), "settings": settings
+    }  # fmt: skip
+    data["runs"] = recorded(arguments.out, data, arguments.models)
     for model in arguments.models:
         data["runs"].append(measure(model, arguments.rounds, arguments.warmup))
         arguments.out.write_text(json.dumps(data, separators=(",", ":")) + "\n")

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import allocations, backward, training
+from bench import allocations, backward, models, training
 from bench.gpu_subjects import adamw_kinds
 from bench.shapes import DTYPES, MEASURED, MODELS, Shape, num_entries
 from bench.subjects import LR
@@ -125,11 +125,11 @@ def main() -> None:
     """Print the bytes of every case, against the limit and AdamW; or of whole training steps."""
     parser = argparse.ArgumentParser(prog="python -m bench.memory", description=__doc__)
     parser.add_argument(
-        "--backward", nargs="*", metavar="MODEL", choices=list(backward.MODELS),
+        "--backward", nargs="*", metavar="MODEL", choices=list(models.MODELS),
         help="instead: gradients alive in training steps with and without fuse_backward",
     )  # fmt: skip
     parser.add_argument(
-        "--training", nargs="*", metavar="MODEL", choices=list(backward.MODELS),
+        "--training", nargs="*", metavar="MODEL", choices=list(models.MODELS),
         help="instead: what a whole training step takes, each in a process of its own",
     )  # fmt: skip
     parser.add_argument("--snapshot", type=Path, help="with --training, on CUDA: a folder for "

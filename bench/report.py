@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import goals, gpu_report, sampling
+from bench import backward, goals, gpu_report, sampling
 from bench.environment import ROOT
 from bench.memory import held_bytes
 from bench.plot import draw
@@ -173,7 +173,7 @@ def short_report(results: Results) -> str:
         "The slower of exp = 0 and 2 is shown; all tables are in "
         "[bench/results/tables.md](bench/results/tables.md)."
     )
-    parts += sampling.section(RESULTS)
+    parts += sampling.section(RESULTS) + backward.section(RESULTS)
     return "\n\n".join([*parts, *gpu_section(gpu_report.short_table)])
 
 
@@ -196,6 +196,7 @@ def full_report(results: Results) -> str:
     parts += ["## Memory within a step", peaks_table(results)]
     parts += ["## Goals", f"```text\n{goals.check(results)}\n```"]
     parts += ["## Sampling", *sampling.section(RESULTS)]
+    parts += ["## Whole training steps", *backward.section(RESULTS)]
     return "\n\n".join([*parts, *gpu_section(gpu_report.full_report)]) + "\n"
 
 

@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bench import allocations, backward, tables
-from sparse_optim import MaskedAdamW
+from bench.models import MODELS
 
 COLUMNS = ("weights", "gradients", "state", "step", "resident")
 
@@ -30,7 +29,7 @@ def rows(models: Sequence[str], snapshots: Path | None = None) -> list[dict[str,
     """`measure` of every model and kind of optimizer, one after the other.
 
     Args:
-        models: names in `backward.MODELS`.
+        models: names in `bench.models`.
         snapshots: folder for torch's CUDA memory snapshots; None takes none.
     """
     context = multiprocessing.get_context("spawn")
@@ -47,7 +46,7 @@ def measure(
 ) -> dict[str, Any]:
     """Bytes of one model under one kind of optimizer, in this process."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = backward.MODELS[name].build().to(device)
+    model = MODELS[name].build().to(device)
     if snapshots is not None and device.type == "cuda":
         torch.cuda.memory._record_memory_history()
     under = backward.training(name, kind, model, budget)
@@ -59,7 +58,7 @@ def measure(
         "device": str(device),
         "weights": sum(param.nbytes for param in params),
         "gradients": backward.gradient_bytes(under),
-        "state": _state_bytes(under.optimizer),
+        "state": under.state_bytes,
         "step": allocations.of_call(under.step, device).peak,
         "resident": allocations.peak_bytes(device),
     }
@@ -76,10 +75,3 @@ def table(found: Sequence[dict[str, Any]]) -> str:
         for row in found
     ]
     return tables.table(["model", "MB under", *COLUMNS], lines)
-
-
-def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    if isinstance(optimizer, MaskedAdamW):
-        return int(optimizer.metrics()["state_bytes"])
-    held = (value for state in optimizer.state.values() for value in state.values())
-    return sum(value.nbytes for value in held if isinstance(value, Tensor))

@@ -8,8 +8,14 @@
                update: selection, moments and weights of an ordinary step, bit for bit
 
 At most two gradients are alive at once, where autograd itself holds no more. Clipping and loss
-scaling stay exact, since nothing moves before `step()`. When nothing is left to unmask, only the
-ranking ends: every gradient is still read, since a non-finite one anywhere must skip the step.
+scaling stay exact, since nothing moves before `step()`, which uses all gradients up, those of
+groups with unmask="all", too. When nothing is left to unmask, only the ranking ends: every gradient
+is still read, since a non-finite one anywhere must skip the step.
+
+The norm is that of the tensors' norms, as in an ordinary step of "cpp" and "reference". "cuda" and
+"triton" add up the squares of all tensors under one root there: their `grad_norm` may differ in the
+last places of its float64. Where no clipping takes place, the steps are the same bit for bit;
+where it does, unless a rounding of the clip factor to float32 falls between the two norms.
 """
 
 from __future__ import annotations
@@ -175,7 +181,7 @@ class InBackward:
         self._taken = [False] * len(self._sources)
         self._waiting: dict[int, Tensor] = {}
         self._candidates.clear()
-        self._begun = self._ranks = False
+        self._begun = self._ranks = self._stepped = False
         self._error: str | None = None
 
     @property
@@ -219,12 +225,14 @@ class InBackward:
             tensor.
 
         Raises:
-            RuntimeError: a gradient was written after it had been taken.
+            RuntimeError: a gradient was written after it had been taken, or none has come since
+                the last step.
         """
         self._check_scaler()
         for index, source in enumerate(self._sources):
             if source.param.grad is not None:
                 self.take(index)
+        self._check_not_again()
         self._attach()
         self._rank_waiting()
         optimizer = self._optimizer
@@ -263,9 +271,12 @@ class InBackward:
             work.active_grad.masked_scatter_(new, grad)
 
     def end(self) -> None:
-        """The step is done."""
+        """The step is done, and all gradients are used up: dense ones may not accumulate alone."""
         self._progress.copy_(self._optimizer._active.progress, non_blocking=True)
+        for param in self._optimizer._dense:
+            param.grad = None
         self.discard()
+        self._stepped = True
 
     def _begin(self) -> None:
         """Prepare for a step, before its first gradient."""
@@ -291,6 +302,15 @@ class InBackward:
             )
         if self._error is not None:
             raise RuntimeError(self._error)
+
+    def _check_not_again(self) -> None:
+        dense = self._optimizer._dense
+        if self._stepped and not self.holds_any and all(param.grad is None for param in dense):
+            raise RuntimeError(
+                "no gradient has come since the last step(): with fuse_backward=True a step uses "
+                "the gradients up, and cannot be repeated. Call backward() before step(), or "
+                "zero_grad() after the last one to say that there are none"
+            )
 
     def _check_scaler(self) -> None:
         optimizer: Any = self._optimizer

@@ -27,22 +27,23 @@ def clip_factor(
 ) -> None:
     """The global norm from the norms of the tensors, and what it clips by.
 
-        grad_norm   <- sqrt(sum of tensor_norms^2, in order) / grad_scale
+        grad_norm   <- sqrt(sum of tensor_norms^2) / grad_scale
         grad_factor <- min(1, max_grad_norm / (grad_norm + 1e-6)) / grad_scale
 
     Args:
         tensor_norms: (n,), float64, n >= 1, before unscaling: of each gradient, pool tensors first;
-            0 where there is none.
+            0 where there is none. On the CPU squares are added in this order.
         grad_scale: (), float32, the loss scale that the gradients carry.
         max_grad_norm: inf does not clip.
         grad_norm: (), float64. Mutated.
         grad_factor: (), float32. Mutated.
     """
-    scale = grad_scale.double()
-    squares = tensor_norms.square().cumsum(0)[-1]
-    # torch's own root may be off by one unit on the CPU; there, reading a number costs nothing.
-    on_host = squares.device.type == "cpu"
-    norm = torch.full_like(squares, math.sqrt(float(squares))) if on_host else squares.sqrt()
+    scale, squares = grad_scale.double(), tensor_norms.square()
+    if squares.device.type == "cpu":
+        # In order, as the C++ kernel; torch's own root may be off by one unit there.
+        norm = torch.full_like(scale, math.sqrt(float(squares.cumsum(0)[-1])))
+    else:
+        norm = squares.sum().sqrt()  # torch's cumsum is not deterministic on CUDA
     grad_norm.copy_(norm / scale)
     clip = torch.ones_like(scale)
     if not math.isinf(max_grad_norm):

@@ -129,7 +129,10 @@ def check_param(param: Tensor, name: str, mode: str) -> None:
     if param.dtype not in SUPPORTED_DTYPES:
         raise TypeError(f"{who} is {param.dtype}; expected float32, bfloat16 or float16")
     if hasattr(param, "to_local"):
-        raise TypeError(f"{who} is a DTensor; sharded parameters are not supported yet")
+        raise TypeError(
+            f"{who} is a DTensor; sharded parameters (fully_shard, tensor parallelism) are not "
+            "supported yet: keep the model whole in each process"
+        )
     if param.is_meta:
         raise ValueError(f"{who} is on the meta device: load the weights before the optimizer")
     if param.layout is not torch.strided:

@@ -125,7 +125,7 @@ def scan(
         found_inf: (), float32, 0 or 1. Mutated.
         scratch: uint8, `scratch_bytes` long.
     """
-    norms, non_finite = [0.0], False
+    norms, non_finite = [0.0] * len(bound.grads), False
     for index, grad in enumerate(bound.grads):
         keys = tile_max[int(tile_offsets[index]) : int(tile_offsets[index + 1])]
         if grad.numel() == 0:
@@ -139,12 +139,12 @@ def scan(
         non_finite |= bool((bits >= INFINITY_BITS).any())
         bits[active] = 0
         keys.copy_(tiles_of(bits, tile).amax(dim=1))
-        norms.append(tensor_norm(flat, tile))
+        norms[index] = tensor_norm(flat, tile)
     for grad in dense_grads:
         flat = grad.reshape(-1).float()
         non_finite |= not bool(flat.isfinite().all())
         norms.append(tensor_norm(flat, tile))
-    tensor_norms = torch.tensor(norms, dtype=torch.float64, device=grad_norm.device)
+    tensor_norms = torch.tensor(norms or [0.0], dtype=torch.float64, device=grad_norm.device)
     clip_factor(tensor_norms, grad_scale, max_grad_norm, grad_norm, grad_factor)
     if non_finite:
         found_inf.fill_(1.0)

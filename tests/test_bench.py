@@ -13,7 +13,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # bench is not part of the installed package
 
-from bench import backward, goals, memory, report, results, sampling, shapes, training  # noqa: E402
+from bench import backward, goals, memory, models, report, results, sampling, shapes, training  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -139,11 +139,11 @@ def test_sampling_is_measured_beside_its_peers():
     assert result["times_ours"][sampling.OURS] == 1
 
 
-@pytest.mark.parametrize("kind", ["ordinary", "fused", "AdamW"])
+@pytest.mark.parametrize("kind", ["ordinary", "fused", "AdamW"])  # LoRA below
 def test_memory_of_a_training_step(kind):
     """Weights, gradients and dense state by hand; the step holds gradients, the process all."""
     row = training.measure("tiny", kind, budget=5000)
-    entries = sum(param.numel() for param in backward.MODELS["tiny"].build().parameters())
+    entries = sum(param.numel() for param in models.MODELS["tiny"].build().parameters())
     assert row["weights"] == 4 * entries
     if kind == "AdamW":
         assert row["state"] == pytest.approx(8 * entries, rel=0.01)  # and step counts
@@ -151,3 +151,30 @@ def test_memory_of_a_training_step(kind):
     assert row["step"] >= row["gradients"]
     assert row["resident"] > row["weights"] + row["state"] + row["step"]
     assert f"| tiny | {kind} |" in training.table([row])
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's own
+def test_training_steps_of_every_kind():
+    """Gradients counted by hand: all of the model's, and those of LoRA's factors."""
+    pytest.importorskip("peft", reason="peft is not installed")
+    counted = backward.memory(backward.trainings("tiny", budget=5000, quota=50))
+    modules = models.MODELS["tiny"].build().modules()
+    linear = [module for module in modules if isinstance(module, torch.nn.Linear)]
+    factors = sum(module.in_features + module.out_features for module in linear)
+    assert counted["LoRA"]["gradient_bytes"] == 4 * backward.LORA_RANK * factors
+    assert counted["AdamW"]["gradient_bytes"] == counted["all_gradients"]
+    times = [{"name": kind, "us": [2000], "delay_us": [0]} for kind in backward.KINDS]
+    run = {"model": "tiny", "memory": counted, "subjects": times}
+    data = {"runs": [run, {**run, "subjects": []}], "machine": {"threads": 2}, "commit": "0" * 40}
+    timed, *held = [line for line in backward.report(data).splitlines() if "| tiny |" in line]
+    assert timed == "| tiny | 2 | 2 | 2 | 2 | 1.000 |"
+    assert len(held) == 2  # the second run has no times
+    assert "fused / ordinary 1.000" in backward.summary(run)
+
+
+def test_runs_of_other_models_are_kept_at_the_same_commit(tmp_path):
+    path, head = tmp_path / "r.json", {"commit": "a", "settings": {"rounds": 3}, "dirty": False}
+    assert backward.recorded(path, head, ["x"]) == []
+    path.write_text(json.dumps({**head, "runs": [{"model": "x"}, {"model": "y"}]}))
+    assert backward.recorded(path, head, ["x"]) == [{"model": "y"}]
+    assert backward.recorded(path, {**head, "commit": "b"}, ["x"]) == []

@@ -10,13 +10,7 @@ import math
 
 import pytest
 import torch
-from backward_nets import (
-    assert_pool_is_free,
-    assert_same_state,
-    build,
-    loss_of,
-    new_net,
-)
+from backward_nets import assert_same_state, build, loss_of, new_net, train_both
 from op_cases import EXPS, assert_same_bits
 from torch import Tensor, nn
 
@@ -28,31 +22,6 @@ from sparse_optim import (
     Static,
     in_backward,
 )
-from sparse_optim.amp import GradScaler
-
-
-def train_both(dtype, steps, overflows=(), **options) -> list[MaskedAdamW]:
-    """Train with and without, compared after every step; overflows bring loss scaling."""
-    nets = [new_net(dtype) for _ in range(2)]
-    optimizers = [
-        build(net, fuse, **options) for net, fuse in zip(nets, (True, False), strict=True)
-    ]
-    scalers = [
-        GradScaler("cpu", init_scale=256.0, growth_interval=7, enabled=bool(overflows))
-        for _ in nets
-    ]
-    for step in range(steps):
-        for net, optimizer, scaler in zip(nets, optimizers, scalers, strict=True):
-            loss = loss_of(net, torch.Generator().manual_seed(step), rare=step % 3 == 0)
-            scaler.scale(loss * (math.inf if step in overflows else 1.0)).backward()
-            if optimizer.fuse_backward:
-                assert_pool_is_free(optimizer)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-        assert_same_state(*optimizers, step)
-        assert scalers[0].get_scale() == scalers[1].get_scale()
-    return optimizers
 
 
 @pytest.fixture

@@ -21,15 +21,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sparse_optim import (
-    D3,
     IncrementalMaskedAdamW,
-    Magnitude,
-    MaskedAdamW,
-    Repeat,
-    Snip,
-    Static,
 )
-from sparse_optim.amp import GradScaler
 
 
 def test_a_second_gradient_is_refused_until_zero_grad():
@@ -136,6 +129,61 @@ def test_zero_grad_between_backward_and_step_discards():
     optimizer.zero_grad()
     optimizer.step()  # nothing came since
     assert optimizer.metrics()["step"] == 1
+
+
+def test_zero_grad_in_the_middle_of_backward():
+    """What came before is forgotten, what comes after counts: as in the ordinary mode."""
+    runs = []
+    for fuse in (True, False):
+        net = new_net()
+        optimizer = build(net, fuse)
+        handle = net.layers[1].weight.register_hook(lambda _, one=optimizer: one.zero_grad())
+        for step in range(3):
+            backward(net, seed=step)
+            optimizer.step()
+            optimizer.zero_grad()
+            optimizer.zero_grad()
+        handle.remove()
+        runs.append(optimizer)
+    assert_same_state(*runs)
+    assert runs[0].metrics()["active"] > 0
+    assert runs[0].metrics()["active/layers.2.weight"] == 0
+
+
+def test_zero_grad_is_not_needed_after_a_step():
+    """Dense gradients are used up, too; alone they would accumulate."""
+    runs = []
+    for zeroes in (True, False):
+        net = new_net()
+        optimizer = build(net, fuse=True)
+        for step in range(3):
+            backward(net, seed=step)
+            optimizer.step()
+            assert net.head.weight.grad is None
+            if zeroes:
+                optimizer.zero_grad()
+        runs.append(optimizer)
+    assert_same_state(*runs)
+
+
+def test_a_second_step_without_gradients_is_refused():
+    """The ordinary mode would take the step again; here its gradients are gone."""
+    net = new_net()
+    optimizer = build(net, fuse=True)
+    assert optimizer.step() is None  # nothing came, nothing is lost
+    backward(net)
+    optimizer.step()
+    before = [param.detach().clone() for param in net.parameters()]
+    with pytest.raises(RuntimeError, match="no gradient has come since the last step"):
+        optimizer.step()
+    assert optimizer.metrics()["step"] == 1
+    for param, value in zip(net.parameters(), before, strict=True):
+        assert_same_bits(param.detach(), value)
+    backward(net, seed=1)
+    optimizer.step()
+    net.head(torch.ones(1, 60)).sum().backward()  # the dense group alone
+    optimizer.step()
+    assert optimizer.metrics()["step"] == 3
 
 
 def test_the_models_zero_grad_does_not_discard():
@@ -298,84 +346,3 @@ def test_compiled_as_a_whole():
             optimizer.zero_grad()
         runs.append(optimizer)
     assert_same_state(*runs)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"importance": Snip(), "selection": Static(3)}, "D3 only"),
-        ({"importance": Magnitude(), "selection": Static(3)}, "D3 only"),
-        ({"importance": D3(), "selection": Repeat(3)}, "only grows"),
-    ],
-)
-def test_methods_that_need_whole_gradients_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        MaskedAdamW(nn.Linear(3, 3).parameters(), max_grad_norm=1.0, fuse_backward=True, **options)
-
-
-def test_says_that_nothing_clips():
-    with pytest.warns(UserWarning, match="clip_grad_norm_ finds none and returns 0"):
-        optimizer = build(new_net(), fuse=True, max_grad_norm=None)
-    assert optimizer.fuse_backward
-
-
-def test_sparse_gradients_are_refused_in_backward():
-    layer = nn.Embedding(9, 4, sparse=True)
-    optimizer = IncrementalMaskedAdamW(
-        layer.parameters(), budget=2, total_steps=1, max_grad_norm=1.0, fuse_backward=True
-    )
-    with pytest.raises(TypeError, match="sparse=False"):
-        layer(torch.tensor([1])).sum().backward()
-    assert not optimizer._in_backward.holds_any
-
-
-def test_several_processes_are_refused(monkeypatch):
-    net = new_net()
-    optimizer = build(net, fuse=True)
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(RuntimeError, match="DistributedDataParallel"):
-        backward(net)
-    with pytest.raises(RuntimeError, match="DistributedDataParallel"):
-        build(new_net(), fuse=True)
-    monkeypatch.undo()
-    optimizer.zero_grad()
-    backward(net)
-    optimizer.step()
-
-
-def test_ddp_of_one_process_is_refused_at_the_step():
-    """Its reducer writes gradients back after ours were taken."""
-    distributed = torch.distributed
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    try:
-        net = new_net()
-        optimizer = build(net, fuse=True)
-        wrapped = nn.parallel.DistributedDataParallel(net)
-        backward(wrapped)
-        with pytest.raises(RuntimeError, match="averaged by DistributedDataParallel"):
-            optimizer.step()
-    finally:
-        distributed.destroy_process_group()
-
-
-def test_torchs_scaler_is_refused():
-    net = new_net()
-    optimizer = build(net, fuse=True)
-    scaler = torch.amp.GradScaler("cpu")
-    scaler.scale(loss_of(net, torch.Generator())).backward()
-    with pytest.raises(RuntimeError, match=r"sparse_optim\.amp\.GradScaler"):
-        scaler.step(optimizer)
-    assert optimizer.metrics()["step"] == 0
-
-
-def test_unscaling_from_outside_is_refused():
-    net = new_net()
-    optimizer = build(net, fuse=True)
-    scaler = GradScaler("cpu")
-    scaler.scale(loss_of(net, torch.Generator())).backward()
-    with pytest.raises(RuntimeError, match="unscale_ finds no gradients"):
-        scaler.unscale_(optimizer)
-    scaler.step(optimizer)
-    scaler.update()
-    assert optimizer.metrics()["step"] == 1

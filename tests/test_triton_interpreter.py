@@ -1,7 +1,7 @@
 """Run the Triton kernels against the reference, interpreted, in a process of its own.
 
 TRITON_INTERPRET must be set before the kernels are imported, and the interpreter needs two patches
-(triton_interpreter.py); neither may touch other tests. The cases are in interpreted_triton.py.
+(triton_interpreter.py); neither may touch other tests. The cases are in interpreted_*.py.
 """
 
 import os
@@ -14,10 +14,11 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed")
 
 
-def test_interpreted_kernels_equal_the_reference() -> None:
-    cases = Path(__file__).with_name("interpreted_triton.py")
+@pytest.mark.parametrize("cases", ["interpreted_triton.py", "interpreted_backward.py"])
+def test_interpreted_kernels(cases: str) -> None:
+    path = Path(__file__).with_name(cases)
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,

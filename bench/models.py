@@ -1,0 +1,101 @@
+"""Transformers of random weights, and batches for them; nothing is downloaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Weights repeat with this period, no multiple of a row: drawing 1.2 billion would take a minute.
+DRAWN = 1_000_003
+WEIGHT_STD = 0.02
+
+
+@dataclass(frozen=True)
+class Model:
+    """A configuration of transformers with random weights, and its batch.
+
+    Attributes:
+        kind: "bert" or "llama".
+        sizes: arguments of the configuration.
+        batch, length: sequences, tokens in each.
+        dtype: of the weights.
+    """
+
+    kind: str
+    sizes: dict[str, Any]
+    batch: int
+    length: int
+    dtype: torch.dtype = torch.float32
+
+    def build(self) -> torch.nn.Module:
+        """The model in training mode, without dropout: kinds must do the same arithmetic."""
+        import transformers
+        from transformers.initialization import no_init_weights
+
+        with no_init_weights():
+            if self.kind == "llama":
+                config = transformers.LlamaConfig(**self.sizes)
+                model = transformers.LlamaForCausalLM._from_config(config, dtype=self.dtype)
+            else:
+                config = transformers.BertConfig(
+                    **self.sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+                )
+                cls = transformers.BertForSequenceClassification
+                model = cls._from_config(config, dtype=self.dtype)
+        model.tie_weights()
+        _fill(model)
+        return model.train()
+
+    def inputs(self) -> dict[str, Tensor]:
+        """Random tokens; labels are the tokens, or random classes."""
+        generator = torch.Generator().manual_seed(1)
+        size = (self.batch, self.length)
+        tokens = torch.randint(self.sizes["vocab_size"], size, generator=generator)
+        classes = torch.randint(2, (self.batch,), generator=generator)
+        return {"input_ids": tokens, "labels": tokens if self.kind == "llama" else classes}
+
+
+@torch.no_grad()
+def _fill(model: torch.nn.Module) -> None:
+    """Matrices with normal numbers, biases with 0, the scales of norms with 1."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(DRAWN, generator=generator) * WEIGHT_STD
+    for name, param in model.named_parameters():
+        if param.dim() < 2:
+            param.fill_(0.0 if name.endswith("bias") else 1.0)
+            continue
+        for part in param.view(-1).split(DRAWN):
+            part.copy_(drawn[: part.numel()])
+
+
+def _bert(hidden: int, layers: int, intermediate: int) -> dict[str, Any]:
+    return {
+        "vocab_size": 30522, "hidden_size": hidden, "num_hidden_layers": layers,
+        "num_attention_heads": 12, "intermediate_size": intermediate,
+    }  # fmt: skip
+
+
+def _llama(
+    vocabulary: int, hidden: int, layers: int, intermediate: int, heads: int, key_values: int
+) -> dict[str, Any]:
+    return {
+        "vocab_size": vocabulary, "hidden_size": hidden, "num_hidden_layers": layers,
+        "intermediate_size": intermediate, "num_attention_heads": heads,
+        "num_key_value_heads": key_values,
+    }  # fmt: skip
+
+
+MODELS = {
+    "tiny": Model("bert", {**_bert(24, 2, 48), "vocab_size": 1000}, 2, 8),  # for tests
+    "MiniLM": Model("bert", _bert(384, 6, 1536), 16, 48),
+    "BERT-base": Model("bert", _bert(768, 12, 3072), 8, 64),
+    "Llama-small": Model("llama", _llama(32000, 512, 8, 1408, 8, 4), 4, 128),
+    # The shape of Llama-3.2-1B.
+    "Llama-1B": Model(
+        "llama", {**_llama(128256, 2048, 16, 8192, 32, 8), "tie_word_embeddings": True}, 1, 32,
+        torch.bfloat16,
+    ),
+}  # fmt: skip
