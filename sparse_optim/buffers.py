@@ -89,5 +89,10 @@ def reallocate(optimizer: MaskedAdamW, targets: Tensor, capacity: int) -> None:
         segment.setdefault("master", values.float())
     grown = ActiveSet.empty(pool, capacity, optimizer._device)
     grown.fill(segments, active.progress)
-    optimizer._active, optimizer._targets = grown, targets.to(optimizer._device)
-    allocate(optimizer)
+    before = dict(vars(optimizer))
+    try:
+        optimizer._active, optimizer._targets = grown, targets.to(optimizer._device)
+        allocate(optimizer)
+    except BaseException:  # out of memory: the optimizer goes on as it was
+        vars(optimizer).update(before)
+        raise

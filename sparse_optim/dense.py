@@ -3,27 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
 
-def dense_adamw_step(
-    optimizer: torch.optim.Optimizer,
-    grads: Sequence[Tensor],
-    grad_factor: Tensor | None,
-    found_inf: Tensor,
-) -> None:
-    """Take one torch.optim.AdamW step on the parameters of every group with unmask="all".
+@dataclass(frozen=True)
+class DensePart:
+    """What one group's step needs: all memory, so that nothing can fail half-way.
+
+    Attributes:
+        gradients: with their parameters' strides.
+        scaled: memory for the clipped gradients; empty where nothing scales them.
+    """
+
+    group: dict[str, Any]
+    params: list[Tensor]
+    gradients: list[Tensor]
+    scaled: list[Tensor]
+    states: list[dict[str, Tensor]]
+
+
+def plan_dense_step(
+    optimizer: torch.optim.Optimizer, grads: Sequence[Tensor], is_scaled: bool
+) -> list[DensePart]:
+    """Allocate what a step on the groups with unmask="all" needs; no parameter or moment moves.
 
     Args:
         optimizer: whose `param_groups` and `state` are used as torch.optim.AdamW uses them.
         grads: gradients of those parameters in order; an empty one skips its parameter.
-        grad_factor: (), float32, multiplies a copy of the gradients; None leaves them as they are.
-        found_inf: (), float32; 1 skips the step.
+        is_scaled: whether a factor will multiply the gradients.
     """
-    remaining = iter(grads)
+    remaining, parts = iter(grads), []
     for group in optimizer.param_groups:
         if group["unmask"] != "all":
             continue
@@ -33,16 +47,32 @@ def dense_adamw_step(
             continue
         params = [param for param, _ in pairs]
         gradients = [_laid_out_as(param, grad) for param, grad in pairs]
-        if grad_factor is not None:
-            gradients = list(torch._foreach_mul(gradients, grad_factor))
+        scaled = [torch.empty_like(grad) for grad in gradients] if is_scaled else []
         states = [optimizer.state[param] or _start(optimizer, param) for param in params]
+        parts.append(DensePart(group, params, gradients, scaled, states))
+    return parts
+
+
+def take_dense_step(parts: Sequence[DensePart], grad_factor: Tensor, found_inf: Tensor) -> None:
+    """Take one torch.optim.AdamW step.
+
+    Args:
+        parts: of `plan_dense_step`.
+        grad_factor: (), float32, multiplies a copy of the gradients where the plan says so.
+        found_inf: (), float32; 1 skips the step.
+    """
+    for part in parts:
+        if part.scaled:
+            torch._foreach_copy_(part.scaled, part.gradients)
+            torch._foreach_mul_(part.scaled, grad_factor)
+        group = part.group
         adamw(
-            params,
-            gradients,
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
+            part.params,
+            part.scaled or part.gradients,
+            [state["exp_avg"] for state in part.states],
+            [state["exp_avg_sq"] for state in part.states],
             [],
-            [state["step"] for state in states],
+            [state["step"] for state in part.states],
             fused=True,
             found_inf=found_inf,
             amsgrad=False,
@@ -64,8 +94,10 @@ def _laid_out_as(param: Tensor, grad: Tensor) -> Tensor:
 
 def _start(optimizer: torch.optim.Optimizer, param: Tensor) -> dict[str, Tensor]:
     """State of a parameter before its first step, as torch.optim.AdamW(fused=True) makes it."""
-    state = optimizer.state[param]
-    state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-    state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-    state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+    state = {
+        "step": torch.zeros((), dtype=torch.float32, device=param.device),
+        "exp_avg": torch.zeros_like(param, memory_format=torch.preserve_format),
+        "exp_avg_sq": torch.zeros_like(param, memory_format=torch.preserve_format),
+    }
+    optimizer.state[param] = state
     return state

@@ -12,7 +12,7 @@ from torch import Tensor
 from sparse_optim import backends, buffers, checkpoint
 from sparse_optim.active_set import ActiveSet, Touched, WorkSpace
 from sparse_optim.delta import Delta
-from sparse_optim.dense import dense_adamw_step
+from sparse_optim.dense import plan_dense_step, take_dense_step
 from sparse_optim.export import delta_of, metrics_of
 from sparse_optim.fingerprint import fingerprint
 from sparse_optim.importance import D3, Importance
@@ -172,6 +172,8 @@ class MaskedAdamW(torch.optim.Optimizer):
             if fused:
                 fused.discard()
             return loss
+        unscaled = self.max_grad_norm is None and getattr(self, "grad_scale", None) is None
+        dense = plan_dense_step(self, dense_grads, not unscaled)
         self._prepare()
         if fused:
             fused.finish(bound, dense_grads)
@@ -182,9 +184,7 @@ class MaskedAdamW(torch.optim.Optimizer):
             self._cut(bound, grads)
             self._append(bound)
         self._update(bound)
-        unscaled = self.max_grad_norm is None and getattr(self, "grad_scale", None) is None
-        factor = None if unscaled else self._work.grad_factor
-        dense_adamw_step(self, dense_grads, factor, self._work.found_inf)
+        take_dense_step(dense, self._work.grad_factor, self._work.found_inf)
         if fused:
             fused.end()
         return loss
@@ -267,16 +267,16 @@ class MaskedAdamW(torch.optim.Optimizer):
         super().add_param_group(group)
         try:
             self._index_params()
-        except (TypeError, ValueError):
+            if hasattr(self, "_active"):
+                known = len(self._fingerprints)
+                new = [fingerprint(param) for param in self._pool[known:]] if known else []
+                buffers.reallocate(self, self._targets, self._active.position.numel())
+                self._fingerprints += new
+        except BaseException:  # out of memory, too
             self.param_groups.pop()
             if self.param_groups:
                 self._index_params()
             raise
-        if hasattr(self, "_active"):
-            if self._fingerprints:
-                known = len(self._fingerprints)
-                self._fingerprints += [fingerprint(param) for param in self._pool[known:]]
-            buffers.reallocate(self, self._targets, self._active.position.numel())
 
     def _index_params(self) -> None:
         """List the pool (groups of unmask="rank") and the dense parameters, with names."""

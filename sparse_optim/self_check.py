@@ -47,6 +47,7 @@ def fault(backend: str, device: torch.device) -> str | None:
 
     Raises:
         RuntimeError: a CUDA graph is being captured, in which nothing can be read.
+        torch.OutOfMemoryError: the device has no room for a tiny pool.
     """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("construct the optimizer before the capture of a CUDA graph begins")
@@ -57,6 +58,8 @@ def fault(backend: str, device: torch.device) -> str | None:
             for importance, selection in METHODS:
                 if found := _first_difference(backend, device, importance, selection):
                     return found
+    except torch.OutOfMemoryError:
+        raise  # says nothing of the backend, and is not remembered
     except Exception as error:  # whatever a compiler, a driver or a kernel raises
         first_line = next(iter(str(error).splitlines()), "")
         return f"it raised {type(error).__name__}: {first_line}"

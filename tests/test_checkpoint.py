@@ -208,6 +208,32 @@ def test_extend_keeps_what_is_active():
     assert optimizer.metrics()["active"] == 400
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda optimizer: optimizer.extend(budget=200),
+        lambda optimizer: optimizer.add_param_group({"params": new_params((30,))}),
+    ],
+    ids=["extend", "add_param_group"],
+)
+def test_a_change_without_memory_leaves_the_optimizer_as_it_was(monkeypatch, change):
+    straight, broken = (build(new_params(*SHAPES), budget=80, total_steps=8) for _ in range(2))
+    for optimizer in (straight, broken):
+        train(optimizer, 0, 4)
+
+    def no_memory(*args, **kwargs):
+        raise torch.OutOfMemoryError("made up")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sparse_optim.buffers.WorkSpace.empty", no_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            change(broken)
+    for optimizer in (straight, broken):
+        train(optimizer, 4, 8)
+    assert len(broken.param_groups) == len(straight.param_groups)
+    assert_same_state(broken, straight)
+
+
 def test_extend_refuses_what_cannot_be():
     params = new_params((500,))
     optimizer = IncrementalMaskedAdamW(params, budget=100, total_steps=1)

@@ -204,3 +204,41 @@ def test_all_and_rank_side_by_side_do_not_disturb_each_other():
     both, body, head = train(["body", "head"]), train(["body"]), train(["head"])
     assert_same_bits(both["body"], body["body"])
     assert_same_bits(both["head"], head["head"])
+
+
+def half_dense() -> MaskedAdamW:
+    """A ranked tensor, and dense ones that clipping scales."""
+    params = new_params((40, 30), (1,), (513,))
+    return MaskedAdamW(
+        [{"params": params[:1]}, {"params": params[1:], "unmask": "all"}],
+        importance=D3(), selection=Static(50), max_grad_norm=0.5,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "taken"), [("zeros_like", 0), ("empty_like", 0), ("empty_like", 2)]
+)
+def test_a_step_without_memory_moves_nothing_and_can_be_taken_again(monkeypatch, name, taken):
+    """Moments (made in the first step) and clipped gradients are there before anything moves."""
+    whole, broken = half_dense(), half_dense()
+    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+    for step in range(4):
+        for optimizer, generator in zip((whole, broken), generators, strict=True):
+            give_grads(optimizer._pool + optimizer._dense, "normal", generator)
+        if step == taken:
+            params = broken._pool + broken._dense
+            before = [*snapshot(params), broken._active.progress.clone()]
+
+            def no_memory(*args: Any, **kwargs: Any) -> Tensor:
+                raise torch.OutOfMemoryError("made up")
+
+            with monkeypatch.context() as patch:
+                patch.setattr(f"sparse_optim.dense.torch.{name}", no_memory)
+                with pytest.raises(torch.OutOfMemoryError):
+                    broken.step()
+            for value, old in zip([*params, broken._active.progress], before, strict=True):
+                assert_same_bits(value.detach(), old)
+        whole.step()
+        broken.step()
+    for a, b in zip(whole._pool + whole._dense, broken._pool + broken._dense, strict=True):
+        assert_same_bits(a.detach(), b.detach())

@@ -189,3 +189,16 @@ def test_nothing_is_checked_while_a_graph_is_captured(backend_with, monkeypatch)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="before the capture of a CUDA graph begins"):
         self_check.fault("cuda", torch.device("cuda", 0))
+
+
+def test_a_device_without_room_says_nothing_of_the_backend(backend_with, monkeypatch):
+    """It is the user's to hear of, and the next optimizer asks again."""
+
+    def no_room(*arguments):
+        raise torch.OutOfMemoryError("made up")
+
+    backend_with(scan=no_room)
+    with pytest.raises(torch.OutOfMemoryError):
+        backends.resolve("auto", CPU)
+    backend_with()
+    assert backends.resolve("auto", CPU) == "tried"
