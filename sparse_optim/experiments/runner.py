@@ -298,6 +298,7 @@ class Runner:
             "batch_size": task.batch_size,
             "lr": cell.lr,
             "seed": cell.seed,
+            "unmask_share": 1.0,  # as the paper's ID3
             **({"budget": parse_budget(row.budget)} if row.budget else {}),
             **adapter_settings(row),
             **self.experiment.settings,

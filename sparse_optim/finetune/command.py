@@ -12,7 +12,7 @@ from rich.table import Table
 
 from sparse_optim.finetune import options
 from sparse_optim.finetune.adapters import ADAPTERS
-from sparse_optim.finetune.config import FinetuneConfig, parse_budget
+from sparse_optim.finetune.config import DEFAULT_UNMASK_SHARE, FinetuneConfig, parse_budget
 from sparse_optim.finetune.errors import FinetuneError
 from sparse_optim.finetune.sources import DATASETS, MODELS
 from sparse_optim.methods import METHODS
@@ -61,7 +61,7 @@ def finetune(
     d3_exp: options.D3Exp = 0.0,
     d3_eps: options.D3Eps = 1.0,
     unmask_schedule: options.UnmaskSchedule = "uniform",
-    unmask_share: options.UnmaskShare = 1.0,
+    unmask_share: options.UnmaskShare = DEFAULT_UNMASK_SHARE,
     bias_correction: options.BiasCorrection = "entry",
     sparse_score: options.SparseScore = "snip",
     dense: options.DensePrefixes = None,

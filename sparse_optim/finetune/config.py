@@ -10,6 +10,10 @@ from sparse_optim.schedule import SCHEDULES
 
 DEFAULT_BUDGET = 0.01
 
+# Entries that are unmasked late have few steps left, at a decayed learning rate. Half of the run
+# gained against the paper's whole run on each of three tasks: see bench/results/quality/README.md.
+DEFAULT_UNMASK_SHARE = 0.5
+
 
 @dataclass(frozen=True)
 class FinetuneConfig:
@@ -36,7 +40,7 @@ class FinetuneConfig:
         group_by_length: batch examples of about the same length: less padding.
         d3_exp, d3_eps: of the importance |grad| / (|param| + eps)^exp.
         unmask_schedule: of methods that unmask step by step, a key of `SCHEDULES`.
-        unmask_share: of the run, in which their budget is spent; above 0, at most 1.
+        unmask_share: of the run, in which their budget is spent; above 0, at most 1 (the paper's).
         bias_correction: "entry" or "global", as in `MaskedAdamW`.
         sparse_score: of "sparse-adapter", a key of `SPARSE_SCORES`.
         dense: further parameters to train densely, by the beginning of their names.
@@ -79,7 +83,7 @@ class FinetuneConfig:
     d3_exp: float = 0.0
     d3_eps: float = 1.0
     unmask_schedule: str = "uniform"
-    unmask_share: float = 1.0
+    unmask_share: float = DEFAULT_UNMASK_SHARE
     bias_correction: str = "entry"
     sparse_score: str = "snip"
     dense: tuple[str, ...] = ()

@@ -79,7 +79,9 @@ D3Eps = Annotated[float, selection("eps of the importance.")]
 UnmaskSchedule = Annotated[
     str, selection(f"How the budget is spread over the steps: {', '.join(SCHEDULES)}.")
 ]
-UnmaskShare = Annotated[float, selection("Spend the budget in this share of the run.")]
+UnmaskShare = Annotated[
+    float, selection("Spend the budget in this share of the run (1: the paper's ID3).")
+]
 BiasCorrection = Annotated[
     str, selection("Adam's step counts from an entry's unmasking (entry) or the start (global).")
 ]
