@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from bench.memory import held_bytes
 from bench.results import Results
@@ -14,19 +16,27 @@ SMALL, LARGE = 320_000, 3_500_000  # budgets
 
 @dataclass(frozen=True)
 class Goal:
-    """A limit on a ratio. The value is the worst over all cases that it covers."""
+    """A limit on a ratio. The value is the worst over all cases that it covers.
+
+    Attributes:
+        text: what is compared.
+        limit: of the value.
+        value: computes it from results; LookupError if they lack something.
+        holds: whether a value is within the limit.
+    """
 
     text: str
     limit: float
-    value: Callable[[Results], float]
+    value: Callable[[Any], float]
+    holds: Callable[[float, float], bool] = operator.le
 
-    def outcome(self, results: Results) -> str:
+    def outcome(self, results: Any) -> str:
         """One line: reached, not reached, or not measured."""
         try:
             value = self.value(results)
         except LookupError as error:
             return f"not measured  {self.text}  ({error})"
-        verdict = "reached      " if value <= self.limit else "NOT REACHED  "
+        verdict = "reached      " if self.holds(value, self.limit) else "NOT REACHED  "
         return f"{verdict} {value:5.3f}  limit {self.limit:5.3f}  {self.text}"
 
 

@@ -3,7 +3,8 @@
 Builds the extension, runs the GPU tests (small ones under compute-sanitizer too, where it is there)
 and measures steps, stages, memory and bandwidth, the most important first. What does not fit the
 time is left out, and said. Results are written as they come, to
-bench/results/gpu-<card>-<date>.json; a short table comes last. The card's settings are not touched.
+bench/results/gpu-<card>-<date>.json; a short table and the goals come last. The card's settings are
+not touched.
 
 --dry-run does the same on the CPU, on tiny shapes, to try the report itself.
 """
@@ -27,14 +28,14 @@ from typing import Any
 
 import torch
 
-from bench import environment
+from bench import environment, gpu_goals
 from bench.gpu_phases import DRY_PHASES, PHASES, Phase
 from bench.gpu_report import short_table
 
 SCHEMA = 1
 RESULTS = environment.ROOT / "bench" / "results"
 # What memcheck and racecheck, which slow kernels down a hundred times, get through in a minute.
-SMALL_TESTS = "edge_sizes or skips_the_step"
+SMALL_TESTS = "edge_sizes or skips_the_step or of_many_tensors"
 GPU_TESTS = ("tests/test_gpu.py", "tests/test_gpu_runs.py")
 LEAST_S = 15  # a phase with less time left than this is not begun
 OUTPUT_CHARACTERS = 12_000  # kept of a phase: the first failure and the summary
@@ -180,6 +181,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, tiny shapes")
     parser.add_argument("--minutes", type=float, default=8.0, help="what does not fit is left out")
+    parser.add_argument("--started", type=float, default=time.time(), metavar="UNIX_SECONDS",
+                        help="when the minutes began; default: now")  # fmt: skip
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     if not arguments.dry_run and not torch.cuda.is_available():
@@ -188,8 +191,9 @@ def main() -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     path = arguments.out or default_path(arguments.dry_run)
     phases = DRY_PHASES if arguments.dry_run else PHASES
-    data = measure(phases, path, arguments.minutes, arguments.dry_run)
-    print(f"\n{short_table(data)}\n\nwritten: {path}")
+    left = arguments.minutes - (time.time() - arguments.started) / 60
+    data = measure(phases, path, left, arguments.dry_run)
+    print(f"\n{short_table(data)}\n\nwritten: {path}\n\n{gpu_goals.check(data)}")
     sys.exit(any(phase["status"].startswith(("failed", "stopped")) for phase in data["phases"]))
 
 

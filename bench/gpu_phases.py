@@ -75,6 +75,7 @@ PHASES = (
     Phase("steps DeBERTa fp32", "steps", 40, Cell(SMALL, "fp32", 320_000)),
     Phase("memcheck", "sanitizer", 90, tool="memcheck"),
     Phase("steps 7B bf16", "steps", 60, Cell(LARGE, "bf16")),
+    Phase("stages 7B bf16", "stages", 60, Cell(LARGE, "bf16")),
     Phase("stages 1B bf16", "stages", 30, CENTRE),
     Phase("factors 1B bf16", "factors", 60, CENTRE),
     Phase("steps DeBERTa bf16", "steps", 40, Cell(SMALL, "bf16", 320_000)),

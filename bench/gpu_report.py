@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench import gpu_goals
+from bench.gpu_times import (
+    OUR_MODE,
+    Record,
+    bandwidths,
+    median_ms,
+    over_read,
+    select,
+    share,
+    speed,
+    times_faster,
+)
 from bench.tables import count, table
 
-Record = dict[str, Any]
 MODES = {"alone": "alone", "clip": "clipped", "scaler": "scaler + clipped", "graph": "CUDA graph"}
 
 
@@ -20,43 +31,29 @@ def newest(folder: Path) -> Path | None:
     return paths[-1] if paths else None
 
 
-def median_ms(record: Record) -> float:
-    """Median of the rounds."""
-    return statistics.median(record["us"]) / 1e3
-
-
-def select(data: dict[str, Any], kind: str, **labels: Any) -> list[Record]:
-    """Timed records of a phase kind with these labels."""
-    wanted = {"kind": kind, **labels}
-    return [
-        record
-        for record in data["records"]
-        if "us" in record and all(record.get(key) == value for key, value in wanted.items())
-    ]
-
-
 def caption(data: dict[str, Any]) -> str:
     """Card, versions, commit, date."""
     machine, versions = data["machine"], data["versions"]
     where = machine.get("gpu", f"dry run on {machine['cpu']}")
     changed = " with local changes" if data["dirty"] else ""
     clock = "CUDA events" if "gpu" in machine else "the CPU's clock"
+    stand_in = (
+        " *: bfloat16, for which CUDA has no `unscale_`: a multiplication of all gradients instead."
+        if any("unscale" in record for record in data["records"])
+        else ""
+    )
     return (
         f"{where}; torch {versions['torch']}, Python {versions['python']}, sparse_optim "
         f"{versions['sparse_optim']}, commit {data['commit'][:8]}{changed}, {data['date'][:10]}. "
         f"Medians by {clock}, caches flushed before each call. Clipped: `clip_grad_norm_` before "
         "AdamW, `max_grad_norm` in our step. Scaler: `unscale_` and `clip_grad_norm_` before "
-        "AdamW, `sparse_optim.amp.GradScaler` with our step."
+        f"AdamW, `sparse_optim.amp.GradScaler` with our step.{stand_in}"
     )
 
 
 def bandwidth_line(data: dict[str, Any]) -> str:
     """What the memory gives, GB/s: the fastest copy and read."""
-    best: dict[str, float] = {}
-    for record in select(data, "bandwidth"):
-        speed = record["moved_bytes"] / max(median_ms(record), 1e-3) / 1e6
-        best[record["name"]] = max(best.get(record["name"], 0.0), speed)
-    return ", ".join(f"{name} {speed:,.0f} GB/s" for name, speed in best.items())
+    return ", ".join(f"{name} {best:,.0f} GB/s" for name, best in bandwidths(data).items())
 
 
 def cells(data: dict[str, Any], kind: str) -> list[tuple[str, str]]:
@@ -79,7 +76,9 @@ def steps_table(data: dict[str, Any]) -> str:
 
 
 def _ms(record: Record | None) -> str:
-    return "" if record is None else f"{median_ms(record):.3f}"
+    if record is None:
+        return ""
+    return f"{median_ms(record):.3f}" + ("*" if "unscale" in record else "")
 
 
 def _host_ms(record: Record | None) -> str:
@@ -88,14 +87,46 @@ def _host_ms(record: Record | None) -> str:
     return f"{statistics.median(record['host_us']) / 1e3:.3f}"
 
 
+def ratios_table(data: dict[str, Any]) -> str:
+    """Our clipped step over one read of the gradients; how many times faster than fused AdamW."""
+    rows = []
+    for own in select(data, "steps", mode="clip"):
+        if "exp" not in own:
+            continue
+        labels = {key: own[key] for key in ("model", "dtype", "name", "exp")}
+        title = f"{own['model']} {own['dtype']}, {own['name']}, exp = {own['exp']:g}"
+        row = [title, _number(over_read, data, own)]
+        row += [_number(times_faster, data, mode, **labels) for mode in OUR_MODE]
+        marks = select(data, "steps", model=own["model"], dtype=own["dtype"], unscale="stand-in")
+        row[-1] += "*" if marks and row[-1] else ""
+        rows.append(row)
+    header = ["our step, clipping included", "step / read", "fused AdamW / step",
+              "clip + fused / step", "unscale + clip + fused / step"]  # fmt: skip
+    return table(header, rows)
+
+
+def _number(value: Callable[..., float], *arguments: Any, **labels: Any) -> str:
+    """A ratio; empty where something it needs was not measured."""
+    try:
+        return f"{value(*arguments, **labels):.2f}"
+    except LookupError:
+        return ""
+
+
 def stages_table(data: dict[str, Any]) -> str:
-    """Each operation alone, milliseconds."""
+    """Each operation alone, milliseconds; the scan's speed against the memory's in this run."""
     found = select(data, "stages")
     names = list(dict.fromkeys(each["stage"] for each in found))
     rows: dict[str, dict[str, str]] = {}
     for each in found:
         title = f"{each['model']} {each['dtype']}, {each['name']}, exp = {each['exp']:g}"
-        rows.setdefault(title, {})[each["stage"]] = _ms(each)
+        row = rows.setdefault(title, {})
+        row[each["stage"]] = _ms(each)
+        if each["stage"] == "scan":
+            row["scan GB/s"] = f"{speed(each):,.0f}"
+            row["scan / copy"] = _number(share, data, each, "copy")
+            row["scan / read"] = _number(share, data, each, "read")
+    names += ["scan GB/s", "scan / copy", "scan / read"]
     return table(
         ["ms", *names], [[title, *(row.get(name, "") for name in names)]
                          for title, row in rows.items()],
@@ -150,7 +181,8 @@ def _sections(parts: Sequence[tuple[str, str]]) -> str:
 
 def short_table(data: dict[str, Any]) -> str:
     """What is printed last, and what the README shows."""
-    parts = [("", steps_table(data)), ("", bandwidth_line(data)), ("", caption(data))]
+    tables = (steps_table, ratios_table, stages_table, bandwidth_line, caption)
+    parts = [("", each(data)) for each in tables]
     return _sections([*parts, ("Not measured:", failures(data))])
 
 
@@ -160,10 +192,12 @@ def full_report(data: dict[str, Any]) -> str:
         [
             ("# Recorded on a GPU", caption(data)),
             ("## Steps", steps_table(data)),
+            ("## Ratios", ratios_table(data)),
             ("## Stages", stages_table(data)),
             ("## Budgets and quotas", factors_table(data)),
             ("## Memory", memory_table(data)),
             ("## Bandwidth", bandwidth_line(data)),
             ("## Not measured", failures(data)),
+            ("## GPU goals", f"```text\n{gpu_goals.check(data)}\n```"),
         ]
     )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bench.shapes import grads_of
-from bench.subjects import LR, _words, midway, snapshot
+from bench.subjects import LR, _words, midway, scan_bytes, snapshot, update_bytes
 from bench.timing import Subject
 from sparse_optim import IncrementalMaskedAdamW
 from sparse_optim.amp import GradScaler
@@ -83,29 +83,68 @@ def adamw_kinds(params: Sequence[Tensor]) -> dict[str, Callable[[], torch.optim.
 
 
 def baselines(params: Sequence[Tensor]) -> Iterator[Builder]:
-    """AdamW of every kind, in every mode."""
-    device = params[0].device
+    """AdamW of every kind, in every mode.
+
+    Records of bfloat16 in mode "scaler" say "unscale": "stand-in" (see `_stand_in_step`).
+    """
 
     def build(name: str, make: Callable[[], torch.optim.Optimizer], mode: str) -> Subject:
-        optimizer = make()
-        scaler = _scaler(device, torch.amp.GradScaler)
-
-        def run() -> None:
-            if mode == "scaler":
-                scaler.unscale_(optimizer)
-            if mode != "alone":
-                torch.nn.utils.clip_grad_norm_(params, NEVER_REACHED)
-            if mode == "scaler":
-                scaler.step(optimizer)
-                scaler.update()
-            else:
-                optimizer.step()
-
-        return Subject({"name": name, "mode": mode}, run)
+        optimizer, labels = make(), {"name": name, "mode": mode}
+        if mode == "alone":
+            return Subject(labels, optimizer.step)
+        if mode == "clip":
+            return Subject(labels, _clipped_step(optimizer, params))
+        if params[0].dtype == torch.bfloat16:
+            run = _stand_in_step(optimizer, params)
+            return Subject({**labels, "unscale": "stand-in"}, run)
+        return Subject(labels, _scaled_step(optimizer, params))
 
     for name, make in adamw_kinds(params).items():
         for mode in MODES:
             yield partial(build, name, make, mode)
+
+
+def _clipped_step(
+    optimizer: torch.optim.Optimizer, params: Sequence[Tensor]
+) -> Callable[[], object]:
+    def run() -> None:
+        torch.nn.utils.clip_grad_norm_(params, NEVER_REACHED)
+        optimizer.step()
+
+    return run
+
+
+def _scaled_step(
+    optimizer: torch.optim.Optimizer, params: Sequence[Tensor]
+) -> Callable[[], object]:
+    scaler = _scaler(params[0].device, torch.amp.GradScaler)
+
+    def run() -> None:
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(params, NEVER_REACHED)
+        scaler.step(optimizer)
+        scaler.update()
+
+    return run
+
+
+def _stand_in_step(
+    optimizer: torch.optim.Optimizer, params: Sequence[Tensor]
+) -> Callable[[], object]:
+    """What `unscale_` would cost in bfloat16, for which CUDA has no such kernel (pytorch #127176).
+
+    One pass that reads and writes every gradient, as `unscale_` makes; whether all are finite is
+    taken from the norm that clipping computes anyway, so that AdamW is not charged a further pass.
+    """
+    grads = grads_of(list(params))
+
+    def run() -> None:
+        torch._foreach_mul_(grads, 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(params, NEVER_REACHED)
+        torch.isfinite(norm)
+        optimizer.step()
+
+    return run
 
 
 def _graph_of(optimizer: IncrementalMaskedAdamW, restore: Callable[[], None]) -> Callable[[], None]:
@@ -160,7 +199,7 @@ def our_step(
 def stages(
     params: Sequence[Tensor], backend: str, budget: int, quota: int, exp: float
 ) -> Iterator[Builder]:
-    """Each operation alone, on what those before it left."""
+    """Each operation alone, on what those before it left; bytes that scan and update must move."""
 
     def build(stage: str) -> Subject:
         optimizer = midway(params, budget, quota, exp, backend=backend)
@@ -183,7 +222,12 @@ def stages(
                     call(earlier)
 
         labels = {"budget": budget, "quota": quota, "exp": exp, "stage": stage}
-        return Subject({"name": backend, **labels}, partial(call, stage), prepare=prepare)
+        active = int(optimizer._active.progress[1])
+        moved = {
+            "scan": scan_bytes(params, active, optimizer._ops.TILE),
+            "update": update_bytes(params, active + quota),
+        }.get(stage, 0)
+        return Subject({"name": backend, **labels}, partial(call, stage), moved, prepare)
 
     for stage in STAGES:
         yield partial(build, stage)

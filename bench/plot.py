@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,14 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from bench import gpu_report
+from bench.gpu_times import over_read, select
 from bench.results import Results
+from bench.shapes import MODELS, num_entries
 
 # Okabe and Ito's colours: told apart with every kind of colour blindness, and by lightness.
 CLIPPED, FUSED, LARGE, SMALL = "#BBBBBB", "#777777", "#56B4E9", "#0072B2"
+SCALED = "#DDDDDD"
 INK, FAINT = "#222222", "#666666"
 BAR = 0.8  # height of a bar, in units of the distance between bars
 QUOTA = 320
@@ -106,3 +111,62 @@ def _legend(figure: Any, axis: Any, results: Results) -> None:
         handles, names, loc="outside upper left", ncols=2, frameon=False, fontsize=9,
         handlelength=1, handleheight=1, columnspacing=2.5,
     )  # fmt: skip
+
+
+# (label, colour, whether it is ours, labels of its records)
+GPU_BARS: tuple[tuple[str, str, bool, dict[str, str]], ...] = (
+    ("unscale + clip + fused AdamW", SCALED, False, {"name": "fused", "mode": "scaler"}),
+    ("clip_grad_norm_ + fused AdamW", CLIPPED, False, {"name": "fused", "mode": "clip"}),
+    ("fused AdamW", FUSED, False, {"name": "fused", "mode": "alone"}),
+    ("sparse_optim, Triton, clipping included", LARGE, True, {"name": "triton", "mode": "clip"}),
+    ("sparse_optim, CUDA, clipping included", SMALL, True, {"name": "cuda", "mode": "clip"}),
+    ("sparse_optim, dry run on the CPU", SMALL, True, {"name": "cpp", "mode": "clip"}),
+)
+
+
+def draw_gpu(data: dict[str, Any], path: Path) -> None:
+    """Bars for every model and dtype of a GPU results file; ours is the slower of all exp.
+
+    Raises:
+        ValueError: the file has no times of steps.
+    """
+    cells = gpu_report.cells(data, "steps")
+    dtypes = list(dict.fromkeys(dtype for _, dtype in cells))
+    if not cells:
+        raise ValueError("the file has no times of steps to draw; record it with make gpu-report")
+    rows = max(sum(dtype == each for _, dtype in cells) for each in dtypes)
+    figure, axes = plt.subplots(
+        1, len(dtypes), figsize=(5.4 * max(len(dtypes), 2), 2.2 + 1.35 * rows), squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    drawn: dict[str, str] = {}
+    for axis, dtype in zip(axes[0], dtypes, strict=True):
+        models = [model for model, each in cells if each == dtype]
+        drawn |= _gpu_panel(axis, data, models, dtype)
+        _dress(axis, dtype)
+        axis.invert_yaxis()
+    handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in drawn.values()]
+    figure.legend(handles, list(drawn), loc="outside upper left", ncols=2, frameon=False,
+                  fontsize=9)  # fmt: skip
+    text = textwrap.fill(gpu_report.caption(data).replace("`", ""), 75 * max(len(dtypes), 2))
+    figure.supxlabel(text, fontsize=7, color=FAINT, x=0.01, ha="left")
+    figure.savefig(path, dpi=200, facecolor="white")
+    plt.close(figure)
+
+
+def _gpu_panel(axis: Any, data: dict[str, Any], models: list[str], dtype: str) -> dict[str, str]:
+    """Draw the models of a dtype; label -> colour of the bars that were measured."""
+    drawn, ticks, top = {}, [], 0.0
+    for model in models:
+        bars = []
+        for label, color, ours, labels in GPU_BARS:
+            found = select(data, "steps", model=model, dtype=dtype, **labels)
+            if found:
+                bars.append((color, max(over_read(data, each) for each in found), ours))
+                drawn[label] = color
+        _group(axis, bars, top)
+        ticks.append(top + (len(bars) - 1) / 2)
+        top += len(bars) + 1.1
+    titles = [f"{model}\n{num_entries(MODELS[model]) / 1e6:,.0f}M" for model in models]
+    axis.set_yticks(ticks, titles)
+    return drawn

@@ -2,7 +2,7 @@
 
 Without --write, prints all tables. With it, puts the short ones between the markers
 <!-- bench:begin --> and <!-- bench:end --> of README.md, all of them into bench/results/tables.md
-and the plot into bench/results/cpu-steps.png.
+and the plot into bench/results/cpu-steps.png; with GPU results, a second one into gpu-steps.png.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from bench import backward, goals, gpu_report, sampling
 from bench.environment import ROOT
 from bench.memory import held_bytes
-from bench.plot import draw
+from bench.plot import draw, draw_gpu
 from bench.results import Results
 from bench.steps import RESULTS, newest
 from bench.tables import count, table
@@ -174,13 +174,26 @@ def short_report(results: Results) -> str:
         "[bench/results/tables.md](bench/results/tables.md)."
     )
     parts += sampling.section(RESULTS) + backward.section(RESULTS)
-    return "\n\n".join([*parts, *gpu_section(gpu_report.short_table)])
+    return "\n\n".join([*parts, *gpu_section(_gpu_short)])
+
+
+def _gpu_short(data: dict[str, Any]) -> str:
+    """The GPU part of the README."""
+    plot = "![GPU: step time relative to one read of the gradients](bench/results/gpu-steps.png)"
+    return f"{plot}\n\n{gpu_report.short_table(data)}"
 
 
 def gpu_section(tables: Callable[[dict[str, Any]], str], folder: Path = RESULTS) -> list[str]:
     """The GPU part of a report; nothing while no GPU results are recorded."""
     path = gpu_report.newest(folder)
     return [] if path is None else [tables(json.loads(path.read_text()))]
+
+
+def draw_gpu_steps(folder: Path) -> None:
+    """Draw the newest GPU results; nothing while none are recorded."""
+    path = gpu_report.newest(folder)
+    if path is not None:
+        draw_gpu(json.loads(path.read_text()), folder / "gpu-steps.png")
 
 
 def full_report(results: Results) -> str:
@@ -237,6 +250,7 @@ def main() -> None:
         readme.write_text(insert(readme.read_text(), short_report(results)))
         (RESULTS / "tables.md").write_text(full_report(results))
         draw(results, RESULTS / "cpu-steps.png")
+        draw_gpu_steps(RESULTS)
 
 
 if __name__ == "__main__":

@@ -121,23 +121,27 @@ def scan_alone(params: Sequence[Tensor], budget: int, quota: int) -> Subject:
     return Subject(
         {"name": "scan", "budget": budget, "active": active},
         lambda: optimizer._scan(bound, []),
-        moved_bytes=_scan_bytes(params, active),
+        moved_bytes=scan_bytes(params, active),
     )
 
 
-def _scan_bytes(params: Sequence[Tensor], active: int) -> int:
+def scan_bytes(params: Sequence[Tensor], active: int, tile: int = 512) -> int:
     """Gradients read, a maximum written per tile, position and gradient of each active entry."""
-    tiles = sum(-(-param.numel() // 512) for param in params)
+    tiles = sum(-(-param.numel() // tile) for param in params)
     return sum(param.nbytes for param in params) + 4 * tiles + 8 * active
 
 
 def _step_bytes(params: Sequence[Tensor], active: int, exp: float) -> int:
     """The scan, tile maxima read again, and the update's streams and parameters."""
     tiles = sum(-(-param.numel() // 512) for param in params)
-    # position, age and gradient read; moments, and the value or its master, read and written
+    tile_bytes = (8 if exp else 4) * tiles
+    return scan_bytes(params, active) + tile_bytes + update_bytes(params, active)
+
+
+def update_bytes(params: Sequence[Tensor], active: int) -> int:
+    """Position, age and gradient read; moments, and the value or its master, read and written."""
     value = 8 if params[0].dtype == torch.float32 else 8 + params[0].element_size()
-    update = 4 + 4 + 4 + 16 + value
-    return _scan_bytes(params, active) + (8 if exp else 4) * tiles + update * active
+    return (4 + 4 + 4 + 16 + value) * active
 
 
 def midway(

@@ -14,7 +14,20 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # bench is not part of the installed package
 
-from bench import allocations, clocks, environment, gpu, gpu_phases, gpu_report, report, shapes  # noqa: E402
+from bench import (  # noqa: E402
+    allocations,
+    clocks,
+    environment,
+    gpu,
+    gpu_goals,
+    gpu_phases,
+    gpu_report,
+    gpu_subjects,
+    gpu_times,
+    plot,
+    report,
+    shapes,
+)
 
 pytest.importorskip("sparse_optim.cpp", reason="the C++ extension has not been built")
 
@@ -51,7 +64,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
 
 def test_every_subject_is_measured(data):
     assert not [each for each in data["records"] if "failed" in each]
-    steps = gpu_report.select(data, "steps")
+    steps = gpu_times.select(data, "steps")
     found = {(each["name"], each.get("mode"), each.get("exp")) for each in steps}
     adamw = {(name, mode, None) for name in ("fused", "foreach") for mode in gpu_report.MODES}
     ours = {("cpp", mode, 0.0) for mode in ("alone", "clip", "scaler")} | {("cpp", "clip", 2.0)}
@@ -59,12 +72,12 @@ def test_every_subject_is_measured(data):
     assert {each for each in adamw if each[1] != "graph"} <= found
     assert ("read", None, None) in found
     assert all(len(each["us"]) == 2 for each in steps)
-    assert {each["stage"] for each in gpu_report.select(data, "stages")} == {
+    assert {each["stage"] for each in gpu_times.select(data, "stages")} == {
         "bind", "scan", "cut", "append", "update"
     }  # fmt: skip
-    settings = {(each["budget"], each["quota"]) for each in gpu_report.select(data, "factors")}
+    settings = {(each["budget"], each["quota"]) for each in gpu_times.select(data, "factors")}
     assert settings == {(1000, 32), (4000, 32), (2000, 8), (2000, 64)}
-    assert {each["name"] for each in gpu_report.select(data, "bandwidth")} == {"copy", "read"}
+    assert {each["name"] for each in gpu_times.select(data, "bandwidth")} == {"copy", "read"}
 
 
 def test_memory_of_the_optimizers(data):
@@ -81,8 +94,135 @@ def test_tables_show_what_was_measured(data):
     assert "tiny bf16, cpp, B = 4K, k = 32" in text
     assert "dry run on" in text
     assert "Not measured" not in text
-    read = next(each for each in gpu_report.select(data, "steps") if each["name"] == "read")
-    assert f"| tiny bf16, read | {gpu_report.median_ms(read):.3f} |" in text
+    read = next(each for each in gpu_times.select(data, "steps") if each["name"] == "read")
+    assert f"| tiny bf16, read | {gpu_times.median_ms(read):.3f} |" in text
+
+
+def test_scan_and_update_are_set_against_the_memory(data):
+    moved = {each["stage"]: each["moved_bytes"] for each in gpu_times.select(data, "stages")}
+    entries = shapes.num_entries(shapes.MODELS["tiny"])
+    assert moved["scan"] > 2 * entries
+    assert moved["update"] == (12 + 16 + 10) * (992 + 32)  # half of 2000, in steps of 32; 32 more
+    assert {moved[name] for name in ("bind", "cut", "append")} == {0}
+    header = gpu_report.stages_table(data).splitlines()[0]
+    assert header.endswith("| scan GB/s | scan / copy | scan / read |")
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16"])
+def test_unscaled_adamw_passes_over_the_gradients(name, monkeypatch):
+    """bfloat16 by a stand-in, which says so, since `unscale_` does not run it on CUDA."""
+    calls = {"unscale_": 0, "_foreach_mul_": 0}
+
+    def counted(owner: object, name: str) -> None:
+        original = getattr(owner, name)
+
+        def call(*arguments: object) -> object:
+            calls[name] += 1
+            return original(*arguments)
+
+        monkeypatch.setattr(owner, name, call)
+
+    counted(torch.amp.GradScaler, "unscale_")
+    counted(torch, "_foreach_mul_")
+    params = shapes.make_params([(4, 3), (5,)], shapes.DTYPES[name])
+    subjects = [build() for build in gpu_subjects.baselines(params)]
+    (subject,) = (each for each in subjects
+                  if (each.labels["name"], each.labels["mode"]) == ("fused", "scaler"))  # fmt: skip
+    before = params[0].grad.clone()
+    subject.run()
+    assert torch.equal(params[0].grad, before)
+    assert ("unscale" in subject.labels) == (name == "bf16")
+    assert calls["unscale_"] == (name == "fp32")
+    assert calls["_foreach_mul_"] == (2 if name == "bf16" else 1)  # clipping multiplies, too
+
+
+def test_the_stand_in_is_marked(data):
+    text = gpu_report.short_table(data)
+    (row,) = (line for line in text.splitlines() if line.startswith("| tiny bf16, fused |"))
+    assert row.split("|")[4].strip().endswith("*")
+    assert "*: bfloat16, for which CUDA has no `unscale_`" in text
+    others = [each for each in data["records"] if "unscale" not in each]
+    assert "*: bfloat16" not in gpu_report.short_table({**data, "records": others})
+
+
+MADE_UP_CELLS = (("Llama-7B", "bf16", 3_500_000), ("DeBERTa-base", "fp32", 320_000))
+
+
+def made_up(step_us: float = 100.0) -> dict[str, object]:
+    """A file with which every goal is reached: our step takes 1.0 reads of the gradients."""
+    records: list[dict[str, object]] = []
+    for name, moved in (("copy", 2000), ("read", 1000)):
+        records.append({"kind": "bandwidth", "name": name, "us": [1], "moved_bytes": moved})
+    for model, dtype, budget in MADE_UP_CELLS:
+        cell = {"model": model, "dtype": dtype}
+        ours = {**cell, "name": "cuda", "budget": budget, "quota": 466}
+        records.append({"kind": "steps", **cell, "name": "read", "us": [100]})
+        for mode, us in (("alone", 600), ("clip", 900), ("scaler", 1000)):
+            records.append({"kind": "steps", **cell, "name": "fused", "mode": mode, "us": [us]})
+        for mode, exp in (("clip", 0.0), ("clip", 2.0), ("scaler", 0.0)):
+            step = {"kind": "steps", **ours, "mode": mode, "exp": exp, "us": [step_us]}
+            records.append({**step, "host_us": [140]})
+            records.append({**step, "name": "triton", "us": [step_us * 1.2]})
+        for exp in (0.0, 2.0):
+            records.append({"kind": "stages", **ours, "stage": "scan", "exp": exp, "us": [1],
+                            "moved_bytes": 1800})  # fmt: skip
+        records.append({"kind": "steps", **cell, "name": "cuda", "held_bytes": 1_000_000_000})
+    return {"records": records}
+
+
+def test_goals_of_a_gpu(data):
+    lines = gpu_goals.check(made_up()).splitlines()
+    assert len(lines) == len(gpu_goals.GOALS) == 11
+    assert not [line for line in lines if not line.startswith("reached ")]
+    assert "0.900  limit 0.850  Llama-7B bf16, B=3.5M, k=466: bandwidth of scan / copy" in lines[0]
+    assert "6.000  limit 5.500" in lines[2]
+    slow = gpu_goals.check(made_up(step_us=200.0)).splitlines()
+    assert [line.startswith("NOT REACHED") for line in slow] == [False, *[True] * 7, *[False] * 3]
+    dry = gpu_goals.check(data).splitlines()
+    assert not [line for line in dry if not line.startswith("not measured")]
+    assert "## GPU goals" in gpu_report.full_report(data)
+
+
+@pytest.mark.parametrize(
+    ("goal", "wanted", "change"),
+    [
+        (0, {"stage": "scan", "exp": 2.0}, {"moved_bytes": 1690}),
+        (1, {"name": "cuda", "mode": "clip", "exp": 2.0}, {"us": [120]}),
+        (8, {"name": "triton", "exp": 2.0}, {"us": [126]}),
+        (9, {"name": "cuda", "mode": "clip", "exp": 2.0}, {"host_us": [150]}),
+        (10, {"name": "cuda", "held_bytes": 1_000_000_000}, {"held_bytes": 1_100_000_000}),
+    ],
+)
+def test_each_goal_can_be_missed_or_unmeasured(goal, wanted, change):
+    file = made_up()
+    hit = [each for each in file["records"] if wanted.items() <= each.items()]
+    assert hit
+    for each in hit:
+        each.update(change)
+    assert gpu_goals.check(file).splitlines()[goal].startswith("NOT REACHED")
+    file["records"] = [each for each in file["records"] if each.get("name") not in
+                       (("triton",) if goal == 8 else ("cuda",))]  # fmt: skip
+    assert gpu_goals.check(file).splitlines()[goal].startswith("not measured")
+
+
+def test_ratios_of_a_step():
+    (row,) = (line for line in gpu_report.ratios_table(made_up(200.0)).splitlines()
+              if line.startswith("| Llama-7B bf16, cuda, exp = 0"))  # fmt: skip
+    assert [cell.strip() for cell in row.split("|")[2:-1]] == ["2.00", "3.00", "4.50", "5.00"]
+    assert gpu_times.read_ms(made_up(), "Llama-7B", "bf16") == pytest.approx(0.1)
+    fast = [{"kind": "bandwidth", "name": "read", "us": [1], "moved_bytes": 10**9}]
+    faster = {"records": [*made_up()["records"], *fast]}
+    assert gpu_times.read_ms(faster, "Llama-7B", "bf16") == pytest.approx(6_738_415_616 * 2e-12)
+
+
+def test_the_plot_is_drawn_from_the_newest_file(data, tmp_path):
+    report.draw_gpu_steps(tmp_path)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "gpu-a-2000-01-01.json").write_text(json.dumps(data))
+    report.draw_gpu_steps(tmp_path)
+    assert (tmp_path / "gpu-steps.png").stat().st_size > 10_000
+    with pytest.raises(ValueError, match="make gpu-report"):
+        plot.draw_gpu({**data, "records": []}, tmp_path / "none.png")
 
 
 def test_reports_have_a_gpu_part_once_there_is_a_file(data, tmp_path):

@@ -82,6 +82,28 @@ def test_random_steps(target, seed):
     check(target, case)
 
 
+# Small enough for compute-sanitizer: more tensors than one launch fills rows of the table (120).
+MANY = [3, 40, 1, 0, 70] * 26
+
+
+@pytest.mark.parametrize("quota", [7, 900])
+@pytest.mark.parametrize("exp", [0.0, 2.0])
+def test_a_step_of_many_tensors(target, exp, quota):
+    """With exp = 2 tiles are bounded, scored and listed twice."""
+    tile = tile_of(target)
+    case = make_case(
+        [*MANY, tile + 9], dtypes=DTYPES, quota=quota, num_active=90, exp=exp, eps=0.1, tile=tile
+    )
+    assert int(check(target, case).work.new_count) == quota
+
+
+def test_a_sample_of_many_tensors(target):
+    tile = tile_of(target)
+    case = make_case([*MANY, tile + 9], dtypes=DTYPES, quota=90, num_active=60, tile=tile)
+    case.noise = torch.tensor([5, 3])
+    assert int(assert_same_sample(case, ops_of(target), target[1]).work.new_count) == 90
+
+
 @pytest.mark.parametrize("quota", [5, 20_000, 200_000])
 @pytest.mark.parametrize("exp", [0.0, 2.0, -1.0])
 def test_many_ties_and_great_quotas(target, exp, quota):
