@@ -9,9 +9,10 @@ kernels compile and how, not that they run: no GPU takes part.
 All are compiled for sm_90; for sm_80 and sm_86 those with the exponents 0, 2 and 1.7 and without
 one, as the other exponents differ in a few arithmetic operations.
 
-Faults planted by hand, once each: `/` for tl.div_rn in exp = 2 failed all kernels of that exponent;
-tl.fma in exp = -1 failed those of that one (test_scores_are_correctly_rounded). Either in the
-logarithm of the noise failed all four kernels that draw it (test_noise_is_correctly_rounded).
+Faults planted by hand, once each, before variants came from the launchers: `/` for tl.div_rn in
+exp = 2 failed all seven kernels of that exponent; tl.fma in exp = -1 failed both that were compiled
+with it (test_scores_are_correctly_rounded). Either in the logarithm of the noise failed all four
+kernels that draw it (test_noise_is_correctly_rounded).
 """
 
 from __future__ import annotations
