@@ -16,11 +16,18 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 READS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal")
+MASKS = ("index", "index_put", "index_put_")
+
+
+def _reads(name: str, args: tuple[Any, ...]) -> bool:
+    if name in MASKS:  # as many entries as the mask has
+        return any(index is not None and index.dtype == torch.bool for index in args[1])
+    return name in READS
 
 
 class _Refusing(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket.__name__ in READS:
+        if _reads(func.overloadpacket.__name__, args):
             raise AssertionError(f"the host reads a tensor: {func}")
         return func(*args, **(kwargs or {}))
 

@@ -7,6 +7,7 @@ Faults planted by hand, one at a time, and what came of them:
     an array of 200 floats in `scan_kernel`   800 bytes of stack and none "spilled" in ptxas' words:
                                               found by nothing then, hence the stack is checked, too
     an unused variable in `scan_kernel`       nvcc, as warnings are errors (check_cuda)
+    `rank` not registered for CUDA            the import of the linked library (check_cuda)
 """
 
 from __future__ import annotations
