@@ -1,7 +1,7 @@
 """Compile everything that the CUDA build uses, on a machine without a GPU or a CUDA torch.
 
 Run it as `python setup.py check_cuda [--link]`. Compiles with the flags of the real build, warnings
-being errors, and prints registers and spills of each kernel by architecture.
+being errors, and prints registers, spills and stack of each kernel by architecture.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.utils import cpp_extension
 
 OUTPUT = Path("build/check_cuda")
 RESOURCES = re.compile(
-    r"Compiling entry function '(\S+)' for '(sm_\d+)'.*?"
+    r"Compiling entry function '(\S+)' for '(sm_\d+)'.*?(\d+) bytes stack frame, "
     r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
     re.DOTALL,
 )
@@ -50,10 +50,10 @@ def _compile_kernels(home: Path, source: str, flags: list[str], archs: str) -> P
         *(f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers),
         "-Icsrc", "-c", source, "-o", str(target),
     )  # fmt: skip
-    for name, arch, stores, loads, registers in RESOURCES.findall(log):
+    for name, arch, stack, stores, loads, registers in RESOURCES.findall(log):
         print(
             f"{Path(source).name} {arch} {_kernel_name(name)}: {registers} registers, "
-            f"{int(stores) + int(loads)} bytes spilled"
+            f"{int(stores) + int(loads)} bytes spilled, {stack} bytes of stack"
         )
     return target
 

@@ -100,15 +100,15 @@ def scan(
     rows = [[grad.data_ptr(), grad.numel(), DTYPES[grad.dtype]] for grad in dense_grads]
     with _Poisoned(scratch):
         _call(
-            "scan", _pool(bound, tile_offsets, tile), torch.tensor(rows, dtype=torch.int64),
-            ctypes.c_int64(len(rows)), position, offsets, grad_scale,
-            ctypes.c_double(max_grad_norm), tile_max, active_grad, grad_norm, grad_factor,
-            found_inf, scratch,
+            "scan", _pool(bound, tile_offsets, tile, tile_max),
+            torch.tensor(rows, dtype=torch.int64), ctypes.c_int64(len(rows)), position, offsets,
+            grad_scale, ctypes.c_double(max_grad_norm), tile_max, active_grad, grad_norm,
+            grad_factor, found_inf, scratch,
         )  # fmt: skip
 
 
 def rank(bound, position, offsets, tile_offsets, noise, tile, tile_max, scratch) -> None:
-    pool = _pool(bound, tile_offsets, tile)
+    pool = _pool(bound, tile_offsets, tile, tile_max)
     _call("rank", pool, position, offsets, noise, tile_max)
 
 
@@ -118,9 +118,9 @@ def cut(
 ) -> None:  # fmt: skip
     with _Poisoned(scratch):
         _call(
-            "cut", _pool(bound, tile_offsets, tile), position, offsets, tile_max, param_bound,
-            targets, ctypes.c_int64(targets.numel()), progress, found_inf, ctypes.c_double(exp),
-            ctypes.c_double(eps), noise, new_tensor, new_position, new_count,
+            "cut", _pool(bound, tile_offsets, tile, tile_max), position, offsets, tile_max,
+            param_bound, targets, ctypes.c_int64(targets.numel()), progress, found_inf,
+            ctypes.c_double(exp), ctypes.c_double(eps), noise, new_tensor, new_position, new_count,
             ctypes.c_int64(new_position.numel()), threshold, scratch,
         )  # fmt: skip
 
@@ -134,7 +134,7 @@ def append(
     )
     with _Poisoned(scratch):
         _call(
-            "append", _pool(bound, None, 1), new_tensor, new_position, new_count,
+            "append", _pool(bound), new_tensor, new_position, new_count,
             ctypes.c_int64(new_position.numel()), active, ctypes.c_int64(position.numel()),
             scratch,
         )  # fmt: skip
@@ -148,7 +148,7 @@ def update(
         position, exp_avg, exp_avg_sq, unmask_step, master, active_grad, offsets, progress
     )
     _call(
-        "update", _pool(bound, None, 1), active, ctypes.c_int64(position.numel()), grad_factor,
+        "update", _pool(bound), active, ctypes.c_int64(position.numel()), grad_factor,
         found_inf, hyper, ctypes.c_int64(hyper.shape[0]), group_index,
         ctypes.c_int(bias_correction == "entry"),
     )  # fmt: skip
@@ -164,15 +164,19 @@ class _Poisoned:
         self._scratch.fill_(0xA5)
 
     def __exit__(self, *exception: object) -> None:
-        assert bool((self._scratch[-GUARD:] == 0xA5).all()), "wrote beyond the scratch memory"
+        # By NumPy: a step that runs here must not seem to read the device.
+        behind = self._scratch[-GUARD:].numpy()
+        assert (behind == 0xA5).all(), "wrote beyond the scratch memory"
 
 
 def _pointer(tensor: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr() if tensor.numel() else None)
 
 
-def _pool(table: Tensor, tile_offsets: Tensor | None, tile: int) -> Pool:
-    tiles = 0 if tile_offsets is None else int(tile_offsets[-1])
+def _pool(
+    table: Tensor, tile_offsets: Tensor | None = None, tile: int = 1, tile_max: Tensor | None = None
+) -> Pool:
+    tiles = 0 if tile_max is None else tile_max.numel()
     offsets = None if tile_offsets is None else tile_offsets.data_ptr()
     return Pool(table.data_ptr(), offsets, table.numel() // 4, tiles, tile)
 

@@ -27,10 +27,12 @@ Faults planted by hand, once each, and what failed:
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import math
 import os
 
+import device_reads
 import numpy as np
 import pytest
 import torch
@@ -295,6 +297,23 @@ def test_the_self_check_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(self_check, "METHODS", self_check.METHODS[1:])  # interpreted: 3 s a step
     monkeypatch.setattr(self_check, "STEPS", ("ties", "overflow"))
     assert self_check.fault("triton", torch.device("cpu")) is None
+
+
+def test_a_step_reads_nothing_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that Python does in a step, after the first; the interpreter reads by NumPy."""
+    monkeypatch.setitem(backends._BACKENDS, "triton", ("sparse_optim.triton_kernels", "cpu"))
+    monkeypatch.setattr(kernels, "TILE", 128)
+    params = [torch.nn.Parameter(torch.ones(130, dtype=dtype)) for dtype in (BF16, F32)]
+    groups = [{"params": params[:1]}, {"params": params[1:], "unmask": "all"}]
+    optimizer = IncrementalMaskedAdamW(
+        groups, budget=60, total_steps=3, exp=-0.5, max_grad_norm=1.0, backend="triton"
+    )
+    for step in range(2):
+        for param in params:
+            param.grad = torch.linspace(-1.0, 1.0, 130).to(param.dtype)
+        with device_reads.refused() if step else contextlib.nullcontext():
+            optimizer.step()
+    assert optimizer.metrics()["active"] == 40
 
 
 def test_gradients_taken_one_by_one_give_the_same_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,23 +1,31 @@
 """Every CUDA source compiles for every architecture, without a warning or a spill; and it links.
 
 What the kernels compute is the business of test_cuda_emulator.py. No GPU runs them here.
+
+Faults planted by hand, one at a time, and what came of them:
+
+    an array of 200 floats in `scan_kernel`   800 bytes of stack and none "spilled" in ptxas' words:
+                                              found by nothing then, hence the stack is checked, too
+    an unused variable in `scan_kernel`       nvcc, as warnings are errors (check_cuda)
+    `rank` not registered for CUDA            the import of the linked library (check_cuda)
 """
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from gpu_tools import nvcc
 
 ROOT = Path(__file__).resolve().parents[1]
-NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 ARCHS = {"sm_80", "sm_86", "sm_90"}
-LINE = re.compile(r"(\S+\.cu) (sm_\d+) (\S+): (\d+) registers, (\d+) bytes spilled")
+LINE = re.compile(
+    r"(\S+\.cu) (sm_\d+) (\S+): (\d+) registers, (\d+) bytes spilled, (\d+) bytes of stack"
+)
 
 
 def run_setup(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -32,22 +40,19 @@ def run_setup(*arguments: str, **environment: str) -> subprocess.CompletedProces
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 def test_cuda_sources_compile_link_and_import_without_spills():
+    nvcc()
     pytest.importorskip("sparse_optim.cpp", reason="the C++ extension has not been built")
     checked = run_setup("check_cuda", "--link")
     assert checked.returncode == 0, checked.stdout + checked.stderr
     assert "linked and imported" in checked.stdout
-    kernels = {(name, arch): int(spilled) for _, arch, name, _, spilled in
-               LINE.findall(checked.stdout)}  # fmt: skip
-    assert {arch for name, arch in kernels if name == "scan_kernel"} == ARCHS
-    assert {arch for name, arch in kernels if name == "write_kernel<ExpAny>"} == ARCHS
-    assert {arch for name, arch in kernels if name == "rank_kernel<Sampled>"} == ARCHS
-    assert not [kernel for kernel, spilled in kernels.items() if spilled]
+    kernels = LINE.findall(checked.stdout)
+    for known in ("scan_kernel", "write_kernel<ExpAny>", "rank_kernel<Sampled>"):
+        assert {arch for _, arch, name, *_ in kernels if name == known} == ARCHS
+    assert [kernel for kernel in kernels if kernel[-2:] != ("0", "0")] == []
 
 
 @pytest.mark.parametrize("source", ["cut", "rank"])
-@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 def test_scores_use_only_correctly_rounded_operations(source, tmp_path):
     """Else the selections would differ from the CPU's; exponents that take `pow` are exempt."""
     ptx = tmp_path / "kernels.ptx"
@@ -55,7 +60,7 @@ def test_scores_use_only_correctly_rounded_operations(source, tmp_path):
     assert flags is not None
     assert '"-fmad=false"' in flags[1]
     subprocess.run(
-        [NVCC, "-std=c++17", "-O3", "-fmad=false", "-Icsrc", "-arch=compute_90", "-ptx",
+        [nvcc(), "-std=c++17", "-O3", "-fmad=false", "-Icsrc", "-arch=compute_90", "-ptx",
          f"csrc/cuda/{source}.cu", "-o", str(ptx)],
         cwd=ROOT, check=True,
     )  # fmt: skip

@@ -27,8 +27,10 @@ followed):
 
 from __future__ import annotations
 
+import contextlib
 import math
 
+import device_reads
 import emulated_cuda
 import pytest
 import torch
@@ -324,6 +326,23 @@ def test_a_training_run_unmasks_what_the_reference_does(monkeypatch):
     assert actual.metrics()["active"] == 90
     for want, got in zip(params, emulated_params, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5 if want.dtype == FLOAT else 8e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("exp", [0.0, -0.5])
+def test_a_step_reads_nothing_from_the_device(exp, monkeypatch):
+    """Nothing that Python does in a step, after the first; reads in kernels' C++ cannot be."""
+    monkeypatch.setitem(backends._BACKENDS, "emulated", ("emulated_cuda", "cpu"))
+    pool, dense = (torch.nn.Parameter(torch.ones(300).bfloat16()) for _ in range(2))
+    groups = [{"params": [pool]}, {"params": [dense], "unmask": "all"}]
+    optimizer = MaskedAdamW(
+        groups, importance=D3(exp=exp), selection=Increment(90, total_steps=6), max_grad_norm=1.0,
+        backend="emulated",
+    )  # fmt: skip
+    for step in range(3):
+        pool.grad, dense.grad = torch.randn(2, 300).bfloat16()
+        with device_reads.refused() if step else contextlib.nullcontext():
+            optimizer.step()
+    assert optimizer.metrics()["active"] == 45
 
 
 @pytest.mark.parametrize("seed", range(5))

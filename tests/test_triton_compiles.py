@@ -1,207 +1,79 @@
-"""Every Triton kernel compiles ahead of time for the GPUs that we name, within their registers.
+"""Every Triton kernel that optimizers launch compiles ahead of time, within its registers.
 
     no stack, no local memory (spills);  score computations without approximate or fused operations
 
-This shows that kernels compile and how, not that they run: no GPU takes part.
+The variants are those that launchers ask for (triton_launches.py), so that none can be forgotten:
+a kernel, or a value of one of its flags, that no launch was seen of is an error. This shows that
+kernels compile and how, not that they run: no GPU takes part.
 
-Faults planted by hand, once each: `/` for tl.div_rn in exp = 2 failed all seven kernels of that
-exponent; tl.fma in exp = -1 failed both of that one (test_scores_are_correctly_rounded). Either
-in the logarithm of the noise failed all four kernels that draw it (..noise_is_correctly_rounded).
+All are compiled for sm_90; for sm_80 and sm_86 those with the exponents 0 and 2 and without one, as
+the others differ in a few arithmetic operations. General exponents go through `pow`, which takes
+registers: for sm_90 the first pass of `digit_kernel` with exponent 1.7 uses all 128 and 8 bytes of
+stack. They are only required to compile, for sm_90.
+
+Faults planted by hand, once each, before variants came from the launchers: `/` for tl.div_rn in
+exp = 2 failed all seven kernels of that exponent; tl.fma in exp = -1 failed both that were compiled
+with it (test_scores_are_correctly_rounded). Either in the logarithm of the noise failed all four
+kernels that draw it (test_noise_is_correctly_rounded).
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import pkgutil
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
+from gpu_tools import require
 
-triton = pytest.importorskip("triton", reason="Triton is not installed")
+triton = require("triton")
 
-from sparse_optim.triton_kernels import TILE  # noqa: E402
+import sparse_optim.triton_kernels  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+from triton_launches import EXACT_EXPS, GENERAL_EXPS, launches_of_optimizers  # noqa: E402
 
-append, cut, listing, rank, scan, tiles, update = (
-    importlib.import_module(f"sparse_optim.triton_kernels.{name}")
-    for name in ("append", "cut", "listing", "rank", "scan", "tiles", "update")
-)
-
-ARCHITECTURES = (80, 86, 90)  # A100, A6000, H100 and H200
-
-# Types of the arguments by name, the same in every kernel.
-TYPES = {
-    "table_ptr": "*i64",
-    "noise_ptr": "*i64",
-    "position_ptr": "*i32",
-    "offsets_ptr": "*i64",
-    "tile_offsets_ptr": "*i64",
-    "tile_tensor_ptr": "*i32",
-    "tile_start_ptr": "*i64",
-    "tile_max_ptr": "*i32",
-    "tile_squares_ptr": "*fp32",
-    "partial_ptr": "*fp64",
-    "active_grad_ptr": "*fp32",
-    "found_inf_ptr": "*fp32",
-    "grad_scale_ptr": "*fp32",
-    "grad_norm_ptr": "*fp64",
-    "grad_factor_ptr": "*fp32",
-    "max_grad_norm": "fp32",
-    "hyper_ptr": "*fp64",
-    "group_index_ptr": "*i32",
-    "exp_avg_ptr": "*fp32",
-    "exp_avg_sq_ptr": "*fp32",
-    "unmask_step_ptr": "*i32",
-    "master_ptr": "*fp32",
-    "progress_ptr": "*i64",
-    "num_tensors": "i32",
-    "num_tiles": "i32",
-    "numel": "i64",
-    "targets_ptr": "*i64",
-    "new_count_ptr": "*i64",
-    "new_tensor_ptr": "*i32",
-    "new_position_ptr": "*i32",
-    "threshold_ptr": "*fp32",
-    "param_bound_ptr": "*fp32",
-    "state_ptr": "*i64",
-    "histogram_ptr": "*i32",
-    "counts_ptr": "*i64",
-    "list_ptr": "*i32",
-    "num_targets": "i32",
-    "max_quota": "i32",
-    "eps": "fp32",
-    "insert_at_ptr": "*i64",
-    "fresh_ptr": "*i32",
-    "staged_ptr": "*i32",
-    "first_ptr": "*i32",
-    "second_ptr": "*i32",
-    "third_ptr": "*i32",
-    "capacity": "i32",
-}
-
-
-class Variant(NamedTuple):
-    """A kernel as some launcher starts it."""
-
-    kernel: Any
-    constants: dict[str, Any]
-    warps: int
-    types: Mapping[str, str] = MappingProxyType({})
-    fuses: bool = True
-
-
-VARIANTS = {
-    "locate": Variant(tiles.locate_kernel, {"TILE": TILE, "BLOCK": tiles.LOCATE_BLOCK}, 4),
-    "scan": Variant(scan.scan_kernel, {"TILE": TILE, "GATHER": scan.GATHER_BLOCK}, scan.SCAN_WARPS),
-    "sum": Variant(scan.sum_kernel, {"BLOCK": scan.SUM_BLOCK}, 4),
-    "dense bf16": Variant(
-        scan.dense_kernel, {"BLOCK": scan.DENSE_BLOCK}, 8, types={"grad_ptr": "*bf16"}
-    ),
-    "norm": Variant(scan.norm_kernel, {"CLIPS": True, "PARTIALS": scan.NUM_PARTIALS}, 1),
-    "update": Variant(
-        update.update_kernel,
-        {"ENTRY_AGE": True, "HAS_MASTER": False, "BLOCK": update.UPDATE_BLOCK},
-        update.UPDATE_WARPS,
-    ),
-    "update master": Variant(
-        update.update_kernel,
-        {"ENTRY_AGE": False, "HAS_MASTER": True, "BLOCK": update.UPDATE_BLOCK},
-        update.UPDATE_WARPS,
-    ),
-    "rank": Variant(rank.rank_kernel, {"SAMPLES": False, "TILE": TILE}, rank.RANK_WARPS),
-    "count_step": Variant(update.count_step_kernel, {}, 1),
-    "plan": Variant(cut.plan_kernel, {}, 1),
-    "insert": Variant(append.insert_kernel, {"BLOCK": append.INSERT_BLOCK}, 4),
-    "merge": Variant(append.merge_kernel, {"HAS_THIRD": True, "BLOCK": append.MERGE_BLOCK}, 4),
-    "copy_back": Variant(
-        append.copy_back_kernel, {"HAS_THIRD": True, "BLOCK": append.MERGE_BLOCK}, 4
-    ),
-    "grow": Variant(append.grow_kernel, {"BLOCK": append.OFFSETS_BLOCK}, 4),
-}
-
-
-def cut_variants(exp: float) -> dict[str, Variant]:
-    """The kernels that compute importances, as `cut` launches them."""
-    bounds = {"EXP": exp, "BLOCK": listing.BOUND_BLOCK}
-    lists = {**bounds, "BINS": listing.BINS, "PROGRAMS": listing.NUM_PROGRAMS}
-    opening = {"EXP": exp, "TILE": TILE}
-    return {
-        name.format(exp): Variant(kernel, constants, warps, fuses=False)
-        for name, kernel, constants, warps in (
-            ("bound_histogram {}", listing.bound_histogram_kernel, bounds, 4),
-            ("list count {}", listing.list_kernel, {**lists, "WRITES": False}, 4),
-            ("list write {}", listing.list_kernel, {**lists, "WRITES": True}, 4),
-            ("maxima {}", listing.maxima_kernel, opening, listing.OPEN_WARPS),
-            *opening_kernels({**opening, "SAMPLES": False}),
-        )
-    }
-
-
-def opening_kernels(opening: dict[str, Any]) -> tuple[tuple[str, Any, dict[str, Any], int], ...]:
-    """Those of `cut` that open listed tiles: name, kernel, constants, warps."""
-    last = {"PASS": 2, "SHIFT": 0, "PREVIOUS": 10, "BINS": cut.DIGIT_BINS}
-    shares = {"BINS": cut.DIGIT_BINS, "PROGRAMS": listing.NUM_PROGRAMS}
-    return (
-        ("digit {}", cut.digit_kernel, {**opening, **last}, listing.OPEN_WARPS),
-        ("count {}", cut.count_kernel, {**opening, **shares}, listing.OPEN_WARPS),
-        ("write {}", cut.write_kernel, {**opening, **shares}, cut.WRITE_WARPS),
-    )
-
-
-def sampling_variants() -> dict[str, Variant]:
-    """The kernels that draw noise."""
-    sampling = {"SAMPLES": True, "TILE": TILE}
-    return {
-        name.format("sampled"): Variant(kernel, constants, warps, fuses=False)
-        for name, kernel, constants, warps in (
-            ("rank {}", rank.rank_kernel, sampling, rank.RANK_WARPS),
-            *opening_kernels({**sampling, "EXP": 0.0}),
-        )
-    }
-
-
-# All kernels that score, with one exponent, and two of them with every other.
-EXACT_EXPS = (-1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
-SAMPLED = sampling_variants()
-VARIANTS |= cut_variants(2.0) | SAMPLED
-ALL_KERNELS = tuple(VARIANTS)
-SCORES = {
-    name: variant
-    for exp in EXACT_EXPS
-    for name, variant in cut_variants(exp).items()
-    if exp == 2.0 or name.startswith(("bound_histogram", "count"))
-}
-VARIANTS |= SCORES
+ARCHITECTURES = (90, 80, 86)  # H100 and H200, A100, A6000
+VARIANTS = launches_of_optimizers()
+CONSTANTS = {name: dict(variant.constants) for name, variant in VARIANTS.items()}
+EXPS_EVERYWHERE = (0.0, 2.0)
+COMPILED = [
+    (name, architecture)
+    for architecture in ARCHITECTURES
+    for name, constants in CONSTANTS.items()
+    if constants.get("EXP", 0.0) in (EXACT_EXPS if architecture == 90 else EXPS_EVERYWHERE)
+]
+GENERAL = [name for name, constants in CONSTANTS.items() if constants.get("EXP") in GENERAL_EXPS]
+SAMPLED = [name for name, constants in CONSTANTS.items() if constants.get("SAMPLES")]
+SCORES = [
+    name
+    for name, constants in CONSTANTS.items()
+    if constants.get("EXP") in EXACT_EXPS and name not in SAMPLED
+]
 # What would round a score other than the reference does.
 INEXACT = re.compile(r"div\.full|\.approx|\.ftz|\bfma\.")
 
 
 @functools.cache
 def compiled(name: str, architecture: int) -> Any:
-    variant = VARIANTS[name]
-    names = variant.kernel.arg_names
-    types = {
-        arg: "constexpr" if arg in variant.constants else {**TYPES, **variant.types}[arg]
-        for arg in names
-    }
-    aligned = {
-        (index,): [["tt.divisibility", 16]]
-        for index, arg in enumerate(names)
-        if types[arg].startswith("*")
-    }
-    constants = {(names.index(arg),): value for arg, value in variant.constants.items()}
+    kernel, types, constants, aligned, warps, fuses = VARIANTS[name]
+    names = kernel.arg_names
+    signature = dict.fromkeys(names, "constexpr") | dict(types)
     return triton.compile(
-        ASTSource(variant.kernel, types, constexprs=constants, attrs=aligned),
+        ASTSource(
+            kernel, {arg: signature[arg] for arg in names},
+            constexprs={(names.index(arg),): value for arg, value in constants},
+            attrs={(names.index(arg),): [["tt.divisibility", 16]] for arg in aligned},
+        ),
         target=GPUTarget("cuda", architecture, 32),
-        options={"num_warps": variant.warps, "enable_fp_fusion": variant.fuses},
-    )
+        options={"num_warps": warps, "enable_fp_fusion": fuses},
+    )  # fmt: skip
 
 
 def usage(kernel: Any) -> dict[str, int]:
@@ -217,12 +89,53 @@ def usage(kernel: Any) -> dict[str, int]:
     return {key: int(value) for key, value in found}
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("name", ALL_KERNELS)
+def test_every_kernel_is_launched() -> None:
+    package = sparse_optim.triton_kernels
+    modules = [
+        importlib.import_module(f"{package.__name__}.{module.name}")
+        for module in pkgutil.iter_modules(package.__path__)
+    ]
+    written = {
+        name
+        for module in modules
+        for name, value in vars(module).items()
+        if name.endswith("_kernel") and isinstance(value, JITFunction)
+    }
+    assert {variant.kernel.__name__ for variant in VARIANTS.values()} == written
+
+
+def test_every_flag_takes_both_values() -> None:
+    flags: dict[str, set[bool]] = {}
+    for name, constants in CONSTANTS.items():
+        for flag, value in constants.items():
+            if isinstance(value, bool):
+                flags.setdefault(f"{VARIANTS[name].kernel.__name__} {flag}", set()).add(value)
+    assert {flag: values for flag, values in flags.items() if len(values) < 2} == {}
+    assert len(flags) >= 9
+
+
+def test_counts_are_not_specialized() -> None:
+    """Else other counts than those seen here would make kernels that nobody has compiled."""
+    specialized = {
+        f"{variant.kernel.__name__} {arg}"
+        for variant in VARIANTS.values()
+        for arg, kind in variant.types
+        if kind.startswith("i")
+        and not variant.kernel.params[variant.kernel.arg_names.index(arg)].do_not_specialize
+    }
+    assert specialized == set()
+
+
+@pytest.mark.parametrize(("name", "architecture"), COMPILED)
 def test_kernel_spills_nothing(name: str, architecture: int) -> None:
     used = usage(compiled(name, architecture))
     assert used["STACK"] == used["LOCAL"] == 0, used
     assert used["REG"] <= 128, used  # 16 warps of it fill a multiprocessor's 65536 registers
+
+
+@pytest.mark.parametrize("name", GENERAL)
+def test_general_exponents_compile(name: str) -> None:
+    assert usage(compiled(name, 90))["LOCAL"] == 0
 
 
 @pytest.mark.parametrize("name", SAMPLED)
@@ -237,17 +150,22 @@ def test_noise_is_correctly_rounded(name: str) -> None:
 def test_scores_are_correctly_rounded(name: str) -> None:
     ptx = compiled(name, 90).asm["ptx"]
     assert not INEXACT.findall(ptx)
-    exp = SCORES[name].constants["EXP"]
+    exp = CONSTANTS[name]["EXP"]
     assert ("div.rn.f32" in ptx) == (exp > 0)
     assert ("sqrt.rn.f32" in ptx) == (abs(exp) == 0.5)
 
 
+def of_kernel(kernel: str) -> str:
+    """Some variant of a kernel."""
+    return next(name for name in VARIANTS if name.split(" ")[0] == kernel)
+
+
 def test_fused_operations_would_be_noticed() -> None:
     """`update` may fuse; it shows that the pattern finds what it looks for."""
-    assert "fma." in INEXACT.findall(compiled("update", 90).asm["ptx"])
+    assert "fma." in INEXACT.findall(compiled(of_kernel("update_kernel"), 90).asm["ptx"])
 
 
 def test_scan_reads_sixteen_bytes_at_a_time() -> None:
     """Four such loads of float32 a thread, and two each of bfloat16 and float16."""
-    loads = re.findall(r"ld\.global\.v4\.b32", compiled("scan", 90).asm["ptx"])
-    assert len(loads) == 4 + 2 + 2
+    ptx = compiled(of_kernel("scan_kernel"), 90).asm["ptx"]
+    assert len(re.findall(r"ld\.global\.v4\.b32", ptx)) == 4 + 2 + 2

@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from gpu_tools import require
 
-pytest.importorskip("triton", reason="Triton is not installed")
+require("triton")
 
 
 @pytest.mark.parametrize("cases", ["interpreted_triton.py", "interpreted_backward.py"])
