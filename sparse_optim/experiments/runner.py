@@ -265,6 +265,8 @@ class Runner:
         """What decides a cell's result: everything but where it is computed and written."""
         places = ("output", "overwrite", "verify", "save_model", "report_to", "cpu", "threads")
         kept = {name: jsonable(value) for name, value in vars(config).items() if name not in places}
+        if self.options.data_folder is not None:  # wherever that lies
+            kept["dataset"] = config.dataset.removeprefix(f"{self.options.data_folder}/")
         return kept | vars(self.options.decoding)
 
     def inputs_of(self, config: FinetuneConfig) -> Inputs:
