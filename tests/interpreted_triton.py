@@ -47,7 +47,7 @@ from triton_cases import (
     make_case,
 )
 
-from sparse_optim import IncrementalMaskedAdamW, backends, reference, self_check
+from sparse_optim import D3, IncrementalMaskedAdamW, backends, reference, self_check
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("run by test_triton_interpreter.py", allow_module_level=True)
@@ -306,7 +306,12 @@ def test_a_step_reads_nothing_from_the_device(monkeypatch: pytest.MonkeyPatch) -
     params = [torch.nn.Parameter(torch.ones(130, dtype=dtype)) for dtype in (BF16, F32)]
     groups = [{"params": params[:1]}, {"params": params[1:], "unmask": "all"}]
     optimizer = IncrementalMaskedAdamW(
-        groups, budget=60, total_steps=3, exp=-0.5, max_grad_norm=1.0, backend="triton"
+        groups,
+        budget=60,
+        total_steps=3,
+        importance=D3(exp=-0.5),
+        max_grad_norm=1.0,
+        backend="triton",
     )
     for step in range(2):
         for param in params:

@@ -8,6 +8,7 @@ Faults planted by hand, one at a time, and what came of them:
                                               found by nothing then, hence the stack is checked, too
     an unused variable in `scan_kernel`       nvcc, as warnings are errors (check_cuda)
     `rank` not registered for CUDA            the import of the linked library (check_cuda)
+    fmaf in the score of exponent -1          18 fma in the PTX of `cut` (..correctly_rounded..)
 """
 
 from __future__ import annotations
