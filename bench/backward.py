@@ -35,7 +35,7 @@ from bench.models import MODELS
 from bench.results import clean_times, median_us
 from bench.subjects import LR, midway
 from bench.timing import Subject, interleave
-from sparse_optim import MaskedAdamW
+from sparse_optim.finetune.readings import state_bytes
 
 RESULTS = environment.ROOT / "bench" / "results"
 BUDGET, QUOTA = 320_000, 320
@@ -69,10 +69,7 @@ class Training:
     @property
     def state_bytes(self) -> int:
         """Of the optimizer."""
-        if isinstance(self.optimizer, MaskedAdamW):
-            return int(self.optimizer.metrics()["state_bytes"])
-        held = (value for state in self.optimizer.state.values() for value in state.values())
-        return sum(value.nbytes for value in held if isinstance(value, Tensor))
+        return state_bytes(self.optimizer)
 
     def step(self) -> None:
         """Forward, backward, clipping, update."""

@@ -172,8 +172,8 @@ class MaskedAdamW(torch.optim.Optimizer):
             if fused:
                 fused.discard()
             return loss
-        unscaled = self.max_grad_norm is None and getattr(self, "grad_scale", None) is None
-        dense = plan_dense_step(self, dense_grads, not unscaled)
+        is_scaled = self.max_grad_norm is not None or getattr(self, "grad_scale", None) is not None
+        dense = plan_dense_step(self, dense_grads, is_scaled)
         self._prepare()
         if fused:
             fused.finish(bound, dense_grads)

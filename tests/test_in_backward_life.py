@@ -25,6 +25,14 @@ from sparse_optim import (
 )
 
 
+def assert_goes_on_as(*runs: tuple[nn.Module, IncrementalMaskedAdamW]) -> None:
+    """Two models and their optimizers take the same next step."""
+    for net, optimizer in runs:
+        backward(net, seed=1)
+        optimizer.step()
+    assert_same_state(*(optimizer for _, optimizer in runs))
+
+
 def test_a_second_gradient_is_refused_until_zero_grad():
     net, twin = new_net(), new_net()
     optimizer, ordinary = build(net, fuse=True), build(twin, fuse=False)
@@ -35,10 +43,7 @@ def test_a_second_gradient_is_refused_until_zero_grad():
         optimizer.step()
     assert optimizer.metrics()["step"] == 0
     optimizer.zero_grad()
-    for model, one in ((net, optimizer), (twin, ordinary)):
-        backward(model, seed=1)
-        one.step()
-    assert_same_state(optimizer, ordinary)
+    assert_goes_on_as((net, optimizer), (twin, ordinary))
 
 
 def test_retain_graph_is_refused_as_accumulation_unless_a_step_lies_between():
@@ -110,10 +115,7 @@ def test_an_error_in_backward_leaves_what_zero_grad_discards():
     assert optimizer._in_backward.holds_any
     optimizer.zero_grad()
     assert not optimizer._in_backward.holds_any
-    for model, one in ((net, optimizer), (twin, ordinary)):
-        backward(model, seed=1)
-        one.step()
-    assert_same_state(optimizer, ordinary)
+    assert_goes_on_as((net, optimizer), (twin, ordinary))
 
 
 def test_zero_grad_between_backward_and_step_discards():

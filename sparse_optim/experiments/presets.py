@@ -78,12 +78,11 @@ class Row:
     @property
     def name(self) -> str:
         """As users name it: 'id3', 'id3@exp=2', 'lora-r8' (trained whole), 'id3+lora-r8'."""
-        if self.variant:
-            return f"{self.method}@{self.variant}"
-        if self.adapter is None:
-            return self.method
-        adapter = f"{self.adapter}-r{self.rank}"
-        return adapter if self.method == "full" else f"{self.method}+{adapter}"
+        name = self.method
+        if self.adapter is not None:
+            adapter = f"{self.adapter}-r{self.rank}"
+            name = adapter if name == "full" else f"{name}+{adapter}"
+        return f"{name}@{self.variant}" if self.variant else name
 
     @property
     def label(self) -> str:

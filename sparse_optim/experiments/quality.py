@@ -39,7 +39,7 @@ def lora(budget: str) -> Row:
 
 
 def half(budget: str) -> Row:
-    """ID3 that has spent its budget in the middle of the run: the best of its settings."""
+    """ID3 that has spent its budget in the middle of the run, as `finetune` does."""
     return Row("id3", SELECTIVE_LRS, budget, settings={"unmask_share": 0.5}, variant="share=0.5")
 
 
