@@ -39,7 +39,7 @@ def allocate(optimizer: MaskedAdamW) -> None:
     optimizer._spare = ActiveSet.empty(pool, spare, optimizer._device)
     if isinstance(optimizer.importance, Scores):
         optimizer.importance.check_names(optimizer._names)
-    optimizer.refresh()
+    refresh(optimizer, range(len(pool)))
     if optimizer._in_backward is not None:
         optimizer._in_backward.detach()
         optimizer._in_backward = InBackward(optimizer)

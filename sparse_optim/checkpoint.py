@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sparse_optim import buffers
 from sparse_optim.active_set import ENTRY_FIELDS, Touched
+from sparse_optim.fingerprint import BaseFingerprints
 
 if TYPE_CHECKING:
     from sparse_optim.optimizer import MaskedAdamW
@@ -35,7 +36,7 @@ def pack(optimizer: MaskedAdamW) -> dict[Any, dict[str, Any]]:
         "progress": active.progress.clone(),
         "targets": optimizer._targets.clone(),
         "threshold": optimizer._work.threshold.clone(),
-        "fingerprints": list(optimizer._fingerprints),
+        "fingerprints": list(optimizer._base.values) if optimizer._base.settled else [],
     }
     if optimizer.selection.replaces:
         packed[UNMASK]["touched"] = optimizer._touched.index().clone()
@@ -105,7 +106,8 @@ def unpack(optimizer: MaskedAdamW, ours: dict[str, Any]) -> None:
     if "touched" in unmask:
         optimizer._touched = Touched(unmask["touched"].to(optimizer._device, copy=True))
     optimizer._work.threshold.copy_(unmask["threshold"])
-    optimizer._fingerprints = list(unmask["fingerprints"])
+    if unmask["fingerprints"]:  # else no step had been taken: the base is what is here then
+        optimizer._base = BaseFingerprints(unmask["fingerprints"])
     # Not now: the model may be loaded after the optimizer. The next step looks at the parameters.
     optimizer._versions = [-1] * len(optimizer._pool)
 

@@ -31,7 +31,7 @@ def delta_of(optimizer: MaskedAdamW, model: torch.nn.Module | None) -> Delta:
                 value=param.detach().view(-1)[position],
                 unmask_step=unmask_step,
             )
-            fingerprints[name] = optimizer._fingerprints[index]
+            fingerprints[name] = optimizer._base.values[index]
     dense = {names[id(param)]: param.detach().clone() for param in optimizer._dense}
     method = {
         "importance": repr(optimizer.importance),

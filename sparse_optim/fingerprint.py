@@ -6,7 +6,9 @@ Shape and dtype are not part of it. xxh3 finds accidents (another checkpoint, a 
 is no protection against a forger.
 """
 
-from collections.abc import Iterator
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
 
 import torch
 import xxhash
@@ -52,3 +54,57 @@ def fingerprint(tensor: Tensor) -> str:
     for piece in raw_bytes(tensor):
         state.update(piece)
     return state.hexdigest()
+
+
+class BaseFingerprints:
+    """Fingerprints of an optimizer's pool as it was before the first step.
+
+    Taken when the optimizer is built, so that its steps copy no weights to the host. A tensor that
+    was written between then and the first step, in a way that autograd sees, is hashed again there.
+
+    Args:
+        values: of a run that is resumed after its first step; none for a new one.
+
+    Attributes:
+        values: of each tensor of the pool, 32 hex digits.
+        settled: whether a step has been taken.
+    """
+
+    def __init__(self, values: Sequence[str] = ()) -> None:
+        self.values = list(values)
+        self.settled = bool(values)
+        # index -> what a write would change (None: unknown), for tensors hashed since the last step
+        self._marks: dict[int, tuple[int, int] | None] = {}
+
+    def extended(self, pool: Sequence[Tensor]) -> BaseFingerprints:
+        """With those of the tensors at the end of `pool` that are not among these.
+
+        Raises:
+            ValueError: as `fingerprint`.
+        """
+        grown = BaseFingerprints()
+        grown.settled = self.settled
+        new = range(len(self.values), len(pool))
+        grown.values = self.values + [fingerprint(pool[index]) for index in new]
+        grown._marks = self._marks | {index: _mark(pool[index]) for index in new}
+        return grown
+
+    def settle(self, pool: Sequence[Tensor]) -> None:
+        """Before a step: hash again what was written since, for the last time."""
+        for index, mark in self._marks.items():
+            if mark != _mark(pool[index]):
+                self.values[index] = fingerprint(pool[index])
+        self._marks, self.settled = {}, True
+
+    def doubt(self) -> None:
+        """Have the next step hash again what may have been written unseen."""
+        self._marks = dict.fromkeys(self._marks)
+
+    def __getstate__(self) -> dict[str, object]:
+        """Copies belong to tensors that count their versions anew."""
+        return {**vars(self), "_marks": dict.fromkeys(self._marks)}
+
+
+def _mark(tensor: Tensor) -> tuple[int, int]:
+    """Differs after a write that autograd sees, or after `.data` was replaced."""
+    return tensor._version, tensor.data_ptr()

@@ -14,7 +14,7 @@ from sparse_optim.active_set import ActiveSet, Touched, WorkSpace
 from sparse_optim.delta import Delta
 from sparse_optim.dense import plan_dense_step, take_dense_step
 from sparse_optim.export import delta_of, metrics_of
-from sparse_optim.fingerprint import fingerprint
+from sparse_optim.fingerprint import BaseFingerprints
 from sparse_optim.importance import D3, Importance
 from sparse_optim.in_backward import InBackward, switched
 from sparse_optim.parameters import (
@@ -123,7 +123,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         ranked = any(group["unmask"] == "rank" for group in self.param_groups)
         budget = resolve_budget(selection.budget, self._pool_size()) if ranked else 0
         self._targets = selection.targets(budget).to(self._device)
-        self._fingerprints: list[str] = []
+        self._base = BaseFingerprints().extended(self._pool)
         self._hyper: Rows = []  # what the device knows of the groups' numbers
         self._active = ActiveSet.empty(self._pool, budget, self._device)
         self._touched = Touched(torch.empty(0, dtype=torch.int64, device=self._device))
@@ -160,8 +160,9 @@ class MaskedAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        ready = bool(self._fingerprints)
-        check_capture(self._device, self.capturable, ready, self.param_groups, self._hyper)
+        check_capture(
+            self._device, self.capturable, self._base.settled, self.param_groups, self._hyper
+        )
         fused = self._in_backward
         if fused:
             bound, grads = fused.take_rest()
@@ -198,8 +199,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         # Set and deleted by torch.amp.GradScaler around each step.
         write_scalar(work.grad_scale, getattr(self, "grad_scale", None), 1.0)
         write_scalar(work.found_inf, getattr(self, "found_inf", None), 0.0)
-        if not self._fingerprints:
-            self._fingerprints = [fingerprint(param) for param in self._pool]
+        self._base.settle(self._pool)
         self._notice_writes()
 
     def _notice_writes(self) -> None:
@@ -268,10 +268,9 @@ class MaskedAdamW(torch.optim.Optimizer):
         try:
             self._index_params()
             if hasattr(self, "_active"):
-                known = len(self._fingerprints)
-                new = [fingerprint(param) for param in self._pool[known:]] if known else []
+                base = self._base.extended(self._pool)
                 buffers.reallocate(self, self._targets, self._active.position.numel())
-                self._fingerprints += new
+                self._base = base
         except BaseException:  # out of memory, too
             self.param_groups.pop()
             if self.param_groups:
@@ -313,6 +312,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         writing through `param.data`.
         """
         buffers.refresh(self, range(len(self._pool)))
+        self._base.doubt()
 
     def extend(self, *, budget: int | float | None = None, total_steps: int | None = None) -> None:
         """Change the budget or the steps in the middle of a run; what is active stays active.

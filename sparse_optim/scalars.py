@@ -84,8 +84,7 @@ def check_capture(
         raise RuntimeError("step() is being captured in a CUDA graph: construct the optimizer with "
                            "capturable=True")  # fmt: skip
     if not ready:
-        raise RuntimeError("take a step before the capture: the first one hashes the weights and "
-                           "allocates state")  # fmt: skip
+        raise RuntimeError("take a step before the capture: the first one allocates state")
     if hyper_rows(groups) != known:
         raise RuntimeError(
             "hyper-parameters changed since the last step outside of the capture: a graph would "
