@@ -28,7 +28,17 @@ import triton.language as tl
 from torch import Tensor
 
 from .elements import INFINITY_BITS
-from .listing import BINS, LISTED, NUM_PROGRAMS, OPEN_WARPS, QUOTA, find_bin, list_tiles
+from .listing import (
+    BINS,
+    LISTED,
+    NUM_PROGRAMS,
+    OPEN_WARPS,
+    QUOTA,
+    before_and_all,
+    find_bin,
+    list_tiles,
+    share_of,
+)
 from .noise import samples
 from .tiles import locate, location_pieces, open_tile
 from .work import Pieces, carve
@@ -36,7 +46,7 @@ from .work import Pieces, carve
 # Digits of a key, upper first: 11, 10 and 10 bits, together all 31.
 DIGIT_SHIFTS = (20, 10, 0)
 DIGIT_BINS = 2048
-# Two running counts over a tile: with eight warps a thread took 206 registers.
+# Two running counts over a tile: with eight warps 16 to 24 bytes of stack on sm_90.
 WRITE_WARPS = 16
 
 # Places in `state` besides those of `listing`, one of each for every pass over the digits: upper
@@ -158,12 +168,10 @@ def count_kernel(
 ):
     """Per program: entries above the threshold, entries that tie, the least key of both."""
     threshold, _ = threshold_of(state_ptr, histogram_ptr, BINS)
-    listed = tl.load(state_ptr + LISTED)
-    program = tl.program_id(0).to(tl.int64)
-    share = tl.cdiv(listed, tl.num_programs(0))
     above, tied = tl.zeros((), tl.int64), tl.zeros((), tl.int64)
     least = tl.full((), INFINITY_BITS, tl.int32)
-    for i in range(program * share, tl.minimum((program + 1) * share, listed)):
+    first, last = share_of(tl.load(state_ptr + LISTED))
+    for i in range(first, last):
         key, _, _ = open_tile(
             table_ptr, noise_ptr, position_ptr, tile_offsets_ptr, tile_tensor_ptr,
             tile_start_ptr, tl.load(list_ptr + i), eps, EXP, SAMPLES, TILE,
@@ -172,9 +180,10 @@ def count_kernel(
         tied += tl.sum((key == threshold).to(tl.int32), axis=0)
         reaching = tl.where(key >= threshold, key, INFINITY_BITS)
         least = tl.minimum(least, tl.min(reaching, axis=0))
-    tl.store(counts_ptr + program, above)
-    tl.store(counts_ptr + PROGRAMS + program, tied)
-    tl.store(counts_ptr + 2 * PROGRAMS + program, least.to(tl.int64))
+    count_ptr = counts_ptr + tl.program_id(0)
+    tl.store(count_ptr, above)
+    tl.store(count_ptr + PROGRAMS, tied)
+    tl.store(count_ptr + 2 * PROGRAMS, least.to(tl.int64))
 
 
 @triton.jit
@@ -202,29 +211,28 @@ def write_kernel(
 ):
     """List the winners in global order."""
     threshold, ties = threshold_of(state_ptr, histogram_ptr, BINS)
-    listed = tl.load(state_ptr + LISTED)
-    program = tl.program_id(0).to(tl.int64)
-    others = tl.arange(0, PROGRAMS)
-    exists = others < tl.num_programs(0)
-    all_above = tl.load(counts_ptr + others, mask=exists, other=0)
-    all_tied = tl.load(counts_ptr + PROGRAMS + others, mask=exists, other=0)
-    if program == 0:
-        least = tl.load(counts_ptr + 2 * PROGRAMS + others, mask=exists, other=INFINITY_BITS)
-        total = tl.sum(all_above, axis=0) + tl.minimum(tl.sum(all_tied, axis=0), ties)
+    before, all_above = before_and_all(counts_ptr, PROGRAMS)
+    tied, all_tied = before_and_all(counts_ptr + PROGRAMS, PROGRAMS)
+    if tl.program_id(0) == 0:
+        total = all_above + tl.minimum(all_tied, ties)
         tl.store(new_count_ptr, total)
         if total > 0:
+            programs = tl.arange(0, PROGRAMS)
+            least = tl.load(
+                counts_ptr + 2 * PROGRAMS + programs, mask=programs < tl.num_programs(0),
+                other=INFINITY_BITS,
+            )  # fmt: skip
             least_key = tl.min(least, axis=0).to(tl.int32)
             tl.store(threshold_ptr, least_key.to(tl.float32, bitcast=True))
-    tied = tl.sum(tl.where(others < program, all_tied, 0), axis=0)
-    out = tl.sum(tl.where(others < program, all_above, 0), axis=0) + tl.minimum(tied, ties)
-    share = tl.cdiv(listed, tl.num_programs(0))
-    for i in range(program * share, tl.minimum((program + 1) * share, listed)):
+    out = before + tl.minimum(tied, ties)
+    first_listed, last_listed = share_of(tl.load(state_ptr + LISTED))
+    for i in range(first_listed, last_listed):
         key, tensor, first = open_tile(
             table_ptr, noise_ptr, position_ptr, tile_offsets_ptr, tile_tensor_ptr,
             tile_start_ptr, tl.load(list_ptr + i), eps, EXP, SAMPLES, TILE,
         )  # fmt: skip
         ties_here = (key == threshold).to(tl.int32)
-        # Counted from here in int32: with int64 ranks the program took 216 registers.
+        # Counted from here in int32: ranks of int64 take twice the registers.
         ties_left = tl.minimum(tl.maximum(ties - tied, 0), TILE).to(tl.int32)
         chosen = (ties_here != 0) & (tl.cumsum(ties_here, axis=0) <= ties_left)
         wins = ((key > threshold) | chosen).to(tl.int32)

@@ -50,22 +50,34 @@ def load_run(address, dtype, first, count, BLOCK: tl.constexpr):
     Whole blocks at 16-byte boundaries are read 16 bytes at a time. Elsewhere (the end of a tensor,
     gradients that are views into a bucket) neither mask nor address lets the compiler do that.
     """
-    address += first * tl.where(dtype == FLOAT32, 4, 2)
+    start = address + first * tl.where(dtype == FLOAT32, 4, 2)
     values = tl.zeros((BLOCK,), tl.float32)
-    if (count == BLOCK) & (address % 16 == 0):
+    if (count == BLOCK) & (start % 16 == 0):
         if dtype == FLOAT32:
-            values = _load_aligned(address, tl.float32, BLOCK)
+            values = _load_aligned(start, tl.float32, BLOCK)
         elif dtype == BFLOAT16:
-            values = _load_aligned(address, tl.bfloat16, BLOCK)
+            values = _load_aligned(start, tl.bfloat16, BLOCK)
         else:
-            values = _load_aligned(address, tl.float16, BLOCK)
+            values = _load_aligned(start, tl.float16, BLOCK)
     else:
-        if dtype == FLOAT32:
-            values = _load_part(address, count, tl.float32, BLOCK)
-        elif dtype == BFLOAT16:
-            values = _load_part(address, count, tl.bfloat16, BLOCK)
-        else:
-            values = _load_part(address, count, tl.float16, BLOCK)
+        values = load_lanes(address, dtype, first, count, BLOCK)
+    return values
+
+
+@triton.jit
+def load_lanes(address, dtype, first, count, BLOCK: tl.constexpr):
+    """As `load_run`, but neighbouring lanes read neighbouring entries, one each at a time.
+
+    For values whose fate is a scattered store or addition, which wants that layout: from loads of
+    16 bytes the compiler would compute all that lies between twice, once in either layout.
+    """
+    start = address + first * tl.where(dtype == FLOAT32, 4, 2)
+    if dtype == FLOAT32:
+        values = _load_masked(start, count, tl.float32, BLOCK)
+    elif dtype == BFLOAT16:
+        values = _load_masked(start, count, tl.bfloat16, BLOCK)
+    else:
+        values = _load_masked(start, count, tl.float16, BLOCK)
     return values
 
 
@@ -77,7 +89,7 @@ def _load_aligned(address, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _load_part(address, count, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+def _load_masked(address, count, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
     offs = tl.arange(0, BLOCK)
     pointer = address.to(tl.pointer_type(DTYPE))
     return tl.load(pointer + offs, mask=offs < count, other=0.0).to(tl.float32)

@@ -53,6 +53,23 @@ def find_bin(histogram_ptr, wanted, BINS: tl.constexpr):
 
 
 @triton.jit
+def share_of(count):
+    """This program's part first:last of `count` things that the programs share in order."""
+    share = tl.cdiv(count, tl.num_programs(0))
+    first = tl.program_id(0) * share
+    return first, tl.minimum(first + share, count)
+
+
+@triton.jit
+def before_and_all(counts_ptr, PROGRAMS: tl.constexpr):
+    """Sums of what the programs before this one have counted, and of what all have."""
+    others = tl.arange(0, PROGRAMS)
+    counts = tl.load(counts_ptr + others, mask=others < tl.num_programs(0), other=0)
+    before = tl.sum(tl.where(others < tl.program_id(0), counts, 0), axis=0)
+    return before, tl.sum(counts, axis=0)
+
+
+@triton.jit
 def load_bounds(tile_max_ptr, param_bound_ptr, offs, in_bounds, eps, EXP: tl.constexpr):
     tile_max = tl.load(tile_max_ptr + offs, mask=in_bounds, other=0)
     param_bound = tl.zeros_like(tile_max).to(tl.float32)
@@ -97,7 +114,7 @@ def list_kernel(
 ):
     """Tiles whose bound reaches the floor, ascending: counted first, written by a second launch."""
     quota = tl.load(state_ptr + QUOTA)
-    program, num_programs = tl.program_id(0), tl.num_programs(0)
+    program = tl.program_id(0)
     if quota == 0:
         if program == 0:
             tl.store(state_ptr + LISTED, 0)
@@ -106,14 +123,12 @@ def list_kernel(
     floor = tl.maximum(tl.maximum(found, 0) << FLOOR_SHIFT, 1)
     out = tl.zeros((), tl.int64)
     if WRITES:
-        others = tl.arange(0, PROGRAMS)
-        counts = tl.load(counts_ptr + others, mask=others < num_programs, other=0)
-        out = tl.sum(tl.where(others < program, counts, 0), axis=0)
+        out, total = before_and_all(counts_ptr, PROGRAMS)
         if program == 0:
-            tl.store(state_ptr + LISTED, tl.sum(counts, axis=0))
-    share = tl.cdiv(tl.cdiv(num_tiles, BLOCK), num_programs) * BLOCK
-    for start in range(program * share, tl.minimum((program + 1) * share, num_tiles), BLOCK):
-        offs = start + tl.arange(0, BLOCK)
+            tl.store(state_ptr + LISTED, total)
+    first, last = share_of(tl.cdiv(num_tiles, BLOCK))
+    for block in range(first, last):
+        offs = block * BLOCK + tl.arange(0, BLOCK)
         key = load_bounds(tile_max_ptr, param_bound_ptr, offs, offs < num_tiles, eps, EXP)
         reaches = (key >= floor).to(tl.int32)
         if WRITES:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .elements import COLUMNS, GRAD
+from .elements import COLUMNS, GRAD, load_run
 from .noise import samples
 from .tiles import locate, location_pieces, open_tile
 from .work import Pieces, carve
@@ -48,7 +48,7 @@ def rank_kernel(
         return
     key, _, _ = open_tile(
         table_ptr, noise_ptr, position_ptr, tile_offsets_ptr, tile_tensor_ptr, tile_start_ptr,
-        tile_index, 0.0, 0.0, SAMPLES, TILE,
+        tile_index, 0.0, 0.0, SAMPLES, TILE, load_run,
     )  # fmt: skip
     tl.store(tile_max_ptr + tile_index, tl.max(key, axis=0))
 

@@ -24,7 +24,7 @@ from .elements import (
     grad_dtype,
     importance_key,
     is_listed,
-    load_run,
+    load_lanes,
     lower_bound,
     param_dtype,
 )
@@ -100,6 +100,7 @@ def open_tile(
     EXP: tl.constexpr,
     SAMPLES: tl.constexpr,
     TILE: tl.constexpr,
+    LOAD: tl.constexpr = load_lanes,
 ):
     """Keys of all entries of a tile (0 where active), its tensor, and its first position.
 
@@ -109,15 +110,13 @@ def open_tile(
     row_ptr = table_ptr + tensor * COLUMNS
     first = (tile_index - tl.load(tile_offsets_ptr + tensor)) * TILE
     count = tl.minimum(tl.load(row_ptr + NUMEL) - first, TILE)
-    grad = load_run(tl.load(row_ptr + GRAD), grad_dtype(table_ptr, tensor), first, count, TILE)
+    grad = LOAD(tl.load(row_ptr + GRAD), grad_dtype(table_ptr, tensor), first, count, TILE)
     if SAMPLES:
         grad = perturbed(tl.abs(grad), noise_ptr, tensor, first, TILE)
     if EXP == 0.0:
         key = importance_key(grad, grad, eps, EXP)
     else:
-        param = load_run(
-            tl.load(row_ptr + PARAM), param_dtype(table_ptr, tensor), first, count, TILE
-        )
+        param = LOAD(tl.load(row_ptr + PARAM), param_dtype(table_ptr, tensor), first, count, TILE)
         key = importance_key(grad, param, eps, EXP)
     begin = tl.load(tile_start_ptr + tile_index)
     num_active = (tl.load(tile_start_ptr + tile_index + 1) - begin).to(tl.int32)

@@ -52,7 +52,7 @@ def bias_correction_of(beta, age, oldest):
     By repeated squaring: on GPUs for graphics float64 runs at 1/64 of the speed, and `pow` takes
     some hundred operations; this takes two for each bit of `oldest`, a scalar >= age.
     """
-    power = tl.full(age.shape, 1.0, tl.float64)
+    power = tl.full(beta.shape, 1.0, tl.float64)
     while oldest > 0:
         power = tl.where((age & 1) == 1, power * beta, power)
         beta = beta * beta
@@ -98,8 +98,8 @@ def update_kernel(
 
     row_ptr = hyper_ptr + tl.load(group_index_ptr + tensor) * NUM_HYPER
     lr, beta1, beta2 = tl.load(row_ptr + LR), tl.load(row_ptr + BETA1), tl.load(row_ptr + BETA2)
-    step = tl.load(progress_ptr) + 1
-    age = tl.full((BLOCK,), 0, tl.int64) + step
+    step = (tl.load(progress_ptr) + 1).to(tl.int32)
+    age = step
     if ENTRY_AGE:
         age += 1 - tl.load(unmask_step_ptr + offs, mask=in_bounds, other=1)
     bias_correction1 = bias_correction_of(beta1, age, step).to(tl.float32)
