@@ -1,9 +1,10 @@
 """The Triton operations against the reference, interpreted on the CPU.
 
 Run by test_triton_interpreter.py in a process of its own: TRITON_INTERPRET=1 must be set before the
-kernels are imported, and then holds for all of them. Integers, positions, masks and gradients must
-be equal bit for bit, floats that are summed or updated up to their rounding. Tiles are small, as
-the interpreter takes some ten milliseconds per program.
+kernels are imported, and then holds for all of them. Whole steps are compared as those of the
+emulated and the real CUDA kernels are, by `step_checks.assert_same_step`: NumPy, which works out
+what the interpreter is asked for, rounds as a GPU does but for fused operations, so that the rule
+needs no exception. Tiles are small, as the interpreter takes some ten milliseconds per program.
 
 Faults planted by hand, once each, and what failed:
     locate: a tile begins one entry later           test_scan, 23 tests in all
@@ -35,16 +36,9 @@ import device_reads
 import numpy as np
 import pytest
 import torch
-from triton_cases import (
-    BF16,
-    F16,
-    F32,
-    STEP,
-    TILE,
-    assert_bits,
-    assert_close,
-    make_case,
-)
+from op_cases import assert_as_exact, assert_same_bits
+from step_checks import assert_same_step
+from triton_cases import BF16, F16, F32, STEP, TILE, assert_bits, make_case
 
 from sparse_optim import D3, IncrementalMaskedAdamW, backends, reference, self_check
 
@@ -96,10 +90,7 @@ SCANS = {
 def test_scan(name: str) -> None:
     case = make_case(**SCANS[name])
     case.work.grad_scale.fill_(8.0)
-    got, want = (case.run(ops, "scan") for ops in (kernels, reference))
-    assert_bits(got, want, "tile_max", "active_grad", "found_inf")
-    assert_close(got.work.grad_norm.float(), want.work.grad_norm.float())
-    assert_close(got.work.grad_factor, want.work.grad_factor)
+    assert_same_step(case, kernels)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -168,7 +159,8 @@ def test_cut_of_a_general_exponent() -> None:
     case.grads[0].copy_(1.5 ** torch.randperm(40, generator=torch.Generator().manual_seed(3)))
     got, want = (case.run(ops, "scan", "cut") for ops in (kernels, reference))
     assert torch.equal(got.work.new_position[:5], want.work.new_position[:5])
-    assert_close(got.work.threshold, want.work.threshold, units=32)
+    grad, base = case.grads[0].double().sort().values[-5], case.params[0][0].double() + case.eps
+    assert_as_exact(got.work.threshold, want.work.threshold, grad / base**1.7)
 
 
 @pytest.mark.parametrize(("applied", "quota"), [(0, 3), (1, 5), (2, 9), (50, 9)])
@@ -259,17 +251,8 @@ UPDATES = {
 @pytest.mark.parametrize("name", UPDATES)
 def test_update(name: str) -> None:
     case = make_case(**UPDATES[name])
-    case.work.grad_factor.fill_(0.5)
-    got, want = (case.run(ops, "update") for ops in (kernels, reference))
-    assert_bits(got, want, "progress", "position", "unmask_step")
-    for field in ("exp_avg", "exp_avg_sq", "master"):
-        assert_close(getattr(got.active, field), getattr(want.active, field))
-    for index, (param, expected) in enumerate(zip(got.params, want.params, strict=True)):
-        assert_close(param, expected)
-        first, last = case.active.offsets[index : index + 2].tolist()
-        frozen = torch.ones(param.numel(), dtype=torch.bool)
-        frozen[case.active.position[first:last].long()] = False
-        assert torch.equal(param[frozen], case.params[index][frozen])
+    case.work.grad_scale.fill_(2.0)
+    assert_same_step(case, kernels)
 
 
 def test_found_inf_skips_the_step() -> None:
@@ -284,10 +267,7 @@ def test_found_inf_skips_the_step() -> None:
 @pytest.mark.parametrize("exp", [0.0, 1.0])
 def test_whole_step(exp: float) -> None:
     case = make_case(dtypes=(F32, BF16), exp=exp, max_grad_norm=1.0, dense_sizes=(4,))
-    got, want = (case.run(ops, "scan", "cut", "append", "update") for ops in (kernels, reference))
-    assert_bits(got, want, "position", "offsets", "unmask_step", "progress")
-    for param, expected in zip(got.params, want.params, strict=True):
-        assert_close(param, expected)
+    assert_same_step(case, kernels)
 
 
 def test_the_self_check_passes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,7 +320,7 @@ def test_gradients_taken_one_by_one_give_the_same_run(monkeypatch: pytest.Monkey
     ordinary, fused = runs
     assert torch.equal(fused._active.position, ordinary._active.position)
     for got, want in zip(fused._pool, ordinary._pool, strict=True):
-        assert_close(got.detach(), want.detach())
+        assert_same_bits(got, want)
 
 
 def test_bind_refuses_what_kernels_cannot_read() -> None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+import op_cases
 import torch
+from op_cases import assert_same_bits
+from step_checks import case_on
 from torch import Tensor
 
 from sparse_optim import scoring
@@ -24,64 +24,15 @@ SIZES = (1, TILE, 0, TILE - 1, TILE + 1, 3 * TILE + 5)
 CPU = torch.device("cpu")
 
 
-@dataclass
-class Case:
+class Case(op_cases.Case):
     """One optimizer step, and its place in the schedule."""
-
-    grads: list[Tensor]
-    params: list[Tensor]
-    dense_grads: list[Tensor]
-    active: ActiveSet
-    work: WorkSpace
-    targets: Tensor
-    exp: float = 0.0
-    eps: float = 1e-3
-    bias_correction: str = "entry"
-    max_grad_norm: float = math.inf
-    noise: tuple[int, ...] = ()
 
     def run(self, ops: ModuleType, *names: str) -> Case:
         """A copy of the case after the named operations."""
-        case = copy.deepcopy(self)
-        active, work = case.active, case.work
-        work.scratch = torch.full(
-            (ops.scratch_bytes(
-                work.tile_max.numel(), active.position.numel(), work.new_tensor.numel()
-            ),), 0x5A, dtype=torch.uint8,
-        )  # fmt: skip
-        bound = ops.bind(case.grads, case.params, work.table)
-        noise = torch.tensor(self.noise, dtype=torch.int64)
-        arguments: dict[str, tuple[Any, ...]] = {
-            "scan": (
-                bound, case.dense_grads, active.position, active.offsets, work.tile_offsets,
-                work.grad_scale, self.max_grad_norm, TILE, work.tile_max, work.active_grad,
-                work.grad_norm, work.grad_factor, work.found_inf, work.scratch,
-            ),
-            "rank": (
-                bound, active.position, active.offsets, work.tile_offsets, noise, TILE,
-                work.tile_max, work.scratch,
-            ),
-            "cut": (
-                bound, active.position, active.offsets, work.tile_offsets, work.tile_max,
-                work.param_bound, self.targets, active.progress, work.found_inf, self.exp,
-                self.eps, noise, TILE, work.new_tensor, work.new_position, work.new_count,
-                work.threshold, work.scratch,
-            ),
-            "append": (
-                bound, work.new_tensor, work.new_position, work.new_count, active.position,
-                active.exp_avg, active.exp_avg_sq, active.unmask_step, active.master,
-                work.active_grad, active.offsets, active.progress, work.scratch,
-            ),
-            "update": (
-                bound, active.position, active.offsets, work.active_grad, work.grad_factor,
-                work.found_inf, work.hyper, work.group_index, self.bias_correction,
-                active.exp_avg, active.exp_avg_sq, active.unmask_step, active.master,
-                active.progress,
-            ),
-        }  # fmt: skip
+        own = case_on(self, "cpu", ops)
         for name in names:
-            getattr(ops, name)(*arguments[name])
-        return case
+            getattr(ops, name)(*getattr(own, f"{name}_args")(ops))
+        return own
 
 
 def make_case(
@@ -122,8 +73,7 @@ def make_case(
             (chosen[(chosen >= a) & (chosen < b)] - a).tolist()
             for a, b in itertools.pairwise(starts)
         ]
-    case = assemble(params, grads, dense, positions, quota, options, generator)
-    return case
+    return assemble(params, grads, dense, positions, quota, options, generator)
 
 
 def values_of(kind: str, size: int, generator: torch.Generator) -> Tensor:
@@ -179,20 +129,14 @@ def assemble(
     if exp < 0:
         work.param_bound.copy_(torch.cat([scoring.tile_abs_max(p, TILE) for p in params]))
     work.active_grad.uniform_(generator=generator)
+    options["noise"] = torch.tensor(options.get("noise", ()), dtype=torch.int64)
+    options = {"eps": 1e-3, "tile": TILE, **options}
     return Case(grads, params, dense, active, work, targets, **options)
 
 
 def assert_bits(case: Case, expected: Case, *names: str) -> None:
-    """Fields of the buffers are equal, NaN to NaN and -0.0 not to 0.0."""
+    """Fields of the buffers are equal, bit for bit."""
     for name in names:
         owner = "active" if hasattr(case.active, name) else "work"
         got, want = (getattr(getattr(each, owner), name) for each in (case, expected))
-        if got.is_floating_point():
-            got, want = (each.view(torch.int32) for each in (got, want))
-        assert torch.equal(got, want), f"{name}:\n{got}\n{want}"
-
-
-def assert_close(got: Tensor, want: Tensor, units: float = 4) -> None:
-    """Equal within units in the last place of the dtype."""
-    eps = torch.finfo(want.dtype).eps
-    torch.testing.assert_close(got, want, rtol=units * eps, atol=units * eps * 1e-3)
+        assert_same_bits(got, want, name)
