@@ -46,8 +46,6 @@ from .work import Pieces, carve
 # Digits of a key, upper first: 11, 10 and 10 bits, together all 31.
 DIGIT_SHIFTS = (20, 10, 0)
 DIGIT_BINS = 2048
-# Two running counts over a tile: with eight warps 16 to 24 bytes of stack on sm_90.
-WRITE_WARPS = 16
 
 # Places in `state` besides those of `listing`, one of each for every pass over the digits: upper
 # bits of the threshold so far (-1: fewer candidates than the quota); winners among what matches.
@@ -295,7 +293,6 @@ def cut(
             )  # fmt: skip
         options["PROGRAMS"] = NUM_PROGRAMS
         count_kernel[grid](*opening, digits, counts, eps, **options)
-        options["num_warps"] = WRITE_WARPS
         write_kernel[grid](
             *opening, digits, counts, new_tensor, new_position, new_count, threshold, eps, **options
         )

@@ -34,7 +34,8 @@ NUM_PROGRAMS = 512
 # The upper 12 bits of a key: the exponent and four bits of the fraction, so that a bin is 6% wide.
 FLOOR_SHIFT = tl.constexpr(19)
 BINS = 4096
-OPEN_WARPS = 8
+# Eight entries of a tile a thread: with sixteen, the kernels that write and sample had a stack.
+OPEN_WARPS = 16
 
 # Places in `state`, int64, which `cut` continues.
 QUOTA = tl.constexpr(0)
