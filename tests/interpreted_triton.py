@@ -24,6 +24,7 @@ Faults planted by hand, once each, and what failed:
     cut: scores as they are, without noise          test_rank_and_the_cut_after_it[missing-..]
     append: old entries one place off               test_append, 5 tests
     update: age one too small                       test_update, 4 tests
+    update: gradient 1e-5 too great                 test_update[edges], by the tolerance rule
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ one, as the others differ in a few arithmetic operations (all were compiled for 
 Faults planted by hand, once each, before variants came from the launchers: `/` for tl.div_rn in
 exp = 2 failed all seven kernels of that exponent; tl.fma in exp = -1 failed both that were compiled
 with it (test_scores_are_correctly_rounded). Either in the logarithm of the noise failed all four
-kernels that draw it (test_noise_is_correctly_rounded). Opened tiles read 16 bytes at a time failed
-`digit_kernel` and `write_kernel` in test_keys_are_worked_out_once, and by their stack.
+kernels that draw it (test_noise_is_correctly_rounded). Planted later: opened tiles read 16 bytes at
+a time failed `digit_kernel` and `write_kernel` in test_keys_are_worked_out_once.
 """
 
 from __future__ import annotations

@@ -104,7 +104,8 @@ def open_tile(
 ):
     """Keys of all entries of a tile (0 where active), its tensor, and its first position.
 
-    With SAMPLES gradients stand for scores, noise is in the keys, and EXP is 0.
+    With SAMPLES gradients stand for scores, noise is in the keys, and EXP is 0. LOAD is `load_run`
+    where nothing is scattered afterwards.
     """
     tensor = tl.load(tile_tensor_ptr + tile_index)
     row_ptr = table_ptr + tensor * COLUMNS
