@@ -111,6 +111,8 @@ def _two_steps(
 
     try:
         allocated = allocations.of_call(run, device)
+    except torch.OutOfMemoryError:
+        return {"failed": "memory does not hold it"}
     except RuntimeError as error:
         return {"failed": str(error).splitlines()[0]}
     return {"held_bytes": allocated.left, "step_peak_bytes": allocated.peak}
