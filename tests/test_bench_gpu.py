@@ -21,10 +21,12 @@ from bench import (  # noqa: E402
     gpu_report,
     gpu_subjects,
     gpu_times,
+    memory,
     plot,
     report,
     shapes,
 )
+from sparse_optim import fingerprint  # noqa: E402
 
 pytest.importorskip("sparse_optim.cpp", reason="the C++ extension has not been built")
 
@@ -257,3 +259,18 @@ def test_allocations_of_a_call_are_counted():
 )
 def test_decoders_have_the_models_size(model, entries):
     assert shapes.num_entries(shapes.MODELS[model]) == entries
+
+
+def test_subjects_are_built_without_hashing_the_base(monkeypatch):
+    """Seconds for each, at 7B."""
+
+    def hashed(tensor: torch.Tensor) -> str:
+        raise AssertionError("the base was hashed")
+
+    monkeypatch.setattr(fingerprint, "fingerprint", hashed)
+    params = shapes.make_params([(50, 20), (30,)], shapes.DTYPES["fp32"])
+    subject = gpu_subjects.our_step(params, "cpp", "clip", 64, 4, 0.0)
+    subject.prepare()
+    subject.run()
+    rows = memory.of_optimizers(params, ["cpp"], 64, 4)
+    assert not [row for row in rows if "failed" in row]
