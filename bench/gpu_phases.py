@@ -3,6 +3,22 @@
 A phase is a command with a time limit: a kernel that crashes or hangs loses its own phase alone.
 Measuring phases call this module back (`python -m bench.gpu_phases NAME FILE`) and write their
 records to a file, a line each.
+
+Will it fit? Reckoned, not measured, for an H200 (4 TB/s) and, in brackets, an A6000 (0.65 TB/s, 48
+GB). A process takes 8 s to start. A subject is called 20 times: 0.3 s for the device's head starts,
+0.4 s to build ours, and 20 times what it moves, in multiples of the parameters' bytes P: ours 1.1,
+fused AdamW 7, 10 and 12 in its three modes, foreach about 20, 23 and 25. One `steps` phase (10 of
+ours, 6 of AdamW, the read) is then 8 + 17 * 0.3 + 10 * 0.4 s, 2200 P of traffic, and memory:
+
+    build 60, tests cuda 50, tests triton 120 (guessed); bandwidth 12           242 s (242 s)
+    steps and stages 7B bf16, P = 13.5 GB     27 + 27 s (AdamW: no memory, 25 + 50)  296 s (317 s)
+    steps DeBERTa fp32, 1B bf16               18 + 20 s (20 + 27)               334 s (364 s)
+    memcheck 60 (guessed), factors 25 (35)                                      419 s (459 s)
+    racecheck 60 (guessed)                                                      479 s (519 s)
+
+So what the goals need fits 8 minutes, and the rest about does on an H200; from `stages 1B` on all
+may be left out, which takes 3 to 6 minutes more (--minutes 15). An A6000 has no room for steps of
+7B in fp32 (54 GB of parameters and gradients), nor for AdamW on 7B in bf16 (54 GB): both are told.
 """
 
 from __future__ import annotations
@@ -18,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bench import gpu_subjects, memory
 from bench.clocks import Clock, clock_of
@@ -62,6 +79,15 @@ class Phase:
     only: str = ""
     tool: str = ""
 
+    @property
+    def least_bytes(self) -> int:
+        """Device memory of the parameters, their gradients, and the largest as it is drawn."""
+        if self.cell is None:
+            return 0
+        shapes = MODELS[self.cell.model]
+        largest = max(num_entries([shape]) for shape in shapes)
+        return 2 * DTYPES[self.cell.dtype].itemsize * num_entries(shapes) + 4 * largest
+
 
 ONE, SMALL, LARGE = "Llama-3.2-1B", "DeBERTa-base", "Llama-7B"
 CENTRE = Cell(ONE, "bf16")
@@ -69,19 +95,19 @@ CENTRE = Cell(ONE, "bf16")
 PHASES = (
     Phase("build", "build", 150),
     Phase("tests cuda", "tests", 120, only="cuda"),
-    Phase("tests triton", "tests", 180, only="triton"),  # some eighty kernels to compile
+    Phase("tests triton", "tests", 150, only="triton"),  # some eighty kernels to compile
     Phase("bandwidth", "bandwidth", 30),
-    Phase("steps 1B bf16", "steps", 60, CENTRE),
-    Phase("steps DeBERTa fp32", "steps", 40, Cell(SMALL, "fp32", 320_000)),
-    Phase("memcheck", "sanitizer", 90, tool="memcheck"),
     Phase("steps 7B bf16", "steps", 60, Cell(LARGE, "bf16")),
     Phase("stages 7B bf16", "stages", 60, Cell(LARGE, "bf16")),
-    Phase("stages 1B bf16", "stages", 30, CENTRE),
+    Phase("steps DeBERTa fp32", "steps", 40, Cell(SMALL, "fp32", 320_000)),
+    Phase("steps 1B bf16", "steps", 60, CENTRE),
+    Phase("memcheck", "sanitizer", 90, tool="memcheck"),
     Phase("factors 1B bf16", "factors", 60, CENTRE),
+    Phase("racecheck", "sanitizer", 90, tool="racecheck"),
+    Phase("stages 1B bf16", "stages", 30, CENTRE),
     Phase("steps DeBERTa bf16", "steps", 40, Cell(SMALL, "bf16", 320_000)),
     Phase("steps 1B fp32", "steps", 60, Cell(ONE, "fp32")),
     Phase("stages DeBERTa fp32", "stages", 30, Cell(SMALL, "fp32", 320_000)),
-    Phase("racecheck", "sanitizer", 90, tool="racecheck"),
     Phase("synccheck", "sanitizer", 90, tool="synccheck"),
     Phase("tests reference", "tests", 90, only="not cuda and not triton"),
     Phase("steps 7B fp32", "steps", 90, Cell(LARGE, "fp32")),
@@ -100,13 +126,31 @@ DRY_PHASES = (
 
 def our_backends(device: torch.device) -> list[str]:
     """Compiled backends that are installed for this device; the C++ one on the CPU."""
-    found = []
-    for name in ("cpp",) if device.type == "cpu" else ("cuda", "triton"):
+    absent = absent_backends(device)
+    return [name for name in _compiled(device) if name not in absent]
+
+
+def absent_backends(device: torch.device) -> dict[str, str]:
+    """The others, and why."""
+    absent = {}
+    for name in _compiled(device):
         try:
-            found.append(backends.resolve(name, device))
+            backends.resolve(name, device)
         except RuntimeError as error:
-            print(f"{name}: {error}")
-    return found
+            absent[name] = str(error)
+    return absent
+
+
+def _compiled(device: torch.device) -> tuple[str, ...]:
+    return ("cpp",) if device.type == "cpu" else ("cuda", "triton")
+
+
+def _ours(
+    params: list[Tensor], backend: str, mode: str, budget: int, quota: int, exp: float
+) -> gpu_subjects.Builder:
+    labels = {"name": backend, "mode": mode, "budget": budget, "quota": quota, "exp": exp}
+    make = partial(gpu_subjects.our_step, params, backend, mode, budget, quota, exp)
+    return gpu_subjects.Builder(labels, make)
 
 
 def timed(builders: Iterator[gpu_subjects.Builder], clock: Clock) -> Records:
@@ -114,8 +158,11 @@ def timed(builders: Iterator[gpu_subjects.Builder], clock: Clock) -> Records:
     for build in builders:
         try:
             yield from interleave([build()], ROUNDS, WARMUP, clock)
+        except torch.OutOfMemoryError:
+            yield {**build.labels, "failed": "memory does not hold it"}
         except Exception as error:  # whatever a compiler, a driver or a kernel raises
-            yield {"failed": (str(error).splitlines() or [type(error).__name__])[0]}
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            yield {**build.labels, "failed": reason}
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -136,8 +183,7 @@ def steps(cell: Cell, device: torch.device) -> Records:
     def ours(backend: str) -> Iterator[gpu_subjects.Builder]:
         for mode in modes:
             for exp in exps if mode == "clip" else exps[:1]:
-                yield partial(gpu_subjects.our_step, params, backend, mode, cell.budget,
-                              cell.quota, exp)  # fmt: skip
+                yield _ours(params, backend, mode, cell.budget, cell.quota, exp)
 
     def subjects() -> Iterator[gpu_subjects.Builder]:
         names = our_backends(device)
@@ -149,6 +195,8 @@ def steps(cell: Cell, device: torch.device) -> Records:
             yield from ours(name)
 
     yield from timed(subjects(), clock_of(device))
+    absent = absent_backends(device) | gpu_subjects.absent_kinds()
+    yield from ({"name": name, "absent": reason} for name, reason in absent.items())
     yield from memory.of_optimizers(params, our_backends(device), cell.budget, cell.quota)
 
 
@@ -170,7 +218,7 @@ def factors(cell: Cell, device: torch.device) -> Records:
     settings = [(budget, cell.quota) for budget in budgets if budget < entries]
     settings += [(cell.budget, quota) for quota in quotas if quota < cell.budget]
     builders = (
-        partial(gpu_subjects.our_step, params, backend, "clip", budget, quota, cell.exp)
+        _ours(params, backend, "clip", budget, quota, cell.exp)
         for backend in our_backends(device)
         for budget, quota in dict.fromkeys(settings)
     )

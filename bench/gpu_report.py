@@ -167,12 +167,13 @@ def failures(data: dict[str, Any]) -> str:
         for phase in data["phases"]
         if phase["status"] != "ok"
     ]
-    lines += [
-        f"- {each.get('model', '')} {each.get('dtype', '')} {each['kind']}: {each['failed']}"
-        for each in data["records"]
-        if "failed" in each
-    ]
-    return "\n".join(lines)
+    for each in data["records"]:
+        if "failed" in each:
+            labels = (each.get(key) for key in ("model", "dtype", "kind", "name"))
+            lines.append(f"- {' '.join(filter(None, labels))}: {each['failed']}")
+        if "absent" in each:
+            lines.append(f"- {each['name']}: {each['absent']}")
+    return "\n".join(dict.fromkeys(lines))
 
 
 def _sections(parts: Sequence[tuple[str, str]]) -> str:

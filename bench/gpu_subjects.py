@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +27,21 @@ MODES = ("alone", "clip", "scaler")
 STAGES = ("bind", "scan", "cut", "append", "update")
 NEVER_REACHED = 1e9  # norm to clip to: torch multiplies the gradients by 1 all the same
 
-Builder = Callable[[], Subject]
+EIGHT_BIT = (
+    ("bitsandbytes 8-bit", "bitsandbytes.optim", "AdamW8bit"),
+    ("torchao 8-bit", "torchao.optim", "AdamW8bit"),
+)
+
+
+@dataclass(frozen=True)
+class Builder:
+    """Makes a subject when called; the labels tell which, if it cannot be made or timed."""
+
+    labels: dict[str, Any]
+    make: Callable[[], Subject]
+
+    def __call__(self) -> Subject:
+        return self.make()
 
 
 def bandwidth(device: torch.device, size: int) -> Iterator[Builder]:
@@ -39,10 +55,12 @@ def bandwidth(device: torch.device, size: int) -> Iterator[Builder]:
         source = torch.zeros(size // 4, device=device).view(dtype)
         return Subject({"name": "read", "by": by}, lambda: reduce(source), moved_bytes=size)
 
-    yield copy
-    yield partial(read, "torch.sum", torch.sum, torch.float32)
-    yield partial(read, "torch.max", torch.max, torch.int32)
-    yield partial(read, "torch.linalg.vector_norm", torch.linalg.vector_norm, torch.float32)
+    norm = torch.linalg.vector_norm
+    yield Builder({"name": "copy"}, copy)
+    for by, reduce, dtype in (("torch.sum", torch.sum, torch.float32),
+                              ("torch.max", torch.max, torch.int32),
+                              ("torch.linalg.vector_norm", norm, torch.float32)):  # fmt: skip
+        yield Builder({"name": "read", "by": by}, partial(read, by, reduce, dtype))
 
 
 def gradient_reads(params: Sequence[Tensor]) -> Iterator[Builder]:
@@ -50,10 +68,9 @@ def gradient_reads(params: Sequence[Tensor]) -> Iterator[Builder]:
     grads = grads_of(list(params))
     floats = [_words(grad).view(torch.float32) for grad in grads]
     size = sum(grad.nbytes for grad in grads)
-    yield lambda: Subject(
-        {"name": "read", "by": "torch._foreach_norm"},
-        lambda: torch._foreach_norm(floats),
-        moved_bytes=size,
+    labels = {"name": "read", "by": "torch._foreach_norm"}
+    yield Builder(
+        labels, lambda: Subject(labels, lambda: torch._foreach_norm(floats), moved_bytes=size)
     )
 
 
@@ -70,16 +87,25 @@ def adamw_kinds(params: Sequence[Tensor]) -> dict[str, Callable[[], torch.optim.
         "fused": lambda: torch.optim.AdamW(params, lr=LR, fused=True),
         "foreach": lambda: torch.optim.AdamW(params, lr=LR, foreach=True),
     }
-    for name, module, attribute in (
-        ("bitsandbytes 8-bit", "bitsandbytes.optim", "AdamW8bit"),
-        ("torchao 8-bit", "torchao.optim", "AdamW8bit"),
-    ):
-        try:
-            found = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError, OSError):
-            continue
-        kinds[name] = partial(found, params, lr=LR)
+    for name, module, attribute in EIGHT_BIT:
+        found = _imported(module, attribute)
+        if not isinstance(found, str):
+            kinds[name] = partial(found, params, lr=LR)
     return kinds
+
+
+def absent_kinds() -> dict[str, str]:
+    """8-bit AdamWs that are not importable, and why."""
+    found = {name: _imported(module, attribute) for name, module, attribute in EIGHT_BIT}
+    return {name: reason for name, reason in found.items() if isinstance(reason, str)}
+
+
+def _imported(module: str, attribute: str) -> Any:
+    """What a module holds; a line that says why it cannot be had, if it cannot."""
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # whatever a module without its libraries raises
+        return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def baselines(params: Sequence[Tensor]) -> Iterator[Builder]:
@@ -101,7 +127,7 @@ def baselines(params: Sequence[Tensor]) -> Iterator[Builder]:
 
     for name, make in adamw_kinds(params).items():
         for mode in MODES:
-            yield partial(build, name, make, mode)
+            yield Builder({"name": name, "mode": mode}, partial(build, name, make, mode))
 
 
 def _clipped_step(
@@ -230,4 +256,4 @@ def stages(
         return Subject({"name": backend, **labels}, partial(call, stage), moved, prepare)
 
     for stage in STAGES:
-        yield partial(build, stage)
+        yield Builder({"name": backend, "exp": exp, "stage": stage}, partial(build, stage))

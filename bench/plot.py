@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from bench import gpu_report
 from bench.gpu_times import over_read, select
 from bench.results import Results
 from bench.shapes import MODELS, num_entries
+from bench.tables import count
 
 # Okabe and Ito's colours: told apart with every kind of colour blindness, and by lightness.
 CLIPPED, FUSED, LARGE, SMALL = "#BBBBBB", "#777777", "#56B4E9", "#0072B2"
@@ -66,19 +68,19 @@ def _bars(results: Results, model: str, dtype: str) -> list[tuple[str, float, bo
     colors = [SMALL, LARGE]
     for color, budget in sorted(zip(colors, settings["budgets"], strict=False), reverse=True):
         labels: dict[str, Any] = {"budget": budget, "quota": _quota(results)}
-        slowest = max(
-            results.ratio(model, dtype, "read", "ours", exp=exp, **labels)
-            for exp in settings["exps"]
-        )
+        exp = results.slowest_exp(model, dtype, **labels)  # as the tables choose it
+        slowest = results.ratio(model, dtype, "read", "ours", exp=exp, **labels)
         bars.append((color, slowest, True))
     return bars
 
 
-def _group(axis: Any, bars: list[tuple[str, float, bool]], top: float) -> None:
+def _group(
+    axis: Any, bars: list[tuple[str, float, bool]], top: float, starred: Container[int] = ()
+) -> None:
     for offset, (color, length, ours) in enumerate(bars):
         axis.barh(top + offset, length, height=BAR, color=color, zorder=2)
         axis.annotate(
-            f"{length:.1f}" if length >= 9.95 else f"{length:.2f}",
+            (f"{length:.1f}" if length >= 9.95 else f"{length:.2f}") + "*" * (offset in starred),
             (length, top + offset), xytext=(4, 0), textcoords="offset points", va="center",
             fontsize=9, color=SMALL if ours else FAINT, fontweight="bold" if ours else "normal",
         )  # fmt: skip
@@ -131,7 +133,7 @@ def draw_gpu(data: dict[str, Any], path: Path) -> None:
         ValueError: the file has no times of steps.
     """
     cells = gpu_report.cells(data, "steps")
-    dtypes = list(dict.fromkeys(dtype for _, dtype in cells))
+    dtypes = [dtype for dtype in DTYPE_NAMES if dtype in {each for _, each in cells}]
     if not cells:
         raise ValueError("the file has no times of steps to draw; record it with make gpu-report")
     rows = max(sum(dtype == each for _, dtype in cells) for each in dtypes)
@@ -141,7 +143,7 @@ def draw_gpu(data: dict[str, Any], path: Path) -> None:
     )  # fmt: skip
     drawn: dict[str, str] = {}
     for axis, dtype in zip(axes[0], dtypes, strict=True):
-        models = [model for model, each in cells if each == dtype]
+        models = sorted((model for model, each in cells if each == dtype), key=_entries)
         drawn |= _gpu_panel(axis, data, models, dtype)
         _dress(axis, dtype)
         axis.invert_yaxis()
@@ -154,19 +156,26 @@ def draw_gpu(data: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def _entries(model: str) -> int:
+    return num_entries(MODELS[model])
+
+
 def _gpu_panel(axis: Any, data: dict[str, Any], models: list[str], dtype: str) -> dict[str, str]:
     """Draw the models of a dtype; label -> colour of the bars that were measured."""
-    drawn, ticks, top = {}, [], 0.0
+    drawn, titles, ticks, top = {}, [], [], 0.0
     for model in models:
-        bars = []
+        bars, starred, budget = [], set(), 0
         for label, color, ours, labels in GPU_BARS:
             found = select(data, "steps", model=model, dtype=dtype, **labels)
             if found:
+                budget = found[0].get("budget", budget)
+                if "unscale" in found[0]:
+                    starred.add(len(bars))
                 bars.append((color, max(over_read(data, each) for each in found), ours))
                 drawn[label] = color
-        _group(axis, bars, top)
+        _group(axis, bars, top, starred)
+        titles.append(f"{model}\n{_entries(model) / 1e6:,.0f}M, B = {count(budget)}")
         ticks.append(top + (len(bars) - 1) / 2)
         top += len(bars) + 1.1
-    titles = [f"{model}\n{num_entries(MODELS[model]) / 1e6:,.0f}M" for model in models]
     axis.set_yticks(ticks, titles)
     return drawn

@@ -60,20 +60,12 @@ def steps_table(results: Results, dtype: str, quotas: Sequence[int]) -> str:
         for budget in settings["budgets"]:
             for quota in quotas:
                 labels = {"budget": budget, "quota": quota}
-                exp = _slowest_exp(results, model, dtype, labels)
+                exp = results.slowest_exp(model, dtype, **labels)
                 rows.append([f"{model}, B = {count(budget)}, k = {quota}",
                              *_step_cells(results, model, dtype, exp=exp, **labels)])  # fmt: skip
     header = ["our step, clipping included", "ms", "quartiles", "/ fused AdamW",
               "/ clip + fused", "/ read"]  # fmt: skip
     return table(header, rows)
-
-
-def _slowest_exp(results: Results, model: str, dtype: str, labels: dict[str, int]) -> float:
-    times = {
-        exp: results.time(model, dtype, "ours", exp=exp, **labels)
-        for exp in results.data["settings"]["exps"]
-    }
-    return max(times, key=lambda exp: times[exp])
 
 
 def _step_cells(results: Results, model: str, dtype: str, **labels: float) -> list[str]:

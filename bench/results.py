@@ -97,6 +97,11 @@ class Results:
         """Microseconds: median over runs of the medians of rounds."""
         return self.over_runs(model, dtype, lambda run: time_us(run, name, **labels))
 
+    def slowest_exp(self, model: str, dtype: str, **labels: Any) -> float:
+        """The exp with which our step took longest."""
+        exps: list[float] = self.data["settings"]["exps"]
+        return max(exps, key=lambda exp: self.time(model, dtype, "ours", exp=exp, **labels))
+
     def ratio(self, model: str, dtype: str, baseline: str, name: str, **labels: Any) -> float:
         """Time of a subject over time of a baseline in the same run; median over runs."""
         return self.over_runs(

@@ -7,6 +7,8 @@ differ between tensors by an order of magnitude.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -101,8 +103,13 @@ def grads_of(params: list[Tensor]) -> list[Tensor]:
 
 def random_positions(shapes: list[Shape], count: int, seed: int = 1) -> list[Tensor]:
     """`count` distinct entries, uniform over all tensors: ascending flat positions of each."""
+    return _random_positions(tuple(shapes), count, seed)
+
+
+@lru_cache(maxsize=2)  # drawing 17 million takes seconds, and many subjects want the same
+def _random_positions(shapes: tuple[Shape, ...], count: int, seed: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    total = num_entries(shapes)
+    total = num_entries(list(shapes))
     if count > total // 2:
         chosen = torch.randperm(total, generator=generator)[:count]
     else:

@@ -76,12 +76,12 @@ def extend(optimizer: MaskedAdamW, budget: int | float | None, total_steps: int 
     if entries < num_active:
         raise ValueError(f"budget {entries} is below the {num_active} entries already active")
     optimizer._check_idle("extend()")
-    reallocate(optimizer, selection.targets(entries), entries)
+    reallocate(optimizer, selection.targets(entries), moved(optimizer, entries))
     optimizer.selection = selection
 
 
-def reallocate(optimizer: MaskedAdamW, targets: Tensor, capacity: int) -> None:
-    """Adopt a schedule table; move the active set into buffers for another pool or capacity."""
+def moved(optimizer: MaskedAdamW, capacity: int) -> ActiveSet:
+    """The active entries, copied into buffers for the pool at hand or another capacity."""
     pool, active = optimizer._pool, optimizer._active
     segments = [active.segment(index) for index in range(len(pool))]
     for param, segment in zip(pool, segments, strict=True):
@@ -89,10 +89,15 @@ def reallocate(optimizer: MaskedAdamW, targets: Tensor, capacity: int) -> None:
         segment.setdefault("master", values.float())
     grown = ActiveSet.empty(pool, capacity, optimizer._device)
     grown.fill(segments, active.progress)
+    return grown
+
+
+def reallocate(optimizer: MaskedAdamW, targets: Tensor, active: ActiveSet) -> None:
+    """Adopt a schedule table and an active set; out of memory, all stays as it was."""
     before = dict(vars(optimizer))
     try:
-        optimizer._active, optimizer._targets = grown, targets.to(optimizer._device)
+        optimizer._active, optimizer._targets = active, targets.to(optimizer._device)
         allocate(optimizer)
-    except BaseException:  # out of memory: the optimizer goes on as it was
+    except BaseException:
         vars(optimizer).update(before)
         raise

@@ -7,6 +7,7 @@ state is taken out before torch sees the rest.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sparse_optim import buffers
-from sparse_optim.active_set import ENTRY_FIELDS, Touched
+from sparse_optim.active_set import ENTRY_FIELDS, ActiveSet, Touched
 from sparse_optim.fingerprint import BaseFingerprints
 
 if TYPE_CHECKING:
@@ -91,6 +92,24 @@ def split(
     return {UNMASK: state[UNMASK], "segments": segments}, {**state_dict, "state": rest}
 
 
+def load(
+    optimizer: MaskedAdamW, state_dict: dict[str, Any], load_torchs: Callable[[Any], None]
+) -> None:
+    """Adopt a checkpoint as a whole, or, where it does not fit or memory runs out, nothing of it.
+
+    Args:
+        load_torchs: `torch.optim.Optimizer.load_state_dict`, for groups and dense parameters.
+    """
+    ours, torchs = split(optimizer, state_dict)
+    before = dict(vars(optimizer))
+    try:
+        load_torchs(torchs)
+        unpack(optimizer, ours)
+    except BaseException:
+        vars(optimizer).update(before)
+        raise
+
+
 def unpack(optimizer: MaskedAdamW, ours: dict[str, Any]) -> None:
     """Adopt what `split` checked."""
     unmask, before = ours[UNMASK], optimizer._targets
@@ -101,10 +120,15 @@ def unpack(optimizer: MaskedAdamW, ours: dict[str, Any]) -> None:
             "(budget %d, %d steps); extend() changes it",
             capacity, targets.numel() - 1, int(before[-1]), before.numel() - 1,
         )  # fmt: skip
-    buffers.reallocate(optimizer, targets.clone(), capacity)
-    optimizer._active.fill(ours["segments"], unmask["progress"])
+    # Whatever can run out of memory comes first.
+    loaded = ActiveSet.empty(optimizer._pool, capacity, optimizer._device)
+    loaded.fill(ours["segments"], unmask["progress"])
+    master, touched = loaded.master.clone(), optimizer._touched
     if "touched" in unmask:
-        optimizer._touched = Touched(unmask["touched"].to(optimizer._device, copy=True))
+        touched = Touched(unmask["touched"].to(optimizer._device, copy=True))
+    buffers.reallocate(optimizer, targets.clone(), loaded)
+    loaded.master.copy_(master)  # the parameters that it was compared with may be yet to be loaded
+    optimizer._touched = touched
     optimizer._work.threshold.copy_(unmask["threshold"])
     if unmask["fingerprints"]:  # else no step had been taken: the base is what is here then
         optimizer._base = BaseFingerprints(unmask["fingerprints"])

@@ -23,6 +23,7 @@ from sparse_optim.parameters import (
     check_new_group,
     check_rejected,
     check_together,
+    found_gradients,
     normalize_group,
     readable_grads,
 )
@@ -47,8 +48,7 @@ class MaskedAdamW(torch.optim.Optimizer):
             "all": trained densely as by torch.optim.AdamW, outside the budget (a fresh head);
             "none": stays frozen, and counts in no norm.
         lr: float or one-element tensor, parameter units per step.
-        betas, eps, weight_decay: as in torch.optim.AdamW.
-        amsgrad, differentiable: only False.
+        betas, eps, weight_decay: as in torch.optim.AdamW; amsgrad, differentiable: only False.
         importance: ranks the entries: `D3`, another of `sparse_optim.importance`, or a function of
             (name, param, grad). Only D3 is ranked without a pass and scores of its own.
         selection: `Increment`, `Static`, `Repeat` or `Stochastic`.
@@ -63,8 +63,7 @@ class MaskedAdamW(torch.optim.Optimizer):
             parameters on a CUDA device and a backend that never waits for it ("cuda", "triton").
             Take a step before the capture. A replay reads an lr that is a tensor on the device;
             other hyper-parameters stay. The schedule of unmasking goes on.
-        foreach, fused: accepted so that AdamW's arguments can stay as they are; the step is always
-            fused.
+        foreach, fused: accepted as arguments of AdamW; the step is always fused.
         fuse_backward: take each gradient when the backward pass has produced it, and free it: no
             gradient buffer (see `sparse_optim.in_backward`). `clip_grad_norm_` then sees no
             gradients, clips nothing and returns 0: clip by `max_grad_norm` (`math.inf` says that
@@ -79,6 +78,7 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     _step_supports_amp_scaling = True
     _in_backward: InBackward | None = None
+    _steps_without_gradients: int | None = 0
     _work: WorkSpace  # this and those below are set by `buffers.allocate`
     _ranking: Ranking
     _spare: ActiveSet
@@ -169,7 +169,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         else:
             bound, grads = bind_grads(self._ops.bind, self._pool, self._names, self._work.table)
         dense_grads = readable_grads(self._dense, self._dense_names)
-        if not any(grad.numel() for grad in grads + dense_grads):
+        if not found_gradients(self, grads + dense_grads):
             if fused:
                 fused.discard()
             return loss
@@ -269,7 +269,8 @@ class MaskedAdamW(torch.optim.Optimizer):
             self._index_params()
             if hasattr(self, "_active"):
                 base = self._base.extended(self._pool)
-                buffers.reallocate(self, self._targets, self._active.position.numel())
+                grown = buffers.moved(self, self._active.position.numel())
+                buffers.reallocate(self, self._targets, grown)
                 self._base = base
         except BaseException:  # out of memory, too
             self.param_groups.pop()
@@ -344,12 +345,11 @@ class MaskedAdamW(torch.optim.Optimizer):
         """Resume bit for bit. The checkpoint's budget and schedule win; `extend` changes them.
 
         Raises:
-            ValueError: the state does not fit these parameters; the optimizer is then unchanged.
+            ValueError: the state does not fit these parameters; the optimizer is then unchanged,
+                as it is when memory runs out.
         """
         self._check_idle("load_state_dict()")
-        ours, torchs = checkpoint.split(self, state_dict)
-        super().load_state_dict(torchs)
-        checkpoint.unpack(self, ours)
+        checkpoint.load(self, state_dict, super().load_state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         """What copy.deepcopy and pickle keep: torch's own state, and ours."""

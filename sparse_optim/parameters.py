@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -18,6 +19,7 @@ SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # One tensor's positions are int32, the pool's global indices 33 bits.
 MAX_TENSOR_ENTRIES = 2**31 - 1
 MAX_POOL_ENTRIES = 2**33 - 1
+STEPS_WITHOUT_GRADIENTS = 10  # the first so many, and a warning comes
 
 
 def normalize_group(group: dict[str, Any]) -> dict[str, Any]:
@@ -229,7 +231,31 @@ def readable_grads(params: Sequence[Tensor], names: Sequence[str]) -> list[Tenso
         if grad.shape != param.shape or grad.device != param.device:
             raise ValueError(
                 f"the gradient of {describe(param, name)} on {param.device} has shape "
-                f"{tuple(grad.shape)} on {grad.device}"
+                f"{tuple(grad.shape)} on {grad.device}; it must have the parameter's own"
             )
         grads.append(grad if grad.is_contiguous() else grad.contiguous())
     return grads
+
+
+def found_gradients(optimizer: Any, grads: Sequence[Tensor]) -> bool:
+    """Whether this step has any gradient.
+
+    torch.optim says nothing where there is none, and a few steps may have reasons. A long row from
+    the very first step on has hardly any: one warning then names the usual ones.
+    """
+    count = optimizer._steps_without_gradients  # None: there have been some
+    if any(grad.numel() for grad in grads):
+        optimizer._steps_without_gradients = None
+        return True
+    if count is not None:
+        optimizer._steps_without_gradients = count + 1
+        if count + 1 == STEPS_WITHOUT_GRADIENTS:
+            warnings.warn(
+                f"no parameter has had a gradient in the first {count + 1} steps: nothing is "
+                "trained. Is backward() called before step(), and zero_grad() after it? Does the "
+                "optimizer hold the model's parameters? What replaces them (fully_shard, a new "
+                "model) must come before the optimizer is built",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+    return False

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,17 +15,18 @@ sys.path.insert(0, str(ROOT))  # bench is not part of the installed package
 from bench import (  # noqa: E402
     allocations,
     clocks,
-    environment,
     gpu,
     gpu_goals,
     gpu_phases,
     gpu_report,
     gpu_subjects,
     gpu_times,
+    memory,
     plot,
     report,
     shapes,
 )
+from sparse_optim import fingerprint  # noqa: E402
 
 pytest.importorskip("sparse_optim.cpp", reason="the C++ extension has not been built")
 
@@ -93,7 +92,7 @@ def test_tables_show_what_was_measured(data):
     assert "tiny bf16, cpp, exp = 2" in text
     assert "tiny bf16, cpp, B = 4K, k = 32" in text
     assert "dry run on" in text
-    assert "Not measured" not in text
+    assert gpu_report.failures({**data, "records": gpu_times.select(data, "steps")}) == ""
     read = next(each for each in gpu_times.select(data, "steps") if each["name"] == "read")
     assert f"| tiny bf16, read | {gpu_times.median_ms(read):.3f} |" in text
 
@@ -233,113 +232,14 @@ def test_reports_have_a_gpu_part_once_there_is_a_file(data, tmp_path):
     assert "2000-01-01" in section
 
 
-def test_phases_that_fail_or_do_not_fit_are_told(tmp_path, monkeypatch):
-    lines = {
-        "dies": "import os; print('last words', flush=True); os._exit(3)",
-        "hangs": "import time; time.sleep(60)",
-        "works": "pass",
-    }
-
-    def command(phase: gpu_phases.Phase, *_: object) -> list[str] | None:
-        return [sys.executable, "-c", lines[phase.name]] if phase.name in lines else None
-
-    monkeypatch.setattr(gpu, "command", command)
-    phases = tuple(gpu_phases.Phase(name, "x", limit) for name, limit in
-                   (("dies", 20), ("hangs", 0.5), ("no tool", 20), ("works", 20)))  # fmt: skip
-    path = tmp_path / "file.json"
-    found = gpu.measure(phases, path, 1.0, dry=True)
-    assert [phase["status"] for phase in found["phases"]] == [
-        "failed with exit status 3", "stopped after 0 s",
-        "left out: compute-sanitizer is not installed", "ok",
-    ]  # fmt: skip
-    assert "last words" in found["phases"][0]["output"]
-    assert json.loads(path.read_text())["phases"] == found["phases"]
-    assert "- dies: failed with exit status 3" in gpu_report.failures(found)
-    late = gpu.measure(phases, path, gpu.LEAST_S / 61, dry=True)
-    assert {phase["status"] for phase in late["phases"]} == {"left out: no time"}
-
-
-def test_records_of_a_phase_that_dies_are_kept(monkeypatch):
-    """All but half a line."""
-    lines = '{"us": [1]}\\n{"us": [2'
-    script = f"import sys, os; open(sys.argv[1], 'w').write('{lines}'); os._exit(1)"
-    monkeypatch.setattr(
-        gpu, "command", lambda phase, path, dry: [sys.executable, "-c", script, str(path)]
-    )
-    report, records = gpu.run_phase(gpu_phases.Phase("a", "steps", 20), 60, dry=True)
-    assert report["status"] == "failed with exit status 1"
-    assert records == [{"us": [1]}]
-
-
-def test_what_a_stopped_phase_has_started_ends_with_it(tmp_path, monkeypatch):
-    """compute-sanitizer, for one, leaves the tests running when it is killed."""
-    child = "import time, sys, pathlib; time.sleep(3); pathlib.Path(sys.argv[1]).touch()"
-    parent = (
-        f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}, *sys.argv[1:]])"
-    )
-    monkeypatch.setattr(
-        gpu, "command", lambda *_: [sys.executable, "-c", parent, str(tmp_path / "survived")]
-    )
-    report, _ = gpu.run_phase(gpu_phases.Phase("a", "x", 1.0), 60, dry=True)
-    assert report["status"] == "stopped after 1 s"
-    time.sleep(3)
-    assert not (tmp_path / "survived").exists()
-
-
-def test_skipped_tests_do_not_count_as_passed(monkeypatch):
-    for words, status in (("7 skipped in 1s", "left out: every test was skipped"),
-                          ("7 passed, 1 skipped in 1s", "ok")):  # fmt: skip
-        line = [sys.executable, "-c", f"print('dots'); print({words!r})"]
-        monkeypatch.setattr(gpu, "command", lambda *_, line=line: line)
-        report, _ = gpu.run_phase(gpu_phases.Phase("a", "tests", 20), 60, dry=True)
-        assert (report["status"], report["summary"]) == (status, words)
-
-
-def test_long_output_keeps_its_ends():
-    text = "first failure" + 100_000 * "." + "summary"
-    kept = gpu._ends(text)
-    assert kept.startswith("first failure")
-    assert kept.endswith("summary")
-    assert len(kept) < gpu.OUTPUT_CHARACTERS + 20
-    assert gpu._ends("short") == "short"
-
-
-def test_variables_of_the_phases(monkeypatch):
-    monkeypatch.setattr(gpu, "card", lambda: {"capability": "9.0"})
-    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
-    build = gpu.environment_of(gpu_phases.PHASES[0], dry=False)
-    assert build["SPARSE_OPTIM_CUDA"] == "1"  # without nvcc the build fails, and is told
-    assert build["TORCH_CUDA_ARCH_LIST"] == "9.0"
-    memcheck = next(phase for phase in gpu_phases.PHASES if phase.tool == "memcheck")
-    assert gpu.environment_of(memcheck, dry=False)["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
-
-
-def test_without_git_there_is_no_commit(monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    assert environment._git("rev-parse", "HEAD") == ""
-
-
-def test_commands_of_the_phases():
-    for phases, dry in ((gpu_phases.PHASES, False), (gpu_phases.DRY_PHASES, True)):
-        assert len({phase.name for phase in phases}) == len(phases)
-        for phase in phases:
-            line = gpu.command(phase, Path("out"), dry)
-            if phase.kind == "tests":
-                assert line[line.index("-k") + 1] == phase.only
-                assert ("--dry-gpu" in line) == dry
-            if phase.kind in gpu_phases.MEASURE:
-                assert line[-2:] == [phase.name, "out"]
-                assert phase.cell is None or phase.cell.model in shapes.MODELS
-
-
-def test_a_measuring_phase_runs_as_a_process(tmp_path):
-    phase = next(phase for phase in gpu_phases.DRY_PHASES if phase.kind == "bandwidth")
-    line = gpu.command(phase, tmp_path / "records", dry=True)
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    records = [json.loads(each) for each in (tmp_path / "records").read_text().splitlines()]
-    assert {each["name"] for each in records} == {"copy", "read"}
-    assert all(len(each["us"]) == gpu_phases.ROUNDS for each in records)
+def test_what_is_not_measured_is_named_once(data):
+    cell = {"kind": "steps", "model": "Llama-7B", "dtype": "bf16", "name": "fused"}
+    failed = [{**cell, "mode": mode, "failed": "no memory"} for mode in ("alone", "clip")]
+    absent = [{**cell, "name": "triton", "absent": "not installed"}] * 2
+    text = gpu_report.failures({"phases": [], "records": [*failed, *absent]})
+    assert text == "- Llama-7B bf16 steps fused: no memory\n- triton: not installed"
+    peers = {each["name"]: each["absent"] for each in data["records"] if "absent" in each}
+    assert peers == gpu_subjects.absent_kinds()
 
 
 def test_allocations_of_a_call_are_counted():
@@ -354,15 +254,6 @@ def test_allocations_of_a_call_are_counted():
     assert allocated.peak == pytest.approx(8_000_000, rel=1e-3)
 
 
-def test_a_subject_that_fails_says_why():
-    def build() -> None:
-        raise RuntimeError("CUDA out of memory.\nTried to ...")
-
-    assert list(gpu_phases.timed(iter([build]), clocks.CpuClock())) == [
-        {"failed": "CUDA out of memory."}
-    ]
-
-
 @pytest.mark.parametrize(
     ("model", "entries"), [("Llama-3.2-1B", 1_235_814_400), ("Llama-7B", 6_738_415_616)]
 )
@@ -370,10 +261,16 @@ def test_decoders_have_the_models_size(model, entries):
     assert shapes.num_entries(shapes.MODELS[model]) == entries
 
 
-def test_without_a_gpu_the_report_says_what_to_do():
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.gpu"], cwd=ROOT, capture_output=True, text=True, check=False,
-        env={"CUDA_VISIBLE_DEVICES": "", "PATH": ""},
-    )  # fmt: skip
-    assert done.returncode == 1
-    assert "--dry-run tries the report on the CPU" in done.stderr
+def test_subjects_are_built_without_hashing_the_base(monkeypatch):
+    """Seconds for each, at 7B."""
+
+    def hashed(tensor: torch.Tensor) -> str:
+        raise AssertionError("the base was hashed")
+
+    monkeypatch.setattr(fingerprint, "fingerprint", hashed)
+    params = shapes.make_params([(50, 20), (30,)], shapes.DTYPES["fp32"])
+    subject = gpu_subjects.our_step(params, "cpp", "clip", 64, 4, 0.0)
+    subject.prepare()
+    subject.run()
+    rows = memory.of_optimizers(params, ["cpp"], 64, 4)
+    assert not [row for row in rows if "failed" in row]

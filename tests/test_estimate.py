@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,22 +35,44 @@ def minilm() -> str:
         pytest.skip(str(error))
 
 
-def measured(folder: str, optimizer_of, checkpointing: bool) -> allocations.Allocated:
-    """Two training steps of MiniLM, the model included."""
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The config of a small Llama whose vocabulary weighs, as in a real one: its loss does, too."""
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=12_000, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    config.architectures = ["LlamaForCausalLM"]
+    folder = tmp_path_factory.mktemp("llama")
+    config.save_pretrained(folder)
+    return str(folder)
+
+
+def measured(folder: str, optimizer_of, checkpointing: bool, dtype: str) -> allocations.Allocated:
+    """Two training steps, the model included."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     config = AutoConfig.from_pretrained(folder)
-    inputs = torch.zeros((BATCH, SEQUENCE), dtype=torch.long)
+    config.use_cache = False
+    inputs = {"input_ids": torch.zeros((BATCH, SEQUENCE), dtype=torch.long)}
+    if config.model_type == "llama":  # padded: an all-visible mask would be dropped
+        kind, inputs["labels"] = AutoModelForCausalLM, inputs["input_ids"]
+        inputs["attention_mask"] = torch.ones((BATCH, SEQUENCE), dtype=torch.long)
+        inputs["attention_mask"][0, -1] = 0
+    else:
+        kind, inputs["labels"] = AutoModelForSequenceClassification, inputs["input_ids"][:, 0]
 
     def run() -> object:
-        model = AutoModelForSequenceClassification.from_config(config).train()
+        model = kind.from_config(config, dtype=getattr(torch, dtype)).train()
         if checkpointing:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)
                 model.gradient_checkpointing_enable()
         optimizer = optimizer_of(model)
         for _ in range(2):
-            model(input_ids=inputs, labels=inputs[:, 0]).loss.backward()
+            model(**inputs).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
         return model, optimizer
@@ -70,18 +95,34 @@ OPTIMIZERS = {
 }
 
 
+CASES = [
+    *itertools.product(["decoder"], ["float32", "bfloat16"], OPTIMIZERS),
+    *itertools.product(["encoder"], ["float32"], OPTIMIZERS),
+    ("encoder", "bfloat16", "in-backward"),
+]
+footprint_read = functools.cache(read_footprint)  # the same for every optimizer
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_within_a_tenth_of_what_a_training_step_takes(minilm, name, checkpointing):
-    footprint, itemsize = read_footprint("minilm", "float32", BATCH, SEQUENCE, checkpointing)
+@pytest.mark.parametrize(("model", "dtype", "name"), CASES)
+def test_within_a_tenth_of_what_a_training_step_takes(
+    request, one_thread, model, name, dtype, checkpointing
+):
+    """In a decoder with a real vocabulary the peak is in the loss, which autograd never saves.
+
+    Counting only what autograd saves was 0.53 to 0.76 of the measured peak there.
+    """
+    spec = "minilm" if model == "encoder" else request.getfixturevalue("decoder")
+    folder = request.getfixturevalue("minilm") if model == "encoder" else spec
+    footprint, itemsize = footprint_read(spec, dtype, BATCH, SEQUENCE, checkpointing)
     (guess,) = estimate.estimates(footprint, itemsize, BUDGET, [name])
-    found = measured(minilm, OPTIMIZERS[name], checkpointing)
+    found = measured(folder, OPTIMIZERS[name], checkpointing, dtype)
     assert guess.held == pytest.approx(found.left, rel=0.1)
     assert guess.peak == pytest.approx(found.peak, rel=0.1)
 
 
 def test_state_of_each_optimizer():
-    footprint = estimate.Footprint(1_000_000, 3, 4, 4, 2, 0, 0)
+    footprint = estimate.Footprint(1_000_000, 3, 4, 4, 2)
     sizes = {name: estimate.state_bytes(name, footprint, 2, 1000) for name in estimate.OPTIMIZERS}
     assert sizes["adamw"] == 4_000_000
     assert sizes["adamw-fp32"] == 12_000_000
@@ -91,23 +132,32 @@ def test_state_of_each_optimizer():
 
 
 def test_frozen_and_tied_weights():
-    with torch.device("meta"):
-        model = torch.nn.Sequential(*(torch.nn.Linear(10, 10, bias=False) for _ in range(3)))
-    model[2].weight = model[1].weight
-    model[0].weight.requires_grad_(False)
-
-    class Loss(torch.nn.Module):
+    class Model(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.model = model
+            linear = [torch.nn.Linear(10, 10, bias=False) for _ in range(3)]
+            linear[2].weight = linear[1].weight
+            linear[0].weight.requires_grad_(False)
+            self.layers = torch.nn.Sequential(*linear)
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.model(x).sum()
+        def forward(self, x: torch.Tensor) -> SimpleNamespace:
+            return SimpleNamespace(loss=self.layers(x).sum())
 
-    footprint = estimate.footprint_of(Loss(), {"x": torch.zeros(7, 10, device="meta")}, 0)
-    assert (footprint.weights, footprint.gradients, footprint.entries) == (800, 400, 100)
-    assert footprint.two_gradients == 400  # there is but one
-    assert footprint.activations == 2 * 7 * 10 * 4  # inputs of the two that are trained
+    footprint = estimate.footprint_of(lambda: (Model(), {"x": torch.zeros(7, 10)}))
+    assert (footprint.weights, footprint.entries, footprint.tensors) == (800, 100, 1)
+    # The inputs of the two that are trained, while the tied weight's gradients are added up.
+    inputs, loss_and_its_gradient, gradient = 2 * 7 * 10 * 4, 8, 400
+    assert footprint.step >= inputs + gradient
+    assert footprint.step <= 2 * inputs + loss_and_its_gradient + 3 * gradient
+    assert footprint.step_in_backward <= footprint.step
+
+
+def test_what_fits():
+    model = estimate.Footprint(0, 0, 8 * estimate.GIB, estimate.GIB, 0)
+    sizes = {10.5: "yes", 10.4: "tight", 9: "tight", 8.9: "NO"}
+    guess = estimate.Estimate("adamw", 0, model)
+    assert {size: guess.fits(int(size * estimate.GIB)) for size in sizes} == sizes
+    assert estimate.Estimate("in-backward", 0, model).fits(8 * estimate.GIB) == "tight"
 
 
 def run(*arguments: str):
@@ -125,24 +175,17 @@ def test_the_command(minilm):
     assert "adamw" not in only.output
 
 
-def test_a_decoder_from_a_config_alone(tmp_path):
-    """No weights are there to be read; the logits of every token are saved in float32."""
-    from transformers import LlamaConfig
-
-    config = LlamaConfig(
-        vocab_size=5000, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
-    )  # fmt: skip
-    config.architectures = ["LlamaForCausalLM"]
-    config.save_pretrained(tmp_path)
-    full, itemsize = read_footprint(str(tmp_path), "bfloat16", 3, 70, checkpointing=False)
-    checkpointed, _ = read_footprint(str(tmp_path), "bfloat16", 3, 70, checkpointing=True)
+def test_a_decoder_from_a_config_alone(decoder):
+    """No weights are there to be read; nothing of the real size is allocated."""
+    full, itemsize = read_footprint(decoder, "bfloat16", 3, 70, checkpointing=False)
+    checkpointed, _ = read_footprint(decoder, "bfloat16", 3, 70, checkpointing=True)
     assert itemsize == 2
-    assert full.weights == full.gradients == 2 * full.entries
-    assert full.entries == 5000 * 64 + 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128 + 128) + 64
-    assert full.activations > 3 * 70 * 5000 * 4
-    assert checkpointed.activations < full.activations
-    assert checkpointed.recomputed == full.activations // 2
+    layer = 128 * 128 * 2 + 128 * 64 * 2 + 3 * 128 * 384 + 2 * 128
+    assert full.entries == 2 * 12_000 * 128 + 4 * layer + 128
+    assert full.step > 3 * 70 * 12_000 * (2 + 4 + 4 + 4)  # logits, and three of float32 in the loss
+    assert checkpointed.step < full.step
+    grown, _ = read_footprint(decoder, "bfloat16", 3_000, 2_000, checkpointing=True)
+    assert grown.step > 1 << 39  # half a terabyte
 
 
 @pytest.mark.parametrize(
