@@ -5,12 +5,21 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 pytest.importorskip("transformers", reason="experiments need the extra 'finetune'")
 pytest.importorskip("typer", reason="the command needs the extra 'finetune'")
 
 from experiment_cases import write_classes
 from tiny_models import save_encoder
+from transformers import (
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 from typer.testing import CliRunner
 
 from sparse_optim.cli import app
@@ -18,12 +27,14 @@ from sparse_optim.experiments import choose as module
 from sparse_optim.experiments.arithmetic import MATH
 from sparse_optim.experiments.choose import Choice, choose
 from sparse_optim.experiments.command import EXPERIMENTS
-from sparse_optim.experiments.glue import GLUE, NER
+from sparse_optim.experiments.glue import ADAPTERS, GLUE, NER, PFEIFFER_RANK
 from sparse_optim.experiments.presets import ExperimentError
 from sparse_optim.experiments.quality import QUALITY
 from sparse_optim.experiments.stochastic import STOCHASTIC
+from sparse_optim.finetune.adapters import AdapterRequest, lora_targets
 from sparse_optim.finetune.config import parse_budget
 from sparse_optim.finetune.tasks import TASKS
+from sparse_optim.integrations import adapter_parameters, add_bottlenecks
 from sparse_optim.methods import METHODS
 
 # Table 7b of the ID3 paper: epochs, steps between evaluations, greatest length.
@@ -76,6 +87,62 @@ def test_math_has_the_settings_of_table_7():
     }
 
 
+def lora_entries(model: torch.nn.Module, row, whole: tuple[str, ...] = ()) -> int:
+    """Entries of the LoRA that a row of a preset puts on a model."""
+    request = AdapterRequest(row.rank, list(whole), targets=row.settings.get("adapter_targets", ()))
+    modules = [model.get_submodule(name) for name in lora_targets(model, request)]
+    return row.rank * sum(module.in_features + module.out_features for module in modules)
+
+
+def test_the_presets_lora_has_the_papers_size_and_scale():
+    """Table 2: 1.33M entries of rank 8. Table 5: 3.5M of rank 2, 7M of rank 4."""
+    with torch.device("meta"):
+        relative = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
+        base = {"hidden_size": 768, "num_hidden_layers": 12, "intermediate_size": 3072}
+        config = DebertaV2Config(vocab_size=8, share_att_key=True, **relative, **base)
+        deberta = DebertaV2ForSequenceClassification(config)
+        llama = LlamaForCausalLM(LlamaConfig(vocab_size=8))  # the defaults are those of 7B
+    head = ("pooler.dense", "classifier")  # not in the checkpoint: trained whole
+    rows = [row for row in GLUE.rows if row.adapter == "lora"]
+    assert [(row.rank, row.settings["adapter_alpha"]) for row in rows] == [(8, 8.0)] * 3
+    assert {lora_entries(deberta, row, head) for row in rows} == {1_327_104}
+    sizes = {row.name: lora_entries(llama, row) for row in MATH.rows}
+    assert sizes["lora-r2"] == 3_506_176
+    assert sizes["lora-r4"] == 7_012_352
+    assert all("adapter_alpha" not in row.settings for row in MATH.rows)  # twice the rank
+
+
+def test_adapters_have_the_rows_and_the_size_of_table_3():
+    assert [task.name for task in ADAPTERS.tasks] == ["stsb", "cola", "mrpc", "rte"]
+    assert [row.label for row in ADAPTERS.rows] == list(ADAPTERS.paper)
+    assert (ADAPTERS.seeds, ADAPTERS.kept) == ((6, 7, 8, 9), 3)
+    with torch.device("meta"):
+        model = RobertaForSequenceClassification(RobertaConfig(vocab_size=8))
+        add_bottlenecks(model, PFEIFFER_RANK)
+    size = sum(param.numel() for param in adapter_parameters(model).values())
+    assert round(size / 1e6) == 201
+    assert round(1 - parse_budget("8M") / size, 2) == 0.96  # "sparsity 96%"
+
+
+def test_stochastic_budgets_follow_the_model():
+    """As many entries as BitFit trains: no count of one model stands in the preset."""
+    assert {row.budget for row in STOCHASTIC.rows} == {""}
+    with torch.device("meta"):
+        model = RobertaForSequenceClassification(RobertaConfig(vocab_size=8))
+    sizes = {name: param.numel() for name, param in model.roberta.named_parameters()}
+    biases = sum(size for name, size in sizes.items() if name.endswith("bias"))
+    assert biases == 102_144  # 0.08%
+    chosen, _ = choose(STOCHASTIC, Choice(budgets="500"))
+    assert {row.name: row.budget for row in chosen.rows} == {
+        **dict.fromkeys(("stochastic-tuning", "top-tuning", "random-tuning"), "500"),
+        **dict.fromkeys(("bitfit", "full", "multi-head", "frozen"), ""),
+    }
+    with pytest.raises(ExperimentError, match=r"id3 needs a budget.*give --budgets"):
+        choose(STOCHASTIC, Choice(methods="id3"))
+    chosen, _ = choose(STOCHASTIC, Choice(methods="id3", budgets="1%"))
+    assert [row.label for row in chosen.rows] == ["id3-1%"]
+
+
 def test_stochastic_has_the_settings_of_section_3_1():
     assert {task.max_length for task in STOCHASTIC.tasks} == {128}
     assert {task.batch_size for task in STOCHASTIC.tasks} == {16}
@@ -109,7 +176,7 @@ def test_presets_name_tasks_metrics_and_rows_that_exist(experiment):
 
 def test_the_papers_averages_are_near_those_of_their_columns():
     """A slip of the pen in a column would show; the paper's own slips reach 0.6."""
-    for experiment in (GLUE, MATH):
+    for experiment in (GLUE, ADAPTERS, MATH):
         for label, figures in experiment.paper.items():
             columns = [figures[name] for name in experiment.columns]
             assert abs(sum(columns) / len(columns) - figures["average"]) < 0.7, label
@@ -166,6 +233,18 @@ def test_choices_narrow_and_change_the_preset():
     ]
     assert {row.lrs for row in chosen.rows} == {(1e-3,)}
     assert chosen.seeds == (1, 2)
+
+
+def test_lora_of_a_preset_can_be_put_elsewhere():
+    chosen, _ = choose(MATH, Choice(methods="lora-r2,id3", adapter_targets="c_attn, c_fc"))
+    targets = [row.settings.get("adapter_targets") for row in chosen.rows]
+    assert targets == [("c_attn", "c_fc"), None, None]
+
+
+def test_bottlenecks_run_without_peft(monkeypatch):
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    assert choose(ADAPTERS, Choice())[1] == []
+    assert choose(MATH, Choice())[1] == [row.label for row in MATH.rows]
 
 
 def test_a_preset_leaves_out_what_cannot_run_here_and_says_so(monkeypatch):

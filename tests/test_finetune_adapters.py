@@ -112,6 +112,20 @@ def test_lora_takes_all_linear_modules_but_the_head(folder, tmp_path):
     assert not any("classifier" in name for name in shapes)
 
 
+def test_lora_goes_where_it_is_asked_for(folder, tmp_path):
+    placing = {"adapter_targets": ("query", "attention.output.dense"), "adapter_alpha": 3.0}
+    output = tmp_path / "out"
+    model = run(config(folder, output, adapter="lora", adapter_rank=2, **placing)).model
+    adapted = {name.rpartition(".lora_")[0] for name in adapter_parameters(model)}
+    assert len(adapted) == 2 * 2
+    assert {name.rpartition(".layer.")[2][2:] for name in adapted} == {
+        "attention.self.query",
+        "attention.output.dense",
+    }
+    assert {model.get_submodule(name).scaling["default"] for name in adapted} == {1.5}
+    assert torch.equal(scores(from_files("lora", folder, output)), scores(model))
+
+
 def test_a_language_model_has_no_head_and_its_output_layer_no_adapter(folder, tmp_path):
     output = tmp_path / "out"
     result = run(config(folder, output, "decoder", adapter="lora", task="causal-lm"))
@@ -152,6 +166,15 @@ def test_dense_methods_take_the_rate_of_adapters(folder, tmp_path):
         ({"adapter": "lara"}, r"unknown adapter 'lara' \(did you mean 'lora'\?\)"),
         ({"adapter": "ia3", "adapter_rank": 4}, "ia3 has no rank"),
         ({"adapter_rank": 4}, "--adapter-rank needs --adapter"),
+        ({"adapter_alpha": 4.0}, "--adapter-alpha needs --adapter"),
+        ({"adapter_targets": ("query",)}, "--adapter-targets needs --adapter"),
+        ({"adapter": "lora", "adapter_alpha": -1.0}, "--adapter-alpha must be above 0"),
+        ({"adapter": "pfeiffer", "adapter_alpha": 4.0}, "for lora and dora, not for pfeiffer"),
+        ({"adapter": "ia3", "adapter_targets": ("query",)}, "for lora and dora, not for ia3"),
+        (
+            {"adapter": "lora", "adapter_targets": ("query", "q_proj")},
+            "name ends in 'q_proj'; they end in query, key, value, dense",
+        ),
         ({"adapter": "lora", "adapter_rank": 0}, "--adapter-rank must be above 0"),
         ({"adapter": "lora", "save_model": True}, "--save-model is for runs without --adapter"),
         ({"adapter": "lora", "method": "sparse-adapter"}, r"all zeros \(a fresh LoRA B\)"),

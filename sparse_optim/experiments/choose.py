@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from sparse_optim.experiments.presets import Block, Experiment, ExperimentError, Row, TaskPreset
-from sparse_optim.finetune.config import FinetuneConfig, parse_budget
+from sparse_optim.finetune.adapters import ADAPTERS
+from sparse_optim.finetune.config import parse_budget
 from sparse_optim.finetune.hub import did_you_mean
 from sparse_optim.methods import METHODS
 
@@ -27,6 +28,7 @@ class Choice:
     seeds: str | None = None
     steps: int | None = None
     batch_size: int | None = None
+    adapter_targets: str | None = None
 
 
 def choose(experiment: Experiment, choice: Choice) -> tuple[Experiment, list[str]]:
@@ -44,6 +46,9 @@ def choose(experiment: Experiment, choice: Choice) -> tuple[Experiment, list[str
     rows = change_budgets(named_rows(experiment, names, budgets), budgets)
     lrs = tuple(numbers("--lrs", choice.lrs, float))
     rows = [replace(row, lrs=lrs or row.lrs) for row in rows]
+    targets = tuple(split(choice.adapter_targets))
+    if targets:
+        rows = [with_targets(row, targets) for row in rows]
     left_out = [row.label for row in rows if not available(row)]
     if names and left_out:
         raise ExperimentError(
@@ -124,20 +129,42 @@ def named_rows(experiment: Experiment, names: Sequence[str], budgets: Sequence[s
             hint = did_you_mean(name, known)
             raise ExperimentError(f"unknown method {name!r}{hint}; known: {', '.join(known)}")
         if not mine:
-            has_budget = METHODS[name].has_budget
             mine = [
                 Row(name, pattern.lrs, budget)
-                for budget in (list(budgets) or preset_budgets if has_budget else [""])
+                for budget in budgets_of(name, list(budgets) or preset_budgets)
             ]
         found += mine
     return found
 
 
+def budgets_of(method: str, known: Sequence[str]) -> Sequence[str]:
+    """The budgets that a method runs with; "" where it has none, or sizes itself by the biases.
+
+    Raises:
+        ExperimentError: it needs one, and neither the preset nor the user names any.
+    """
+    if not METHODS[method].has_budget:
+        return [""]
+    if not known and METHODS[method].budget == "given":
+        raise ExperimentError(
+            f"--methods: {method} needs a budget, which the preset lacks: give --budgets"
+        )
+    return known or [""]
+
+
+def with_targets(row: Row, targets: tuple[str, ...]) -> Row:
+    """The row, its LoRA on other modules."""
+    if row.adapter not in ADAPTERS or not ADAPTERS[row.adapter].places:
+        return row
+    return replace(row, settings={**row.settings, "adapter_targets": targets})
+
+
 def change_budgets(rows: Iterable[Row], budgets: Sequence[str]) -> list[Row]:
-    """Rows that have a budget, once for each of `budgets`; the others as they are."""
+    """Rows whose method has a budget, once for each of `budgets`; the others as they are."""
     changed: dict[str, Row] = {}
     for row in rows:
-        for budget in budgets if budgets and row.budget else [row.budget]:
+        has_budget = row.method in METHODS and METHODS[row.method].has_budget
+        for budget in budgets if budgets and has_budget else [row.budget]:
             new = replace(row, budget=budget)
             changed.setdefault(new.label, new)
     return list(changed.values())
@@ -145,10 +172,11 @@ def change_budgets(rows: Iterable[Row], budgets: Sequence[str]) -> list[Row]:
 
 def available(row: Row) -> bool:
     """Whether the row's method, and its adapter where it has one, can run here."""
-    if row.adapter is None:
-        return row.method in METHODS
-    has_adapters = "adapter" in {field.name for field in fields(FinetuneConfig)}
-    return row.method in METHODS and has_adapters and importlib.util.find_spec("peft") is not None
+    if row.method not in METHODS:
+        return False
+    if row.adapter in (None, "pfeiffer"):  # our own
+        return True
+    return importlib.util.find_spec("peft") is not None
 
 
 def split(text: str | None) -> list[str]:

@@ -15,14 +15,14 @@ from rich.markup import escape
 from sparse_optim.experiments.ablation import ABLATION
 from sparse_optim.experiments.arithmetic import MATH
 from sparse_optim.experiments.choose import Choice, choose, whole
-from sparse_optim.experiments.glue import GLUE, NER
+from sparse_optim.experiments.glue import ADAPTERS, GLUE, NER
 from sparse_optim.experiments.presets import Experiment
 from sparse_optim.experiments.quality import QUALITY
 from sparse_optim.experiments.stochastic import STOCHASTIC
 from sparse_optim.finetune.command import quiet_libraries
 from sparse_optim.finetune.errors import FinetuneError
 
-EXPERIMENTS = (GLUE, NER, MATH, STOCHASTIC, QUALITY, ABLATION)
+EXPERIMENTS = (GLUE, NER, ADAPTERS, MATH, STOCHASTIC, QUALITY, ABLATION)
 
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Folder (default: runs/NAME).")]
 DataFolder = Annotated[
@@ -34,6 +34,10 @@ Names = Annotated[str | None, typer.Option(help="Of the preset's, separated by c
 Rates = Annotated[str | None, typer.Option(help="Learning rates of all methods: 1e-4,3e-4.")]
 Budgets = Annotated[str | None, typer.Option(help="In place of the preset's: 320K,1%.")]
 Seeds = Annotated[str | None, typer.Option(help="In place of the preset's: 0,1,2.")]
+Targets = Annotated[
+    str | None,
+    typer.Option(help="LoRA on Linear modules whose names end so, in place of the preset's."),
+]
 Steps = Annotated[int | None, typer.Option(help="Optimizer steps of a cell.")]
 BatchSize = Annotated[int | None, typer.Option(help="Examples of a step.")]
 Limit = Annotated[int | None, typer.Option(help="At most so many examples of each split.")]
@@ -95,6 +99,7 @@ def command(experiment: Experiment) -> Callable[..., None]:
         budgets: Budgets = None,
         lrs: Rates = None,
         seeds: Seeds = None,
+        adapter_targets: Targets = None,
         steps: Steps = None,
         batch_size: BatchSize = None,
         limit: Limit = None,
@@ -111,7 +116,9 @@ def command(experiment: Experiment) -> Callable[..., None]:
         threads: Threads = None,
         debug: Debug = False,
     ) -> None:
-        choice = Choice(model, tasks, methods, budgets, lrs, seeds, steps, batch_size)
+        choice = Choice(
+            model, tasks, methods, budgets, lrs, seeds, steps, batch_size, adapter_targets
+        )
         given = {name: value for name, value in (("dtype", dtype), ("amp", amp)) if value}
         arguments = {
             "output": output or Path("runs") / experiment.name,

@@ -19,70 +19,109 @@ DEFAULT_RATE = 5e-4  # dense adapters, too, want ten times the rate of full fine
 
 
 @dataclass(frozen=True)
+class AdapterRequest:
+    """What an adapter is asked for.
+
+    Args:
+        rank: of LoRA, DoRA or the bottleneck; 0 where there is none.
+        whole: names of modules to train whole.
+        alpha: of LoRA and DoRA: the product of A and B is scaled by alpha / rank. None: 2 rank.
+        targets: Linear modules that LoRA or DoRA is put on, by names or how these end. Empty: all.
+    """
+
+    rank: int
+    whole: list[str]
+    alpha: float | None = None
+    targets: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Adapter:
     """A kind of adapter.
 
     Args:
-        attach: (model, rank, names of modules to train whole) -> adapted model.
+        attach: makes the adapted model.
         rank: the default; None where there is no rank.
         about: for the help.
+        places: whether alpha and targets mean anything to it.
     """
 
-    attach: Callable[[nn.Module, int, list[str]], nn.Module]
+    attach: Callable[[nn.Module, AdapterRequest], nn.Module]
     rank: int | None
     about: str
+    places: bool = False
 
 
-def lora(model: nn.Module, rank: int, whole: list[str], **options: Any) -> nn.Module:
-    """LoRA on every Linear that is not trained whole, scaling 2."""
+def lora(model: nn.Module, request: AdapterRequest, **options: Any) -> nn.Module:
+    """LoRA on every Linear that is not trained whole, or on those that are asked for."""
     peft = import_peft()
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    # The output layer of a language model is as large as its embeddings, and often tied to them.
-    output = getattr(model, "get_output_embeddings", lambda: None)()
-    targets = [
-        name
-        for name in linear
-        if name not in whole and (output is None or model.get_submodule(name) is not output)
-    ]
     config = peft.LoraConfig(
-        r=rank,
-        lora_alpha=2 * rank,
-        target_modules=targets,
-        modules_to_save=whole or None,
+        r=request.rank,
+        lora_alpha=2 * request.rank if request.alpha is None else request.alpha,
+        target_modules=lora_targets(model, request),
+        modules_to_save=request.whole or None,
         **options,
     )
     return peft.get_peft_model(model, config)
 
 
-def dora(model: nn.Module, rank: int, whole: list[str]) -> nn.Module:
+def lora_targets(model: nn.Module, request: AdapterRequest) -> list[str]:
+    """Names of the Linear modules that get an adapter.
+
+    Raises:
+        ValueError: a target is the end of no such module's name.
+    """
+    # The output layer of a language model is as large as its embeddings, and often tied to them.
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    linear = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name not in request.whole and module is not output
+    ]
+    for target in request.targets:
+        if not any(f".{name}".endswith(f".{target}") for name in linear):
+            ends = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linear))
+            raise ValueError(
+                f"--adapter-targets: no Linear module's name ends in {target!r}; they end in {ends}"
+            )
+    ends_asked_for = tuple(f".{target}" for target in request.targets) or ("",)
+    return [name for name in linear if f".{name}".endswith(ends_asked_for)]
+
+
+def dora(model: nn.Module, request: AdapterRequest) -> nn.Module:
     """LoRA, and a magnitude for each row of the base's weights."""
-    return lora(model, rank, whole, use_dora=True)
+    return lora(model, request, use_dora=True)
 
 
-def ia3(model: nn.Module, rank: int, whole: list[str]) -> nn.Module:
+def ia3(model: nn.Module, request: AdapterRequest) -> nn.Module:
     """(IA)3 where peft places it in this architecture."""
     peft = import_peft()
-    return peft.get_peft_model(model, peft.IA3Config(modules_to_save=whole or None))
+    return peft.get_peft_model(model, peft.IA3Config(modules_to_save=request.whole or None))
 
 
-def pfeiffer(model: nn.Module, rank: int, whole: list[str]) -> nn.Module:
+def pfeiffer(model: nn.Module, request: AdapterRequest) -> nn.Module:
     """A bottleneck after each feed-forward block."""
-    add_bottlenecks(model, rank)
-    for name in whole:
+    add_bottlenecks(model, request.rank)
+    for name in request.whole:
         model.get_submodule(name).requires_grad_(True)
     return model
 
 
 ADAPTERS = {
-    "lora": Adapter(lora, 8, "LoRA on all Linear modules, alpha = 2 rank"),
-    "dora": Adapter(dora, 8, "LoRA with magnitudes (DoRA)"),
+    "lora": Adapter(lora, 8, "LoRA on all Linear modules, alpha = 2 rank", places=True),
+    "dora": Adapter(dora, 8, "LoRA with magnitudes (DoRA)", places=True),
     "ia3": Adapter(ia3, None, "(IA)3 scaling vectors"),
     "pfeiffer": Adapter(pfeiffer, 64, "bottleneck after each feed-forward block"),
 }
 
 
 def attach_adapter(
-    model: nn.Module, kind: str, rank: int | None, fresh: frozenset[str]
+    model: nn.Module,
+    kind: str,
+    rank: int | None,
+    fresh: frozenset[str],
+    alpha: float | None = None,
+    targets: tuple[str, ...] = (),
 ) -> tuple[Any, frozenset[str]]:
     """The adapted model, its base frozen, and the names of parameters to train densely.
 
@@ -99,7 +138,8 @@ def attach_adapter(
         with warnings.catch_warnings():
             # peft asks transformers for a name that transformers deprecates.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-            adapted = ADAPTERS[kind].attach(model, rank or ADAPTERS[kind].rank or 0, whole)
+            request = AdapterRequest(rank or ADAPTERS[kind].rank or 0, whole, alpha, targets)
+            adapted = ADAPTERS[kind].attach(model, request)
     except (ModuleNotFoundError, ValueError) as error:
         raise FinetuneError(f"--adapter {kind}: {error}") from error
     dense = [group["params"] for group in adapter_groups(adapted) if group["unmask"] == "all"]

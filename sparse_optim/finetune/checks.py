@@ -12,7 +12,7 @@ from sparse_optim.methods import METHODS, SPARSE_SCORES
 
 
 def check_method(config: FinetuneConfig) -> None:
-    """Raise FinetuneError for an unknown method, adapter or score, or a rank of (IA)3."""
+    """Raise FinetuneError for an unknown method, adapter or score, or what an adapter lacks."""
     for kind, name, known in (
         ("method", config.method, METHODS),
         ("adapter", config.adapter, ADAPTERS),
@@ -21,8 +21,15 @@ def check_method(config: FinetuneConfig) -> None:
         if name is not None and name not in known:
             hint = did_you_mean(name, known)
             raise FinetuneError(f"unknown {kind} {name!r}{hint}; known: {', '.join(known)}")
-    if config.adapter_rank and config.adapter and ADAPTERS[config.adapter].rank is None:
+    if config.adapter is None:
+        return
+    if config.adapter_rank and ADAPTERS[config.adapter].rank is None:
         raise FinetuneError(f"--adapter-rank: {config.adapter} has no rank")
+    if not ADAPTERS[config.adapter].places and (config.adapter_alpha or config.adapter_targets):
+        raise FinetuneError(
+            "--adapter-alpha and --adapter-targets are for lora and dora, not for "
+            f"{config.adapter}; leave them out"
+        )
 
 
 def check_tracker(name: str) -> None:

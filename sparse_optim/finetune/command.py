@@ -57,6 +57,8 @@ def finetune(
     method: options.MethodName = "id3",
     adapter: options.AdapterName = None,
     adapter_rank: options.AdapterRank = None,
+    adapter_alpha: options.AdapterAlpha = None,
+    adapter_targets: options.AdapterTargets = None,
     budget: options.Budget = None,
     d3_exp: options.D3Exp = 0.0,
     d3_eps: options.D3Eps = 1.0,
@@ -112,6 +114,7 @@ def finetune(
     try:
         entries = None if budget is None else parse_budget(budget)
         given |= {"budget": entries, "dense": tuple(dense or ())}
+        given |= {"adapter_targets": tuple(adapter_targets or ())}
         run_and_show(FinetuneConfig(**given), Console(), debug)
     except FinetuneError as error:
         if debug:

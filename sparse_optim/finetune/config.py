@@ -26,6 +26,9 @@ class FinetuneConfig:
         method: a key of `METHODS`.
         adapter: a key of `ADAPTERS`; the method then trains its entries, and the base is frozen.
         adapter_rank: of LoRA, DoRA or the bottleneck (default: the adapter's).
+        adapter_alpha: of LoRA or DoRA, whose product is scaled by alpha / rank (default: 2 rank).
+        adapter_targets: Linear modules that get LoRA or DoRA, by how their names end (default: all
+            but a fresh head and the output layer of a language model).
         task: a key of `TASKS` (default: read off the data set's columns).
         budget: entries (int) or share of the ranked entries (float) (default: 1%; for methods
             that draw a set at each step, as many entries as there are biases).
@@ -55,6 +58,8 @@ class FinetuneConfig:
     method: str = "id3"
     adapter: str | None = None
     adapter_rank: int | None = None
+    adapter_alpha: float | None = None
+    adapter_targets: tuple[str, ...] = ()
     task: str | None = None
     dataset_config: str | None = None
     text_column: str | None = None
@@ -118,6 +123,7 @@ class FinetuneConfig:
             "adam_eps": self.adam_eps,
             "budget": self.budget,
             "adapter_rank": self.adapter_rank,
+            "adapter_alpha": self.adapter_alpha,
             "eval_every": self.eval_every,
             "log_every": self.log_every,
             "save_every": self.save_every,
@@ -140,8 +146,9 @@ class FinetuneConfig:
             )
         if self.amp not in ("none", "bf16"):
             raise FinetuneError(f"--amp must be none or bf16, got {self.amp!r}")
-        if self.adapter is None and self.adapter_rank is not None:
-            raise FinetuneError("--adapter-rank needs --adapter")
+        for name in ("adapter_rank", "adapter_alpha", "adapter_targets"):
+            if self.adapter is None and getattr(self, name):
+                raise FinetuneError(f"{option(name)} needs --adapter")
         if self.adapter is not None and self.save_model:
             raise FinetuneError(
                 "--save-model is for runs without --adapter: the folder adapter/ is written anyway"

@@ -214,7 +214,8 @@ def load_base(config: FinetuneConfig, inputs: Inputs, load: LoadModel = load_mod
     fresh = loaded.fresh | dense
     if config.adapter is None:
         return LoadedModel(loaded.model, fresh)
-    adapted = attach_adapter(loaded.model, config.adapter, config.adapter_rank, fresh)
+    placing = (config.adapter_alpha, config.adapter_targets)
+    adapted = attach_adapter(loaded.model, config.adapter, config.adapter_rank, fresh, *placing)
     return LoadedModel(*adapted)
 
 

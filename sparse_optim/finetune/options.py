@@ -66,6 +66,15 @@ DEFAULT_RANKS = ", ".join(f"{name} {kind.rank}" for name, kind in ADAPTERS.items
 AdapterRank = Annotated[
     int | None, typer.Option(help=f"Rank of the adapter (default: {DEFAULT_RANKS}).")
 ]
+AdapterAlpha = Annotated[
+    float | None, typer.Option(help="LoRA and DoRA are scaled by alpha / rank (default: 2 rank).")
+]
+AdapterTargets = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="LoRA and DoRA on Linear modules whose names end so (default: all). Repeatable."
+    ),
+]
 
 Budget = Annotated[
     str | None,
