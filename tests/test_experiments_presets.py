@@ -31,6 +31,7 @@ from sparse_optim.experiments.glue import ADAPTERS, GLUE, NER, PFEIFFER_RANK
 from sparse_optim.experiments.presets import ExperimentError
 from sparse_optim.experiments.quality import QUALITY
 from sparse_optim.experiments.stochastic import STOCHASTIC
+from sparse_optim.experiments.table import markdown
 from sparse_optim.finetune.adapters import AdapterRequest, lora_targets
 from sparse_optim.finetune.config import parse_budget
 from sparse_optim.finetune.tasks import TASKS
@@ -233,6 +234,16 @@ def test_choices_narrow_and_change_the_preset():
     ]
     assert {row.lrs for row in chosen.rows} == {(1e-3,)}
     assert chosen.seeds == (1, 2)
+
+
+def test_the_table_names_a_model_that_is_not_the_papers():
+    """Else the paper's figures would seem to be of the same model."""
+    preset, _ = choose(GLUE, Choice(model=GLUE.model))
+    assert (preset.title, preset.paper_note) == (GLUE.title, GLUE.paper_note)
+    chosen, _ = choose(GLUE, Choice(model="models/mine"))
+    text = markdown(chosen, [])
+    assert "**GLUE, development sets; with mine**" in text
+    assert "Its figures are those of microsoft/deberta-v3-base." in text
 
 
 def test_lora_of_a_preset_can_be_put_elsewhere():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TypeVar
 
 from sparse_optim.experiments.presets import Block, Experiment, ExperimentError, Row, TaskPreset
@@ -58,13 +59,23 @@ def choose(experiment: Experiment, choice: Choice) -> tuple[Experiment, list[str
     kept = {row.label: row for row in rows if available(row)}
     return (
         replace(
-            experiment,
-            model=choice.model or experiment.model,
+            with_model(experiment, choice.model or experiment.model),
             seeds=tuple(numbers("--seeds", choice.seeds, int)) or experiment.seeds,
             blocks=new_blocks(experiment, tasks, kept, bool(names or budgets)),
         ),
         left_out,
     )
+
+
+def with_model(experiment: Experiment, model: str) -> Experiment:
+    """The experiment with a model, named in its table where it is not the preset's."""
+    if model == experiment.model:
+        return experiment
+    note = experiment.paper_note
+    if experiment.paper:
+        note += f" Its figures are those of {experiment.model}."
+    title = f"{experiment.title}; with {Path(model).name}"
+    return replace(experiment, model=model, title=title, paper_note=note)
 
 
 def whole(experiment: Experiment, choice: Choice) -> Experiment:
