@@ -8,13 +8,14 @@ freed after its own best entries were taken. A tile whose bound is below the flo
 them. Candidates are cut by the backend's own `cut`, as the entries of one tensor in global order:
 importances and ties are those of an ordinary step bit for bit.
 
-16 bytes a candidate, of which there are at most four times the greatest quota and those of one
-more batch. Nothing waits for the device: there, slots that were not filled hold zero gradients.
+16 to 20 bytes a candidate, of which there are at most four times the greatest quota and those of
+one more batch. Nothing waits for the device: there, slots that were not filled hold zero gradients.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ class Candidates:
 
     Args:
         ops: the backend.
-        importance: D3.
+        importance: D3; exp 0 where scores are given in place of gradients.
         work: whose `new_tensor`, `new_position` and `new_count` are used as `cut` uses them.
         sizes: entries of each tensor of the pool.
         targets, progress: as in `reference.cut`.
@@ -77,6 +78,7 @@ class Candidates:
         self._index: list[Tensor] = []
         self._grad: list[Tensor] = []
         self._param: list[Tensor] = []
+        self._score: list[Tensor] = []
 
     @property
     def wanted(self) -> bool:
@@ -86,7 +88,8 @@ class Candidates:
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        parts = [self._starts, self._slots, self._scratch, *self._index, *self._grad, *self._param]
+        lists = (self._index, self._grad, self._param, self._score)
+        parts = [self._starts, self._slots, self._scratch, *chain.from_iterable(lists)]
         return sum(part.nbytes for part in parts)
 
     def hopeful(self, tile_max: Tensor, param_bound: Tensor) -> Tensor | None:
@@ -110,6 +113,7 @@ class Candidates:
         self,
         first: int,
         grads: Sequence[Tensor],
+        scores: Sequence[Tensor] | None,
         params: Sequence[Tensor],
         tile_max: Tensor,
         param_bound: Tensor,
@@ -123,12 +127,13 @@ class Candidates:
         Args:
             first: index of the first in the pool.
             grads, params: as in `reference.bind`, none missing.
+            scores: to rank by, shaped as the gradients; None ranks gradients by D3.
             tile_max: of their tiles, as `hopeful` returned it.
             param_bound: of their tiles; see `reference.cut`.
             tile_offsets, position, offsets, found_inf: as in `reference.cut`, of these tensors.
         """
         rows = self._work.table[first : first + len(grads)]
-        bound = self._ops.bind(grads, params, rows)
+        bound = self._ops.bind(grads if scores is None else scores, params, rows)
         self._cut(
             bound, position, offsets, tile_offsets, tile_max, param_bound, found_inf, self._least,
             self._work.scratch,
@@ -142,6 +147,8 @@ class Candidates:
         self._grad.append(self._filled(_flat(grads)[local].float()))
         if self._importance.exp != 0:
             self._param.append(_flat(params)[local].float())
+        if scores is not None:
+            self._score.append(self._filled(_flat(scores)[local].float()))
         self._raise_floor()
         if sum(part.numel() for part in self._index) > self._most:
             self._keep_best(found_inf)
@@ -185,14 +192,15 @@ class Candidates:
             self._work.new_count.zero_()
             return
         grad = torch.cat(self._grad)[order]
-        param = torch.cat(self._param)[order] if self._param else grad
-        tile_max = scoring.tile_abs_max(grad, self._ops.TILE).view(torch.int32)
+        score = torch.cat(self._score)[order] if self._score else grad
+        param = torch.cat(self._param)[order] if self._param else score
+        tile_max = scoring.tile_abs_max(score, self._ops.TILE).view(torch.int32)
         param_bound = param.new_empty(0)
         if self._importance.exp < 0:
             param_bound = scoring.tile_abs_max(param, self._ops.TILE)
         tiles = tile_max.numel()
         self._cut(
-            self._ops.bind([grad], [param], self._table), order[:0].int(),
+            self._ops.bind([score], [param], self._table), order[:0].int(),
             self._nothing.expand(2).contiguous(),
             torch.arange(0, tiles + 1, tiles, device=index.device), tile_max, param_bound,
             found_inf, self._least, self._scratch,
@@ -203,6 +211,7 @@ class Candidates:
         best = self._filled(self._work.new_position[: index.numel()]).long()
         self._index, self._grad = [index[best]], [self._filled(grad[best])]
         self._param = [param[best]] if self._param else []
+        self._score = [self._filled(score[best])] if self._score else []
 
     def _filled(self, values: Tensor) -> Tensor:
         """The first `new_count` of what a cut wrote; on a GPU all, with 0 in the others' place."""

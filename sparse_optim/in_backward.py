@@ -12,6 +12,9 @@ scaling stay exact, since nothing moves before `step()`, which uses all gradient
 groups with unmask="all", too. When nothing is left to unmask, only the ranking ends: every gradient
 is still read, since a non-finite one anywhere must skip the step.
 
+Importances other than D3 score each tensor as its gradient comes. They read counts from the device,
+as in an ordinary step: those of static sets (PaFi, Fish, random masks) no more than once a step.
+
 The norm is that of the tensors' norms, as in an ordinary step of "cpp" and "reference". "cuda" and
 "triton" add up the squares of all tensors under one root there: their `grad_norm` may differ in the
 last places of its float64. Where no clipping takes place, the steps are the same bit for bit;
@@ -34,6 +37,7 @@ from sparse_optim.candidates import Candidates
 from sparse_optim.importance import D3
 from sparse_optim.norm import clip_factor
 from sparse_optim.parameters import readable_grads
+from sparse_optim.ranking import scores_of_part, set_noise, unmasks, warn_of_scores
 
 if TYPE_CHECKING:
     from sparse_optim.optimizer import MaskedAdamW
@@ -58,7 +62,7 @@ def switched(optimizer: MaskedAdamW, wanted: bool) -> InBackward | None:
         now.check_idle("a change of fuse_backward")
         now.detach()
         return None
-    _check_fusable(optimizer.importance, optimizer.selection, optimizer.capturable)
+    _check_fusable(optimizer.selection, optimizer.capturable)
     if optimizer.max_grad_norm is None:
         warnings.warn(
             "fuse_backward=True without max_grad_norm: nothing clips gradients, since "
@@ -70,13 +74,8 @@ def switched(optimizer: MaskedAdamW, wanted: bool) -> InBackward | None:
     return InBackward(optimizer)
 
 
-def _check_fusable(importance: object, selection: Any, capturable: bool) -> None:
+def _check_fusable(selection: Any, capturable: bool) -> None:
     """Raise ValueError where selection cannot happen inside the backward pass."""
-    if not isinstance(importance, D3):
-        raise ValueError(
-            f"fuse_backward=True ranks by D3 only, got {importance!r}: other importances need "
-            "whole gradients or scores; leave fuse_backward False"
-        )
     if selection.replaces:
         raise ValueError(
             "fuse_backward=True needs a set that only grows: use Increment or Static, got "
@@ -134,9 +133,11 @@ class InBackward:
         # A copy on the host, of the last step or the one before: what is complete stays complete.
         self._progress = torch.zeros(3, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._progress.copy_(optimizer._active.progress, non_blocking=True)
+        self._scored = not isinstance(optimizer.importance, D3)
         self._candidates = Candidates(
-            optimizer._ops, _d3(optimizer), work, [param.numel() for param in pool],
-            optimizer._targets, optimizer._active.progress,
+            optimizer._ops, optimizer.importance if isinstance(optimizer.importance, D3) else D3(),
+            work, [param.numel() for param in pool], optimizer._targets,
+            optimizer._active.progress,
         )  # fmt: skip
         self.discard()
         self._handles: dict[int, RemovableHandle] = {}
@@ -242,11 +243,11 @@ class InBackward:
         ]
         return optimizer._ops.bind(grads, optimizer._pool, optimizer._work.table), grads
 
-    def finish(self, bound: Any, dense_grads: Sequence[Tensor]) -> None:
+    def finish(self, bound: Any, grads: Sequence[Tensor], dense_grads: Sequence[Tensor]) -> None:
         """What `scan`, `cut` and `append` do in an ordinary step.
 
         Args:
-            bound: from `bind`, with what `take_rest` returned as gradients.
+            bound, grads: as `take_rest` returned them.
             dense_grads: of groups with unmask="all".
         """
         optimizer = self._optimizer
@@ -265,6 +266,8 @@ class InBackward:
             work.grad_factor,
         )  # fmt: skip
         grad = self._candidates.winners(work.found_inf, work.threshold)
+        if self._scored and self._ranks and not bool(work.found_inf):
+            warn_of_scores(optimizer, grads, any_left=bool(work.new_count))
         optimizer._append(bound)
         if grad.numel():
             new = active.unmask_step == active.progress[0] + 1
@@ -286,7 +289,11 @@ class InBackward:
         self._norms.zero_()
         self._found_inf.zero_()
         self._candidates.begin()
-        self._ranks = int(self._progress[1]) < self._budget and self._candidates.wanted
+        if self._scored:
+            self._ranks = unmasks(self._optimizer)
+            set_noise(self._optimizer)
+        else:
+            self._ranks = int(self._progress[1]) < self._budget and self._candidates.wanted
         if self._ranks:
             self._optimizer._notice_writes()
         self._begun = True
@@ -339,19 +346,29 @@ class InBackward:
 
     def _rank(self, first: int, grads: list[Tensor]) -> None:
         """Take the best frozen entries of the gradients of tensors first, first + 1, ..."""
+        if self._scored and bool(self._found_inf):  # the step will be skipped
+            return
         optimizer, last = self._optimizer, first + len(grads)
         work, active = optimizer._work, optimizer._active
         tiles = slice(optimizer._first_tile[first], optimizer._first_tile[last])
         param_bound = work.param_bound[tiles]
-        tile_max = self._candidates.hopeful(work.tile_max[tiles], param_bound)
-        if tile_max is None:
-            return
-        tile_offsets = work.tile_offsets[first : last + 1]
-        self._candidates.add(
-            first, grads, optimizer._pool[first:last], tile_max, param_bound,
-            tile_offsets - tile_offsets[0], active.position, active.offsets[first : last + 1],
-            self._found_inf,
-        )  # fmt: skip
+        tile_offsets = work.tile_offsets[first : last + 1] - work.tile_offsets[first]
+        offsets, params = active.offsets[first : last + 1], optimizer._pool[first:last]
+        tile_max, scores = work.tile_max[tiles], scores_of_part(optimizer, first, grads)
+        if scores is not None:
+            ranking = optimizer._ranking
+            tile_max = ranking.tile_max[tiles]
+            optimizer._ops.rank(
+                optimizer._ops.bind(scores, params, ranking.table[first:last]), active.position,
+                offsets, tile_offsets, ranking.noise[:0], optimizer._ops.TILE, tile_max,
+                work.scratch,
+            )  # fmt: skip
+        hopeful = self._candidates.hopeful(tile_max, param_bound)
+        if hopeful is not None:
+            self._candidates.add(
+                first, grads, scores, params, hopeful, param_bound, tile_offsets, active.position,
+                offsets, self._found_inf,
+            )  # fmt: skip
 
 
 class _Source:
@@ -364,11 +381,6 @@ class _Source:
         self.offsets = optimizer._active.offsets[index : index + 2]
         self.tile_offsets = work.tile_offsets[index : index + 2] - work.tile_offsets[index]
         self.tile_max = work.tile_max[tiles[0] : tiles[1]]
-
-
-def _d3(optimizer: MaskedAdamW) -> D3:
-    assert isinstance(optimizer.importance, D3)  # check_fusable
-    return optimizer.importance
 
 
 def _hooks_of(param: Tensor) -> Iterator[_Hook]:

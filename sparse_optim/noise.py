@@ -74,9 +74,11 @@ def exponential(word: Tensor, second: Tensor) -> Tensor:
     return halvings.float() * LN2 + 2.0 * (s + tail)
 
 
-def noise(seed: int, step: int, tensor: int, numel: int, device: torch.device) -> Tensor:
-    """E of every entry of a pool tensor: (numel,), float32."""
-    group = torch.arange(-(-numel // 4), device=device)
+def noise(
+    seed: int, step: int, tensor: int, numel: int, device: torch.device, start: int = 0
+) -> Tensor:
+    """E of the entries of a pool tensor from `start` (a multiple of 4) on: (numel,), float32."""
+    group = torch.arange(start // 4, -(-(start + numel) // 4), device=device)
     constants = [torch.tensor(value, device=device) for value in (tensor, step)]
     draws = [
         philox((group, *constants, torch.tensor(draw, device=device)), seed).view(-1)[:numel]

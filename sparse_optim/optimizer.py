@@ -67,8 +67,8 @@ class MaskedAdamW(torch.optim.Optimizer):
         fuse_backward: take each gradient when the backward pass has produced it, and free it: no
             gradient buffer (see `sparse_optim.in_backward`). `clip_grad_norm_` then sees no
             gradients, clips nothing and returns 0: clip by `max_grad_norm` (`math.inf` says that
-            none is wanted). The same results bit for bit; no gradient accumulation. D3 with
-            `Increment` or `Static`, in one process.
+            none is wanted). The same results bit for bit; no gradient accumulation. Any
+            importance, `Increment` or `Static`, one process.
 
     Raises:
         ValueError, TypeError: names the argument or parameter, what arrived, what to do.
@@ -177,7 +177,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         dense = plan_dense_step(self, dense_grads, is_scaled)
         self._prepare()
         if fused:
-            fused.finish(bound, dense_grads)
+            fused.finish(bound, grads, dense_grads)
         elif self.selection.replaces:
             replace_active_set(self, bound, grads, dense_grads)
         else:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparse_optim import backends
+from sparse_optim import backends, scoring
 from sparse_optim.importance import (
     D3,
     ActivationWeightGradient,
@@ -27,6 +27,9 @@ from sparse_optim.selection import Increment, Selection, Stochastic
 
 if TYPE_CHECKING:
     from sparse_optim.optimizer import MaskedAdamW
+
+# Entries whose noise is drawn at once where it is not drawn by a kernel: it takes 100 bytes each.
+NOISE_ENTRIES = 1 << 16
 
 # Importances whose scores need no check.
 OWN = (D3, Magnitude, Snip, ActivationWeightGradient, Scores)
@@ -94,10 +97,9 @@ def rank(optimizer: MaskedAdamW, bound: Any, grads: Sequence[Tensor]) -> Ranked 
     ops = backends.operations(optimizer.backend)
     if isinstance(importance, D3) and not ranking.noise.numel():
         return Ranked(bound, work.tile_max, importance.exp, importance.eps, ranking.noise)
-    if not _unmasks(optimizer):
+    if not unmasks(optimizer) or bool(work.found_inf):
         return None
-    if ranking.noise.numel():
-        ranking.noise[1].copy_(optimizer._active.progress[0])
+    set_noise(optimizer)
     scores = _scores(importance, optimizer._names, optimizer._pool, grads)
     scored = ops.bind(scores, optimizer._pool, ranking.table)
     active = optimizer._active
@@ -105,16 +107,56 @@ def rank(optimizer: MaskedAdamW, bound: Any, grads: Sequence[Tensor]) -> Ranked 
         scored, active.position, active.offsets, work.tile_offsets, ranking.noise, ops.TILE,
         ranking.tile_max, work.scratch,
     )  # fmt: skip
-    if isinstance(importance, Magnitude):
-        _warn_of_zeros(optimizer._names, optimizer._pool, grads)
-    if not ranking.tile_max.any():
-        warnings.warn(
-            f"{importance} scores every entry 0: nothing is unmasked in this step (|grad * param| "
-            "of a fresh LoRA, or a mask of parameters without gradients?)",
-            UserWarning,
-            stacklevel=4,
-        )
+    warn_of_scores(optimizer, grads, any_left=bool(ranking.tile_max.any()))
     return Ranked(scored, ranking.tile_max, 0.0, 1.0, ranking.noise, scores)
+
+
+def scores_of_part(
+    optimizer: MaskedAdamW, first: int, grads: Sequence[Tensor]
+) -> Sequence[Tensor] | None:
+    """What tensors first, first + 1, ... of the pool are ranked by, noise included.
+
+    None where the kernels rank gradients by D3 as they read them.
+    """
+    if isinstance(optimizer.importance, D3):
+        return None
+    part = slice(first, first + len(grads))
+    scores = _scores(optimizer.importance, optimizer._names[part], optimizer._pool[part], grads)
+    noise = optimizer._ranking.noise
+    if not noise.numel():
+        return scores
+    found = []
+    for index, score in enumerate(scores, first):
+        pieces = score.reshape(-1).float().split(NOISE_ENTRIES)
+        found.append(torch.cat([
+            scoring.perturbed(piece, noise, index, number * NOISE_ENTRIES)
+            for number, piece in enumerate(pieces)
+        ]).view(score.shape))  # fmt: skip
+    return found
+
+
+def set_noise(optimizer: MaskedAdamW) -> None:
+    """Key the noise by the step, where entries are sampled."""
+    if optimizer._ranking.noise.numel():
+        optimizer._ranking.noise[1].copy_(optimizer._active.progress[0])
+
+
+def warn_of_scores(optimizer: MaskedAdamW, grads: Sequence[Tensor], any_left: bool) -> None:
+    """Warn of scores that say little: of matrices that are all zeros, or all of them 0.
+
+    Args:
+        grads: empty where a parameter has no gradient in this step.
+        any_left: whether a frozen entry scores above 0.
+    """
+    if isinstance(optimizer.importance, Magnitude):
+        _warn_of_zeros(optimizer._names, optimizer._pool, grads)
+    if not any_left:
+        warnings.warn(
+            f"{optimizer.importance} scores every entry 0: nothing is unmasked in this step "
+            "(|grad * param| of a fresh LoRA, or a mask of parameters without gradients?)",
+            UserWarning,
+            stacklevel=5,
+        )
 
 
 def _warn_of_zeros(names: Sequence[str], params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
@@ -126,19 +168,19 @@ def _warn_of_zeros(names: Sequence[str], params: Sequence[Tensor], grads: Sequen
             f"first is {zero[0]}), so that their entries are unmasked first, in the order of "
             "their positions; leave them out of the pool, or rank by the gradient (D3)",
             UserWarning,
-            stacklevel=5,
+            stacklevel=6,
         )
 
 
-def _unmasks(optimizer: MaskedAdamW) -> bool:
+def unmasks(optimizer: MaskedAdamW) -> bool:
+    """Whether the next step is to unmask anything; reads counts from the device."""
     step, active, _ = optimizer._active.progress.tolist()
     targets, selection = optimizer._targets, optimizer.selection
     # A static set of fixed scores is complete after one step, even if it found too few above 0.
     once = is_fixed(optimizer.importance) and not isinstance(selection, Increment)
     if once and not selection.replaces and step > 0:
         return False
-    wanted = int(targets[min(step + 1, targets.numel() - 1)]) > active
-    return wanted and not bool(optimizer._work.found_inf)
+    return int(targets[min(step + 1, targets.numel() - 1)]) > active
 
 
 def _scores(

@@ -48,18 +48,19 @@ def importance(grad: Tensor, param: Tensor, exp: float, eps: float) -> Tensor:
     return magnitude / base.pow(exp)
 
 
-def perturbed(score: Tensor, noise: Tensor, tensor: int) -> Tensor:
+def perturbed(score: Tensor, noise: Tensor, tensor: int, start: int = 0) -> Tensor:
     """score / sqrt(E), E the noise of each entry; score itself where `noise` is empty.
 
     Args:
-        score: (numel,), float32, >= 0, of all entries of a pool tensor.
+        score: (numel,), float32, >= 0, of the entries of a pool tensor from `start` on.
         noise: (2,), int64: seed and step; or (0,).
         tensor: its index in the pool.
+        start: a multiple of 4.
     """
     if noise.numel() == 0:
         return score
     seed, step = noise.tolist()
-    return score / _sqrt(exponential_noise(seed, step, tensor, score.numel(), score.device))
+    return score / _sqrt(exponential_noise(seed, step, tensor, score.numel(), score.device, start))
 
 
 def importance_key(score: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from backward_nets import SmallNet, assert_same_but_for_the_norm, train_both
 
-from sparse_optim import D3, backends, in_backward
+from sparse_optim import D3, Random, Snip, backends, in_backward
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("run by test_triton_interpreter.py", allow_module_level=True)
@@ -53,3 +53,11 @@ def test_same_run(dtype: torch.dtype, exp: float, steps: int) -> None:
     assert (metrics["step"], metrics["active"]) == (steps - 1, unmasked)
     assert metrics["skipped_steps"] == 1
     assert ordinary.grad_norm > 0.5  # clipped
+
+
+@pytest.mark.parametrize("importance", [Random(3), Snip()])
+def test_same_run_by_scores(importance: Random | Snip) -> None:
+    train_both(
+        torch.float32, 3, kind=SmallNet, on_device=True, check=assert_same_but_for_the_norm,
+        backend="triton", importance=importance, total_steps=15, budget=200,
+    )  # fmt: skip

@@ -65,7 +65,7 @@ class Step:
         if hopeful is None:
             return
         self.candidates.add(
-            first, grads, params, hopeful, bound, tiles,
+            first, grads, None, params, hopeful, bound, tiles,
             torch.zeros(1, dtype=torch.int32), torch.zeros(last - first + 1, dtype=torch.int64),
             self.no_inf,
         )  # fmt: skip

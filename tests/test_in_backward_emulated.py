@@ -12,7 +12,7 @@ import pytest
 import torch
 from backward_nets import Net, SmallNet, assert_same_but_for_the_norm, train_both
 
-from sparse_optim import D3, backends, in_backward
+from sparse_optim import D3, Random, Snip, backends, in_backward
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -46,6 +46,11 @@ def test_same_run(dtype, exp):
 @pytest.mark.parametrize("exp", [-1.0, -0.5, 0.5, 1.0])
 def test_same_run_with_other_exponents(exp):
     train(torch.float32, 4, importance=D3(exp=exp, eps=1e-2))
+
+
+@pytest.mark.parametrize("importance", [Random(3), Snip()])
+def test_same_run_by_scores(importance):
+    train(torch.float32, 4, importance=importance)
 
 
 def test_same_run_with_a_dense_head():
