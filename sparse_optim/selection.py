@@ -23,7 +23,8 @@ def resolve_budget(budget: int | float, pool_size: int) -> int:
     """
     if pool_size == 0:
         raise ValueError(
-            "the pool is empty: no parameter group with unmask='rank' holds a trainable entry"
+            "the pool is empty: no parameter group with unmask='rank' holds a trainable entry; set "
+            "requires_grad on what is to be ranked, or train it densely (unmask='all')"
         )
     if isinstance(budget, bool) or not isinstance(budget, (int, float)):
         raise ValueError(f"budget must be an int (entries) or a float (share), got {budget!r}")

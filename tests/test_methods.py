@@ -206,11 +206,22 @@ def test_param_groups_by_rate_and_decay():
         ("pafi", {"budget": 10**6}, "budget must be 1 to"),
         ("fish", {"calibration": None}, "before the first step: give calibration="),
         ("frozen", {"fresh": []}, "trains only a fresh head"),
+        (
+            "id3",
+            {"fresh": [""]},
+            "pool is empty: every trainable parameter is fresh.*method 'full'",
+        ),
     ],
 )
 def test_what_a_method_lacks_is_said(name, options, message):
     with pytest.raises(ValueError, match=message):
         build(name, WithLoss(), **options)
+
+
+@pytest.mark.parametrize("name", ["id3", "full"])
+def test_a_frozen_model_is_told(name):
+    with pytest.raises(ValueError, match="no parameter of the model requires a gradient"):
+        build(name, WithLoss().requires_grad_(False))
 
 
 def test_an_unknown_method_lists_the_known_ones():

@@ -108,6 +108,8 @@ def build(
         raise ValueError(f"unknown method {name!r}; known: {', '.join(METHODS)}")
     method = METHODS[name]
     named = [(key, param) for key, param in model.named_parameters() if param.requires_grad]
+    if not named:
+        raise ValueError("no parameter of the model requires a gradient: set requires_grad on some")
     lr = method.lr if lr is None else lr
     request = MethodRequest(
         model=model,

@@ -84,7 +84,16 @@ class MethodRequest:
 def masked_adamw(
     request: MethodRequest, importance: Importance, selection: Selection
 ) -> MaskedAdamW:
-    """Pretrained parameters are ranked, fresh ones trained densely."""
+    """Pretrained parameters are ranked, fresh ones trained densely.
+
+    Raises:
+        ValueError: there is nothing to rank.
+    """
+    if not request.ranked:
+        raise ValueError(
+            "the pool is empty: every trainable parameter is fresh (--dense), so that the budget "
+            "would go unused; name fewer, or use the method 'full'"
+        )
     return MaskedAdamW(
         ranked_groups(request),
         request.lr,
