@@ -150,6 +150,7 @@ pytest.importorskip("typer", reason="the rest needs the extra 'finetune'")
 
 from typer.testing import CliRunner  # noqa: E402
 
+from sparse_optim.analysis import plots  # noqa: E402
 from sparse_optim.analysis.recorder import AllocationRecorder  # noqa: E402
 from sparse_optim.cli import app  # noqa: E402
 
@@ -297,6 +298,23 @@ def test_increment_and_repeat_are_drawn_together(tmp_path):
     alone = pictures(increment / "analysis")
     assert both["metric.png"] != alone["metric.png"]
     assert both["allocation-1.png"] == alone["allocation.png"]
+
+
+def test_steps_are_named_once_the_budget_is_spent(tmp_path, monkeypatch):
+    """Such points lie above one another: first and last of them are told apart."""
+    figures = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure))
+    spent = AllocationRecord(
+        tensors={"w": [30]}, budget=20, method="id3", metric="accuracy",
+        snapshots=[Snapshot(step, [min(20, 2 * step)], {"accuracy": step / 40})
+                   for step in (5, 10, 15, 20)],
+    )  # fmt: skip
+    plots.draw_metric({"run": spent}, "accuracy", tmp_path / "unused.png")
+    noted = {text.get_text(): text.xy for text in figures[0].axes[0].texts}
+    assert noted == {"step 10": (20, 0.25), "step 20": (20, 0.5)}
+    spent.snapshots[:] = spent.snapshots[:2]
+    plots.draw_metric({"run": spent}, "accuracy", tmp_path / "unused.png")
+    assert not figures[1].axes[0].texts
 
 
 def test_runs_of_the_same_name_are_told_apart_by_their_paths(tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +74,7 @@ def draw_metric(records: Records, metric: str, path: Path) -> None:
                             label=f"{name} (last value; {active[-1]:,} at every step)")  # fmt: skip
         else:
             axes[0].plot(active, values, color=colour, marker="o", markersize=4.5, label=name)
+            _note_steps(axes[0], found, colour)
     axes[0].set_xlabel("active entries")
     axes[0].margins(y=0.15)
     if compared:
@@ -85,6 +86,17 @@ def draw_metric(records: Records, metric: str, path: Path) -> None:
             one.legend(frameon=False, fontsize=9)
     plain(axes)
     save(figure, path)
+
+
+def _note_steps(axes: Axes, found: Sequence[tuple[int, int, float]], colour: str) -> None:
+    """Name the first and the last step of those that share the last number of active entries.
+
+    Once the budget is spent, points lie above one another; the line does not tell their order.
+    """
+    spent = [row for row in found if row[1] == found[-1][1]]
+    for step, active, value in (spent[0], spent[-1]) if len(spent) > 1 else ():
+        axes.annotate(f"step {step}", (active, value), xytext=(-7, 0), textcoords="offset points",
+                      ha="right", va="center", color=colour, fontsize=8.5)  # fmt: skip
 
 
 def _draw_budgets(axes: Axes, records: Records, metric: str) -> None:
