@@ -7,7 +7,10 @@ import sys
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+
+# Of each weight: sum of its inputs, how many, and the weight's dimension that counts them.
+Sums = dict[nn.Parameter, tuple[Tensor, Tensor, int]]
 
 
 class InputMeans:
@@ -26,7 +29,9 @@ class InputMeans:
     table as well is recorded as the linear layer's. Everything else (biases, norms, embeddings,
     layers that are not called as modules) has no entry: its factor is 1.
 
-    Each process sees its own rows: average the means over data-parallel ranks before ranking.
+    Each process of a data-parallel run sees rows of its own. Where torch.distributed runs, sums and
+    counts are added up over all processes when they are first read after a forward pass (a
+    collective: every process must read them), so that all of them rank alike.
 
     Args:
         model: the module that the training loop calls.
@@ -46,7 +51,8 @@ class InputMeans:
         self._arguments = list(inspect.signature(model.forward).parameters)
         self._recording = False
         self._mask: Tensor | None = None
-        self._sums: dict[nn.Parameter, tuple[Tensor, Tensor, int]] = {}
+        self._sums: Sums = {}
+        self._totals: Sums | None = None  # of all processes; None until they are read
         self._handles = [
             model.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True),
             model.register_forward_hook(self._leave, always_call=True),
@@ -63,15 +69,18 @@ class InputMeans:
 
     def get(self, name: str) -> tuple[Tensor, int] | None:
         """What `means` holds of one parameter; None where the factor is 1."""
+        if self._totals is None:
+            self._totals = self._added_up()
         param = self._model.get_parameter(name)
-        if param not in self._sums:
+        if param not in self._totals:
             return None
-        total, count, dim = self._sums[param]
+        total, count, dim = self._totals[param]
         return total / count.clamp(min=1), dim
 
     def reset(self) -> None:
         """Forget what was recorded: a new step begins."""
         self._sums.clear()
+        self._totals = None
 
     def remove(self) -> None:
         """Take all hooks off the model; the means stay readable."""
@@ -92,6 +101,33 @@ class InputMeans:
         mask = given.get("attention_mask")
         self._mask = mask != 0 if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
+    @torch.no_grad()
+    def _added_up(self) -> Sums:
+        """Sums and counts of all processes, in the model's order."""
+        started = distributed.is_available() and distributed.is_initialized()
+        if not started or distributed.get_world_size() == 1:
+            return self._sums
+        dims = {
+            module.weight: dim
+            for module in self._model.modules()
+            if (dim := input_dim(module)) is not None and isinstance(module.weight, nn.Parameter)
+        }
+        own = (
+            self._sums.get(weight, (weight.new_zeros(weight.size(dim)), weight.new_zeros(()), dim))
+            for weight, dim in dims.items()
+        )
+        # float64: counts, too, stay exact.
+        flat = torch.cat(
+            [torch.hstack((total.double(), count.double())) for total, count, _ in own]
+        )
+        distributed.all_reduce(flat)
+        ends = flat.split([weight.size(dim) + 1 for weight, dim in dims.items()])
+        return {
+            weight: (end[:-1].float(), end[-1], dim)
+            for (weight, dim), end in zip(dims.items(), ends, strict=True)
+            if bool(end[-1] > 0)
+        }
+
     def _leave(self, *_: object) -> None:
         self._recording, self._mask = False, None
 
@@ -110,6 +146,7 @@ class InputMeans:
         else:
             count = torch.full((), rows.numel(), device=inputs.device)
         total = inputs.reshape(-1, inputs.shape[-1]).sum(0, dtype=torch.float32)
+        self._totals = None
         if weight in self._sums:
             past_total, past_count, _ = self._sums[weight]
             total, count = total + past_total, count + past_count

@@ -219,3 +219,35 @@ def test_conv1d_has_its_inputs_in_rows():
         torch.testing.assert_close(mean, rows[mask.bool()].mean(0))
         assert dim == 0
         assert model.get_parameter(f"{name}.weight").shape[dim] == mean.numel()
+
+
+def test_processes_share_their_rows(monkeypatch):
+    """Else each would rank by rows of its own, and replicas drift apart."""
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(3, 2), "b": torch.nn.Linear(2, 2)})
+    model.forward = lambda x, deep: model["b"](model["a"](x)) if deep else model["a"](x)
+    rows = torch.randn(5, 3), torch.randn(2, 3)
+    with InputMeans(model) as theirs:  # one that never calls b
+        model(rows[1], deep=False)
+    with InputMeans(model) as ours:
+        model(rows[0], deep=True)
+    total, count, _ = theirs._sums[model["a"].weight]
+    other = torch.cat([total, count.view(1), torch.zeros(3)]).double()
+    calls = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(
+        torch.distributed, "all_reduce", lambda flat: calls.append(flat.add_(other))
+    )
+    mean, dim = ours.get("a.weight")
+    torch.testing.assert_close(mean, torch.cat(rows).mean(0))
+    assert dim == 1
+    torch.testing.assert_close(ours.get("b.weight")[0], model["a"](rows[0]).mean(0))
+    assert ours.get("a.bias") is None
+    assert len(calls) == 1
+    with torch.no_grad(), monkeypatch.context() as alone:  # what is its own is kept
+        alone.setattr(torch.distributed, "is_initialized", lambda: False)
+        ours._totals = None
+        torch.testing.assert_close(ours.get("a.weight")[0], rows[0].mean(0))
+    ours.reset()
+    assert ours.get("b.weight") is None

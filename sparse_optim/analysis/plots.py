@@ -75,6 +75,7 @@ def draw_metric(records: Records, metric: str, path: Path) -> None:
         else:
             axes[0].plot(active, values, color=colour, marker="o", markersize=4.5, label=name)
             _note_steps(axes[0], found, colour)
+            axes[0].margins(x=0.1)
     axes[0].set_xlabel("active entries")
     axes[0].margins(y=0.15)
     if compared:
@@ -95,8 +96,8 @@ def _note_steps(axes: Axes, found: Sequence[tuple[int, int, float]], colour: str
     """
     spent = [row for row in found if row[1] == found[-1][1]]
     for step, active, value in (spent[0], spent[-1]) if len(spent) > 1 else ():
-        axes.annotate(f"step {step}", (active, value), xytext=(-7, 0), textcoords="offset points",
-                      ha="right", va="center", color=colour, fontsize=8.5)  # fmt: skip
+        axes.annotate(f"step {step}", (active, value), xytext=(7, 0), textcoords="offset points",
+                      ha="left", va="center", color=colour, fontsize=8.5)  # fmt: skip
 
 
 def _draw_budgets(axes: Axes, records: Records, metric: str) -> None:
