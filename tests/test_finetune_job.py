@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import random
-from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, distribution
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +13,8 @@ pytest.importorskip("transformers", reason="the main job needs the extra 'finetu
 pytest.importorskip("datasets", reason="the main job needs the extra 'finetune'")
 pytest.importorskip("accelerate", reason="the main job needs the extra 'finetune'")
 
-from tiny_models import SPECIAL, save_decoder, save_encoder
+from finetune_jobs import END, LETTER_IDS, config, make_folders
+from tiny_models import save_encoder
 from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -24,7 +22,7 @@ from transformers import (
 
 from sparse_optim.analysis import load_record
 from sparse_optim.delta import load_delta
-from sparse_optim.finetune import FinetuneConfig, FinetuneError
+from sparse_optim.finetune import FinetuneConfig
 from sparse_optim.finetune.job import (
     differing_tensors,
     load_base,
@@ -33,47 +31,12 @@ from sparse_optim.finetune.job import (
     run,
 )
 
-LETTERS = "abcdefgh"
-LETTER_IDS = {letter: index + len(SPECIAL) for index, letter in enumerate(LETTERS)}
-END = SPECIAL.index("</s>")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Tiny models are faster on one thread, by far where other processes want the cores, too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, str]:
-    """A tiny encoder and decoder, and a data set for each task."""
-    root = tmp_path_factory.mktemp("tiny")
-    found = {"encoder": save_encoder(root / "encoder"), "decoder": save_decoder(root / "decoder")}
-    draw = random.Random(0)
-    texts = [" ".join(draw.choices(LETTERS, k=6)) for _ in range(64)]
-    rows = {
-        "sequence": [{"text": t, "label": "many" if t.count("a") > 0 else "none"} for t in texts],
-        "regression": [{"text": t, "label": t.count("a") / 2} for t in texts],
-        "token": [
-            {"tokens": t.split(), "ner_tags": ["B-A" if w == "a" else "O" for w in t.split()]}
-            for t in texts
-        ],
-        "generation": [{"text": "a b c d " + t} for t in texts],
-        "prompt": [{"prompt": t, "response": "a a a"} for t in texts],
-    }
-    for name, table in rows.items():
-        found[name] = root / f"{name}.jsonl"
-        found[name].write_text("".join(json.dumps(row) + "\n" for row in table))
-    return {name: str(path) for name, path in found.items()}
-
-
-def config(folders, output: Path, model: str, dataset: str, **settings) -> FinetuneConfig:
-    defaults = {"steps": 6, "batch_size": 8, "max_length": 16, "budget": 500, "cpu": True}
-    arguments = {**defaults, "eval_fraction": 0.25, **settings}
-    return FinetuneConfig(folders[model], folders[dataset], output, **arguments)
+    return make_folders(tmp_path_factory.mktemp("tiny"))
 
 
 TASKS = [
@@ -226,31 +189,6 @@ def test_examples_of_like_length_share_a_batch(folders, tmp_path):
     assert padding[True] < padding[False] / 3
 
 
-@pytest.mark.parametrize(
-    ("settings", "counts"),
-    [
-        ({"unmask_share": 1.0}, [10, 20, 30, 40]),
-        ({"unmask_share": 1.0, "unmask_schedule": "linear"}, [17, 30, 37, 40]),  # 40 (1-(1-t/4)^2)
-        ({}, [20, 40, 40, 40]),
-    ],
-)
-def test_the_budget_is_spent_as_asked(folders, tmp_path, settings, counts):
-    options = {"steps": 4, "log_every": 1, "budget": 40, **settings}
-    result = run(config(folders, tmp_path / "out", "encoder", "sequence", **options))
-    fresh = result.metrics["model"]["fresh_entries"]
-    assert [row["active"] - fresh for row in result.metrics["log"]] == counts
-
-
-def test_bias_correction_reaches_the_optimizer(folders, tmp_path):
-    """An entry unmasked at step 2 moves by its lr, or by half of it: two different models."""
-    weights = {}
-    for kind in ("entry", "global"):
-        options = {"steps": 4, "budget": 40, "bias_correction": kind}
-        result = run(config(folders, tmp_path / kind, "encoder", "sequence", **options))
-        weights[kind] = [param.detach() for param in result.model.parameters()]
-    assert not all(map(torch.equal, weights["entry"], weights["global"]))
-
-
 def test_perplexity_is_the_mean_over_tokens_not_over_batches(folders, tmp_path):
     rows = [{"prompt": "a b", "response": " ".join("c" * length)} for length in (1, 9, 2, 7, 1)]
     for split in ("train", "validation"):
@@ -295,58 +233,6 @@ def test_a_tracker_sees_where_the_budget_goes(folders, tmp_path):
     accumulator.Reload()
     for name in ("loss", "active", "tensor_sparsity", "sparsity_entropy"):
         assert len(accumulator.Scalars(f"train/{name}")) > 1, name
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"method": "id4"}, r"unknown method 'id4' \(did you mean 'id3'\?\).*frozen"),
-        ({"budget": 10**9}, "budget must be 1 to"),
-        ({"metric": "rouge"}, "no metric 'rouge'.*accuracy"),
-        ({"dtype": "int8"}, "unknown dtype 'int8'"),
-        ({"pooling": "max"}, "unknown pooling 'max'.*cls"),
-        ({"amp": "fp8"}, "--amp must be none or bf16"),
-        ({"unmask_schedule": "cosine"}, "--unmask-schedule must be one of uniform, linear"),
-        ({"unmask_share": 0.0}, "--unmask-share must be above 0 and at most 1"),
-        ({"bias_correction": "none"}, "bias_correction"),
-        ({"report_to": "paper"}, "'paper' is unknown or not installed; there are: none"),
-        ({"task": "causal-lm", "text_column": "text"}, "does not generate text"),
-        ({"dense": ("head",)}, "no parameter's name begins with 'head'"),
-        ({"backend": "fortran"}, "backend"),
-        ({"resume": Path("nowhere")}, "no Trainer checkpoint"),
-    ],
-)
-def test_bad_settings_are_one_line_and_leave_nothing(folders, tmp_path, settings, message):
-    output = tmp_path / "out"
-    with pytest.raises(FinetuneError, match=message) as caught:
-        run(config(folders, output, "encoder", "sequence", **settings))
-    assert "\n" not in str(caught.value)
-    assert not output.exists()
-
-
-def test_mean_pooling_is_for_bert(folders, tmp_path):
-    with pytest.raises(FinetuneError, match=r"--pooling mean is for BERT.* llama"):
-        run(config(folders, tmp_path / "out", "decoder", "sequence", pooling="mean"))
-
-
-def test_frozen_needs_a_fresh_head(folders, tmp_path):
-    with pytest.raises(FinetuneError, match="only a fresh head"):
-        run(config(folders, tmp_path / "out", "decoder", "generation", method="frozen"))
-
-
-@pytest.mark.parametrize("field", ["steps", "lr", "batch_size", "budget", "max_length"])
-def test_numbers_out_of_range_are_named_by_their_option(folders, tmp_path, field):
-    with pytest.raises(FinetuneError, match=f"--{field.replace('_', '-')} must be above 0"):
-        config(folders, tmp_path, "encoder", "sequence", **{field: 0})
-
-
-def test_an_output_in_use_is_left_alone(folders, tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(FinetuneError, match="not empty; add --overwrite"):
-        run(config(folders, tmp_path, "encoder", "sequence"))
-    run(config(folders, tmp_path, "encoder", "sequence", overwrite=True, steps=1))
-    assert (tmp_path / "notes.txt").read_text() == "mine"
-    assert (tmp_path / "metrics.json").exists()
 
 
 def needs_package(name: str) -> None:

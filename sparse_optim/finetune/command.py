@@ -81,6 +81,7 @@ def finetune(
     adam_eps: options.AdamEps = None,
     max_grad_norm: options.MaxGradNorm = 1.0,
     group_by_length: options.GroupByLength = False,
+    fuse_backward: options.FuseBackward = False,
     seed: options.Seed = 0,
     pooling: options.Pooling = "auto",
     resume: options.Resume = None,

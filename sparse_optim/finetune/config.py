@@ -46,6 +46,7 @@ class FinetuneConfig:
         unmask_share: of the run, in which their budget is spent; above 0, at most 1 (the paper's).
         bias_correction: "entry" or "global", as in `MaskedAdamW`.
         sparse_score: of "sparse-adapter", a key of `SPARSE_SCORES`.
+        fuse_backward: as in `MaskedAdamW`: no buffer for gradients.
         dense: further parameters to train densely, by the beginning of their names.
         pooling: what a sequence head reads: "cls", "mean", or "auto" as the model was trained.
         resume: a Trainer checkpoint to go on from.
@@ -91,6 +92,7 @@ class FinetuneConfig:
     unmask_share: float = DEFAULT_UNMASK_SHARE
     bias_correction: str = "entry"
     sparse_score: str = "snip"
+    fuse_backward: bool = False
     dense: tuple[str, ...] = ()
     pooling: str = "auto"
     backend: str = "auto"
@@ -143,6 +145,11 @@ class FinetuneConfig:
         if not 0 < self.unmask_share <= 1:
             raise FinetuneError(
                 f"--unmask-share must be above 0 and at most 1, got {self.unmask_share}"
+            )
+        if self.fuse_backward and self.accumulation > 1:
+            raise FinetuneError(
+                "--fuse-backward frees gradients at once, so that --accumulation cannot add them "
+                "up: leave one of both out"
             )
         if self.amp not in ("none", "bf16"):
             raise FinetuneError(f"--amp must be none or bf16, got {self.amp!r}")

@@ -305,6 +305,7 @@ def build_optimizer(
         unmask_share=config.unmask_share,
         bias_correction=config.bias_correction,
         sparse_score=config.sparse_score,
+        fuse_backward=config.fuse_backward,
         max_grad_norm=config.max_grad_norm,
         backend=config.backend,
         calibration=batches,

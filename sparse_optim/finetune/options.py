@@ -101,7 +101,7 @@ DensePrefixes = Annotated[
     list[str] | None,
     selection("Train these parameters densely, too: how their names begin. Repeatable."),
 ]
-Backend = Annotated[str, selection("Kernels: auto, cpp or reference.")]
+Backend = Annotated[str, selection("Kernels: auto, cpp, cuda, triton or reference.")]
 
 Pooling = Annotated[
     str,
@@ -132,6 +132,13 @@ AdamEps = Annotated[float | None, training("eps of AdamW. Default: the method's.
 MaxGradNorm = Annotated[float, training("Clip gradients at this norm; 0 does not clip.")]
 GroupByLength = Annotated[
     bool, training("Batch examples of about the same length.", "--group-by-length")
+]
+FuseBackward = Annotated[
+    bool,
+    training(
+        "Read gradients inside the backward pass and free them: less memory, the same steps.",
+        "--fuse-backward",
+    ),
 ]
 Seed = Annotated[int, training("Of the fresh head, the order of examples and dropout.")]
 Resume = Annotated[Path | None, training("Go on from this checkpoint (see --save-every).")]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_optim.methods._request import MethodRequest
+from sparse_optim.methods._request import MethodRequest, check_whole_gradients
 from sparse_optim.selection import resolve_budget
 
 WINDOWS = 20  # of a run; the paper's windows are a hyper-parameter
@@ -113,8 +113,10 @@ def dps(request: MethodRequest) -> DynamicParameterSelection:
     """Windows of a twentieth of the run; the budget is a share of the Linear weights.
 
     Raises:
-        ValueError: the model has no Linear weight among the ranked parameters.
+        ValueError: the model has no Linear weight among the ranked parameters, or gradients shall
+            be freed inside the backward pass.
     """
+    check_whole_gradients(request)
     weights = {
         id(module.weight) for module in request.model.modules() if isinstance(module, nn.Linear)
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +34,7 @@ class MethodRequest:
         max_grad_norm: clip at this norm; 0 leaves gradients alone.
         calibration: gives batches, for methods that score entries before training.
         sparse_score: of "sparse-adapter", a key of `SPARSE_SCORES`.
+        fuse_backward: as in `MaskedAdamW`.
         seed: of methods that draw entries.
     """
 
@@ -56,6 +58,7 @@ class MethodRequest:
     backend: str = "auto"
     calibration: Callable[[], Iterable[Any]] | None = None
     sparse_score: str = "snip"
+    fuse_backward: bool = False
     seed: int = 0
 
     @property
@@ -102,16 +105,31 @@ def masked_adamw(
         request.weight_decay,
         importance=importance,
         selection=selection,
-        max_grad_norm=request.max_grad_norm or None,
+        max_grad_norm=request.max_grad_norm or (math.inf if request.fuse_backward else None),
         bias_correction=request.bias_correction,
         backend=request.backend,
+        fuse_backward=request.fuse_backward,
     )
+
+
+def check_whole_gradients(request: MethodRequest) -> None:
+    """Raise ValueError where gradients shall be freed inside the backward pass."""
+    if request.fuse_backward:
+        raise ValueError(
+            "this method trains by torch.optim.AdamW, which needs whole gradients: leave "
+            "fuse_backward out"
+        )
 
 
 def dense_adamw(
     request: MethodRequest, chosen: Iterable[tuple[str, nn.Parameter]]
 ) -> torch.optim.AdamW:
-    """torch's fused AdamW on the chosen parameters; others no longer require gradients."""
+    """torch's fused AdamW on the chosen parameters; others no longer require gradients.
+
+    Raises:
+        ValueError: it shall take gradients inside the backward pass.
+    """
+    check_whole_gradients(request)
     chosen = list(chosen)
     names = {name for name, _ in chosen}
     for name, param in request.named:

@@ -1,0 +1,74 @@
+"""Options of a job that say how entries are unmasked reach the optimizer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="the main job needs the extra 'finetune'")
+pytest.importorskip("datasets", reason="the main job needs the extra 'finetune'")
+pytest.importorskip("accelerate", reason="the main job needs the extra 'finetune'")
+
+from finetune_jobs import config, make_folders
+
+from sparse_optim.finetune import FinetuneError
+from sparse_optim.finetune.job import run
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, str]:
+    return make_folders(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "counts"),
+    [
+        ({"unmask_share": 1.0}, [10, 20, 30, 40]),
+        ({"unmask_share": 1.0, "unmask_schedule": "linear"}, [17, 30, 37, 40]),  # 40 (1-(1-t/4)^2)
+        ({}, [20, 40, 40, 40]),
+    ],
+)
+def test_the_budget_is_spent_as_asked(folders, tmp_path, settings, counts):
+    options = {"steps": 4, "log_every": 1, "budget": 40, **settings}
+    result = run(config(folders, tmp_path / "out", "encoder", "sequence", **options))
+    fresh = result.metrics["model"]["fresh_entries"]
+    assert [row["active"] - fresh for row in result.metrics["log"]] == counts
+
+
+def test_bias_correction_reaches_the_optimizer(folders, tmp_path):
+    """An entry unmasked at step 2 moves by its lr, or by half of it: two different models."""
+    weights = {}
+    for kind in ("entry", "global"):
+        options = {"steps": 4, "budget": 40, "bias_correction": kind}
+        result = run(config(folders, tmp_path / kind, "encoder", "sequence", **options))
+        weights[kind] = [param.detach() for param in result.model.parameters()]
+    assert not all(map(torch.equal, weights["entry"], weights["global"]))
+
+
+@pytest.mark.parametrize("method", ["id3", "pafi", "fish"])
+def test_gradients_taken_inside_the_backward_pass_give_the_same_model(folders, tmp_path, method):
+    weights, norms = [], []
+    for fused in (False, True):
+        options = {"method": method, "budget": 40, "fuse_backward": fused, "log_every": 1}
+        result = run(config(folders, tmp_path / str(fused), "encoder", "sequence", **options))
+        assert result.metrics["verified"] is True
+        weights.append([param.detach() for param in result.model.parameters()])
+        norms.append([row["grad_norm"] for row in result.metrics["log"]])
+    assert all(map(torch.equal, *weights))
+    assert norms[0] == norms[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"accumulation": 2}, "--accumulation cannot add them up: leave one of both out"),
+        ({"method": "full"}, "torch.optim.AdamW, which needs whole gradients"),
+        ({"method": "dps"}, "torch.optim.AdamW, which needs whole gradients"),
+        ({"method": "repeat-d3"}, "needs a set that only grows"),
+    ],
+)
+def test_what_needs_whole_gradients_is_refused(folders, tmp_path, settings, message):
+    with pytest.raises(FinetuneError, match=message):
+        run(config(folders, tmp_path, "encoder", "sequence", fuse_backward=True, **settings))
