@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import importlib
 
-from sparse_optim.cpp import append, bind, cut, rank, scan, update
+from sparse_optim.cpp import append, bind, clip, cut, rank, scan, update
 
-__all__ = ["TILE", "append", "bind", "cut", "rank", "scan", "scratch_bytes", "update"]
+__all__ = ["TILE", "append", "bind", "clip", "cut", "rank", "scan", "scratch_bytes", "update"]
 
 # The operators are those of `cpp`; this registers their CUDA kernels.
 _kernels = importlib.import_module("sparse_optim._C_cuda")
