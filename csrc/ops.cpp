@@ -80,8 +80,8 @@ void scan(Tensor bound, Tensors dense_grads, Tensor position, Tensor offsets, Te
   active.position = data<int32_t>(position);
   active.offsets = data<int64_t>(offsets);
   active.grad = data<float>(active_grad);
-  const bool finite = cpu::scan(threads(), pool, dense, active, tile, data<int32_t>(tile_max),
-                                data<double>(norms));
+  const bool finite =
+      cpu::scan(threads(), pool, dense, active, tile, data<int32_t>(tile_max), data<double>(norms));
   if (!finite) *data<float>(found_inf) = 1.f;
 }
 

@@ -35,7 +35,8 @@ def backend_with(monkeypatch):
 
     def install(**operations):
         module = types.ModuleType("tried_backend")
-        for name in ("TILE", "scratch_bytes", "bind", "scan", "clip", "rank", "cut", "append", "update"):
+        names = ("bind", "scan", "clip", "rank", "cut", "append", "update")
+        for name in ("TILE", "scratch_bytes", *names):
             setattr(module, name, operations.get(name, getattr(reference, name)))
         monkeypatch.setitem(sys.modules, "tried_backend", module)
         monkeypatch.setattr(

@@ -171,9 +171,7 @@ def scan(
             )  # fmt: skip
 
 
-def _scan_dense(
-    grads: Sequence[Tensor], partial: Tensor, norms: Tensor, found_inf: Tensor
-) -> None:
+def _scan_dense(grads: Sequence[Tensor], partial: Tensor, norms: Tensor, found_inf: Tensor) -> None:
     """norms[i] <- norm of gradient i of at most DENSE_GRADS."""
     partial.zero_()
     for grad, sums in zip(grads, partial.view(-1, DENSE_PROGRAMS), strict=False):

@@ -5,7 +5,6 @@
 //
 // Bytes: 8 a gradient. One block, which adds in the same order in every run and on every device.
 #include "core/clip.h"
-
 #include "cuda/device.h"
 
 namespace sparse_optim::cuda {
