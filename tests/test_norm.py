@@ -1,7 +1,8 @@
 """Norms of tensors, which must not depend on what is scanned with them, and the clip factor.
 
 Faults planted by hand: squares dealt to threads by a tile's place in the pool (CUDA, by
-test_norms_are_the_tensors_own[emulated]); NaN not dropped by the minimum (C++, by test_clip).
+test_norms_are_the_tensors_own[emulated]); tiles added in blocks of the pool, not of the tensor
+(Triton, by interpreted_norm.py); NaN not dropped by the minimum (core/clip.h, by test_clip).
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ def ops(request):
 
 def test_norms_are_the_tensors_own(ops):
     """More tiles than a block has threads, and more dense entries than one block reads."""
-    assert_norms_are_the_tensors_own(ops, [1001, 0, 41, 700], [70_000, 0, 9], tile=2)
+    sizes, dense_sizes = [801, 0, 41, 1200, 590, 700, 933], [70_000, 0, 9, 50_000, 90_000]
+    assert_norms_are_the_tensors_own(ops, sizes, dense_sizes, tile=2)
 
 
 @pytest.mark.parametrize("limit", [0.5, 100.0, math.inf])
