@@ -24,7 +24,7 @@ from sparse_optim.parameters import readable_grads
 
 # As users run a step: alone; clipped; with the loss scale taken out of the gradients, and clipped.
 MODES = ("alone", "clip", "scaler")
-STAGES = ("bind", "scan", "cut", "append", "update")
+STAGES = ("bind", "scan", "cut", "append", "clip", "update")
 NEVER_REACHED = 1e9  # norm to clip to: torch multiplies the gradients by 1 all the same
 
 EIGHT_BIT = (
@@ -237,8 +237,8 @@ def stages(
             if name == "bind" or backend in ("reference", "cpp"):
                 bound = optimizer._ops.bind(grads, optimizer._pool, optimizer._work.table)
             if name != "bind":
-                further = {"scan": [[]], "cut": [grads]}.get(name, [])
-                getattr(optimizer, f"_{name}")(bound, *further)
+                arguments = {"scan": [bound, []], "cut": [bound, grads], "clip": []}
+                getattr(optimizer, f"_{name}")(*arguments.get(name, [bound]))
 
         def prepare() -> None:
             restore()

@@ -20,7 +20,7 @@ from sparse_optim import D3, IncrementalMaskedAdamW, fingerprint
 from sparse_optim.parameters import readable_grads
 
 LR = 1e-9  # so small that the parameters stay what they are, however many steps are timed
-STAGES = ("prepare", "scan", "cut", "append", "update")
+STAGES = ("prepare", "scan", "cut", "append", "clip", "update")
 NUMPY_CHUNK = 1 << 20  # int32 values that one call of numpy reduces
 
 

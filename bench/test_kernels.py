@@ -50,7 +50,7 @@ def cool(flush: Tensor) -> None:
 class Step:
     """An optimizer in the middle of its run, to be taken through a step operation by operation."""
 
-    operations = ("scan", "cut", "append", "update")
+    operations = ("scan", "cut", "append", "clip", "update")
 
     def __init__(self, params: list[Tensor], quota: int, exp: float, flush: Tensor) -> None:
         self.optimizer = midway(params, BUDGET, quota, exp)
@@ -66,8 +66,9 @@ class Step:
 
     def call(self, name: str) -> None:
         """Run one operation."""
-        further: dict[str, list[list[Tensor]]] = {"scan": [[]], "cut": [self.grads]}
-        getattr(self.optimizer, f"_{name}")(self.bound, *further.get(name, []))
+        bound = self.bound
+        arguments = {"scan": [bound, []], "cut": [bound, self.grads], "clip": []}
+        getattr(self.optimizer, f"_{name}")(*arguments.get(name, [bound]))
 
     def before(self, name: str) -> Callable[[], None]:
         """What must have happened before `name` can run, from the start of the step."""

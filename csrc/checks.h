@@ -107,14 +107,19 @@ inline std::vector<DenseGrad> check_dense(const Place& place, const Tensors& gra
   return dense;
 }
 
-inline void check_scan(const Place& place, const Tensor& position, const Tensor& grad_scale,
-                       const Tensor& active_grad, const Tensor& grad_norm,
-                       const Tensor& grad_factor, const Tensor& found_inf) {
+inline void check_scan(const Place& place, const Tensor& position, const Tensor& active_grad,
+                       int64_t num_grads, const Tensor& norms, const Tensor& found_inf) {
   place.check(active_grad, "active_grad", ScalarType::Float, position.numel());
+  place.check(norms, "norms", ScalarType::Double, num_grads);
+  place.check(found_inf, "found_inf", ScalarType::Float, 1);
+}
+
+inline void check_clip(const Place& place, const Tensor& norms, const Tensor& grad_scale,
+                       const Tensor& grad_norm, const Tensor& grad_factor) {
+  place.check(norms, "norms", ScalarType::Double);
   place.check(grad_scale, "grad_scale", ScalarType::Float, 1);
   place.check(grad_norm, "grad_norm", ScalarType::Double, 1);
   place.check(grad_factor, "grad_factor", ScalarType::Float, 1);
-  place.check(found_inf, "found_inf", ScalarType::Float, 1);
 }
 
 inline NewEntries check_new(const Place& place, const Tensor& new_tensor,

@@ -1,12 +1,11 @@
-// The operators torch.ops.sparse_optim.{bind, scan, rank, cut, append, update}: schemas, argument
-// checks, and the CPU kernels behind them. LibTorch stable ABI only. What each does:
+// The operators torch.ops.sparse_optim.{bind, scan, clip, rank, cut, append, update}: schemas,
+// argument checks, and the CPU kernels behind them. LibTorch stable ABI only. What each does:
 // sparse_optim/reference.py.
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
-#include <cmath>
-
 #include "checks.h"
+#include "core/clip.h"
 #include "cpu/kernels.h"
 
 namespace sparse_optim {
@@ -69,28 +68,34 @@ cpu::Threads threads() {
 }
 
 void scan(Tensor bound, Tensors dense_grads, Tensor position, Tensor offsets, Tensor tile_offsets,
-          Tensor grad_scale, double max_grad_norm, int64_t tile, Tensor tile_max,
-          Tensor active_grad, Tensor grad_norm, Tensor grad_factor, Tensor found_inf,
+          int64_t tile, Tensor tile_max, Tensor active_grad, Tensor norms, Tensor found_inf,
           Tensor scratch) {
   const auto pool = tiled_pool_of(bound, tile_offsets, tile, tile_max);
   check_positions(kCpu, int64_t(pool.size()), position, offsets);
   check_room(position, offsets);
-  check_scan(kCpu, position, grad_scale, active_grad, grad_norm, grad_factor, found_inf);
   const auto dense = check_dense(kCpu, dense_grads);
+  check_scan(kCpu, position, active_grad, int64_t(pool.size() + dense.size()), norms, found_inf);
 
   Active active{};
   active.position = data<int32_t>(position);
   active.offsets = data<int64_t>(offsets);
   active.grad = data<float>(active_grad);
-  const cpu::ScanResult result =
-      cpu::scan(threads(), pool, dense, active, tile, data<int32_t>(tile_max));
-  const double scale = scalar<float>(grad_scale);
-  const double norm = std::sqrt(result.sum_of_squares) / scale;
-  const double clip =
-      std::isinf(max_grad_norm) ? 1.0 : std::fmin(1.0, max_grad_norm / (norm + 1e-6));
-  *data<double>(grad_norm) = norm;
-  *data<float>(grad_factor) = float(clip / scale);
-  if (result.non_finite) *data<float>(found_inf) = 1.f;
+  const bool finite =
+      cpu::scan(threads(), pool, dense, active, tile, data<int32_t>(tile_max), data<double>(norms));
+  if (!finite) *data<float>(found_inf) = 1.f;
+}
+
+void clip(Tensor norms, Tensor grad_scale, double max_grad_norm, Tensor grad_norm,
+          Tensor grad_factor) {
+  check_clip(kCpu, norms, grad_scale, grad_norm, grad_factor);
+  double squares = 0.0;
+  for (int64_t i = 0; i < norms.numel(); ++i) {
+    const double norm = data<double>(norms)[i];
+    squares += norm * norm;
+  }
+  const Clip result(squares, scalar<float>(grad_scale), max_grad_norm);
+  *data<double>(grad_norm) = result.grad_norm;
+  *data<float>(grad_factor) = result.grad_factor;
 }
 
 Noise noise_of(const Tensor& noise) {
@@ -184,9 +189,11 @@ STABLE_TORCH_LIBRARY(sparse_optim, library) {
   library.def("bind(Tensor[] grads, Tensor[] params, Tensor(a!) table) -> ()");
   library.def(
       "scan(Tensor bound, Tensor[] dense_grads, Tensor position, Tensor offsets, "
-      "Tensor tile_offsets, Tensor grad_scale, float max_grad_norm, int tile, "
-      "Tensor(a!) tile_max, Tensor(b!) active_grad, Tensor(c!) grad_norm, Tensor(d!) grad_factor, "
-      "Tensor(e!) found_inf, Tensor(f!) scratch) -> ()");
+      "Tensor tile_offsets, int tile, Tensor(a!) tile_max, Tensor(b!) active_grad, "
+      "Tensor(c!) norms, Tensor(d!) found_inf, Tensor(e!) scratch) -> ()");
+  library.def(
+      "clip(Tensor norms, Tensor grad_scale, float max_grad_norm, Tensor(a!) grad_norm, "
+      "Tensor(b!) grad_factor) -> ()");
   library.def(
       "rank(Tensor bound, Tensor position, Tensor offsets, Tensor tile_offsets, Tensor noise, "
       "int tile, Tensor(a!) tile_max, Tensor(b!) scratch) -> ()");
@@ -211,6 +218,7 @@ STABLE_TORCH_LIBRARY(sparse_optim, library) {
 STABLE_TORCH_LIBRARY_IMPL(sparse_optim, CPU, library) {
   library.impl("bind", TORCH_BOX(&bind));
   library.impl("scan", TORCH_BOX(&scan));
+  library.impl("clip", TORCH_BOX(&clip));
   library.impl("rank", TORCH_BOX(&rank));
   library.impl("cut", TORCH_BOX(&cut));
   library.impl("append", TORCH_BOX(&append));

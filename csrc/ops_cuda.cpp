@@ -1,5 +1,5 @@
-// The CUDA kernels behind torch.ops.sparse_optim.{bind, scan, rank, cut, append, update}, whose
-// schemas csrc/ops.cpp defines. LibTorch stable ABI only; compiles without nvcc.
+// The CUDA kernels behind torch.ops.sparse_optim.{bind, scan, clip, rank, cut, append, update},
+// whose schemas csrc/ops.cpp defines. LibTorch stable ABI only; compiles without nvcc.
 //
 // Nothing here reads a device tensor, so that no call waits for the device and a step can be
 // captured in a CUDA graph. Checks of contents (tile_offsets, offsets, group_index, new_count) are
@@ -72,20 +72,28 @@ void bind(Tensors grads, Tensors params, Tensor table) {
 }
 
 void scan(Tensor bound, Tensors dense_grads, Tensor position, Tensor offsets, Tensor tile_offsets,
-          Tensor grad_scale, double max_grad_norm, int64_t tile, Tensor tile_max,
-          Tensor active_grad, Tensor grad_norm, Tensor grad_factor, Tensor found_inf,
+          int64_t tile, Tensor tile_max, Tensor active_grad, Tensor norms, Tensor found_inf,
           Tensor scratch) {
   const Device device(bound, "bound");
   const cuda::Pool pool = tiled_pool_of(device, bound, tile_offsets, tile, tile_max);
   check_positions(device.place, pool.num_tensors, position, offsets);
-  check_scan(device.place, position, grad_scale, active_grad, grad_norm, grad_factor, found_inf);
   const auto dense = check_dense(device.place, dense_grads);
+  check_scan(device.place, position, active_grad, pool.num_tensors + int64_t(dense.size()), norms,
+             found_inf);
   void* work = check_scratch(device, scratch, cuda::scan_scratch_bytes(pool.num_tiles));
-  const cuda::ScanOutput out{data<int32_t>(tile_max), data<float>(active_grad),
-                             data<double>(grad_norm), data<float>(grad_factor),
+  const cuda::ScanOutput out{data<int32_t>(tile_max), data<float>(active_grad), data<double>(norms),
                              data<float>(found_inf)};
-  STD_CUDA_CHECK(cuda::scan(pool, dense, data<int32_t>(position), data<int64_t>(offsets),
-                            data<float>(grad_scale), max_grad_norm, out, work, device.stream));
+  STD_CUDA_CHECK(cuda::scan(pool, dense, data<int32_t>(position), data<int64_t>(offsets), out, work,
+                            device.stream));
+}
+
+void clip(Tensor norms, Tensor grad_scale, double max_grad_norm, Tensor grad_norm,
+          Tensor grad_factor) {
+  const Device device(norms, "norms");
+  check_clip(device.place, norms, grad_scale, grad_norm, grad_factor);
+  STD_CUDA_CHECK(cuda::clip(data<double>(norms), norms.numel(), data<float>(grad_scale),
+                            max_grad_norm, data<double>(grad_norm), data<float>(grad_factor),
+                            device.stream));
 }
 
 void rank(Tensor bound, Tensor position, Tensor offsets, Tensor tile_offsets, Tensor noise,
@@ -158,6 +166,7 @@ void update(Tensor bound, Tensor position, Tensor offsets, Tensor active_grad, T
 STABLE_TORCH_LIBRARY_IMPL(sparse_optim, CUDA, library) {
   library.impl("bind", TORCH_BOX(&bind));
   library.impl("scan", TORCH_BOX(&scan));
+  library.impl("clip", TORCH_BOX(&clip));
   library.impl("rank", TORCH_BOX(&rank));
   library.impl("cut", TORCH_BOX(&cut));
   library.impl("append", TORCH_BOX(&append));

@@ -142,7 +142,7 @@ class Touched:
 class WorkSpace:
     """What the operations write besides the state; allocated once, sized for the greatest quota.
 
-    Attributes: see `reference.bind`, `scan`, `cut` and `update`, whose arguments these are.
+    Attributes: see `reference.bind`, `scan`, `clip`, `cut` and `update`, whose arguments these are.
     """
 
     table: Tensor
@@ -154,6 +154,7 @@ class WorkSpace:
     new_position: Tensor
     new_count: Tensor
     threshold: Tensor
+    norms: Tensor
     grad_norm: Tensor
     grad_factor: Tensor
     grad_scale: Tensor
@@ -165,6 +166,7 @@ class WorkSpace:
     @staticmethod
     def empty(
         params: Sequence[Tensor],
+        num_dense: int,
         group_index: Sequence[int],
         num_groups: int,
         capacity: int,
@@ -174,7 +176,8 @@ class WorkSpace:
         scratch_bytes: int,
         device: torch.device,
     ) -> WorkSpace:
-        """Allocate the work space for `params`, whose hyper-parameters stand in row group_index[i].
+        """Allocate the work space for `params`, whose hyper-parameters stand in row group_index[i],
+        beside num_dense tensors that are trained densely.
 
         `bounded` keeps the greatest |param| of each tile, which importances with exp < 0 need.
         """
@@ -192,6 +195,7 @@ class WorkSpace:
             new_position=torch.zeros(max_quota, dtype=torch.int32, device=device),
             new_count=torch.zeros((), dtype=torch.int64, device=device),
             threshold=torch.zeros((), dtype=torch.float32, device=device),
+            norms=torch.zeros(len(params) + num_dense, dtype=torch.float64, device=device),
             grad_norm=torch.zeros((), dtype=torch.float64, device=device),
             grad_factor=torch.ones((), dtype=torch.float32, device=device),
             grad_scale=torch.ones((), dtype=torch.float32, device=device),

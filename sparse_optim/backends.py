@@ -25,7 +25,7 @@ _PROVED = {"cpp", "reference"}
 
 
 def operations(backend: str) -> Any:
-    """The module of a backend: TILE, scratch_bytes, bind, scan, rank, cut, append, update."""
+    """The module of a backend: TILE, scratch_bytes, bind, scan, clip, rank, cut, append, update."""
     return importlib.import_module(_BACKENDS[backend][0])
 
 

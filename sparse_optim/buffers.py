@@ -29,7 +29,8 @@ def allocate(optimizer: MaskedAdamW) -> None:
     tiles = (-(-param.numel() // ops.TILE) for param in pool)
     optimizer._first_tile = [0, *accumulate(tiles)]  # of each tensor, known to the host
     optimizer._work = WorkSpace.empty(
-        pool, optimizer._group_index, len(optimizer.param_groups), capacity, quota, ops.TILE,
+        pool, len(optimizer._dense), optimizer._group_index, len(optimizer.param_groups), capacity,
+        quota, ops.TILE,
         needs_param_bound(optimizer.importance, optimizer.selection),
         ops.scratch_bytes(optimizer._first_tile[-1], capacity, quota), optimizer._device,
     )  # fmt: skip

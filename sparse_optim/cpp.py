@@ -25,6 +25,7 @@ def bind(grads: Sequence[Tensor], params: Sequence[Tensor], table: Tensor) -> Te
 
 
 scan = torch.ops.sparse_optim.scan.default
+clip = torch.ops.sparse_optim.clip.default
 rank = torch.ops.sparse_optim.rank.default
 cut = torch.ops.sparse_optim.cut.default
 append = torch.ops.sparse_optim.append.default
@@ -40,5 +41,5 @@ def _mutates_only(*args: object) -> None:
     """Shape function of an operator that returns nothing."""
 
 
-for _name in ("bind", "scan", "rank", "cut", "append", "update"):
+for _name in ("bind", "scan", "clip", "rank", "cut", "append", "update"):
     torch.library.register_fake(f"sparse_optim::{_name}", _mutates_only)

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import importlib
 
-from sparse_optim.cpp import append, bind, cut, rank, scan, update
+from sparse_optim.cpp import append, bind, clip, cut, rank, scan, update
 
-__all__ = ["TILE", "append", "bind", "cut", "rank", "scan", "scratch_bytes", "update"]
+__all__ = ["TILE", "append", "bind", "clip", "cut", "rank", "scan", "scratch_bytes", "update"]
 
 # The operators are those of `cpp`; this registers their CUDA kernels.
 _kernels = importlib.import_module("sparse_optim._C_cuda")
@@ -26,5 +26,6 @@ TILE = 4096
 
 
 def scratch_bytes(num_tiles: int, capacity: int, max_quota: int) -> int:
-    """Bytes of scratch memory: about 24 per tile, or 8 per entry of the capacity and the quota."""
+    """Bytes of scratch memory: 200 KB for the sums of dense gradients and 4 per tile; or 24 per
+    tile, or 8 per entry of the capacity and the quota, if that is more."""
     return int(_kernels.scratch_bytes(num_tiles, capacity, max_quota))

@@ -4,9 +4,9 @@
                cut:  its best frozen entries join the candidates (large tensors at once, small ones
                together, once they are BATCH_BYTES)
                param.grad <- None
-    step()     norm and clip factor from the tensors' norms; the best of the candidates; append;
-               update: selection, moments and weights of an ordinary step, bit for bit
+    step()     the best of the candidates; append; clip; update
 
+Norm, selection, moments and weights are those of an ordinary step, bit for bit, on every backend.
 At most two gradients are alive at once, where autograd itself holds no more. Clipping and loss
 scaling stay exact, since nothing moves before `step()`, which uses all gradients up, those of
 groups with unmask="all", too. When nothing is left to unmask, only the ranking ends: every gradient
@@ -14,16 +14,10 @@ is still read, since a non-finite one anywhere must skip the step.
 
 Importances other than D3 score each tensor as its gradient comes. They read counts from the device,
 as in an ordinary step: those of static sets (PaFi, Fish, random masks) no more than once a step.
-
-The norm is that of the tensors' norms, as in an ordinary step of "cpp" and "reference". "cuda" and
-"triton" add up the squares of all tensors under one root there: their `grad_norm` may differ in the
-last places of its float64. Where no clipping takes place, the steps are the same bit for bit;
-where it does, unless a rounding of the clip factor to float32 falls between the two norms.
 """
 
 from __future__ import annotations
 
-import math
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
@@ -35,7 +29,6 @@ from torch.utils.hooks import RemovableHandle
 
 from sparse_optim.candidates import Candidates
 from sparse_optim.importance import D3
-from sparse_optim.norm import clip_factor
 from sparse_optim.parameters import readable_grads
 from sparse_optim.ranking import scores_of_part, set_noise, unmasks, warn_of_scores
 
@@ -123,12 +116,7 @@ class InBackward:
         self._optimizer: MaskedAdamW = weakref.proxy(optimizer)
         pool, work, device = optimizer._pool, optimizer._work, optimizer._device
         self._sources = [_Source(optimizer, index) for index in range(len(pool))]
-        self._norms = torch.zeros(
-            len(pool) + len(optimizer._dense), dtype=torch.float64, device=device
-        )
         self._found_inf = torch.zeros((), dtype=torch.float32, device=device)
-        self._one = torch.ones((), dtype=torch.float32, device=device)
-        self._unused = torch.zeros((), dtype=torch.float32, device=device)
         self._budget = int(optimizer._targets[-1])
         # A copy on the host, of the last step or the one before: what is complete stays complete.
         self._progress = torch.zeros(3, dtype=torch.int64, pin_memory=device.type == "cuda")
@@ -188,7 +176,7 @@ class InBackward:
     @property
     def nbytes(self) -> int:
         """Bytes held beside the optimizer's own buffers."""
-        return self._norms.nbytes + self._candidates.nbytes
+        return self._candidates.nbytes
 
     @torch.no_grad()
     def take(self, index: int) -> None:
@@ -207,7 +195,7 @@ class InBackward:
         if grad.numel() == 0:
             return
         grad = grad.detach()
-        self._scan(source, self._norms[index], grad)
+        self._scan(source, grad)
         if not self._ranks:
             return
         if grad.nbytes >= BATCH_BYTES:
@@ -254,17 +242,12 @@ class InBackward:
         work, active = optimizer._work, optimizer._active
         self._begin()
         nothing = optimizer._ops.bind([], [], work.table[:0])
-        for norm, grad in zip(self._norms[len(self._sources) :], dense_grads, strict=True):
-            optimizer._ops.scan(
-                nothing, [grad], active.position, active.offsets[:1], work.tile_offsets[:1],
-                self._one, math.inf, optimizer._ops.TILE, work.tile_max[:0], work.active_grad,
-                norm, self._unused, self._found_inf, work.scratch,
-            )  # fmt: skip
-        work.found_inf.copy_(torch.maximum(work.found_inf, self._found_inf))
-        clip_factor(
-            self._norms, work.grad_scale, optimizer.max_grad_norm or math.inf, work.grad_norm,
-            work.grad_factor,
+        optimizer._ops.scan(
+            nothing, dense_grads, active.position, active.offsets[:1], work.tile_offsets[:1],
+            optimizer._ops.TILE, work.tile_max[:0], work.active_grad,
+            work.norms[len(self._sources) :], self._found_inf, work.scratch,
         )  # fmt: skip
+        work.found_inf.copy_(torch.maximum(work.found_inf, self._found_inf))
         grad = self._candidates.winners(work.found_inf, work.threshold)
         if self._scored and self._ranks and not bool(work.found_inf):
             warn_of_scores(optimizer, grads, any_left=bool(work.new_count))
@@ -286,7 +269,7 @@ class InBackward:
         if self._begun:
             return
         _check_not_distributed()
-        self._norms.zero_()
+        self._optimizer._work.norms.zero_()
         self._found_inf.zero_()
         self._candidates.begin()
         if self._scored:
@@ -330,12 +313,12 @@ class InBackward:
                 "that it would never lower its scale: use sparse_optim.amp.GradScaler"
             )
 
-    def _scan(self, source: _Source, norm: Tensor, grad: Tensor) -> None:
+    def _scan(self, source: _Source, grad: Tensor) -> None:
         work, ops = self._optimizer._work, self._optimizer._ops
         ops.scan(
             ops.bind([grad], [source.param], source.table), [], self._optimizer._active.position,
-            source.offsets, source.tile_offsets, self._one, math.inf, ops.TILE, source.tile_max,
-            work.active_grad, norm, self._unused, self._found_inf, work.scratch,
+            source.offsets, source.tile_offsets, ops.TILE, source.tile_max, work.active_grad,
+            source.norm, self._found_inf, work.scratch,
         )  # fmt: skip
 
     def _rank_waiting(self) -> None:
@@ -381,6 +364,7 @@ class _Source:
         self.offsets = optimizer._active.offsets[index : index + 2]
         self.tile_offsets = work.tile_offsets[index : index + 2] - work.tile_offsets[index]
         self.tile_max = work.tile_max[tiles[0] : tiles[1]]
+        self.norm = work.norms[index : index + 1]
 
 
 def _hooks_of(param: Tensor) -> Iterator[_Hook]:

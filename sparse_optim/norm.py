@@ -1,6 +1,7 @@
 """The norm of all gradients from those of the tensors, and the clip factor (the specification).
 
-As torch.nn.utils.clip_grad_norm_ takes it, so that tensors may be read one by one, in any order.
+As torch.nn.utils.clip_grad_norm_ takes it, so that tensors may be scanned one by one, in any order,
+and give the same bits.
 """
 
 from __future__ import annotations
@@ -18,34 +19,30 @@ def tensor_norm(flat: Tensor, tile: int) -> float:
     return math.sqrt(float(tiles_of(flat.square(), tile).sum(dim=1).double().sum()))
 
 
-def clip_factor(
-    tensor_norms: Tensor,
+def clip(
+    norms: Tensor,
     grad_scale: Tensor,
     max_grad_norm: float,
     grad_norm: Tensor,
     grad_factor: Tensor,
 ) -> None:
-    """The global norm from the norms of the tensors, and what it clips by.
+    """The norm of all gradients, and the factor that clips and unscales them.
 
-        grad_norm   <- sqrt(sum of tensor_norms^2) / grad_scale
+        grad_norm   <- sqrt(sum of norms^2) / grad_scale
         grad_factor <- min(1, max_grad_norm / (grad_norm + 1e-6)) / grad_scale
 
     Args:
-        tensor_norms: (n,), float64, n >= 1, before unscaling: of each gradient, pool tensors first;
-            0 where there is none. On the CPU squares are added in this order.
-        grad_scale: (), float32, the loss scale that the gradients carry.
-        max_grad_norm: inf does not clip.
+        norms: (n,), float64, of each gradient, as `reference.scan` left them.
+        grad_scale: (), float32, the loss scale that the gradients carry; 1 without loss scaling.
+        max_grad_norm: clip to this norm; inf does not clip.
         grad_norm: (), float64. Mutated.
-        grad_factor: (), float32. Mutated.
+        grad_factor: (), float32. Mutated. What `reference.update` multiplies gradients by.
     """
-    scale, squares = grad_scale.double(), tensor_norms.square()
-    if squares.device.type == "cpu":
-        # In order, as the C++ kernel; torch's own root may be off by one unit there.
-        norm = torch.full_like(scale, math.sqrt(float(squares.cumsum(0)[-1])))
-    else:
-        norm = squares.sum().sqrt()  # torch's cumsum is not deterministic on CUDA
-    grad_norm.copy_(norm / scale)
-    clip = torch.ones_like(scale)
-    if not math.isinf(max_grad_norm):
-        clip = torch.fmin(clip, max_grad_norm / (grad_norm + 1e-6))
-    grad_factor.copy_(clip / scale)
+    squares = 0.0
+    for norm in norms.tolist():
+        squares += norm * norm  # in order, as the C++ operator
+    scale = grad_scale.double()
+    # Tensors over tensors: torch takes a number over a tensor as a product with its reciprocal.
+    grad_norm.copy_(torch.full_like(scale, math.sqrt(squares)) / scale)
+    ratio = torch.full_like(scale, max_grad_norm) / (grad_norm + 1e-6)
+    grad_factor.copy_(torch.fmin(torch.ones_like(scale), ratio) / scale)

@@ -37,9 +37,8 @@ class MaskedAdamW(torch.optim.Optimizer):
     """AdamW that moves only the entries which an importance and a selection unmask.
 
     Each step ranks all still-frozen entries of the pool together, unmasks the most important ones,
-    and updates the active entries. Frozen entries keep their initial bits: weight decay, too,
-    applies to active entries only. Moments (and float32 master values in bfloat16 and float16
-    models) exist for active entries only.
+    and updates the active entries. Frozen entries keep their initial bits, whatever the weight
+    decay. Moments (and float32 master values of 16-bit parameters) exist for active entries only.
 
     Args:
         params: parameters, named parameters, or param groups. A group may set `lr`, `betas`, `eps`,
@@ -59,10 +58,9 @@ class MaskedAdamW(torch.optim.Optimizer):
         backend: "cpp", "cuda", "triton", "reference", or "auto": the fastest that is installed and
             agrees with the reference on the device.
         maximize: ascend instead of descend.
-        capturable: allow `step()` to be captured in a CUDA graph, as in torch.optim; only for
-            parameters on a CUDA device and a backend that never waits for it ("cuda", "triton").
-            Take a step before the capture. A replay reads an lr that is a tensor on the device;
-            other hyper-parameters stay. The schedule of unmasking goes on.
+        capturable: allow `step()` to be captured in a CUDA graph, by the backends that never wait
+            for the device ("cuda", "triton"). Take a step before the capture. A replay reads an lr
+            that is a tensor on the device; other hyper-parameters stay. Unmasking goes on.
         foreach, fused: accepted as arguments of AdamW; the step is always fused.
         fuse_backward: take each gradient when the backward pass has produced it, and free it: no
             gradient buffer (see `sparse_optim.in_backward`). `clip_grad_norm_` then sees no
@@ -184,6 +182,7 @@ class MaskedAdamW(torch.optim.Optimizer):
             self._scan(bound, dense_grads)
             self._cut(bound, grads)
             self._append(bound)
+        self._clip()
         self._update(bound)
         take_dense_step(dense, self._work.grad_factor, self._work.found_inf)
         if fused:
@@ -212,15 +211,13 @@ class MaskedAdamW(torch.optim.Optimizer):
     def _scan(self, bound: Any, dense_grads: Sequence[Tensor]) -> None:
         active, work = self._active, self._work
         self._ops.scan(
-            bound, dense_grads, active.position, active.offsets, work.tile_offsets,
-            work.grad_scale, self.max_grad_norm or math.inf, self._ops.TILE, work.tile_max,
-            work.active_grad, work.grad_norm, work.grad_factor, work.found_inf, work.scratch,
+            bound, dense_grads, active.position, active.offsets, work.tile_offsets, self._ops.TILE,
+            work.tile_max, work.active_grad, work.norms, work.found_inf, work.scratch,
         )  # fmt: skip
 
     def _cut(self, bound: Any, grads: list[Tensor]) -> None:
         active, work = self._active, self._work
-        ranked = rank(self, bound, grads)
-        if ranked is None:
+        if (ranked := rank(self, bound, grads)) is None:
             work.new_count.zero_()
             return
         self._ops.cut(
@@ -237,6 +234,10 @@ class MaskedAdamW(torch.optim.Optimizer):
             active.exp_avg, active.exp_avg_sq, active.unmask_step, active.master,
             work.active_grad, active.offsets, active.progress, work.scratch,
         )  # fmt: skip
+
+    def _clip(self) -> None:
+        work, limit = self._work, self.max_grad_norm or math.inf
+        self._ops.clip(work.norms, work.grad_scale, limit, work.grad_norm, work.grad_factor)
 
     def _update(self, bound: Any) -> None:
         active, work = self._active, self._work
@@ -309,8 +310,7 @@ class MaskedAdamW(torch.optim.Optimizer):
     def refresh(self) -> None:
         """Take over parameter values written from outside, as after `model.load_state_dict`.
 
-        Writes that autograd sees (`param._version`) are noticed by themselves; call this after
-        writing through `param.data`.
+        Writes that autograd sees are noticed; call this after writing through `param.data`.
         """
         buffers.refresh(self, range(len(self._pool)))
         self._base.doubt()

@@ -1,7 +1,8 @@
 """The specification: one optimizer step as a few operations in plain torch.
 
     bind    this step's gradients and parameters, checked, in the form that the others take
-    scan    tile_max[j] <- max |grad| over the frozen entries of tile j;  grad_norm, found_inf
+    scan    tile_max[j] <- max |grad| over the frozen entries of tile j;  norms, found_inf
+    clip    what `update` multiplies gradients by, from the norms of all of them
     rank    tile_max[j] <- max score over the frozen entries of tile j, for importances that give
             dense scores, and for sampling; D3 needs it not
     cut     the `quota` frozen entries of greatest importance |grad| / (|param| + eps)^exp
@@ -34,7 +35,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparse_optim.norm import clip_factor, tensor_norm
+from sparse_optim.norm import clip as clip
+from sparse_optim.norm import tensor_norm
 from sparse_optim.schedule import step_quota
 from sparse_optim.scoring import importance, importance_key, perturbed, tiles_of
 
@@ -92,40 +94,36 @@ def scan(
     position: Tensor,
     offsets: Tensor,
     tile_offsets: Tensor,
-    grad_scale: Tensor,
-    max_grad_norm: float,
     tile: int,
     tile_max: Tensor,
     active_grad: Tensor,
-    grad_norm: Tensor,
-    grad_factor: Tensor,
+    norms: Tensor,
     found_inf: Tensor,
     scratch: Tensor,
 ) -> None:
-    """Read every gradient once: tile maxima, active gradients, norm, non-finite test.
+    """Read every gradient once: tile maxima, active gradients, norms, non-finite test.
 
         tile_max[j]    <- max over frozen entries of tile j of the bits of |grad|
         active_grad[i] <- grad at active entry i
-        grad_norm, grad_factor <- `clip_factor` of the norms of all gradients
+        norms[i]       <- sqrt(sum of grad^2) of gradient i, the dense ones after the pool's
         found_inf      <- 1 if it was 1 or any gradient is infinite or NaN
 
     Args:
         bound: from `bind`.
-        dense_grads: gradients trained densely: they count in the norm and the non-finite test.
+        dense_grads: D gradients trained densely, for their norms and the non-finite test.
         position: (capacity,), int32.
         offsets: (S + 1,), int64.
         tile_offsets: (S + 1,), int64.
-        grad_scale: (), float32, the loss scale that the gradients carry; 1 without loss scaling.
-        max_grad_norm: clip to this norm; inf does not clip.
         tile: entries in a tile.
         tile_max: (num_tiles,), int32. Mutated.
         active_grad: (capacity,), float32. Mutated. Entries without a gradient keep their value.
-        grad_norm: (), float64. Mutated. Squares are summed in float32 in a tile, float64 above.
-        grad_factor: (), float32. Mutated. What `update` multiplies gradients by.
+        norms: (S + D,), float64. Mutated. 0 where the gradient is missing. Squares are summed in
+            float32 in a tile, float64 above, in an order that is the tensor's own: it has the same
+            norm, bit for bit, in a pool of its own.
         found_inf: (), float32, 0 or 1. Mutated.
         scratch: uint8, `scratch_bytes` long.
     """
-    norms, non_finite = [0.0] * len(bound.grads), False
+    found, non_finite = [0.0] * len(bound.grads), False
     for index, grad in enumerate(bound.grads):
         keys = tile_max[int(tile_offsets[index]) : int(tile_offsets[index + 1])]
         if grad.numel() == 0:
@@ -139,13 +137,12 @@ def scan(
         non_finite |= bool((bits >= INFINITY_BITS).any())
         bits[active] = 0
         keys.copy_(tiles_of(bits, tile).amax(dim=1))
-        norms[index] = tensor_norm(flat, tile)
+        found[index] = tensor_norm(flat, tile)
     for grad in dense_grads:
         flat = grad.reshape(-1).float()
         non_finite |= not bool(flat.isfinite().all())
-        norms.append(tensor_norm(flat, tile))
-    tensor_norms = torch.tensor(norms or [0.0], dtype=torch.float64, device=grad_norm.device)
-    clip_factor(tensor_norms, grad_scale, max_grad_norm, grad_norm, grad_factor)
+        found.append(tensor_norm(flat, tile))
+    norms.copy_(torch.tensor(found, dtype=torch.float64))
     if non_finite:
         found_inf.fill_(1.0)
 
@@ -340,7 +337,8 @@ def update(
 
     Args:
         bound: from `bind`. Parameters are mutated, but for those whose gradient is missing.
-        position, offsets, active_grad, grad_factor, found_inf: as in `scan`.
+        position, offsets, active_grad, found_inf: as in `scan`.
+        grad_factor: (), float32, as in `clip`.
         hyper: (num_groups, 6), float64: lr, beta1, beta2, eps, weight_decay, sign of the gradient.
         group_index: (S,), int32, row of `hyper` of each tensor.
         bias_correction: "entry" (age = applied steps since the entry was unmasked, this one

@@ -53,7 +53,7 @@ class Case:
         device = torch.device("cpu")
         self.state = ActiveSet.empty(self.params, self.capacity, device)
         self.work = WorkSpace.empty(
-            self.params, groups, 2, self.capacity, self.max_quota, self.tile, self.exp < 0,
+            self.params, 0, groups, 2, self.capacity, self.max_quota, self.tile, self.exp < 0,
             emulated_cuda.scratch_bytes(num_tiles, self.capacity, self.max_quota), device,
         )  # fmt: skip
         step = 7
@@ -99,12 +99,14 @@ class Case:
         self.bound = ops.bind(self.grads, self.params, self.work.table)
 
     def scan(self, ops, dense=(), max_grad_norm=math.inf):
+        """And `clip`."""
         state, work = self.state, self.work
+        work.norms = torch.full((len(self.grads) + len(dense),), math.nan, dtype=torch.float64)
         ops.scan(
-            self.bound, list(dense), state.position, state.offsets, work.tile_offsets,
-            work.grad_scale, max_grad_norm, self.tile, work.tile_max, work.active_grad,
-            work.grad_norm, work.grad_factor, work.found_inf, work.scratch,
+            self.bound, list(dense), state.position, state.offsets, work.tile_offsets, self.tile,
+            work.tile_max, work.active_grad, work.norms, work.found_inf, work.scratch,
         )  # fmt: skip
+        ops.clip(work.norms, work.grad_scale, max_grad_norm, work.grad_norm, work.grad_factor)
 
     def rank(self, ops):
         state, work = self.state, self.work
@@ -167,7 +169,7 @@ def check_cut(expected, actual):
 
 def check_scan(expected, actual, rtol=1e-6):
     check_exact(expected, actual, "work", "tile_max", "active_grad", "found_inf")
-    for name in ("grad_norm", "grad_factor"):
+    for name in ("norms", "grad_norm", "grad_factor"):
         want, got = getattr(expected.work, name), getattr(actual.work, name)
         torch.testing.assert_close(got, want, rtol=rtol, atol=0, equal_nan=True, msg=name)
 

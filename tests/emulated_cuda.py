@@ -94,17 +94,23 @@ def bind(grads: Sequence[Tensor], params: Sequence[Tensor], table: Tensor) -> Te
 
 
 def scan(
-    bound, dense_grads, position, offsets, tile_offsets, grad_scale, max_grad_norm, tile, tile_max,
-    active_grad, grad_norm, grad_factor, found_inf, scratch,
+    bound, dense_grads, position, offsets, tile_offsets, tile, tile_max, active_grad, norms,
+    found_inf, scratch,
 ) -> None:  # fmt: skip
     rows = [[grad.data_ptr(), grad.numel(), DTYPES[grad.dtype]] for grad in dense_grads]
     with _Poisoned(scratch):
         _call(
             "scan", _pool(bound, tile_offsets, tile, tile_max),
             torch.tensor(rows, dtype=torch.int64), ctypes.c_int64(len(rows)), position, offsets,
-            grad_scale, ctypes.c_double(max_grad_norm), tile_max, active_grad, grad_norm,
-            grad_factor, found_inf, scratch,
+            tile_max, active_grad, norms, found_inf, scratch,
         )  # fmt: skip
+
+
+def clip(norms, grad_scale, max_grad_norm, grad_norm, grad_factor) -> None:
+    _call(
+        "clip", norms, ctypes.c_int64(norms.numel()), grad_scale, ctypes.c_double(max_grad_norm),
+        grad_norm, grad_factor,
+    )  # fmt: skip
 
 
 def rank(bound, position, offsets, tile_offsets, noise, tile, tile_max, scratch) -> None:

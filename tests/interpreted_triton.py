@@ -55,7 +55,7 @@ EXPS = (-1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
 def _small_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several programs, and several rounds in each, even in small cases."""
     for name, constants in {
-        "scan": {"GATHER_BLOCK": 4, "SUM_BLOCK": 4, "NUM_PARTIALS": 4, "DENSE_BLOCK": 8},
+        "scan": {"GATHER_BLOCK": 4, "SUM_BLOCK": 2, "DENSE_BLOCK": 8, "DENSE_PROGRAMS": 4},
         "tiles": {"LOCATE_BLOCK": 16},
         "listing": {"BOUND_BLOCK": 4, "NUM_PROGRAMS": 2},
         "cut": {"NUM_PROGRAMS": 2},
@@ -259,7 +259,7 @@ def test_update(name: str) -> None:
 def test_found_inf_skips_the_step() -> None:
     case = make_case(dtypes=(F32, BF16))
     case.work.found_inf.fill_(1.0)
-    got = case.run(kernels, "scan", "cut", "append", "update")
+    got = case.run(kernels, "scan", "clip", "cut", "append", "update")
     assert got.active.progress.tolist() == [STEP, 12, 3]
     assert all(map(torch.equal, got.params, case.params))
     assert_bits(got, case, "position", "exp_avg", "exp_avg_sq", "unmask_step", "master", "offsets")

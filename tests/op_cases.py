@@ -110,9 +110,12 @@ class Case:
         active, work = self.active, self.work
         return (
             self.bound(ops), self.dense_grads, active.position, active.offsets, work.tile_offsets,
-            work.grad_scale, self.max_grad_norm, self.tile, work.tile_max, work.active_grad,
-            work.grad_norm, work.grad_factor, work.found_inf, work.scratch,
+            self.tile, work.tile_max, work.active_grad, work.norms, work.found_inf, work.scratch,
         )  # fmt: skip
+
+    def clip_args(self, ops: ModuleType) -> tuple[Any, ...]:
+        work = self.work
+        return work.norms, work.grad_scale, self.max_grad_norm, work.grad_norm, work.grad_factor
 
     def rank_args(self, ops: ModuleType) -> tuple[Any, ...]:
         active, work = self.active, self.work
@@ -148,7 +151,7 @@ class Case:
 
     def step(self, ops: ModuleType, until: str = "update") -> Case:
         """Run the operations of a step, up to and including one of them."""
-        for name in ("scan", "cut", "append", "update"):
+        for name in ("scan", "clip", "cut", "append", "update"):
             getattr(ops, name)(*getattr(self, f"{name}_args")(ops))
             if name == until:
                 break
@@ -221,7 +224,7 @@ def make_case(
             segment["master"] *= noise
     active.fill(segments, torch.tensor([step, num_active, 0]))
     work = WorkSpace.empty(
-        params, [index % 2 for index in range(len(sizes))], 2, capacity,
+        params, len(dense), [index % 2 for index in range(len(sizes))], 2, capacity,
         min(most, max_quota(targets, capacity)), tile, exp < 0, 0, torch.device("cpu"),
     )  # fmt: skip
     work.hyper.copy_(

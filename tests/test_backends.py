@@ -46,7 +46,7 @@ def test_every_backend_has_the_signatures_of_the_reference(backend):
     module = backends.operations(backend)
     assert module.TILE >= 1
     assert module.scratch_bytes(10, 10, 10) >= 0
-    for name in ("scan", "rank", "cut", "append", "update"):
+    for name in ("scan", "clip", "rank", "cut", "append", "update"):
         function = getattr(module, name)
         if backend == "reference":
             got = list(inspect.signature(function).parameters)

@@ -92,7 +92,7 @@ def test_a_run_records_every_subject(recorded):
     assert all(record["us"][0] > 0 for record in run["subjects"])
     assert len(results.find(run, "ours")) == 2
     stages = recorded.stages("tiny", "bf16", budget=2000, quota=32, exp=0.0)
-    assert set(stages) == {"prepare", "scan", "cut", "append", "update", "python"}
+    assert set(stages) == {"prepare", "scan", "cut", "append", "clip", "update", "python"}
 
 
 def test_ratios_are_of_the_same_run(recorded):

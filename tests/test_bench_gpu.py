@@ -72,7 +72,7 @@ def test_every_subject_is_measured(data):
     assert ("read", None, None) in found
     assert all(len(each["us"]) == 2 for each in steps)
     assert {each["stage"] for each in gpu_times.select(data, "stages")} == {
-        "bind", "scan", "cut", "append", "update"
+        "bind", "scan", "cut", "append", "clip", "update"
     }  # fmt: skip
     settings = {(each["budget"], each["quota"]) for each in gpu_times.select(data, "factors")}
     assert settings == {(1000, 32), (4000, 32), (2000, 8), (2000, 64)}

@@ -40,7 +40,7 @@ class Step:
         self.params = [torch.randn(size, generator=generator) for size in SIZES]
         self.grads = [random_values(size, torch.float32, kind, generator) for size in SIZES]
         self.work = WorkSpace.empty(
-            self.params, [0] * len(SIZES), 1, quota, quota, self.ops.TILE, exp < 0, 0,
+            self.params, 0, [0] * len(SIZES), 1, quota, quota, self.ops.TILE, exp < 0, 0,
             torch.device("cpu"),
         )  # fmt: skip
         self.candidates = Candidates(

@@ -8,7 +8,7 @@ from op_cases import DTYPES, Case, make_case
 
 cpp = pytest.importorskip("sparse_optim.cpp", reason="the C++ extension has not been built")
 
-OPS = ("bind", "scan", "rank", "cut", "append", "update")
+OPS = ("bind", "scan", "clip", "rank", "cut", "append", "update")
 
 
 def operator(name: str) -> torch._ops.OpOverload:
@@ -58,7 +58,8 @@ def test_mutation_is_declared_to_autograd():
     }
     assert written == {
         "bind": {"table"},
-        "scan": {"tile_max", "active_grad", "grad_norm", "grad_factor", "found_inf", "scratch"},
+        "scan": {"tile_max", "active_grad", "norms", "found_inf", "scratch"},
+        "clip": {"grad_norm", "grad_factor"},
         "rank": {"tile_max", "scratch"},
         "cut": {"new_tensor", "new_position", "new_count", "threshold", "scratch"},
         "append": {
@@ -96,7 +97,9 @@ WRONG = [
     ("scan", "tile", lambda tile: 0, "tile must be 1 to 4096, got 0"),
     ("scan", "tile", lambda tile: 4097, "tile must be 1 to 4096, got 4097"),
     ("scan", "active_grad", lambda values: values[:-1], "active_grad must hold"),
-    ("scan", "grad_norm", lambda norm: norm.float(), "grad_norm has the wrong dtype"),
+    ("scan", "norms", lambda norms: norms[1:], "norms must hold 3 elements, got 2"),
+    ("clip", "norms", lambda norms: norms.float(), "norms has the wrong dtype"),
+    ("clip", "grad_norm", lambda norm: norm.float(), "grad_norm has the wrong dtype"),
     ("rank", "noise", lambda noise: torch.zeros(3, dtype=torch.int64), "noise must hold seed and"),
     ("rank", "tile_max", lambda tile_max: tile_max[:-1], "tile_max must hold"),
     ("cut", "param_bound", lambda bound: torch.zeros(3), "param_bound must hold 0 elements, got 3"),

@@ -35,7 +35,8 @@ def backend_with(monkeypatch):
 
     def install(**operations):
         module = types.ModuleType("tried_backend")
-        for name in ("TILE", "scratch_bytes", "bind", "scan", "rank", "cut", "append", "update"):
+        names = ("bind", "scan", "clip", "rank", "cut", "append", "update")
+        for name in ("TILE", "scratch_bytes", *names):
             setattr(module, name, operations.get(name, getattr(reference, name)))
         monkeypatch.setitem(sys.modules, "tried_backend", module)
         monkeypatch.setattr(
@@ -69,12 +70,17 @@ def cut_with_ties_to_the_higher_index(*arguments):
 
 def scan_with_a_norm_too_great(*arguments):
     reference.scan(*arguments)
-    arguments[10].mul_(1.001)
+    arguments[8].mul_(1.001)
+
+
+def clip_with_a_factor_too_small(*arguments):
+    reference.clip(*arguments)
+    arguments[4].mul_(0.999)
 
 
 def scan_that_overlooks_an_overflow(*arguments):
     reference.scan(*arguments)
-    arguments[12].zero_()
+    arguments[9].zero_()
 
 
 def cut_with_a_wrong_threshold(*arguments):
@@ -115,6 +121,7 @@ FAULTS = [
     ("bind", fails, "it raised ValueError: no such kernel$"),
     ("rank", fails, "it raised ValueError: no such kernel$"),
     ("scan", scan_with_a_norm_too_great, "its gradient norm differs"),
+    ("clip", clip_with_a_factor_too_small, "exp_avg is further from the reference"),
     ("scan", scan_that_overlooks_an_overflow, "it unmasks other entries.*progress.*step 3"),
     ("update", update_of_a_greater_step, "master is further from the reference"),
     ("update", update_with_a_moment_too_small, "exp_avg_sq is further from the reference"),

@@ -15,7 +15,9 @@ from gpu_tools import require
 require("triton")
 
 
-@pytest.mark.parametrize("cases", ["interpreted_triton.py", "interpreted_backward.py"])
+@pytest.mark.parametrize(
+    "cases", ["interpreted_triton.py", "interpreted_backward.py", "interpreted_norm.py"]
+)
 def test_interpreted_kernels(cases: str) -> None:
     path = Path(__file__).with_name(cases)
     run = subprocess.run(

@@ -120,8 +120,8 @@ def assemble(
     active.fill(segments, torch.tensor([STEP, num_active, 2]))
     exp = options.get("exp", 0.0)
     work = WorkSpace.empty(
-        params, [i % 2 for i in range(len(params))], 2, capacity, max(quota, 1), TILE, exp < 0, 0,
-        CPU,
+        params, len(dense), [i % 2 for i in range(len(params))], 2, capacity, max(quota, 1), TILE,
+        exp < 0, 0, CPU,
     )  # fmt: skip
     work.hyper.copy_(
         torch.tensor([[1e-2, 0.9, 0.999, 1e-8, 0.1, 1.0], [3e-3, 0.8, 0.95, 1e-6, 0.0, -1.0]])

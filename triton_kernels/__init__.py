@@ -9,13 +9,14 @@ Installed as `sparse_optim.triton_kernels`: the top-level name belongs to Triton
 """
 
 from .append import append, append_pieces
+from .clip import clip
 from .cut import cut, cut_pieces
 from .rank import rank, rank_pieces
 from .scan import scan, scan_pieces
 from .update import update
 from .work import bind, total_bytes
 
-__all__ = ["TILE", "append", "bind", "cut", "rank", "scan", "scratch_bytes", "update"]
+__all__ = ["TILE", "append", "bind", "clip", "cut", "rank", "scan", "scratch_bytes", "update"]
 
 # 16 KB of float32: enough work for a program to hide its searches, and 2048 programs for eight
 # million entries. Unmeasured.

@@ -18,11 +18,6 @@ struct PoolTensor {
   DType param_dtype;
 };
 
-struct ScanResult {
-  double sum_of_squares;
-  bool non_finite;
-};
-
 // Runs worker(i, context) for i in 0..workers-1, concurrently where it can.
 struct Threads {
   int workers;
@@ -42,9 +37,10 @@ struct Problem {
   int64_t tile;
 };
 
-ScanResult scan(const Threads& threads, const std::vector<PoolTensor>& pool,
-                const std::vector<DenseGrad>& dense, const Active& active, int64_t tile,
-                int32_t* tile_max);
+// Whether all gradients are finite. norms: of the pool's, then of the dense ones.
+bool scan(const Threads& threads, const std::vector<PoolTensor>& pool,
+          const std::vector<DenseGrad>& dense, const Active& active, int64_t tile,
+          int32_t* tile_max, double* norms);
 
 void rank(const Problem& problem, int32_t* tile_max);
 

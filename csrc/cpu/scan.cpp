@@ -2,12 +2,12 @@
 //
 //   tile_max[j] = max over the frozen entries of tile j of the bits of |grad|
 //   active.grad = grad at the active entries
-//   sum of squares, and whether any entry is infinite or NaN
+//   norms[i] = sqrt(sum of grad^2) of gradient i, the dense ones after the pool's
+//   whether all entries are finite
 //
 // Bytes: one read of the gradient (4 N in float32, 2 N in bfloat16), 4 per tile and 12 per active
 // entry. The maxima are exact integers; sums are float32 in a tile, float64 above, in an order
-// that threads do not change (the width of the machine's vectors does). The norm is that of the
-// tensors' norms, so that tensors scanned one by one, in any order, give the same bits.
+// that neither threads nor other tensors change (the width of the machine's vectors does).
 #include <cmath>
 #include <type_traits>
 
@@ -85,9 +85,9 @@ void add_tasks(std::vector<Task>& tasks, int64_t tensor, DType dtype, int64_t nu
 
 }  // namespace
 
-ScanResult scan(const Threads& threads, const std::vector<PoolTensor>& pool,
-                const std::vector<DenseGrad>& dense, const Active& active, int64_t tile,
-                int32_t* tile_max) {
+bool scan(const Threads& threads, const std::vector<PoolTensor>& pool,
+          const std::vector<DenseGrad>& dense, const Active& active, int64_t tile,
+          int32_t* tile_max, double* norms) {
   const int64_t num_pool = int64_t(pool.size());
   std::vector<Task> tasks;
   for (int64_t t = 0; t < num_pool; ++t) {
@@ -122,16 +122,15 @@ ScanResult scan(const Threads& threads, const std::vector<PoolTensor>& pool,
     });
   });
 
-  Peaks total, tensor;
+  const int64_t num_grads = num_pool + int64_t(dense.size());
+  std::fill_n(norms, num_grads, 0.0);
+  int32_t greatest = 0;
   for (size_t i = 0; i < tasks.size(); ++i) {
-    tensor.squares += partials[i].squares;
-    total.bits = std::max(total.bits, partials[i].bits);
-    if (i + 1 < tasks.size() && tasks[i + 1].tensor == tasks[i].tensor) continue;
-    const double norm = std::sqrt(tensor.squares);
-    total.squares += norm * norm;
-    tensor.squares = 0.0;
+    norms[tasks[i].tensor] += partials[i].squares;
+    greatest = std::max(greatest, partials[i].bits);
   }
-  return {total.squares, total.bits >= kInfinityBits};
+  for (int64_t i = 0; i < num_grads; ++i) norms[i] = std::sqrt(norms[i]);
+  return greatest < kInfinityBits;
 }
 
 }  // namespace sparse_optim::cpu

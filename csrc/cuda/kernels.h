@@ -36,8 +36,7 @@ struct Pool {
 struct ScanOutput {
   int32_t* tile_max;
   float* active_grad;
-  double* grad_norm;
-  float* grad_factor;
+  double* norms;
   float* found_inf;
 };
 
@@ -71,8 +70,10 @@ inline int64_t scratch_bytes(int64_t num_tiles, int64_t capacity, int64_t max_qu
 cudaError_t write_table(const std::vector<Row>& rows, int64_t* table, cudaStream_t stream);
 
 cudaError_t scan(const Pool& pool, const std::vector<DenseGrad>& dense, const int32_t* position,
-                 const int64_t* offsets, const float* grad_scale, double max_grad_norm,
-                 const ScanOutput& out, void* scratch, cudaStream_t stream);
+                 const int64_t* offsets, const ScanOutput& out, void* scratch, cudaStream_t stream);
+
+cudaError_t clip(const double* norms, int64_t num_norms, const float* grad_scale,
+                 double max_grad_norm, double* grad_norm, float* grad_factor, cudaStream_t stream);
 
 cudaError_t rank(const Pool& pool, const int32_t* position, const int64_t* offsets,
                  const int64_t* noise, int32_t* tile_max, cudaStream_t stream);

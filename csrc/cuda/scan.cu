@@ -2,13 +2,13 @@
 //
 //   tile_max[j]    = max over the frozen entries of tile j of the bits of |grad|
 //   active_grad    = grad at the active entries
-//   grad_norm      = sqrt(sum of grad^2) / grad_scale
-//   grad_factor    = min(1, max_grad_norm / (grad_norm + 1e-6)) / grad_scale
+//   norms[i]       = sqrt(sum of grad^2) of gradient i, the dense ones after the pool's
 //   found_inf      = 1 where any gradient is infinite or NaN
 //
 // Bytes: one read of the gradient (4 N in float32, 2 N in bfloat16), 12 per tile of 4096 and 12 per
 // active entry. The maxima are exact integers, equal to the reference; squares are summed in
-// float32 in a tile, float64 above, in an order that depends on neither the device nor the grid.
+// float32 in a tile, float64 above, in an order that depends on neither the device nor the grid nor
+// the other tensors: one that is scanned alone has the same norm, bit for bit.
 #include "cuda/device.h"
 
 namespace sparse_optim::cuda {
@@ -19,16 +19,10 @@ namespace {
 constexpr int kLoads = 4;
 // Blocks a multiprocessor: its tiles are dealt out evenly, all blocks resident at once.
 constexpr int kBlocksPerMultiprocessor = 4;
-constexpr int kSumBlocks = 128;
-constexpr int kDenseBlocks = 512;
+// Of one dense gradient at most: two a multiprocessor of the largest GPUs, 32 KB in flight on each.
+constexpr int kDenseBlocks = 256;
 constexpr int kDensePerLaunch = 96;                 // what fits in 4 KB of kernel arguments
 constexpr int kBitmapWords = kMaxTile / kWarp + 1;  // one more: entries of a load may straddle two
-
-struct Scratch {
-  double* partial;        // (kSumBlocks,)
-  double* dense_squares;  // (kDenseBlocks,)
-  float* tile_squares;    // (num_tiles,)
-};
 
 // What the warp has seen of a tile, lane by lane until `reduce`.
 struct Peak {
@@ -159,94 +153,116 @@ __global__ void __launch_bounds__(kThreads, kResident)
   }
 }
 
-// Gradients trained densely, handed over by value.
+// The root of the sum of what a tensor's tiles or blocks left; every thread of the block calls it.
+template <class T>
+__device__ inline double norm_of(const T* squares, int64_t first, int64_t last) {
+  double sum = 0.0;
+#pragma unroll 16
+  for (int64_t i = first + threadIdx.x; i < last; i += kThreads) sum += double(squares[i]);
+  return sqrt(block_sum(sum));
+}
+
+// One block a tensor: the partition is the tensor's own, whatever else is scanned with it. The
+// greatest of a 7B model has 32,000 tiles, 128 KB that `scan_kernel` has left in L2: 8 rounds of
+// 16 loads in flight a thread, for the sake of one launch less for each tensor scanned alone.
+__global__ void __launch_bounds__(kThreads, kResident)
+    norms_kernel(Pool pool, const float* tile_squares, double* norms) {
+  const int64_t* first = pool.tile_offsets + blockIdx.x;
+  const double norm = norm_of(tile_squares, first[0], first[1]);
+  if (threadIdx.x == 0) norms[blockIdx.x] = norm;
+}
+
+// Gradients trained densely, handed over by value. Blocks first_block[g] on read gradient g; how
+// many depends on its size alone.
 struct DenseGrads {
   DenseGrad grads[kDensePerLaunch];
+  int first_block[kDensePerLaunch + 1];
   int count;
+
+  void add(const DenseGrad& grad) {
+    const int64_t tiles = (grad.numel + kMaxTile - 1) / kMaxTile;
+    const int64_t blocks = std::min<int64_t>((tiles + kWarps - 1) / kWarps, kDenseBlocks);
+    grads[count] = grad;
+    first_block[count + 1] = first_block[count] + int(blocks);
+    ++count;
+  }
+  int blocks() const { return first_block[count]; }
 };
 
-// Adds this launch's squares to those of the launches before it, block by block.
+// A block's warps take tiles of its gradient in turn with those of the gradient's other blocks.
 __global__ void __launch_bounds__(kThreads, kResident)
-    scan_dense_kernel(DenseGrads dense, bool first_launch, double* squares, float* found_inf) {
-  const int64_t warps = int64_t(gridDim.x) * kWarps;
+    scan_dense_kernel(DenseGrads dense, double* block_squares, float* found_inf) {
+  const int64_t g = upper_bound(dense.first_block, 0, dense.count + 1, blockIdx.x) - 1;
+  const DenseGrad& tensor = dense.grads[g];
+  const int64_t step = int64_t(dense.first_block[g + 1] - dense.first_block[g]) * kWarps * kMaxTile;
+  int64_t first = (int64_t(blockIdx.x - dense.first_block[g]) * kWarps + warp()) * kMaxTile;
   double sum = 0.0;
-  // Tiles are dealt to warps by their number among all, whichever tensor they are of.
-  int64_t next = int64_t(blockIdx.x) * kWarps + warp(), before = 0;
-  for (int g = 0; g < dense.count; ++g) {
-    const DenseGrad& tensor = dense.grads[g];
-    const int64_t tiles = (tensor.numel + kMaxTile - 1) / kMaxTile;
-    for (; next < before + tiles; next += warps) {
-      const int64_t first = (next - before) * kMaxTile, left = tensor.numel - first;
-      Peak peak;
-      visit_dtype(tensor.dtype, tensor.grad, [&](auto* grad) {
-        peak = read_tile<false>(grad + first, int(left < kMaxTile ? left : kMaxTile), nullptr);
-      });
-      sum += double(peak.squares);
-      if (lane() == 0 && peak.all >= kInfinityBits) *found_inf = 1.f;
-    }
-    before += tiles;
+  for (; first < tensor.numel; first += step) {
+    const int64_t left = tensor.numel - first;
+    Peak peak;
+    visit_dtype(tensor.dtype, tensor.grad, [&](auto* grad) {
+      peak = read_tile<false>(grad + first, int(left < kMaxTile ? left : kMaxTile), nullptr);
+    });
+    sum += double(peak.squares);
+    if (lane() == 0 && peak.all >= kInfinityBits) *found_inf = 1.f;
   }
   const double total = block_sum(lane() == 0 ? sum : 0.0);
-  if (threadIdx.x == 0) squares[blockIdx.x] = total + (first_launch ? 0.0 : squares[blockIdx.x]);
+  if (threadIdx.x == 0) block_squares[blockIdx.x] = total;
 }
 
 __global__ void __launch_bounds__(kThreads, kResident)
-    sum_kernel(const float* tile_squares, int64_t num_tiles, double* partial) {
-  double sum = 0.0;
-  for (int64_t i = global_thread(); i < num_tiles; i += grid_threads()) sum += tile_squares[i];
-  sum = block_sum(sum);
-  if (threadIdx.x == 0) partial[blockIdx.x] = sum;
+    dense_norms_kernel(DenseGrads dense, const double* block_squares, double* norms) {
+  const int g = int(blockIdx.x);
+  const double norm = norm_of(block_squares, dense.first_block[g], dense.first_block[g + 1]);
+  if (threadIdx.x == 0) norms[g] = norm;
 }
 
-__global__ void __launch_bounds__(kThreads, kResident)
-    finish_kernel(Scratch scratch, bool any_dense, const float* grad_scale, double max_grad_norm,
-                  double* grad_norm, float* grad_factor) {
-  double sum = 0.0;
-  for (int i = threadIdx.x; i < kSumBlocks; i += kThreads) sum += scratch.partial[i];
-  for (int i = threadIdx.x; any_dense && i < kDenseBlocks; i += kThreads)
-    sum += scratch.dense_squares[i];
-  sum = block_sum(sum);
-  if (threadIdx.x != 0) return;
-  const double scale = *grad_scale, norm = sqrt(sum) / scale;
-  const double clip = isinf(max_grad_norm) ? 1.0 : fmin(1.0, max_grad_norm / (norm + 1e-6));
-  *grad_norm = norm;
-  *grad_factor = float(clip / scale);
-}
+struct Scratch {
+  double* block_squares;  // (kDensePerLaunch * kDenseBlocks,)
+  float* tile_squares;    // (num_tiles,)
+};
 
 Scratch layout(void* scratch) {
-  Scratch at;
-  at.partial = static_cast<double*>(scratch);
-  at.dense_squares = at.partial + kSumBlocks;
-  at.tile_squares = reinterpret_cast<float*>(at.dense_squares + kDenseBlocks);
-  return at;
+  double* block_squares = static_cast<double*>(scratch);
+  return {block_squares, reinterpret_cast<float*>(block_squares + kDensePerLaunch * kDenseBlocks)};
+}
+
+void scan_dense(const std::vector<DenseGrad>& grads, double* block_squares, double* norms,
+                float* found_inf, cudaStream_t stream) {
+  for (size_t first = 0; first < grads.size(); first += kDensePerLaunch) {
+    DenseGrads part{};
+    for (size_t i = first; i < grads.size() && part.count < kDensePerLaunch; ++i)
+      part.add(grads[i]);
+    if (part.blocks()) {
+      SPARSE_OPTIM_LAUNCH(scan_dense_kernel, part.blocks(), kThreads, stream, part, block_squares,
+                          found_inf);
+    }
+    SPARSE_OPTIM_LAUNCH(dense_norms_kernel, part.count, kThreads, stream, part, block_squares,
+                        norms + first);
+  }
 }
 
 }  // namespace
 
 int64_t scan_scratch_bytes(int64_t num_tiles) {
-  return (kSumBlocks + kDenseBlocks) * int64_t(sizeof(double)) + num_tiles * int64_t(sizeof(float));
+  return kDensePerLaunch * kDenseBlocks * int64_t(sizeof(double)) +
+         num_tiles * int64_t(sizeof(float));
 }
 
 cudaError_t scan(const Pool& pool, const std::vector<DenseGrad>& dense, const int32_t* position,
-                 const int64_t* offsets, const float* grad_scale, double max_grad_norm,
-                 const ScanOutput& out, void* scratch, cudaStream_t stream) {
+                 const int64_t* offsets, const ScanOutput& out, void* scratch,
+                 cudaStream_t stream) {
   const Scratch at = layout(scratch);
   if (pool.num_tiles) {
     const int64_t blocks = grid_for(pool.num_tiles, kWarps, kBlocksPerMultiprocessor);
     SPARSE_OPTIM_LAUNCH(scan_kernel, blocks, kThreads, stream, pool, position, offsets,
                         out.tile_max, out.active_grad, at.tile_squares, out.found_inf);
   }
-  for (size_t first = 0; first < dense.size(); first += kDensePerLaunch) {
-    DenseGrads part{};
-    for (size_t i = first; i < dense.size() && part.count < kDensePerLaunch; ++i)
-      part.grads[part.count++] = dense[i];
-    SPARSE_OPTIM_LAUNCH(scan_dense_kernel, kDenseBlocks, kThreads, stream, part, first == 0,
-                        at.dense_squares, out.found_inf);
+  if (pool.num_tensors) {
+    SPARSE_OPTIM_LAUNCH(norms_kernel, pool.num_tensors, kThreads, stream, pool, at.tile_squares,
+                        out.norms);
   }
-  SPARSE_OPTIM_LAUNCH(sum_kernel, kSumBlocks, kThreads, stream, at.tile_squares, pool.num_tiles,
-                      at.partial);
-  SPARSE_OPTIM_LAUNCH(finish_kernel, 1, kThreads, stream, at, !dense.empty(), grad_scale,
-                      max_grad_norm, out.grad_norm, out.grad_factor);
+  scan_dense(dense, at.block_squares, out.norms + pool.num_tensors, out.found_inf, stream);
   return cudaGetLastError();
 }
 

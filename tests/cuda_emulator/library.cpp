@@ -28,14 +28,18 @@ int write_table(const int64_t* rows, int64_t num_tensors, int64_t* table) {
 
 // dense: (num_dense, 3) of gradient, numel, dtype.
 int scan(Pool pool, const int64_t* dense, int64_t num_dense, const int32_t* position,
-         const int64_t* offsets, const float* grad_scale, double max_grad_norm, int32_t* tile_max,
-         float* active_grad, double* grad_norm, float* grad_factor, float* found_inf,
-         void* scratch) {
+         const int64_t* offsets, int32_t* tile_max, float* active_grad, double* norms,
+         float* found_inf, void* scratch) {
   std::vector<DenseGrad> list;
   for (const int64_t* row = dense; row != dense + 3 * num_dense; row += 3)
     list.push_back({reinterpret_cast<const void*>(row[0]), row[1], DType(row[2])});
-  return cuda::scan(pool, list, position, offsets, grad_scale, max_grad_norm,
-                    {tile_max, active_grad, grad_norm, grad_factor, found_inf}, scratch, nullptr);
+  return cuda::scan(pool, list, position, offsets, {tile_max, active_grad, norms, found_inf},
+                    scratch, nullptr);
+}
+
+int clip(const double* norms, int64_t num_norms, const float* grad_scale, double max_grad_norm,
+         double* grad_norm, float* grad_factor) {
+  return cuda::clip(norms, num_norms, grad_scale, max_grad_norm, grad_norm, grad_factor, nullptr);
 }
 
 int rank(Pool pool, const int32_t* position, const int64_t* offsets, const int64_t* noise,
