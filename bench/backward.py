@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from bench import allocations, environment, tables
+from bench.gpu_subjects import EIGHT_BIT, adamw_kinds
 from bench.models import MODELS
 from bench.results import clean_times, median_us
 from bench.subjects import LR, midway
@@ -74,7 +75,7 @@ class Training:
     def step(self) -> None:
         """Forward, backward, clipping, update."""
         self.model(**self.inputs).loss.backward()
-        if self.kind in ("AdamW", "LoRA"):
+        if self.kind not in ("ordinary", "fused"):
             torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -99,6 +100,8 @@ def training(
         )
     params = [param for param in model.parameters() if param.requires_grad]
     inputs = {key: value.to(params[0].device) for key, value in MODELS[name].inputs().items()}
+    if kind in EIGHT_BIT:
+        return Training(kind, model, adamw_kinds(params)[kind](), inputs)
     if kind in ("AdamW", "LoRA"):
         return Training(kind, model, torch.optim.AdamW(params, lr=LR, fused=True), inputs)
     optimizer = midway(params, budget, quota, exp=0.0)

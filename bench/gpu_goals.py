@@ -58,6 +58,23 @@ def _held_gb(data: dict[str, Any]) -> float:
     raise LookupError("memory was not measured")
 
 
+def _training(data: dict[str, Any], kind: str) -> dict[str, Any]:
+    return find(data, "training", model=LARGE["model"], name=kind)
+
+
+def _fused_ms(data: dict[str, Any]) -> float:
+    return median_ms(_training(data, "fused")) / median_ms(_training(data, "ordinary"))
+
+
+def _peak(data: dict[str, Any], kind: str) -> float:
+    row = _training(data, kind)
+    return float(row["weights"] + row["state"] + row["step"])
+
+
+def _fused_peak(data: dict[str, Any]) -> float:
+    return _peak(data, "fused") / _peak(data, "LoRA")
+
+
 def _speeds(text: str, cell: dict[str, Any], limits: dict[str, float]) -> list[Goal]:
     names = {"alone": "fused AdamW", "clip": "clip + fused", "scaler": "unscale + clip + fused"}
     return [
@@ -75,6 +92,8 @@ GOALS = [
     Goal("every step: Triton / CUDA", 1.25, _triton),
     Goal(f"{SEVEN}: host time, us (291 tensors)", 150.0, _host_us, operator.lt),
     Goal(f"{SEVEN}: held, GB", 1.1, _held_gb, operator.lt),
+    Goal("Llama-7B bf16, a training step: fused / ordinary", 1.03, _fused_ms),
+    Goal("Llama-7B bf16, a training step: peak of fused / LoRA", 1.1, _fused_peak),
 ]
 
 

@@ -16,9 +16,10 @@ ours, 6 of AdamW, the read) is then 8 + 17 * 0.3 + 10 * 0.4 s, 2200 P of traffic
     memcheck 60 (guessed), factors 25 (35)                                      419 s (459 s)
     racecheck 60 (guessed)                                                      479 s (519 s)
 
-So what the goals need fits 8 minutes, and the rest about does on an H200; from `stages 1B` on all
-may be left out, which takes 3 to 6 minutes more (--minutes 15). An A6000 has no room for steps of
-7B in fp32 (54 GB of parameters and gradients), nor for AdamW on 7B in bf16 (54 GB): both are told.
+So what the goals of a step need fits 8 minutes, and the rest about does on an H200; from `stages
+1B` on all may be left out, whole training steps (120 s guessed), too, which takes 5 to 8 minutes
+more (--minutes 16). An A6000 has no room for steps of 7B in fp32 (54 GB of parameters and
+gradients), nor for AdamW on 7B in bf16 (54 GB): both are told.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import gpu_subjects, memory
+from bench import gpu_subjects, memory, models, training
 from bench.clocks import Clock, clock_of
 from bench.shapes import DTYPES, MODELS, make_params, num_entries
 from bench.timing import interleave
@@ -110,6 +111,7 @@ PHASES = (
     Phase("stages DeBERTa fp32", "stages", 30, Cell(SMALL, "fp32", 320_000)),
     Phase("synccheck", "sanitizer", 90, tool="synccheck"),
     Phase("tests reference", "tests", 90, only="not cuda and not triton"),
+    Phase("training 7B bf16", "training", 300, Cell(LARGE, "bf16")),
     Phase("steps 7B fp32", "steps", 90, Cell(LARGE, "fp32")),
 )
 TINY = Cell("tiny", "bf16", 2000, 32)
@@ -120,6 +122,7 @@ DRY_PHASES = (
     Phase("steps tiny bf16", "steps", 120, TINY),
     Phase("stages tiny bf16", "stages", 60, TINY),
     Phase("factors tiny bf16", "factors", 60, TINY),
+    Phase("training tiny bf16", "training", 120, TINY),
     Phase("memcheck", "sanitizer", 90, tool="memcheck"),
 )
 
@@ -225,8 +228,17 @@ def factors(cell: Cell, device: torch.device) -> Records:
     return timed(builders, clock_of(device))
 
 
+def whole_training(cell: Cell, device: torch.device) -> Records:
+    """Whole training steps of a transformer of this size, each kind in a process of its own."""
+    dtype = models.MODELS[cell.model].dtype
+    (label,) = (name for name, each in DTYPES.items() if each == dtype)
+    for row in training.of_model(cell.model, budget=cell.budget):
+        yield {"name": row.pop("kind"), **row, "dtype": label}
+
+
 MEASURE: dict[str, Callable[[Any, torch.device], Records]] = {
     "bandwidth": bandwidth, "steps": steps, "stages": stages, "factors": factors,
+    "training": whole_training,
 }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import gpu_goals
+from bench import gpu_goals, training
 from bench.gpu_times import (
     OUR_MODE,
     Record,
@@ -160,6 +160,12 @@ def memory_table(data: dict[str, Any]) -> str:
     return table(["MB", "held", "at most in a step"], rows)
 
 
+def training_table(data: dict[str, Any]) -> str:
+    """What whole training steps take, and how long."""
+    found = select(data, "training")
+    return training.table([{**each, "kind": each["name"]} for each in found]) if found else ""
+
+
 def failures(data: dict[str, Any]) -> str:
     """Phases that did not end well, and subjects that could not be measured."""
     lines = [
@@ -184,6 +190,7 @@ def short_table(data: dict[str, Any]) -> str:
     """What is printed last, and what the README shows."""
     tables = (steps_table, ratios_table, stages_table, bandwidth_line, caption)
     parts = [("", each(data)) for each in tables]
+    parts.insert(3, ("", training_table(data)))
     return _sections([*parts, ("Not measured:", failures(data))])
 
 
@@ -197,6 +204,7 @@ def full_report(data: dict[str, Any]) -> str:
             ("## Stages", stages_table(data)),
             ("## Budgets and quotas", factors_table(data)),
             ("## Memory", memory_table(data)),
+            ("## Whole training steps", training_table(data)),
             ("## Bandwidth", bandwidth_line(data)),
             ("## Not measured", failures(data)),
             ("## GPU goals", f"```text\n{gpu_goals.check(data)}\n```"),

@@ -27,10 +27,10 @@ MODES = ("alone", "clip", "scaler")
 STAGES = ("bind", "scan", "cut", "append", "clip", "update")
 NEVER_REACHED = 1e9  # norm to clip to: torch multiplies the gradients by 1 all the same
 
-EIGHT_BIT = (
-    ("bitsandbytes 8-bit", "bitsandbytes.optim", "AdamW8bit"),
-    ("torchao 8-bit", "torchao.optim", "AdamW8bit"),
-)
+EIGHT_BIT = {  # name -> module, class
+    "bitsandbytes 8-bit": ("bitsandbytes.optim", "AdamW8bit"),
+    "torchao 8-bit": ("torchao.optim", "AdamW8bit"),
+}
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,8 @@ def adamw_kinds(params: Sequence[Tensor]) -> dict[str, Callable[[], torch.optim.
         "fused": lambda: torch.optim.AdamW(params, lr=LR, fused=True),
         "foreach": lambda: torch.optim.AdamW(params, lr=LR, foreach=True),
     }
-    for name, module, attribute in EIGHT_BIT:
-        found = _imported(module, attribute)
+    for name, place in EIGHT_BIT.items():
+        found = _imported(*place)
         if not isinstance(found, str):
             kinds[name] = partial(found, params, lr=LR)
     return kinds
@@ -96,7 +96,7 @@ def adamw_kinds(params: Sequence[Tensor]) -> dict[str, Callable[[], torch.optim.
 
 def absent_kinds() -> dict[str, str]:
     """8-bit AdamWs that are not importable, and why."""
-    found = {name: _imported(module, attribute) for name, module, attribute in EIGHT_BIT}
+    found = {name: _imported(*place) for name, place in EIGHT_BIT.items()}
     return {name: reason for name, reason in found.items() if isinstance(reason, str)}
 
 

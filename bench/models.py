@@ -22,6 +22,7 @@ class Model:
         sizes: arguments of the configuration.
         batch, length: sequences, tokens in each.
         dtype: of the weights.
+        checkpointing: whether activations are computed again in the backward pass.
     """
 
     kind: str
@@ -29,13 +30,14 @@ class Model:
     batch: int
     length: int
     dtype: torch.dtype = torch.float32
+    checkpointing: bool = False
 
-    def build(self) -> torch.nn.Module:
+    def build(self, device: str | torch.device = "cpu") -> torch.nn.Module:
         """The model in training mode, without dropout: kinds must do the same arithmetic."""
         import transformers
         from transformers.initialization import no_init_weights
 
-        with no_init_weights():
+        with no_init_weights(), torch.device(device):
             if self.kind == "llama":
                 config = transformers.LlamaConfig(**self.sizes)
                 model = transformers.LlamaForCausalLM._from_config(config, dtype=self.dtype)
@@ -47,6 +49,8 @@ class Model:
                 model = cls._from_config(config, dtype=self.dtype)
         model.tie_weights()
         _fill(model)
+        if self.checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         return model.train()
 
     def inputs(self) -> dict[str, Tensor]:
@@ -97,5 +101,9 @@ MODELS = {
     "Llama-1B": Model(
         "llama", {**_llama(128256, 2048, 16, 8192, 32, 8), "tie_word_embeddings": True}, 1, 32,
         torch.bfloat16,
+    ),
+    # The shape of Llama-2-7B, trained on one long sequence as on a card with little memory.
+    "Llama-7B": Model(
+        "llama", _llama(32000, 4096, 32, 11008, 32, 32), 1, 512, torch.bfloat16, checkpointing=True
     ),
 }  # fmt: skip

@@ -5,6 +5,7 @@
                                 activations, gradients, temporaries
     resident                    high-water mark of the process's resident memory (CPU), or of
                                 torch's allocator (CUDA)
+    ms                          a step, median of TIMED
 
 Each model and optimizer runs in a process of its own, on the GPU where there is one.
 """
@@ -12,17 +13,26 @@ Each model and optimizer runs in a process of its own, on the GPU where there is
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Sequence
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench import allocations, backward, tables
+from bench import allocations, backward, gpu_subjects, tables
 from bench.models import MODELS
 
 COLUMNS = ("weights", "gradients", "state", "step", "resident")
+TIMED = 5
+
+
+def kinds() -> list[str]:
+    """Those of `bench.backward`, and 8-bit AdamW on a GPU where it is installed."""
+    absent = gpu_subjects.absent_kinds() if torch.cuda.is_available() else gpu_subjects.EIGHT_BIT
+    return [*backward.KINDS, *(name for name in gpu_subjects.EIGHT_BIT if name not in absent)]
 
 
 def rows(models: Sequence[str], snapshots: Path | None = None) -> list[dict[str, Any]]:
@@ -32,13 +42,20 @@ def rows(models: Sequence[str], snapshots: Path | None = None) -> list[dict[str,
         models: names in `bench.models`.
         snapshots: folder for torch's CUDA memory snapshots; None takes none.
     """
+    return [row for name in models for row in of_model(name, snapshots)]
+
+
+def of_model(
+    name: str, snapshots: Path | None = None, budget: int = backward.BUDGET
+) -> Iterator[dict[str, Any]]:
+    """`measure` of every kind; where it cannot be measured, why."""
     context = multiprocessing.get_context("spawn")
-    found = []
-    for name in models:
-        for kind in backward.KINDS:
-            with ProcessPoolExecutor(max_workers=1, mp_context=context) as process:
-                found.append(process.submit(measure, name, kind, snapshots).result())
-    return found
+    for kind in kinds():
+        with ProcessPoolExecutor(max_workers=1, mp_context=context) as process:
+            try:
+                yield process.submit(measure, name, kind, snapshots, budget).result()
+            except torch.OutOfMemoryError:
+                yield {"model": name, "kind": kind, "failed": "memory does not hold it"}
 
 
 def measure(
@@ -46,7 +63,7 @@ def measure(
 ) -> dict[str, Any]:
     """Bytes of one model under one kind of optimizer, in this process."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = MODELS[name].build().to(device)
+    model = MODELS[name].build(device)
     if snapshots is not None and device.type == "cuda":
         torch.cuda.memory._record_memory_history()
     under = backward.training(name, kind, model, budget)
@@ -61,6 +78,7 @@ def measure(
         "state": under.state_bytes,
         "step": allocations.of_call(under.step, device).peak,
         "resident": allocations.peak_bytes(device),
+        "us": [microseconds(under.step, device) for _ in range(TIMED)],
     }
     if snapshots is not None and device.type == "cuda":
         snapshots.mkdir(parents=True, exist_ok=True)
@@ -68,10 +86,20 @@ def measure(
     return row
 
 
+def microseconds(call: Callable[[], object], device: torch.device) -> float:
+    """Of one call, from its start to the end of the device's work."""
+    begin = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return 1e6 * (time.perf_counter() - begin)
+
+
 def table(found: Sequence[dict[str, Any]]) -> str:
-    """Megabytes, as Markdown."""
+    """Megabytes and milliseconds, as Markdown; without what could not be measured."""
     lines = [
-        [row["model"], row["kind"], *(f"{row[column] / 1e6:.1f}" for column in COLUMNS)]
-        for row in found
-    ]
-    return tables.table(["model", "MB under", *COLUMNS], lines)
+        [row["model"], row["kind"], *(f"{row[column] / 1e6:.1f}" for column in COLUMNS),
+         f"{statistics.median(row['us']) / 1e3:.1f}"]
+        for row in found if "us" in row
+    ]  # fmt: skip
+    return tables.table(["model", "MB under", *COLUMNS, "ms"], lines)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -25,13 +26,24 @@ from bench import (  # noqa: E402
     plot,
     report,
     shapes,
+    training,
 )
 from sparse_optim import fingerprint  # noqa: E402
 
 pytest.importorskip("sparse_optim.cpp", reason="the C++ extension has not been built")
 
+pytest.importorskip("peft", reason="whole training steps on LoRA need peft")
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
 TINY = gpu_phases.Cell("tiny", "bf16", 2000, 32)
-KINDS = ("bandwidth", "steps", "stages", "factors")
+KINDS = ("bandwidth", "steps", "stages", "factors", "training")
+
+
+class Threads(ThreadPoolExecutor):
+    """In place of processes, which take long to start."""
+
+    def __init__(self, max_workers: int, mp_context: object) -> None:
+        super().__init__(max_workers)
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +54,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     patch.setattr(gpu_phases, "WARMUP", 0)
     patch.setattr(gpu_phases, "BANDWIDTH_BYTES", 1 << 24)
     patch.setattr(clocks, "FLUSH_BYTES", 1 << 16)
+    patch.setattr(training, "ProcessPoolExecutor", Threads)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # on a busy machine, the second costs more than it brings
     path = tmp_path_factory.mktemp("gpu") / "gpu-dry-2000-01-01.json"
@@ -59,6 +72,29 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     patch.undo()
     torch.set_num_threads(threads)
     return json.loads(path.read_text())
+
+
+def test_whole_training_steps_are_measured_and_shown(data):
+    found = {each["name"]: each for each in gpu_times.select(data, "training")}
+    assert list(found) == ["ordinary", "fused", "AdamW", "LoRA"]
+    assert {(each["model"], each["dtype"]) for each in found.values()} == {("tiny", "fp32")}
+    shown = gpu_report.training_table(data)
+    assert all(f"| tiny | {name} |" in shown for name in found)
+    assert shown in gpu_report.short_table(data)
+    assert shown in gpu_report.full_report(data)
+
+
+def test_a_training_step_that_memory_does_not_hold_is_told(monkeypatch):
+    def measure(name: str, kind: str, *_: object) -> dict[str, object]:
+        if kind == "AdamW":
+            raise torch.OutOfMemoryError
+        return {"model": name, "kind": kind}
+
+    monkeypatch.setattr(training, "ProcessPoolExecutor", Threads)
+    monkeypatch.setattr(training, "measure", measure)
+    rows = list(gpu_phases.whole_training(TINY, torch.device("cpu")))
+    assert [each["name"] for each in rows] == ["ordinary", "fused", "AdamW", "LoRA"]
+    assert [each.get("failed") for each in rows] == [None, None, "memory does not hold it", None]
 
 
 def test_every_subject_is_measured(data):
@@ -166,17 +202,20 @@ def made_up(step_us: float = 100.0) -> dict[str, object]:
             records.append({"kind": "stages", **ours, "stage": "scan", "exp": exp, "us": [1],
                             "moved_bytes": 1800})  # fmt: skip
         records.append({"kind": "steps", **cell, "name": "cuda", "held_bytes": 1_000_000_000})
+    for name in ("ordinary", "fused", "LoRA"):
+        step = {"kind": "training", "model": "Llama-7B", "dtype": "bf16", "name": name}
+        records.append({**step, "us": [100], "weights": 60, "state": 10, "step": 30})
     return {"records": records}
 
 
 def test_goals_of_a_gpu(data):
     lines = gpu_goals.check(made_up()).splitlines()
-    assert len(lines) == len(gpu_goals.GOALS) == 11
+    assert len(lines) == len(gpu_goals.GOALS) == 13
     assert not [line for line in lines if not line.startswith("reached ")]
     assert "0.900  limit 0.850  Llama-7B bf16, B=3.5M, k=466: bandwidth of scan / copy" in lines[0]
     assert "6.000  limit 5.500" in lines[2]
     slow = gpu_goals.check(made_up(step_us=200.0)).splitlines()
-    assert [line.startswith("NOT REACHED") for line in slow] == [False, *[True] * 7, *[False] * 3]
+    assert [line.startswith("NOT REACHED") for line in slow] == [False, *[True] * 7, *[False] * 5]
     dry = gpu_goals.check(data).splitlines()
     assert not [line for line in dry if not line.startswith("not measured")]
     assert "## GPU goals" in gpu_report.full_report(data)
@@ -190,6 +229,8 @@ def test_goals_of_a_gpu(data):
         (8, {"name": "triton", "exp": 2.0}, {"us": [126]}),
         (9, {"name": "cuda", "mode": "clip", "exp": 2.0}, {"host_us": [150]}),
         (10, {"name": "cuda", "held_bytes": 1_000_000_000}, {"held_bytes": 1_100_000_000}),
+        (11, {"kind": "training", "name": "fused"}, {"us": [104]}),
+        (12, {"kind": "training", "name": "fused"}, {"step": 41}),
     ],
 )
 def test_each_goal_can_be_missed_or_unmeasured(goal, wanted, change):
@@ -199,8 +240,8 @@ def test_each_goal_can_be_missed_or_unmeasured(goal, wanted, change):
     for each in hit:
         each.update(change)
     assert gpu_goals.check(file).splitlines()[goal].startswith("NOT REACHED")
-    file["records"] = [each for each in file["records"] if each.get("name") not in
-                       (("triton",) if goal == 8 else ("cuda",))]  # fmt: skip
+    gone = {8: "triton", 11: "ordinary", 12: "LoRA"}.get(goal, "cuda")
+    file["records"] = [each for each in file["records"] if each.get("name") != gone]
     assert gpu_goals.check(file).splitlines()[goal].startswith("not measured")
 
 
