@@ -27,7 +27,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 .PHONY: demo test gpu-report setup test-setup lock which-python clean
 
 demo: setup
-	@$(PY) -m sparse_optim.finetune.demo --steps $(STEPS) --output $(OUT)
+	@$(PY) -m sparse_optim.cli.demo --steps $(STEPS) --output $(OUT)
 
 test: test-setup
 	@$(PY) -m pytest $(PYTEST)

@@ -21,11 +21,11 @@ import sys
 import torch
 from torch import Tensor
 
-from sparse_optim.cli import app
+from sparse_optim.cli.main import app
 from sparse_optim.methods import METHODS, Method, MethodRequest
 from sparse_optim.methods._request import masked_adamw
-from sparse_optim.optimizer import MaskedAdamW
-from sparse_optim.selection import Static
+from sparse_optim.optim.masked_adamw import MaskedAdamW
+from sparse_optim.policy.selection import Static
 
 CROWDED_SHARE = 1 / 16
 ABOUT = "a probe of what crowding costs"

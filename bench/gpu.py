@@ -36,7 +36,7 @@ SCHEMA = 1
 RESULTS = environment.ROOT / "bench" / "results"
 # What memcheck and racecheck, which slow kernels down a hundred times, get through in a minute.
 SMALL_TESTS = "edge_sizes or skips_the_step or of_many_tensors"
-GPU_TESTS = ("tests/test_gpu.py", "tests/test_gpu_runs.py")
+GPU_TESTS = ("tests/gpu/test_gpu.py", "tests/gpu/test_gpu_runs.py")
 LEAST_S = 15  # a phase with less time left than this is not begun
 SANITIZER_ERRORS = 9  # its exit status where the tests passed and it has errors to report
 OUTPUT_CHARACTERS = 12_000  # kept of a phase: the first failure and the summary

@@ -41,7 +41,7 @@ from bench import gpu_subjects, memory, models, training
 from bench.clocks import Clock, clock_of
 from bench.shapes import DTYPES, MODELS, make_params, num_entries
 from bench.timing import interleave
-from sparse_optim import backends
+from sparse_optim.backends import registry as backends
 
 Records = Iterator[dict[str, Any]]
 

@@ -19,8 +19,8 @@ from bench.shapes import grads_of
 from bench.subjects import LR, _words, midway, scan_bytes, snapshot, update_bytes
 from bench.timing import Subject
 from sparse_optim import IncrementalMaskedAdamW
-from sparse_optim.amp import GradScaler
-from sparse_optim.parameters import readable_grads
+from sparse_optim.optim.grad_scaler import GradScaler
+from sparse_optim.optim.groups import readable_grads
 
 # As users run a step: alone; clipped; with the loss scale taken out of the gradients, and clipped.
 MODES = ("alone", "clip", "scaler")

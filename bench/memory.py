@@ -24,7 +24,7 @@ from bench.gpu_subjects import adamw_kinds
 from bench.shapes import DTYPES, MEASURED, MODELS, Shape, num_entries
 from bench.subjects import LR, unhashed
 from sparse_optim import D3, IncrementalMaskedAdamW
-from sparse_optim.active_set import num_bytes
+from sparse_optim.backends.operands import num_bytes
 
 ENTRY_LIMIT, TILE_LIMIT, CONSTANT_LIMIT = 24, 8, 1 << 16  # bytes
 BUDGETS = (320_000, 3_500_000)

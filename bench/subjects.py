@@ -16,8 +16,9 @@ from torch import Tensor
 
 from bench.shapes import random_positions
 from bench.timing import Subject
-from sparse_optim import D3, IncrementalMaskedAdamW, fingerprint
-from sparse_optim.parameters import readable_grads
+from sparse_optim import D3, IncrementalMaskedAdamW
+from sparse_optim.delta import _fingerprint as fingerprint
+from sparse_optim.optim.groups import readable_grads
 
 LR = 1e-9  # so small that the parameters stay what they are, however many steps are timed
 STAGES = ("prepare", "scan", "cut", "append", "clip", "update")

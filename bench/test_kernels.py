@@ -16,7 +16,7 @@ from torch import Tensor
 from bench.clocks import FLUSH_BYTES
 from bench.shapes import DTYPES, MODELS, grads_of, make_params
 from bench.subjects import midway, reads, snapshot
-from sparse_optim.parameters import readable_grads
+from sparse_optim.optim.groups import readable_grads
 
 ROUNDS, WARMUP = 30, 3
 BUDGET = 320_000

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from bench.subjects import midway
-from sparse_optim.parameters import readable_grads
-from sparse_optim.scoring import importance
+from sparse_optim.backends.scoring import importance
+from sparse_optim.optim.groups import readable_grads
 
 
 def check_selection(params: Sequence[Tensor], budget: int, quota: int, exp: float) -> None:

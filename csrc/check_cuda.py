@@ -92,7 +92,7 @@ def _import_lazily(library: Path) -> None:
     """Import it bound lazily: symbols that only a CUDA build of torch has are not called."""
     program = (
         "import importlib.util, os, sys, torch; sys.setdlopenflags(os.RTLD_LAZY);"
-        "import sparse_optim.cpp;"
+        "import sparse_optim.backends.cpp;"
         f"spec = importlib.util.spec_from_file_location('_C_cuda', {str(library)!r});"
         "module = importlib.util.module_from_spec(spec);"
         "assert module.scratch_bytes(1, 1, 1) > 0;"

@@ -1,6 +1,6 @@
 // The operators torch.ops.sparse_optim.{bind, scan, clip, rank, cut, append, update}: schemas,
 // argument checks, and the CPU kernels behind them. LibTorch stable ABI only. What each does:
-// sparse_optim/reference.py.
+// sparse_optim/backends/reference.py.
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 

@@ -59,7 +59,7 @@ cuda::Pool tiled_pool_of(const Device& device, const Tensor& bound, const Tensor
 void* check_scratch(const Device& device, const Tensor& scratch, int64_t bytes) {
   device.place.check(scratch, "scratch", ScalarType::Byte);
   STD_TORCH_CHECK(scratch.numel() >= bytes, "scratch must hold ", bytes, " bytes, got ",
-                  scratch.numel(), "; size it with sparse_optim.cuda.scratch_bytes");
+                  scratch.numel(), "; size it with sparse_optim.backends.cuda.scratch_bytes");
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(scratch.const_data_ptr()) % 8 == 0,
                   "scratch must be aligned to 8 bytes");
   return data<uint8_t>(scratch);

@@ -8,7 +8,7 @@ import hypothesis
 import pytest
 import torch
 
-from sparse_optim import backends
+from sparse_optim.backends import registry as backends
 
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("repeatable")
@@ -72,7 +72,9 @@ def one_thread() -> Iterator[None]:
 def backend(request: pytest.FixtureRequest) -> str:
     """Every backend of the CPU; "cpp" is skipped where the extension has not been built."""
     if request.param == "cpp":
-        pytest.importorskip("sparse_optim.cpp", reason="the C++ extension has not been built")
+        pytest.importorskip(
+            "sparse_optim.backends.cpp", reason="the C++ extension has not been built"
+        )
     return request.param
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-import sys
 import warnings
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,13 +14,11 @@ from typer.testing import CliRunner
 from sparse_optim import IncrementalMaskedAdamW, estimate
 
 pytest.importorskip("transformers", reason="transformers is not installed")
-from sparse_optim.cli import app
-from sparse_optim.estimate_cli import read_footprint
+from bench import allocations
+from sparse_optim.cli.estimate import read_footprint
+from sparse_optim.cli.main import app
 from sparse_optim.finetune.errors import FinetuneError
 from sparse_optim.finetune.models import find_model
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from bench import allocations
 
 BATCH, SEQUENCE, BUDGET = 8, 64, 100_000
 

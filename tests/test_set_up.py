@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from repository import ROOT
 
-ROOT = Path(__file__).parent.parent
 REQUIREMENTS = ROOT / "requirements"
 spec = importlib.util.spec_from_file_location("set_up", REQUIREMENTS / "set_up.py")
 set_up = importlib.util.module_from_spec(spec)

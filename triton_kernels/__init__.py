@@ -11,10 +11,10 @@ Installed as `sparse_optim.triton_kernels`: the top-level name belongs to Triton
 from .append import append, append_pieces
 from .clip import clip
 from .cut import cut, cut_pieces
+from .launch import bind, total_bytes
 from .rank import rank, rank_pieces
 from .scan import scan, scan_pieces
 from .update import update
-from .work import bind, total_bytes
 
 __all__ = ["TILE", "append", "bind", "clip", "cut", "rank", "scan", "scratch_bytes", "update"]
 

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .elements import (
+from .device_functions import (
     COLUMNS,
     GRAD,
     PARAM,
@@ -28,7 +28,7 @@ from .elements import (
     lower_bound,
     param_dtype,
 )
-from .work import Pieces, blocks_of, carve
+from .launch import Pieces, blocks_of, carve
 
 # Streams of four-byte words: four a thread, as eight took 118 registers. Unmeasured.
 MERGE_BLOCK = 512

@@ -27,8 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .elements import INFINITY_BITS
-from .listing import (
+from .candidate_tiles import (
     BINS,
     LISTED,
     NUM_PROGRAMS,
@@ -39,9 +38,10 @@ from .listing import (
     list_tiles,
     share_of,
 )
+from .device_functions import INFINITY_BITS
+from .launch import Pieces, carve
 from .noise import samples
 from .tiles import locate, location_pieces, open_tile
-from .work import Pieces, carve
 
 # Digits of a key, upper first: 11, 10 and 10 bits, together all 31.
 DIGIT_SHIFTS = (20, 10, 0)

@@ -1,4 +1,4 @@
-"""Noise that samples entries (sparse_optim/noise.py is the specification), for the kernels.
+"""Noise that samples entries (specified by sparse_optim/backends/noise.py), for the kernels.
 
     E = -log(1 - v),  v = (u + f) / 2^32,  u = Philox-4x32-10 word of (seed, step, tensor, position)
 

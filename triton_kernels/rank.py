@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .elements import COLUMNS, GRAD, load_run
+from .device_functions import COLUMNS, GRAD, load_run
+from .launch import Pieces, carve
 from .noise import samples
 from .tiles import locate, location_pieces, open_tile
-from .work import Pieces, carve
 
 # As for `scan`. Unmeasured.
 RANK_WARPS = 8

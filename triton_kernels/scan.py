@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .elements import (
+from .device_functions import (
     COLUMNS,
     GRAD,
     INFINITY_BITS,
@@ -32,8 +32,8 @@ from .elements import (
     load_entries,
     load_run,
 )
+from .launch import Pieces, blocks_of, carve
 from .tiles import locate, location_pieces
-from .work import Pieces, blocks_of, carve
 
 # Eight warps read a tile of 4096 float32 with four 16-byte loads a thread. Unmeasured.
 SCAN_WARPS = 8

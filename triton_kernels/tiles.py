@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .elements import (
+from .device_functions import (
     COLUMNS,
     GRAD,
     NUMEL,
@@ -28,8 +28,8 @@ from .elements import (
     lower_bound,
     param_dtype,
 )
+from .launch import Pieces, blocks_of
 from .noise import perturbed
-from .work import Pieces, blocks_of
 
 # Tiles that one program locates. Small, as there are few tiles and many multiprocessors: 27,000
 # tiles make 105 programs. Unmeasured.

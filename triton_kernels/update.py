@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .elements import (
+from .device_functions import (
     COLUMNS,
     GRAD,
     PARAM,
@@ -30,7 +30,7 @@ from .elements import (
     param_dtype,
     store_entries,
 )
-from .work import blocks_of
+from .launch import blocks_of
 
 # The gathers want many requests in flight: small programs, two entries a thread. Unmeasured.
 UPDATE_BLOCK = 256

@@ -1,4 +1,4 @@
-// Noise for sampling entries (sparse_optim/noise.py is the specification), one copy for all
+// Noise for sampling entries (sparse_optim/backends/noise.py is the specification), one copy for all
 // compiled backends.
 //
 //   E = -log(1 - v),  v = (u + f) / 2^32,  u = Philox-4x32-10 word of (seed, step, tensor,

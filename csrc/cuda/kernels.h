@@ -7,7 +7,7 @@
 // error, and every result is the same in every run: no float is added atomically.
 //
 // Never run on a GPU so far: compiled for sm_80, sm_86 and sm_90, and run by the emulator of
-// tests/cuda_emulator, which can show neither races between blocks nor speed.
+// tests/support/cuda_emulator, which can show neither races between blocks nor speed.
 #pragma once
 #include <algorithm>
 #include <vector>

@@ -1,5 +1,5 @@
 // How kernels are launched: by nvcc, or in the emulator that runs the same text on the CPU
-// (tests/cuda_emulator).
+// (tests/support/cuda_emulator).
 #pragma once
 #if defined(SPARSE_OPTIM_EMULATED)
 #include "emulator.h"

@@ -12,8 +12,8 @@ from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, PercentFormatter
 
 from sparse_optim.analysis.measures import AllocationGrid, allocation_grid
+from sparse_optim.analysis.plot_style import COLOURS, GREY, new_figure, plain, save
 from sparse_optim.analysis.record import AllocationRecord, Snapshot
-from sparse_optim.plot_style import COLOURS, GREY, new_figure, plain, save
 
 Records = Mapping[str, AllocationRecord]  # by the name that the legend shows
 

@@ -10,7 +10,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from sparse_optim.analysis.measures import sparsity_entropy, tensor_sparsity
 from sparse_optim.analysis.record import AllocationRecord, Snapshot, save_record
-from sparse_optim.optimizer import MaskedAdamW
+from sparse_optim.optim.masked_adamw import MaskedAdamW
 
 
 class AllocationRecorder(TrainerCallback):

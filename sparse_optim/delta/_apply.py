@@ -11,6 +11,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from sparse_optim.delta._fingerprint import fingerprint
 from sparse_optim.delta._tensors import (
     Model,
     Tensors,
@@ -22,7 +23,6 @@ from sparse_optim.delta._tensors import (
     storage_key,
 )
 from sparse_optim.delta._types import Delta, DeltaError
-from sparse_optim.fingerprint import fingerprint
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,9 +30,9 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sparse_optim.delta._fingerprint import raw_bytes
 from sparse_optim.delta._tensors import DTYPE_CODES, DTYPES
 from sparse_optim.delta._types import Delta, DeltaError, SparseValues, check_shape
-from sparse_optim.fingerprint import raw_bytes
 
 FORMAT = "sparse_optim.delta"
 FORMAT_VERSION = "1"

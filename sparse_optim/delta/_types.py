@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from sparse_optim.delta._fingerprint import fingerprint
 from sparse_optim.delta._tensors import (
     DTYPE_CODES,
     Model,
@@ -18,7 +19,6 @@ from sparse_optim.delta._tensors import (
     same_bits,
     storage_key,
 )
-from sparse_optim.fingerprint import fingerprint
 
 MAX_NUMEL = 2**63 - 1  # Positions are int64.
 MAX_DIMS = 64  # torch's own limit for indexing and copies.

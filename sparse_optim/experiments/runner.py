@@ -24,13 +24,13 @@ from sparse_optim.experiments.cells import (
 from sparse_optim.experiments.machine import machine
 from sparse_optim.experiments.plan import cells
 from sparse_optim.experiments.presets import Experiment, ExperimentError, Row, TaskPreset
+from sparse_optim.finetune.builtin_data import DATASETS
 from sparse_optim.finetune.config import FinetuneConfig, parse_budget
 from sparse_optim.finetune.data import TaskData
 from sparse_optim.finetune.errors import FinetuneError
 from sparse_optim.finetune.job import Inputs, Trained, load_inputs, train_model, write_results
 from sparse_optim.finetune.models import LoadedModel, ModelSource, load_model, set_threads
 from sparse_optim.finetune.report import jsonable
-from sparse_optim.finetune.sources import DATASETS
 from sparse_optim.version import __version__
 
 # Share of train that tuning cells are evaluated on; the split of the runs stays unseen.

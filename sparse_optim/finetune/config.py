@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparse_optim.finetune.errors import FinetuneError
-from sparse_optim.schedule import SCHEDULES
+from sparse_optim.policy.schedule import SCHEDULES
 
 DEFAULT_BUDGET = 0.01
 

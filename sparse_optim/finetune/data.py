@@ -13,6 +13,7 @@ from typing import Any
 from datasets import ClassLabel, Dataset, DatasetDict, List, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 
+from sparse_optim.finetune.builtin_data import DATASETS, load_builtin
 from sparse_optim.finetune.columns import (
     TASK_NAMES,
     Columns,
@@ -22,7 +23,6 @@ from sparse_optim.finetune.columns import (
 )
 from sparse_optim.finetune.errors import FinetuneError
 from sparse_optim.finetune.hub import DATA_SUFFIXES, hub_error, require_hub
-from sparse_optim.finetune.sources import DATASETS, load_builtin
 
 logger = logging.getLogger(__name__)
 

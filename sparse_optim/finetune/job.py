@@ -22,7 +22,6 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArgum
 from sparse_optim.analysis import ALLOCATION_FILE
 from sparse_optim.delta import Delta, apply_delta, load_delta, save_delta
 from sparse_optim.finetune.adapters import DEFAULT_RATE, attach_adapter, save_adapter
-from sparse_optim.finetune.checks import check_method, check_output, check_tracker
 from sparse_optim.finetune.columns import Columns
 from sparse_optim.finetune.config import DEFAULT_BUDGET, FinetuneConfig
 from sparse_optim.finetune.data import DataRequest, TaskData, load_data
@@ -41,8 +40,9 @@ from sparse_optim.finetune.readings import make_delta
 from sparse_optim.finetune.report import collect, write_json
 from sparse_optim.finetune.tasks import TASKS, Task
 from sparse_optim.finetune.trainer import SelectiveTrainer
+from sparse_optim.finetune.validate import check_method, check_output, check_tracker
 from sparse_optim.methods import METHODS, MethodRequest
-from sparse_optim.schedule import SCHEDULES
+from sparse_optim.policy.schedule import SCHEDULES
 
 logger = logging.getLogger(__name__)
 

@@ -20,11 +20,11 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import cached_file
 
+from sparse_optim.finetune.builtin_data import MODELS
 from sparse_optim.finetune.data import TaskData
 from sparse_optim.finetune.errors import FinetuneError
 from sparse_optim.finetune.hub import hub_error, require_hub
 from sparse_optim.finetune.mean_pooling import MeanPooledBert
-from sparse_optim.finetune.sources import MODELS
 from sparse_optim.finetune.tasks import TASKS, model_arguments
 
 logger = logging.getLogger(__name__)

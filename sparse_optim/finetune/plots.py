@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from sparse_optim.plot_style import BLUE, GREEN, ORANGE, new_figure, plain, save
+from sparse_optim.analysis.plot_style import BLUE, GREEN, ORANGE, new_figure, plain, save
 
 SMOOTHING = 0.8  # weight of the past in the running mean of the training loss
 

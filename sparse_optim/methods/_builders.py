@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from sparse_optim.activations import InputMeans
-from sparse_optim.importance import D3, ActivationWeightGradient, Magnitude, Random
+from sparse_optim.calibration.input_means import InputMeans
 from sparse_optim.methods._request import MethodRequest, dense_adamw, masked_adamw
-from sparse_optim.optimizer import MaskedAdamW
-from sparse_optim.selection import Increment, Repeat, Selection, Static, Stochastic
+from sparse_optim.optim.masked_adamw import MaskedAdamW
+from sparse_optim.policy.importance import D3, ActivationWeightGradient, Magnitude, Random
+from sparse_optim.policy.selection import Increment, Repeat, Selection, Static, Stochastic
 
 
 def id3(request: MethodRequest) -> MaskedAdamW:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_optim.methods._request import MethodRequest, check_whole_gradients
-from sparse_optim.selection import resolve_budget
+from sparse_optim.policy.selection import resolve_budget
 
 WINDOWS = 20  # of a run; the paper's windows are a hyper-parameter
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparse_optim.importance import Importance
-from sparse_optim.optimizer import MaskedAdamW
-from sparse_optim.schedule import Schedule, Uniform
-from sparse_optim.selection import Selection
+from sparse_optim.optim.masked_adamw import MaskedAdamW
+from sparse_optim.policy.importance import Importance
+from sparse_optim.policy.schedule import Schedule, Uniform
+from sparse_optim.policy.selection import Selection
 
 
 @dataclass(frozen=True)

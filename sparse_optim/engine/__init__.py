@@ -1,0 +1,1 @@
+"""One step over an active set: tensors only, no torch.optim."""

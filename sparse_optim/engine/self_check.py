@@ -1,0 +1,150 @@
+"""Whether a backend computes on a device what the reference computes on the CPU.
+
+`backend="auto"` asks before it takes a backend that tests do not run on such devices. A few steps
+of a tiny pool (ties, three dtypes, sizes around a tile, a gradient that begins anywhere, an
+overflow) on the same gradients: selections must be equal bit for bit, moments and parameters within
+rounding. Own random numbers; the work is queued on the current stream, whose end it waits for.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import torch
+from torch import Tensor
+
+from sparse_optim.optim.masked_adamw import MaskedAdamW
+from sparse_optim.policy.importance import D3
+from sparse_optim.policy.selection import Increment, Selection, Stochastic
+
+_log = logging.getLogger(__name__)
+
+SHAPES = ((4097,), (0,), (1,), (41, 101), (33,))  # tiles of GPU backends are of 4096
+DTYPES = (torch.float32, torch.bfloat16, torch.float32, torch.float16, torch.bfloat16)
+STEPS = ("normal", "ties", "overflow", "ties")  # what the gradients of each step are like
+METHODS: tuple[tuple[D3, Selection], ...] = (
+    (D3(), Increment(300, total_steps=3)),
+    (D3(exp=2.0, eps=0.01), Increment(300, total_steps=3)),
+    (D3(), Stochastic(100)),
+)
+
+COUNTS = ("progress", "offsets")
+SELECTED = ("position", "unmask_step")
+ROUNDED = ("exp_avg", "exp_avg_sq", "master")
+# A handful of float32 roundings, of values up to the greatest; values that are rounded to 16 bits
+# may end a unit apart.
+TOLERANCE = 1e-5
+
+
+@functools.cache
+def fault(backend: str, device: torch.device) -> str | None:
+    """What a backend does wrong on a device, in words; None if nothing.
+
+    Args:
+        backend: its name; it must be installed.
+        device: that the pool is put on.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured, in which nothing can be read.
+        torch.OutOfMemoryError: the device has no room for a tiny pool.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("construct the optimizer before the capture of a CUDA graph begins")
+    _log.info("checking backend %r on %s (Triton compiles its kernels the first time)",
+              backend, device)  # fmt: skip
+    try:
+        with torch.device("cpu"):  # whatever the user's default is
+            for importance, selection in METHODS:
+                if found := _first_difference(backend, device, importance, selection):
+                    return found
+    except torch.OutOfMemoryError:
+        raise  # says nothing of the backend, and is not remembered
+    except Exception as error:  # whatever a compiler, a driver or a kernel raises
+        first_line = next(iter(str(error).splitlines()), "")
+        return f"it raised {type(error).__name__}: {first_line}"
+    return None
+
+
+def _first_difference(
+    backend: str, device: torch.device, importance: D3, selection: Selection
+) -> str | None:
+    """What differs in the first step in which anything does."""
+    start = _values("normal", torch.Generator().manual_seed(0))
+    want, got = (
+        MaskedAdamW(
+            [torch.nn.Parameter(value.to(place, copy=True)) for value in start], lr=0.01,
+            importance=importance, selection=selection, max_grad_norm=1.0, backend=name,
+        )
+        for name, place in (("reference", torch.device("cpu")), (backend, device))
+    )  # fmt: skip
+    touched = [torch.zeros(value.numel(), dtype=torch.bool) for value in start]
+    for number, kind in enumerate(STEPS, 1):
+        grads = _values(kind, torch.Generator().manual_seed(number))
+        for optimizer in (want, got):
+            for param, grad in zip(optimizer._pool, grads, strict=True):
+                param.grad = _unaligned(grad, param.device)
+            optimizer.step()
+        for index, moves in enumerate(touched):
+            moves[want._active.segment(index)["position"].long()] = True
+        if what := _difference(got, want) or _moved(got, start, touched):
+            return f"{what} in step {number} of {importance}, {selection}"
+    return None
+
+
+def _difference(got: MaskedAdamW, want: MaskedAdamW) -> str | None:
+    """What differs between two optimizers after a step."""
+    count = int(want._active.progress[1])
+    for name in COUNTS + SELECTED:
+        ours, theirs = getattr(got._active, name).cpu(), getattr(want._active, name)
+        if name in SELECTED:
+            ours, theirs = ours[:count], theirs[:count]
+        if not torch.equal(ours, theirs):
+            return f"it unmasks other entries than the reference ({name} differs)"
+    if not torch.equal(got._work.threshold.cpu(), want._work.threshold):
+        return "the least importance that it unmasks differs from the reference"
+    if not _near(got.grad_norm, want.grad_norm):
+        return "its gradient norm differs from the reference"
+    for name in ROUNDED:
+        if not _near(getattr(got._active, name)[:count], getattr(want._active, name)[:count]):
+            return f"{name} is further from the reference than rounding explains"
+    for ours, theirs in zip(got._pool, want._pool, strict=True):
+        if not _near(ours.detach(), theirs.detach()):
+            return "parameters are further from the reference than rounding explains"
+    return None
+
+
+def _moved(got: MaskedAdamW, start: list[Tensor], touched: list[Tensor]) -> str | None:
+    """Whether an entry that was never active has other bits than at the start."""
+    for param, before, moves in zip(got._pool, start, touched, strict=True):
+        if not torch.equal(param.detach().cpu().view(-1)[~moves], before.view(-1)[~moves]):
+            return "frozen entries have moved"
+    return None
+
+
+def _near(ours: Tensor, theirs: Tensor) -> bool:
+    """Equal up to rounding."""
+    if not theirs.numel():
+        return True
+    relative = TOLERANCE
+    if theirs.dtype not in (torch.float32, torch.float64):
+        relative = 2 * torch.finfo(theirs.dtype).eps
+    greatest = float(theirs.abs().max())
+    return torch.allclose(ours.cpu(), theirs, rtol=relative, atol=TOLERANCE * greatest)
+
+
+def _values(kind: str, generator: torch.Generator) -> list[Tensor]:
+    """Values of the pool on the CPU: "normal", "ties", or "overflow" with one that is infinite."""
+    values = [torch.randn(shape, generator=generator, dtype=torch.float32) for shape in SHAPES]
+    if kind == "ties":
+        values = [(2 * value).round().clamp(-2, 2) / 4 for value in values]
+    if kind == "overflow":
+        values[0][-1] = torch.inf
+    return [value.to(dtype) for value, dtype in zip(values, DTYPES, strict=True)]
+
+
+def _unaligned(grad: Tensor, device: torch.device) -> Tensor:
+    """The gradient on a device as a view that begins one entry into its memory."""
+    memory = torch.zeros(grad.numel() + 1, dtype=grad.dtype, device=device)
+    memory[1:] = grad.reshape(-1).to(device)
+    return memory[1:].view(grad.shape)

@@ -1,0 +1,1 @@
+"""The torch.optim face: MaskedAdamW, and IncrementalMaskedAdamW (ID3)."""

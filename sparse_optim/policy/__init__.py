@@ -1,0 +1,1 @@
+"""What is unmasked, and when: importances, selections, schedules."""

@@ -1,0 +1,133 @@
+"""Selections: when which entries become active, and whether they stay so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import Tensor
+
+from sparse_optim.policy.schedule import Schedule, Uniform, cumulative_targets
+
+
+def resolve_budget(budget: int | float, pool_size: int) -> int:
+    """Turn a budget into a number of entries.
+
+    Args:
+        budget: an int counts entries; a float in (0, 1] is a share of the pool.
+        pool_size: entries that may be unmasked.
+
+    Raises:
+        ValueError: if the pool is empty, or the budget is not positive or larger than the pool.
+    """
+    if pool_size == 0:
+        raise ValueError(
+            "the pool is empty: no parameter group with unmask='rank' holds a trainable entry; set "
+            "requires_grad on what is to be ranked, or train it densely (unmask='all')"
+        )
+    if isinstance(budget, bool) or not isinstance(budget, (int, float)):
+        raise ValueError(f"budget must be an int (entries) or a float (share), got {budget!r}")
+    if isinstance(budget, float):
+        if not 0 < budget <= 1:
+            raise ValueError(
+                f"a float budget is a share of the pool, above 0 and at most 1, got {budget}; "
+                "give an int to count entries"
+            )
+        return max(1, round(budget * pool_size))
+    if not 0 < budget <= pool_size:
+        raise ValueError(f"budget must be 1 to {pool_size} (entries in the pool), got {budget}")
+    return budget
+
+
+@dataclass(frozen=True)
+class Increment:
+    """Unmask a few entries more at each step, ranked anew each time; none is frozen again.
+
+    Args:
+        budget: entries (int) or share of the pool (float) that may ever be active.
+        total_steps: optimizer steps of the whole run.
+        schedule: how the budget is spread over the steps.
+        unmask_steps: spend the budget within the first so many steps (default: all of them).
+
+    Raises:
+        ValueError: if a number of steps is out of range.
+
+    Reference: Agarwal et al. 2025, Algorithm 1 (increment-S).
+    """
+
+    budget: int | float
+    total_steps: int
+    schedule: Schedule | Callable[[int], int] = field(default_factory=Uniform)
+    unmask_steps: int | None = None
+    replaces: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.total_steps, bool) or not isinstance(self.total_steps, int):
+            raise ValueError(f"total_steps must be an int, got {self.total_steps!r}")
+        if self.total_steps < 1:
+            raise ValueError(f"total_steps must be at least 1, got {self.total_steps}")
+        if self.unmask_steps is not None and not 1 <= self.unmask_steps <= self.total_steps:
+            raise ValueError(
+                f"unmask_steps must be 1 to {self.total_steps} (total_steps), "
+                f"got {self.unmask_steps}"
+            )
+
+    def targets(self, budget: int) -> Tensor:
+        """Cumulative targets, (total_steps + 1,), int64, of a budget in entries."""
+        unmask_steps = self.unmask_steps or self.total_steps
+        return cumulative_targets(self.schedule, budget, self.total_steps, unmask_steps)
+
+
+@dataclass(frozen=True)
+class Static:
+    """Unmask the whole budget at the first step, and keep that set.
+
+    Args:
+        budget: entries (int) or share of the pool (float).
+
+    Reference: Agarwal et al. 2025, section 3 (static-S).
+    """
+
+    budget: int | float
+    replaces: ClassVar[bool] = False
+
+    def targets(self, budget: int) -> Tensor:
+        """Cumulative targets, (2,), int64: everything at step 1."""
+        return cumulative_targets(Uniform(), budget, 1, 1)
+
+
+@dataclass(frozen=True)
+class Repeat(Static):
+    """Unmask the whole budget anew at each step: the set of one step is dropped at the next.
+
+    Entries that are in both keep their moments; those that leave lose them and stay at the value
+    that they reached. What was ever active is recorded, for the delta.
+
+    Args:
+        budget: entries (int) or share of the pool (float), of one step.
+
+    Reference: Agarwal et al. 2025, section 6 (repeat-S).
+    """
+
+    replaces: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class Stochastic(Repeat):
+    """As `Repeat`, but each step's set is a sample without replacement.
+
+        probability of the next draw = score^2 / sum of score^2 over entries not drawn yet
+
+    Args:
+        budget: entries (int) or share of the pool (float), of one step.
+        seed: of the noise, 64 bits. The same on every backend, and after a resume.
+
+    Reference: Akbar-Tajari and Pilehvar, Stochastic Fine-Tuning of Language Models Using Masked
+    Gradients, Algorithm 1; drawn by Gumbel top-k, see `sparse_optim.backends.noise`.
+    """
+
+    seed: int = 0
+
+
+Selection = Increment | Static  # Repeat and Stochastic are kinds of Static

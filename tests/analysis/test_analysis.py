@@ -1,0 +1,364 @@
+"""Analyses: hand-computed measures, the record of real steps, files, and the command."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparse_optim import D3, IncrementalMaskedAdamW, MaskedAdamW, Static
+from sparse_optim.analysis import (
+    ALLOCATION_FILE,
+    AllocationRecord,
+    RecordError,
+    Snapshot,
+    allocation_grid,
+    entry_counts,
+    load_record,
+    save_record,
+    sparsity_entropy,
+    tensor_sparsity,
+)
+
+COUNTS = {"embed": 6, "layers.0.a": 0, "layers.0.b": 2, "layers.1.a": 4, "layers.1.b": 0}
+SIZES = {"embed": 60, "layers.0.a": 40, "layers.0.b": 10, "layers.1.a": 40, "layers.1.b": 10}
+
+
+def test_measures_by_hand():
+    assert tensor_sparsity(COUNTS) == 2 / 5
+    # Shares 0.1, 0.2, 0.1 -> 1/4, 1/2, 1/4: entropy 1/4 ln 4 + 1/2 ln 2 + 1/4 ln 4 = 1.5 ln 2.
+    assert sparsity_entropy(COUNTS, SIZES) == pytest.approx(1.5 * math.log(2))
+    nothing = dict.fromkeys(COUNTS, 0)
+    assert (tensor_sparsity(nothing), sparsity_entropy(nothing, SIZES)) == (1.0, 0.0)
+    assert (tensor_sparsity(SIZES), sparsity_entropy(SIZES, SIZES)) == (
+        0.0,
+        pytest.approx(math.log(5)),
+    )
+    assert sparsity_entropy({**nothing, "embed": 3}, SIZES) == 0.0
+
+
+def test_measures_of_an_optimizer():
+    params = [("a", torch.nn.Parameter(torch.zeros(4))), ("b", torch.nn.Parameter(torch.zeros(3)))]
+    optimizer = MaskedAdamW(params, importance=D3(), selection=Static(3))
+    params[0][1].grad, params[1][1].grad = torch.arange(4.0), torch.zeros(3)
+    optimizer.step()
+    counts = entry_counts(optimizer.active_entries())
+    assert counts == {"a": 3, "b": 0}
+    assert tensor_sparsity(counts) == 0.5
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(50, 90)), min_size=1, max_size=8))
+def test_entropy_lies_between_zero_and_its_greatest_and_ignores_scale(pairs):
+    counts = {str(at): count for at, (count, _) in enumerate(pairs)}
+    sizes = {str(at): size for at, (_, size) in enumerate(pairs)}
+    entropy = sparsity_entropy(counts, sizes)
+    reached = sum(count > 0 for count in counts.values())
+    assert -1e-12 <= entropy <= math.log(max(1, reached)) + 1e-12
+    doubled = sparsity_entropy(counts, {name: 2 * size for name, size in sizes.items()})
+    assert doubled == pytest.approx(entropy)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: tensor_sparsity({}), "no tensors"),
+        (lambda: sparsity_entropy({"a": 1}, {"b": 1}), r"differ in \['a', 'b'\]"),
+        (lambda: sparsity_entropy({"a": 2}, {"a": 1}), "a has 1 entries, of which 2 are active"),
+    ],
+)
+def test_impossible_counts(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_the_grid_is_modules_by_layers():
+    grid = allocation_grid(COUNTS, SIZES)
+    assert grid.modules == ["embed", "a", "b"]
+    assert grid.layers == [None, 0, 1]
+    expected = [[6, np.nan, np.nan], [np.nan, 0, 4], [np.nan, 2, 0]]
+    np.testing.assert_array_equal(grid.active, expected)
+    np.testing.assert_array_equal(grid.size[:, 1], [np.nan, 40, 10])
+
+
+def test_two_stacks_keep_their_names_and_layers_are_numbers():
+    names = ["encoder.block.2.q", "encoder.block.10.q", "decoder.block.2.layer.0.q", "head"]
+    counts = {name: at for at, name in enumerate(names)}
+    grid = allocation_grid(counts, dict.fromkeys(names, 9))
+    assert grid.layers == [None, 2, 10]
+    assert grid.modules == ["encoder.block.*.q", "decoder.block.*.layer.0.q", "head"]
+    assert grid.active[0].tolist()[1:] == [0, 1]
+    assert grid.active[1, 1] == 2
+
+
+def make_record(method: str = "id3", budget: int = 12, growing: bool = True) -> AllocationRecord:
+    shapes = {name: [size // 2, 2] for name, size in SIZES.items()}
+    final = list(COUNTS.values())
+    half = [count // 2 for count in final] if growing else final
+    snapshots = [
+        Snapshot(0, [0] * 5),
+        Snapshot(5, half, {"accuracy": 0.5, "loss": 2.0}),
+        Snapshot(10, final, {"accuracy": 0.75, "loss": 1.0}),
+    ]
+    return AllocationRecord(method, "accuracy", budget, shapes, snapshots)
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path):
+    record = make_record()
+    save_record(record, tmp_path)
+    read = load_record(tmp_path)
+    assert read == record
+    assert read.sizes == SIZES
+    assert read.tensor_sparsity() == [1.0, 0.4, 0.4]
+    assert read.sparsity_entropy()[2] == pytest.approx(1.5 * math.log(2))
+    assert read.evaluations("accuracy") == [(5, 6, 0.5), (10, 12, 0.75)]
+    assert read.evaluations("f1") == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda lines: None, r"has no allocation\.jsonl: `sparse-optim finetune` writes it"),
+        (lambda lines: [], "line 1 is no header"),
+        (lambda lines: ["[]"], "line 1 is no header"),
+        (lambda lines: ["{}"], "line 1 is no header"),
+        (lambda lines: [lines[0].replace('"format": 1', '"format": 2')], "not of format 1"),
+        (lambda lines: lines[:1], "holds no step"),
+        (lambda lines: [*lines[:2], lines[2][:9]], "line 3 is cut"),
+        (lambda lines: [lines[0], '{"step": 1}'], "line 2 is cut or not a snapshot"),
+        (lambda lines: [lines[0], '{"step": 1, "active": [1]}'], "line 2 does not fit"),
+        (lambda lines: [lines[0], '{"step": 1, "active": [99,0,0,0,0]}'], "line 2 does not fit"),
+    ],
+)
+def test_a_record_that_cannot_be_read_is_one_line(tmp_path, change, message):
+    path = save_record(make_record(), tmp_path)
+    lines = change(path.read_text().splitlines())
+    path.unlink() if lines is None else path.write_text("\n".join(lines))
+    with pytest.raises(RecordError, match=message) as caught:
+        load_record(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+transformers = pytest.importorskip("transformers", reason="the rest needs the extra 'finetune'")
+pytest.importorskip("matplotlib", reason="the rest needs the extra 'finetune'")
+pytest.importorskip("typer", reason="the rest needs the extra 'finetune'")
+
+from typer.testing import CliRunner  # noqa: E402
+
+from sparse_optim.analysis import plots  # noqa: E402
+from sparse_optim.analysis.recorder import AllocationRecorder  # noqa: E402
+from sparse_optim.cli.main import app  # noqa: E402
+
+
+class Regression(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(2))
+        self.head = torch.nn.Linear(4, 1)
+
+    def forward(self, inputs, labels):
+        hidden = inputs
+        for layer in self.layers:
+            hidden = torch.tanh(layer(hidden))
+        loss = (self.head(hidden).squeeze(-1) - labels).square().mean()
+        return {"loss": loss, "logits": hidden}
+
+
+class Tracker(transformers.TrainerCallback):
+    """Stands for TensorBoard: sees the logs as reporting callbacks do."""
+
+    def __init__(self) -> None:
+        self.logs = []
+
+    def on_log(self, args, state, control, logs=None, **_):
+        self.logs.append((state.global_step, dict(logs)))
+
+
+def train(folder: Path, optimizer_of) -> tuple[AllocationRecorder, Tracker, list[dict]]:
+    """Eight steps; a log every second one, an evaluation every fourth."""
+    model, tracker, recorder = Regression(), Tracker(), AllocationRecorder()
+    generator = torch.Generator().manual_seed(0)
+    rows = [
+        {"inputs": torch.randn(4, generator=generator), "labels": torch.tensor(float(at % 3))}
+        for at in range(16)
+    ]
+    trainer = transformers.Trainer(
+        model,
+        transformers.TrainingArguments(
+            str(folder), max_steps=8, logging_steps=2, eval_strategy="steps", eval_steps=4,
+            use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no",
+            per_device_train_batch_size=4, dataloader_pin_memory=False, max_grad_norm=0.0,
+        ),
+        train_dataset=rows,
+        eval_dataset=rows[:4],
+        callbacks=[tracker],
+        optimizers=(optimizer := optimizer_of(model), None),
+    )  # fmt: skip
+    trainer.remove_callback(transformers.PrinterCallback)
+    recorder.attach(trainer)
+    seen: list[dict] = []
+    optimizer.register_step_post_hook(
+        lambda inner, *_: (
+            isinstance(inner, MaskedAdamW) and seen.append(entry_counts(inner.active_entries()))
+        )
+    )
+    trainer.train()
+    return recorder, tracker, seen
+
+
+def test_the_recorder_notes_what_the_optimizer_holds(tmp_path):
+    def optimizer_of(model):
+        head = {"params": list(model.head.named_parameters()), "unmask": "all"}
+        ranked = {"params": list(model.layers.named_parameters(prefix="layers"))}
+        return IncrementalMaskedAdamW([ranked, head], lr=1e-3, budget=20, total_steps=8)
+
+    recorder, tracker, seen = train(tmp_path, optimizer_of)
+    path = recorder.save(tmp_path, method="id3", metric="loss")
+    assert path == tmp_path / ALLOCATION_FILE
+    record = load_record(tmp_path)
+    assert record.steps == [0, 2, 4, 6, 8]
+    assert record.budget == 20
+    shapes = {f"layers.{at}.{name}": shape for at in (0, 1)
+              for name, shape in (("weight", [4, 4]), ("bias", [4]))}  # fmt: skip
+    assert record.tensors == shapes
+    assert record.snapshots[0].active == [0] * 4
+    for snapshot in record.snapshots[1:]:
+        assert record.counts(snapshot) == seen[snapshot.step - 1]
+        assert sum(snapshot.active) == 20 * snapshot.step // 8
+    counts = np.array([snapshot.active for snapshot in record.snapshots])
+    assert (np.diff(counts, axis=0) >= 0).all()
+    assert (np.diff(record.tensor_sparsity()) <= 0).all()
+    evaluated = {step: logs["eval_loss"] for step, logs in tracker.logs if "eval_loss" in logs}
+    assert evaluated.keys() == {4, 8}
+    assert {step: value for step, _, value in record.evaluations("loss")} == evaluated
+    trained = {step: logs for step, logs in tracker.logs if "loss" in logs}
+    assert trained.keys() == {2, 4, 6, 8}
+    for snapshot, sparsity, entropy in zip(
+        record.snapshots, record.tensor_sparsity(), record.sparsity_entropy(), strict=True
+    ):
+        if snapshot.step:
+            logs = trained[snapshot.step]
+            assert logs["tensor_sparsity"] == sparsity
+            assert logs["sparsity_entropy"] == entropy > 0
+
+
+def test_an_optimizer_that_does_not_unmask_is_not_recorded(tmp_path):
+    recorder, tracker, _ = train(tmp_path, lambda model: torch.optim.SGD(model.parameters(), 1e-3))
+    assert not any("tensor_sparsity" in logs for _, logs in tracker.logs)
+    assert recorder.save(tmp_path, method="full", metric="loss") is None
+    assert not (tmp_path / ALLOCATION_FILE).exists()
+
+
+def analyse(*arguments: object):
+    environment = {"COLUMNS": "160", "NO_COLOR": "1", "TERM": "dumb"}
+    return CliRunner().invoke(app, ["analyse", *map(str, arguments)], env=environment)
+
+
+def write(folder: Path, record: AllocationRecord) -> Path:
+    folder.mkdir(parents=True)
+    save_record(record, folder)
+    return folder
+
+
+def pictures(folder: Path) -> dict[str, int]:
+    for path in folder.iterdir():
+        assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    return {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+
+
+def test_one_run_is_drawn_into_its_folder(tmp_path):
+    run = write(tmp_path / "first", make_record())
+    result = analyse(run)
+    assert result.exit_code == 0, result.output
+    found = pictures(run / "analysis")
+    assert list(found) == ["allocation.png", "growth.png", "metric.png", "sparsity.png"]
+    assert min(found.values()) > 10_000
+    text = " ".join(result.output.split())
+    assert "first id3 10 12 3 of 5 1.04 (1.61) 0.7500" in text
+    assert "most entries in embed 50%, a 33%, b 17%" in text
+
+
+def test_increment_and_repeat_are_drawn_together(tmp_path):
+    increment = write(tmp_path / "increment", make_record())
+    repeat = write(tmp_path / "repeat", make_record("repeat-d3", 24, growing=False))
+    result = analyse(increment, repeat, "--output", tmp_path / "both", "--metric", "loss")
+    assert result.exit_code == 0, result.output
+    both = pictures(tmp_path / "both")
+    assert list(both) == ["allocation-1.png", "allocation-2.png", "growth-1.png", "growth-2.png",
+                          "metric.png", "sparsity.png"]  # fmt: skip
+    assert not (increment / "analysis").exists()
+    assert "repeat-d3" in result.output
+    analyse(increment, "--metric", "loss")
+    alone = pictures(increment / "analysis")
+    assert both["metric.png"] != alone["metric.png"]
+    assert both["allocation-1.png"] == alone["allocation.png"]
+
+
+def test_steps_are_named_once_the_budget_is_spent(tmp_path, monkeypatch):
+    """Such points lie above one another: first and last of them are told apart."""
+    figures = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure))
+    spent = AllocationRecord(
+        tensors={"w": [30]}, budget=20, method="id3", metric="accuracy",
+        snapshots=[Snapshot(step, [min(20, 2 * step)], {"accuracy": step / 40})
+                   for step in (5, 10, 15, 20)],
+    )  # fmt: skip
+    plots.draw_metric({"run": spent}, "accuracy", tmp_path / "unused.png")
+    noted = {text.get_text(): text.xy for text in figures[0].axes[0].texts}
+    assert noted == {"step 10": (20, 0.25), "step 20": (20, 0.5)}
+    spent.snapshots[:] = spent.snapshots[:2]
+    plots.draw_metric({"run": spent}, "accuracy", tmp_path / "unused.png")
+    assert not figures[1].axes[0].texts
+
+
+def test_runs_of_the_same_name_are_told_apart_by_their_paths(tmp_path):
+    runs = [write(tmp_path / seed / "id3", make_record()) for seed in ("0", "1")]
+    result = analyse(*runs)
+    assert result.exit_code == 0, result.output
+    assert all(f"{run}: most entries" in result.output for run in runs)
+
+
+def test_a_run_without_evaluations_has_no_metric_picture(tmp_path):
+    record = make_record()
+    for snapshot in record.snapshots:
+        snapshot.metrics.clear()
+    result = analyse(write(tmp_path / "run", record))
+    assert result.exit_code == 0, result.output
+    assert "metric.png" not in pictures(tmp_path / "run" / "analysis")
+
+
+def test_errors_are_one_line_with_an_exit_code(tmp_path):
+    run = write(tmp_path / "run", make_record())
+    empty = make_record()
+    empty.snapshots = empty.snapshots[:1]
+    write(tmp_path / "empty", empty)
+    for arguments, message in (
+        ((tmp_path / "nowhere",), "nowhere has no allocation.jsonl"),
+        ((run, tmp_path), "has no allocation.jsonl"),
+        ((tmp_path / "empty",), "empty: no entry was ever active"),
+        ((run, "--metric", "f1"), "no run recorded 'f1'; known: accuracy, loss"),
+    ):
+        result = analyse(*arguments)
+        assert result.exit_code == 1
+        assert message in " ".join(result.output.split())
+        assert "Traceback" not in result.output
+        assert not (run / "analysis").exists()
+
+
+def test_many_layers_fit(tmp_path):
+    names = [f"model.layers.{at}.mlp.{part}.weight" for at in range(40) for part in "abc"]
+    record = AllocationRecord(
+        "id3", "loss", 10, {name: [8] for name in names}, [Snapshot(3, [0, 1, 2, 3] * 30)]
+    )  # fmt: skip
+    result = analyse(write(tmp_path / "deep", record))
+    assert result.exit_code == 0, result.output
+    assert (
+        json.loads((tmp_path / "deep" / ALLOCATION_FILE).read_text().splitlines()[1])["step"] == 3
+    )
+    assert pictures(tmp_path / "deep" / "analysis")["allocation.png"] > 10_000

@@ -1,0 +1,177 @@
+"""The benchmarks run and report what they measured; the memory limit holds. No timing counts."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from repository import ROOT
+
+from bench import backward, goals, memory, models, report, results, sampling, shapes, training
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> results.Results:
+    """The smallest run of bench.steps there is."""
+    path = tmp_path_factory.mktemp("bench") / "steps.json"
+    command = [sys.executable, "-m", "bench.steps", "--quick", "--models", "tiny"]
+    options = ["--dtypes", "bf16", "--budgets", "2000", "--quotas", "32", "--rounds", "2"]
+    done = subprocess.run(
+        [*command, *options, "--out", str(path), "--check"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "clean calls" in done.stdout
+    return results.Results(json.loads(path.read_text()))
+
+
+def made_up(us: list[int], delay_us: list[int]) -> dict[str, object]:
+    return {"us": us, "delay_us": delay_us}
+
+
+@pytest.mark.parametrize("dtype", list(shapes.DTYPES))
+@pytest.mark.parametrize("budget", memory.BUDGETS)
+@pytest.mark.parametrize("quota", [32, 3200])
+@pytest.mark.parametrize(
+    ("model", "exp"), [("MiniLM", 0.0), ("MiniLM", -1.0), ("DeBERTa-base", 2.0)]
+)
+def test_state_and_work_space_fit_the_limit(model, dtype, budget, exp, quota):
+    row = memory.measure(shapes.MODELS[model], shapes.DTYPES[dtype], budget, exp, quota)
+    limit = 24 * budget + 8 * row["tiles"] + 2**16
+    assert row["limit_bytes"] == limit
+    assert memory.held_bytes(row) <= limit
+
+
+@pytest.mark.parametrize(
+    ("model", "entries"),
+    [("MiniLM", 22_713_986), ("BERT-base", 109_483_778), ("DeBERTa-base", 184_423_682)],
+)
+def test_shapes_have_the_models_size(model, entries):
+    assert shapes.num_entries(shapes.MODELS[model]) == entries
+
+
+def test_params_are_the_same_every_time():
+    model = [(50, 8), (8,)]
+    first, second = (shapes.make_params(model, torch.bfloat16, seed=3) for _ in range(2))
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other)
+        assert torch.equal(one.grad, other.grad)
+    zero_rows = (first[0].grad == 0).all(dim=1).float().mean()
+    assert 0.7 < zero_rows < 1
+
+
+@pytest.mark.parametrize("count", [0, 1, 100, 399, 408])
+def test_random_positions_are_distinct_and_ascending(count):
+    model = [(50, 8), (8,)]
+    positions = shapes.random_positions(model, count)
+    assert sum(position.numel() for position in positions) == count
+    for position, size in zip(positions, (400, 8), strict=True):
+        assert (position.diff() > 0).all()
+        assert ((position >= 0) & (position < size)).all()
+
+
+def test_medians_leave_out_calls_that_waited_for_a_core():
+    assert results.median_us(made_up([100, 900, 104], [1, 500, 2])) == 102
+    assert results.median_us(made_up([100, 300, 200], [50, 50, 50])) == 200
+
+
+def test_a_run_records_every_subject(recorded):
+    (run,) = recorded.runs("tiny", "bf16")
+    names = {record["name"] for record in run["subjects"]}
+    assert names == {
+        "read", "scan", "ours", "fused", "clip+fused", "foreach", "clip+foreach",
+    }  # fmt: skip
+    assert all(record["us"][0] > 0 for record in run["subjects"])
+    assert len(results.find(run, "ours")) == 2
+    stages = recorded.stages("tiny", "bf16", budget=2000, quota=32, exp=0.0)
+    assert set(stages) == {"prepare", "scan", "cut", "append", "clip", "update", "python"}
+
+
+def test_ratios_are_of_the_same_run(recorded):
+    (run,) = recorded.runs("tiny", "bf16")
+    ratio = recorded.ratio("tiny", "bf16", "read", "scan", budget=2000)
+    fastest = min(results.median_us(record) for record in results.find(run, "read"))
+    assert ratio == results.median_us(results.find(run, "scan")[0]) / fastest
+
+
+def test_a_report_is_made_of_it(recorded, tmp_path):
+    tables = report.full_report(recorded)
+    assert "tiny, B = 2K, k = 32" in tables
+    assert recorded.data["commit"][:8] in tables
+    report.draw(recorded, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_goals_that_were_not_measured_say_so(recorded):
+    lines = goals.check(recorded).splitlines()
+    assert lines[0].startswith("not measured")
+    assert lines[-2].startswith("reached")  # memory
+
+
+def test_the_readme_block_is_replaced_and_the_rest_kept():
+    text = f"above\n{report.BEGIN}\nold\n{report.END}\nbelow\n"
+    changed = report.insert(text, "new")
+    assert changed == f"above\n{report.BEGIN}\n\nnew\n\n{report.END}\nbelow\n"
+    assert report.insert(changed, "new") == changed
+    assert report.insert("text\n", "new").startswith("text\n\n" + report.BEGIN)
+    with pytest.raises(ValueError, match="both once"):
+        report.insert(f"{report.END}{report.BEGIN}", "new")
+
+
+def test_results_of_another_schema_are_refused():
+    with pytest.raises(ValueError, match="schema 1, got 99"):
+        results.Results({"schema": 99})
+
+
+def test_sampling_is_measured_beside_its_peers():
+    result = sampling.measure("tiny", rounds=1)
+    assert set(result["ms"]) == {record["name"] for record in result["records"]}
+    assert len(result["ms"]) == 3
+    assert min(result["ms"].values()) > 0
+    assert result["times_ours"][sampling.OURS] == 1
+
+
+@pytest.mark.parametrize("kind", ["ordinary", "fused", "AdamW"])  # LoRA below
+def test_memory_of_a_training_step(kind):
+    """Weights, gradients and dense state by hand; the step holds gradients, the process all."""
+    row = training.measure("tiny", kind, budget=5000)
+    entries = sum(param.numel() for param in models.MODELS["tiny"].build().parameters())
+    assert row["weights"] == 4 * entries
+    if kind == "AdamW":
+        assert row["state"] == pytest.approx(8 * entries, rel=0.01)  # and step counts
+    assert row["gradients"] == 4 * entries  # of so small a model, in the fused mode, too
+    assert row["step"] >= row["gradients"]
+    assert row["resident"] > row["weights"] + row["state"] + row["step"]
+    assert f"| tiny | {kind} |" in training.table([row])
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's own
+def test_training_steps_of_every_kind():
+    """Gradients counted by hand: all of the model's, and those of LoRA's factors."""
+    pytest.importorskip("peft", reason="peft is not installed")
+    counted = backward.memory(backward.trainings("tiny", budget=5000, quota=50))
+    modules = models.MODELS["tiny"].build().modules()
+    linear = [module for module in modules if isinstance(module, torch.nn.Linear)]
+    factors = sum(module.in_features + module.out_features for module in linear)
+    assert counted["LoRA"]["gradient_bytes"] == 4 * backward.LORA_RANK * factors
+    assert counted["AdamW"]["gradient_bytes"] == counted["all_gradients"]
+    times = [{"name": kind, "us": [2000], "delay_us": [0]} for kind in backward.KINDS]
+    run = {"model": "tiny", "memory": counted, "subjects": times}
+    data = {"runs": [run, {**run, "subjects": []}], "machine": {"threads": 2}, "commit": "0" * 40}
+    timed, *held = [line for line in backward.report(data).splitlines() if "| tiny |" in line]
+    assert timed == "| tiny | 2 | 2 | 2 | 2 | 1.000 |"
+    assert len(held) == 2  # the second run has no times
+    assert "fused / ordinary 1.000" in backward.summary(run)
+
+
+def test_runs_of_other_models_are_kept_at_the_same_commit(tmp_path):
+    path, head = tmp_path / "r.json", {"commit": "a", "settings": {"rounds": 3}, "dirty": False}
+    assert backward.recorded(path, head, ["x"]) == []
+    path.write_text(json.dumps({**head, "runs": [{"model": "x"}, {"model": "y"}]}))
+    assert backward.recorded(path, head, ["x"]) == [{"model": "y"}]
+    assert backward.recorded(path, {**head, "commit": "b"}, ["x"]) == []

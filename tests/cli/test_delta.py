@@ -1,0 +1,316 @@
+"""Model folders and the commands `inspect`, `apply`, `diff`."""
+
+import json
+
+import pytest
+import torch
+import typer
+from delta_cases import assert_identical, clone, example_base, example_delta
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from sparse_optim.cli.delta import register
+from sparse_optim.delta import (
+    Delta,
+    DeltaError,
+    compose,
+    content_fingerprint,
+    folder_tensors,
+    increment,
+    load_delta,
+    merge,
+    merge_folder,
+    save_delta,
+)
+
+
+@pytest.fixture
+def run(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    app = typer.Typer()
+    register(app)
+
+    def invoke(*arguments, code=0):
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        assert result.exit_code == code, result.output
+        if code == 1:
+            assert result.stdout == ""
+            assert result.stderr.startswith("error: ")
+            assert result.stderr.count("\n") == 1
+            return result.stderr
+        return result.stdout
+
+    return invoke
+
+
+def write_folder(folder, tensors, shards=1):
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "test"}')
+    (folder / "pytorch_model.bin").write_bytes(b"the base again")
+    (folder / "nested").mkdir()
+    (folder / "nested" / "tokenizer.json").write_text("{}")
+    (folder / "checkpoint-5").mkdir()
+    names = list(tensors)
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        return folder
+    files = [f"model-{at + 1:05}-of-{shards:05}.safetensors" for at in range(shards)]
+    for at, file in enumerate(files):
+        save_file({name: tensors[name] for name in names[at::shards]}, folder / file)
+    index = {"weight_map": {name: files[at % shards] for at, name in enumerate(names)}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def write_delta(path, delta):
+    save_delta(delta, path)
+    return path
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3])
+def test_apply_writes_the_merged_folder(tmp_path, run, shards):
+    base = example_base()
+    delta = example_delta(base)
+    base_folder = write_folder(tmp_path / "base", base, shards)
+    out = tmp_path / "deep" / "out"
+    text = run("apply", base_folder, write_delta(tmp_path / "delta", delta), out)
+    assert "18 entries and 1 dense tensors merged" in text
+    assert "added head.weight" in text
+    expected = merge(delta, base)
+    found = folder_tensors(out)
+    assert_identical({name: found[name] for name in expected}, expected)
+    assert_identical(folder_tensors(base_folder), folder_tensors(base_folder) | clone(base))
+    assert (out / "config.json").read_text() == '{"model_type": "test"}'
+    assert (out / "nested" / "tokenizer.json").exists()
+    assert not (out / "pytorch_model.bin").exists()
+    assert not (out / "checkpoint-5").exists()
+    if shards > 1:
+        index = json.loads((out / "model.safetensors.index.json").read_text())
+        assert index["weight_map"].keys() == expected.keys()
+        for name, file in index["weight_map"].items():
+            assert name in load_file(out / file)
+        assert index["metadata"]["total_size"] == sum(t.nbytes for t in expected.values())
+
+
+def renamed(tensors, prefix):
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_head_on_a_bare_encoder_takes_the_models_names(tmp_path, shards):
+    base = example_base()
+    delta = example_delta(renamed(base, "bert."))
+    folder = write_folder(tmp_path / "base", base, shards)
+    merged = merge_folder(folder, delta, tmp_path / "out")
+    assert (merged.prefix, merged.added) == ("bert.", ("head.weight",))
+    expected = merge(delta, renamed(base, "bert."))
+    found = folder_tensors(tmp_path / "out")
+    assert_identical({name: found[name] for name in expected}, expected)
+    assert len(found) == len(expected)
+
+
+def headless(delta, **dense):
+    return Delta(sparse=delta.sparse, dense=dense, fingerprints=delta.fingerprints)
+
+
+def test_without_a_new_head_the_names_stay_the_bases(tmp_path):
+    base = example_base() | {"pooler.bias": torch.zeros(3)}
+    tuned = renamed(example_base(), "bert.")
+    delta = headless(example_delta(tuned), **{"bert.pooler.bias": torch.ones(3)})
+    folder = write_folder(tmp_path / "base", base)
+    merged = merge_folder(folder, delta, tmp_path / "out")
+    assert (merged.prefix, merged.added) == ("bert.", ())
+    expected = merge(headless(example_delta(example_base())), example_base())
+    expected["pooler.bias"] = torch.ones(3)
+    found = folder_tensors(tmp_path / "out")
+    assert_identical({name: found[name] for name in expected}, expected)
+
+
+def test_delta_of_a_bare_encoder_fits_a_model_with_a_prefix(tmp_path):
+    base = renamed(example_base(), "bert.") | {"cls.bias": torch.zeros(2)}
+    delta = example_delta(example_base())
+    merged = merge_folder(write_folder(tmp_path / "base", base), delta, tmp_path / "out")
+    assert (merged.prefix, merged.added) == ("bert.", ("bert.head.weight",))
+    plain = merge(delta, example_base())
+    expected = renamed(plain, "bert.") | {"cls.bias": base["cls.bias"]}
+    found = folder_tensors(tmp_path / "out")
+    assert_identical({name: found[name] for name in expected}, expected)
+
+
+def test_names_that_fit_in_several_ways_or_none_are_refused(tmp_path):
+    base = example_base()
+    twice = renamed(base, "bert.") | renamed(clone(base), "other.")
+    with pytest.raises(DeltaError, match=r"3 of the delta's 3.*'a.weight'.*in several ways"):
+        merge_folder(write_folder(tmp_path / "b", twice), example_delta(base), tmp_path / "out")
+    with pytest.raises(DeltaError, match="even with a prefix"):
+        merge_folder(tmp_path / "b", example_delta({"z": base["c.bias"]}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_refused_merge_leaves_nothing(tmp_path, run):
+    base = example_base()
+    folder = write_folder(tmp_path / "base", base, shards=3)
+    other = example_delta(base | {"c.bias": base["c.bias"] + 1})  # In the last shard.
+    path = write_delta(tmp_path / "delta", other)
+    before = sorted(tmp_path.rglob("*"))
+    error = run("apply", folder, path, tmp_path / "out", code=1)
+    assert "not the base of this delta" in error
+    assert "'c.bias'" in error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_apply_errors_are_one_line(tmp_path, run):
+    base = example_base()
+    folder = write_folder(tmp_path / "base", base)
+    delta = write_delta(tmp_path / "delta", example_delta(base))
+    out = tmp_path / "out"
+    assert "no such file" in run("apply", folder, tmp_path / "none", out, code=1)
+    assert "there is none" in run("apply", tmp_path / "none", delta, out, code=1)
+    assert "new or empty folder" in run("apply", folder, delta, folder, code=1)
+    (tmp_path / "empty").mkdir()
+    assert "no model.safetensors" in run("apply", tmp_path / "empty", delta, out, code=1)
+    step = increment(example_delta(base, seed=4), example_delta(base))
+    error = run("apply", folder, write_delta(tmp_path / "step", step), out, code=1)
+    assert "compose it with its parent" in error
+    (folder / "model.safetensors").write_bytes(b"cut")
+    assert "cut or damaged" in run("apply", folder, delta, out, code=1)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ("[]", "expected a JSON object"),
+        ("{", "expected a JSON object"),
+        ('{"weight_map": {}}', "names of files in this folder"),
+        ('{"weight_map": {"x": "../model.safetensors"}}', "names of files in this folder"),
+        ('{"weight_map": {"x": "model-9.safetensors"}}', "model-9.safetensors is missing"),
+    ],
+)
+def test_bad_indexes(tmp_path, index, message):
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(DeltaError, match=message):
+        folder_tensors(tmp_path)
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path):
+    base = example_base()
+    folder = write_folder(tmp_path / "base", base, shards=3)
+    save_file(base, folder / "model-00002-of-00003.safetensors")
+    with pytest.raises(DeltaError, match=r"is in model-0000.* and in model-0000"):
+        merge_folder(folder, example_delta(base), tmp_path / "out")
+
+
+def test_inspect_shows_what_is_there(tmp_path, run):
+    delta = example_delta(example_base(torch.bfloat16))
+    text = run("inspect", write_delta(tmp_path / "delta", delta))
+    for shown in ("id3", "budget", "18 (15.6522% of 115)", "248", content_fingerprint(delta)):
+        assert shown in text
+    (row,) = (line for line in text.splitlines() if "b.weight" in line)
+    for cell in ("5x4x3", "bfloat16", " 6 ", "10.0000%", " 72 "):
+        assert cell in row
+    (row,) = (line for line in text.splitlines() if "head.weight" in line)
+    assert "2x4" in row
+    steps = torch.cat([values.unmask_step for values in delta.sparse.values()])
+    assert f"{int(steps.min())} to {int(steps.max())}" in text
+    step = increment(example_delta(example_base(), seed=4), delta)
+    text = run("inspect", write_delta(tmp_path / "step", step))
+    assert content_fingerprint(delta) in text
+    (tmp_path / "junk").write_bytes(b"junk[red]" * 9)
+    assert "not a delta" in run("inspect", tmp_path / "junk", code=1)
+
+
+def test_markup_in_names_is_shown_as_it_is(tmp_path, run):
+    delta = Delta(sparse={}, dense={"[red]x[/red]": torch.ones(1)}, method={"name": "[bold]"})
+    text = run("inspect", write_delta(tmp_path / "delta", delta))
+    assert "[red]x[/red]" in text
+    assert "[bold]" in text
+
+
+def test_diff_of_two_folders_makes_a_delta(tmp_path, run):
+    base = example_base()
+    tuned = merge(example_delta(base), base)
+    folders = [
+        write_folder(tmp_path / "base", base, 2),
+        write_folder(tmp_path / "tuned", tuned, 3),
+    ]
+    text = run("diff", *folders, "--out", tmp_path / "delta")
+    assert str((tmp_path / "delta").stat().st_size) in text.replace(",", "")
+    delta = load_delta(tmp_path / "delta")
+    merged = merge(delta, base)
+    assert_identical({name: merged[name] for name in tuned}, tuned)
+    assert all(values.original is None for values in delta.sparse.values())
+    run("diff", *folders, "--out", tmp_path / "delta", "--originals")
+    originals = load_delta(tmp_path / "delta").sparse
+    assert all(values.original is not None for values in originals.values())
+    run("apply", folders[0], tmp_path / "delta", tmp_path / "again")
+    found = folder_tensors(tmp_path / "again")
+    assert_identical({name: found[name] for name in tuned}, tuned)
+
+
+def test_diff_of_two_deltas_shows_the_overlap(tmp_path, run):
+    delta = example_delta(example_base())
+    part = delta.prefix(6)
+    paths = [write_delta(tmp_path / "a", delta), write_delta(tmp_path / "b", part)]
+    rows = {
+        line.split("│")[1].strip(): line.split("│")[2].strip()
+        for line in run("diff", *paths).splitlines()
+        if line.startswith("│")
+    }
+    assert rows["entries in both"] == "6"
+    assert rows["only in A"] == "12"
+    assert rows["only in B"] == "0"
+    assert rows["Jaccard"] == "0.3333"
+    assert rows["of both, equal bits"] == "6"
+    assert rows["dense in both"] == "1"
+    assert rows["same base"] == "yes"
+
+
+def test_diff_errors(tmp_path, run):
+    delta = write_delta(tmp_path / "delta", example_delta(example_base()))
+    folder = write_folder(tmp_path / "base", example_base())
+    assert "one of each" in run("diff", folder, delta, code=1)
+    assert "two model folders" in run("diff", delta, delta, "--out", tmp_path / "x", code=1)
+    half = write_folder(tmp_path / "half", example_base(torch.float16))
+    assert "cast one of them" in run("diff", folder, half, code=1)
+    error = run("diff", folder, folder, "--out", tmp_path / "absent" / "x", code=1)
+    assert "No such file" in error
+
+
+def test_a_folder_takes_a_composed_delta(tmp_path):
+    base = example_base()
+    parent, delta = example_delta(base, seed=3), example_delta(base)
+    whole = compose(parent, increment(delta, parent))
+    merge_folder(write_folder(tmp_path / "base", base), whole, tmp_path / "out")
+    expected = merge(delta, base)
+    found = folder_tensors(tmp_path / "out")
+    assert_identical({name: found[name] for name in expected}, expected)
+
+
+@pytest.mark.slow
+def test_transformers_loads_the_merged_folder(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    config = transformers.BertConfig(
+        vocab_size=40,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=16,
+        num_labels=3,
+    )
+    torch.manual_seed(0)
+    transformers.BertModel(config).save_pretrained(tmp_path / "base")
+    task = transformers.BertForSequenceClassification
+    tuned = task.from_pretrained(tmp_path / "base")
+    before = {name: tensor.clone() for name, tensor in tuned.bert.state_dict().items()}
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter.view(-1)[::5] += 0.25
+    delta = Delta.from_models(renamed(before, "bert."), tuned)
+    assert delta.sparse
+    merged = merge_folder(tmp_path / "base", delta, tmp_path / "out")
+    assert set(merged.added) == {"classifier.weight", "classifier.bias"}
+    assert_identical(
+        dict(task.from_pretrained(tmp_path / "out").state_dict()), dict(tuned.state_dict())
+    )

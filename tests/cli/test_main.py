@@ -1,0 +1,140 @@
+"""The `sparse-optim` command: help, options, errors in one line."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("typer", reason="the command needs the extra 'finetune'")
+pytest.importorskip("transformers", reason="the command needs the extra 'finetune'")
+
+from tiny_models import save_encoder
+from typer.testing import CliRunner
+
+from sparse_optim.cli import finetune as command
+from sparse_optim.cli.main import app
+from sparse_optim.finetune import FinetuneConfig, FinetuneError, parse_budget
+from sparse_optim.finetune.builtin_data import DATASETS, MODELS
+from sparse_optim.methods import METHODS
+
+WIDE = {"COLUMNS": "160", "NO_COLOR": "1", "TERM": "dumb"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Tiny models are faster on one thread, by far where other processes want the cores, too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def invoke(*arguments: str):
+    return CliRunner().invoke(app, list(arguments), env=WIDE)
+
+
+def finetune(folder: Path, *more: str):
+    model, data = folder / "model", folder / "set.jsonl"
+    if not model.exists():
+        save_encoder(model)
+        rows = [{"text": "a b" if i % 2 else "c d", "label": i % 2} for i in range(24)]
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    required = ("-m", str(model), "-d", str(data), "-o", str(folder / "out"))
+    return invoke("finetune", *required, "--cpu", *more)
+
+
+def test_help_lists_commands_and_what_is_built_in():
+    assert all(
+        name in invoke("--help").output
+        for name in ("finetune", "analyse", "inspect", "apply", "diff")
+    )
+    shown = invoke("finetune", "--help").output
+    assert all(name in shown for name in (*METHODS, *MODELS, *DATASETS))
+    assert "ID3 wants learning rates of 1e-4 to 7e-4, ten times those of full" in shown
+
+
+def test_every_setting_has_an_option_with_the_same_default():
+    options = {
+        name: parameter.default
+        for name, parameter in inspect.signature(command.finetune).parameters.items()
+        if name != "debug"
+    }
+    settings = {field.name: field.default for field in fields(FinetuneConfig)}
+    assert options.keys() == settings.keys()
+    for name in ("dense", "adapter_targets"):  # typer has no empty default for what is repeated
+        options[name] = options[name] or ()
+    required = ("model", "dataset", "output")
+    assert {n: v for n, v in options.items() if n not in required} == {
+        n: v for n, v in settings.items() if n not in required
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "budget"),
+    [
+        ("1000", 1000),
+        ("320K", 320_000),
+        ("3.5M", 3_500_000),
+        ("320_000", 320_000),
+        ("1%", 0.01),
+        ("0.5%", 0.005),
+        ("0.01", 0.01),
+        ("100%", 1.0),
+    ],
+)
+def test_budgets(text, budget):
+    assert parse_budget(text) == budget
+    assert type(parse_budget(text)) is type(budget)
+
+
+@pytest.mark.parametrize("text", ["", "x", "-5", "0", "1.5", "200%", "0%", "K", "nan%", "1e400M"])
+def test_bad_budgets(text):
+    with pytest.raises(FinetuneError, match="--budget"):
+        parse_budget(text)
+
+
+def test_finetune_then_inspect(tmp_path):
+    result = finetune(tmp_path, "--steps", "4", "--budget", "200", "--batch-size", "8")
+    assert result.exit_code == 0, result.output
+    assert "step 4/4" in result.output
+    assert "yes, bit for bit" in result.output
+    assert "Traceback" not in result.output
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["config"]["budget"] == 200
+    assert metrics["config"]["model"] == str(tmp_path / "model")
+    shown = invoke("inspect", str(tmp_path / "out" / "delta.safetensors"))
+    assert shown.exit_code == 0, shown.output
+    again = finetune(tmp_path, "--steps", "1")
+    assert again.exit_code == 1
+    assert "not empty; add --overwrite" in again.output
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (("--method", "id4"), 1, "unknown method 'id4'"),
+        (("--budget", "lots"), 1, "expected entries"),
+        (("--budget", "900M"), 1, "budget must be 1 to"),
+        (("--text-column", "body"), 1, "no column 'body'; the data set has columns text, label"),
+        (("--lr", "0"), 1, "--lr must be above 0"),
+        (("--lr", "fast"), 2, "Invalid value for '--lr'"),
+        (("--colour",), 2, "No such option"),
+    ],
+)
+def test_errors_are_one_line_with_an_exit_code(tmp_path, options, code, message):
+    result = finetune(tmp_path, *options)
+    assert result.exit_code == code
+    assert message in " ".join(result.output.split())
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    result = finetune(tmp_path, "--method", "id4", "--debug")
+    assert isinstance(result.exception, FinetuneError)

@@ -1,0 +1,95 @@
+"""Which backend runs, and that a slow one is never a silent surprise."""
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+from sparse_optim import D3, MaskedAdamW, Static
+from sparse_optim.backends import reference
+from sparse_optim.backends import registry as backends
+
+CPU = torch.device("cpu")
+
+
+def build(backend: str) -> MaskedAdamW:
+    return MaskedAdamW(
+        [Parameter(torch.zeros(4))], importance=D3(), selection=Static(1), backend=backend
+    )
+
+
+def test_the_optimizer_says_which_backend_runs(backend):
+    optimizer = build(backend)
+    assert optimizer.backend == backend
+    assert optimizer.metrics()["backend"] == backend
+    assert optimizer._ops is backends.operations(backend)
+
+
+def test_auto_takes_the_compiled_backend():
+    pytest.importorskip("sparse_optim.backends.cpp", reason="the C++ extension has not been built")
+    assert build("auto").backend == "cpp"
+
+
+def test_unknown_backends_are_refused():
+    with pytest.raises(ValueError, match=r"backend must be 'auto' or one of .*got 'fast'"):
+        backends.resolve("fast", CPU)
+
+
+def test_a_backend_of_another_device_is_refused():
+    with pytest.raises(ValueError, match="'cpp' runs on cpu, but the parameters are on meta"):
+        backends.resolve("cpp", torch.device("meta"))
+
+
+def test_every_backend_has_the_signatures_of_the_reference(backend):
+    """Arguments of the same names in the same order: backends are interchangeable modules."""
+    module = backends.operations(backend)
+    assert module.TILE >= 1
+    assert module.scratch_bytes(10, 10, 10) >= 0
+    for name in ("scan", "clip", "rank", "cut", "append", "update"):
+        function = getattr(module, name)
+        if backend == "reference":
+            got = list(inspect.signature(function).parameters)
+        else:
+            got = [argument.name for argument in function._schema.arguments]
+        assert got == list(inspect.signature(getattr(reference, name)).parameters)
+
+
+WITHOUT_EXTENSION = """
+import sys, warnings
+sys.modules["sparse_optim._C"] = None  # import raises ImportError, as where nothing was built
+import torch
+from torch.nn import Parameter
+from sparse_optim import D3, MaskedAdamW, Static
+
+def build(backend="auto"):
+    params = [Parameter(torch.ones(9))]
+    return MaskedAdamW(params, importance=D3(), selection=Static(2), backend=backend)
+
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    first, second = build(), build()
+assert first.backend == second.backend == "reference", first.backend
+messages = [str(warning.message) for warning in caught if warning.category is RuntimeWarning]
+assert len(messages) == 1, messages
+assert "no compiled sparse_optim backend is taken for cpu" in messages[0], messages
+first._pool[0].grad = torch.arange(9.0)
+first.step()
+assert first.active_entries()["group0.param0"].tolist() == [7, 8]
+try:
+    build("cpp")
+except RuntimeError as error:
+    assert "backend 'cpp' is not installed" in str(error), error
+else:
+    raise SystemExit("backend='cpp' was accepted without the extension")
+print("as promised")
+"""
+
+
+def test_without_the_extension_the_reference_runs_and_warns_once():
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT_EXTENSION], capture_output=True, text=True, check=False
+    )
+    assert result.stdout == "as promised\n", result.stderr

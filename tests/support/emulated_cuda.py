@@ -1,0 +1,198 @@
+"""The CUDA backend on the CPU: a backend whose operations run in `cuda_emulator`.
+
+The functions and signatures of `reference`, on CPU tensors; call `load` first.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from repository import ROOT
+from torch import Tensor
+
+FLAGS = [
+    "-std=c++17", "-O1", "-fPIC", "-shared", "-x", "c++", "-DSPARSE_OPTIM_EMULATED",
+    "-ffp-contract=off", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Werror",
+    "-Wno-unused-parameter", "-Wno-unknown-pragmas", "-Wno-unused-but-set-variable",
+]  # fmt: skip
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+TILE = 96  # the kernels take any tile up to 4096; small ones keep the cases small
+GUARD = 64  # bytes behind the scratch memory that must stay as they are
+
+_library: ctypes.CDLL | None = None
+
+
+class Pool(ctypes.Structure):
+    """cuda::Pool of csrc/cuda/kernels.h."""
+
+    _fields_ = (
+        ("table", ctypes.c_void_p),
+        ("tile_offsets", ctypes.c_void_p),
+        ("num_tensors", ctypes.c_int64),
+        ("num_tiles", ctypes.c_int64),
+        ("tile", ctypes.c_int64),
+    )
+
+
+class Active(ctypes.Structure):
+    """Active of csrc/core/pool.h."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_void_p)
+        for name in (
+            "position", "exp_avg", "exp_avg_sq", "unmask_step", "master", "grad", "offsets",
+            "progress",
+        )
+    )  # fmt: skip
+
+
+def build(folder: Path, sources: Path = ROOT / "csrc") -> Path:
+    """Compile the kernels under `sources` and the emulator with g++; returns the library."""
+    library = folder / "emulated_cuda.so"
+    emulator = Path(__file__).with_name("cuda_emulator")
+    files = [*sorted((sources / "cuda").glob("*.cu")), emulator / "library.cpp"]
+    subprocess.run(
+        ["g++", *FLAGS, f"-I{sources}", f"-I{emulator}", *map(str, files), "-o", str(library)],
+        check=True,
+    )
+    return library
+
+
+def load(library: Path) -> None:
+    global _library
+    _library = ctypes.CDLL(str(library))
+    _library.scratch_bytes.restype = ctypes.c_int64
+
+
+def configure(multiprocessors: int, seed: int) -> None:
+    """Pretend a device of so many multiprocessors; shuffle threads and blocks by `seed`."""
+    assert _library is not None
+    _library.configure(ctypes.c_int(multiprocessors), ctypes.c_uint(seed))
+
+
+def scratch_bytes(num_tiles: int, capacity: int, max_quota: int) -> int:
+    assert _library is not None
+    sizes = map(ctypes.c_int64, (num_tiles, capacity, max_quota))
+    return int(_library.scratch_bytes(*sizes)) + GUARD
+
+
+def bind(grads: Sequence[Tensor], params: Sequence[Tensor], table: Tensor) -> Tensor:
+    rows = [
+        [
+            grad.data_ptr() if grad.numel() else 0, param.data_ptr(), param.numel(),
+            DTYPES[grad.dtype], DTYPES[param.dtype],
+        ]
+        for grad, param in zip(grads, params, strict=True)
+    ]  # fmt: skip
+    packed = torch.tensor(rows, dtype=torch.int64)
+    _call("write_table", packed, ctypes.c_int64(len(rows)), table)
+    return table
+
+
+def scan(
+    bound, dense_grads, position, offsets, tile_offsets, tile, tile_max, active_grad, norms,
+    found_inf, scratch,
+) -> None:  # fmt: skip
+    rows = [[grad.data_ptr(), grad.numel(), DTYPES[grad.dtype]] for grad in dense_grads]
+    with _Poisoned(scratch):
+        _call(
+            "scan", _pool(bound, tile_offsets, tile, tile_max),
+            torch.tensor(rows, dtype=torch.int64), ctypes.c_int64(len(rows)), position, offsets,
+            tile_max, active_grad, norms, found_inf, scratch,
+        )  # fmt: skip
+
+
+def clip(norms, grad_scale, max_grad_norm, grad_norm, grad_factor) -> None:
+    _call(
+        "clip", norms, ctypes.c_int64(norms.numel()), grad_scale, ctypes.c_double(max_grad_norm),
+        grad_norm, grad_factor,
+    )  # fmt: skip
+
+
+def rank(bound, position, offsets, tile_offsets, noise, tile, tile_max, scratch) -> None:
+    pool = _pool(bound, tile_offsets, tile, tile_max)
+    _call("rank", pool, position, offsets, noise, tile_max)
+
+
+def cut(
+    bound, position, offsets, tile_offsets, tile_max, param_bound, targets, progress, found_inf,
+    exp, eps, noise, tile, new_tensor, new_position, new_count, threshold, scratch,
+) -> None:  # fmt: skip
+    with _Poisoned(scratch):
+        _call(
+            "cut", _pool(bound, tile_offsets, tile, tile_max), position, offsets, tile_max,
+            param_bound, targets, ctypes.c_int64(targets.numel()), progress, found_inf,
+            ctypes.c_double(exp), ctypes.c_double(eps), noise, new_tensor, new_position, new_count,
+            ctypes.c_int64(new_position.numel()), threshold, scratch,
+        )  # fmt: skip
+
+
+def append(
+    bound, new_tensor, new_position, new_count, position, exp_avg, exp_avg_sq, unmask_step, master,
+    active_grad, offsets, progress, scratch,
+) -> None:  # fmt: skip
+    active = _active(
+        position, exp_avg, exp_avg_sq, unmask_step, master, active_grad, offsets, progress
+    )
+    with _Poisoned(scratch):
+        _call(
+            "append", _pool(bound), new_tensor, new_position, new_count,
+            ctypes.c_int64(new_position.numel()), active, ctypes.c_int64(position.numel()),
+            scratch,
+        )  # fmt: skip
+
+
+def update(
+    bound, position, offsets, active_grad, grad_factor, found_inf, hyper, group_index,
+    bias_correction, exp_avg, exp_avg_sq, unmask_step, master, progress,
+) -> None:  # fmt: skip
+    active = _active(
+        position, exp_avg, exp_avg_sq, unmask_step, master, active_grad, offsets, progress
+    )
+    _call(
+        "update", _pool(bound), active, ctypes.c_int64(position.numel()), grad_factor,
+        found_inf, hyper, ctypes.c_int64(hyper.shape[0]), group_index,
+        ctypes.c_int(bias_correction == "entry"),
+    )  # fmt: skip
+
+
+class _Poisoned:
+    """Scratch memory holds garbage before an operation, and its last bytes are not touched."""
+
+    def __init__(self, scratch: Tensor) -> None:
+        self._scratch = scratch
+
+    def __enter__(self) -> None:
+        self._scratch.fill_(0xA5)
+
+    def __exit__(self, *exception: object) -> None:
+        # By NumPy: a step that runs here must not seem to read the device.
+        behind = self._scratch[-GUARD:].numpy()
+        assert (behind == 0xA5).all(), "wrote beyond the scratch memory"
+
+
+def _pointer(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr() if tensor.numel() else None)
+
+
+def _pool(
+    table: Tensor, tile_offsets: Tensor | None = None, tile: int = 1, tile_max: Tensor | None = None
+) -> Pool:
+    tiles = 0 if tile_max is None else tile_max.numel()
+    offsets = None if tile_offsets is None else tile_offsets.data_ptr()
+    return Pool(table.data_ptr(), offsets, table.numel() // 4, tiles, tile)
+
+
+def _active(*tensors: Tensor) -> Active:
+    return Active(*map(_pointer, tensors))
+
+
+def _call(name: str, *arguments: object) -> None:
+    passed = [_pointer(item) if isinstance(item, Tensor) else item for item in arguments]
+    error = getattr(_library, name)(*passed)
+    if error:
+        raise RuntimeError(f"{name}: a kernel's threads wait for others that never come")

@@ -1,0 +1,108 @@
+"""What optimizers launch on a GPU, without one: Triton launches noted instead of run.
+
+Whole steps run on the CPU up to the launches. No launcher looks at a tensor's contents, so that
+kernels which do not run make no difference to what is launched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import warnings
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from triton.runtime.jit import JITFunction, mangle_type
+
+from sparse_optim import D3, Increment, MaskedAdamW, Scores, Stochastic
+from sparse_optim.backends import registry as backends
+
+EXACT_EXPS = (-1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
+GENERAL_EXPS = (-0.3, 1.7)  # through pow
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Launch(NamedTuple):
+    """What makes one compiled kernel of a `triton.jit` function."""
+
+    kernel: Any
+    types: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    aligned: frozenset[str]  # pointers to multiples of 16 bytes
+    warps: int
+    fuses: bool
+
+    @property
+    def name(self) -> str:
+        types = [f"{arg}:{kind}" for arg, kind in self.types if arg == "grad_ptr"]
+        odd = [f"{arg}:unaligned" for arg, kind in self.types
+               if kind.startswith("*") and arg not in self.aligned]  # fmt: skip
+        values = [f"{constant}={value}" for constant, value in self.constants]
+        return " ".join([self.kernel.__name__, *types, *odd, *values])
+
+
+def launch_of(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Launch:
+    constexprs = {param.name for param in kernel.params if param.is_constexpr}
+    constants = {name: options.pop(name) for name in tuple(options) if name in constexprs}
+    passed = dict(zip(kernel.arg_names, args, strict=False))
+    # Its type follows its value: the greater one, of gradients beyond 2^31 entries.
+    types = {name: "i64" if name == "numel" else mangle_type(arg) for name, arg in passed.items()}
+    aligned = {
+        name for name, arg in passed.items()
+        if isinstance(arg, torch.Tensor) and arg.data_ptr() % 16 == 0
+    }  # fmt: skip
+    warps, fuses = options.pop("num_warps"), options.pop("enable_fp_fusion", True)
+    assert not options, f"unknown options of {kernel.__name__}: {options}"
+    return Launch(
+        kernel, tuple(types.items()), tuple(constants.items()), frozenset(aligned), warps, fuses
+    )
+
+
+@contextlib.contextmanager
+def noted() -> Iterator[dict[str, Launch]]:
+    """Launches by name, on the CPU; nothing is run."""
+    launches: dict[str, Launch] = {}
+
+    def note(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        launch = launch_of(kernel, args, options)
+        assert launches.setdefault(launch.name, launch) == launch, launch.name
+
+    on_cpu = {"triton": ("sparse_optim.triton_kernels", "cpu")}
+    with (
+        mock.patch.object(JITFunction, "run", note),
+        mock.patch.dict(backends._BACKENDS, on_cpu),
+    ):
+        yield launches
+
+
+def launches_of_optimizers() -> dict[str, Launch]:
+    """All that one step of every kind of optimizer launches."""
+    with noted() as launches, warnings.catch_warnings():
+        # Scores are read before the cut, and nothing has ranked them.
+        warnings.filterwarnings("ignore", message="Scores.* scores every entry 0")
+        for exp in EXACT_EXPS + GENERAL_EXPS:
+            take_step(importance=D3(exp=exp, eps=1e-3))
+        for dtype, bias_correction in itertools.product(DTYPES, ("entry", "global")):
+            take_step(dtype, bias_correction=bias_correction, max_grad_norm=1.0)
+        take_step(selection=Increment(90, total_steps=10))  # an odd part of `append`'s scratch
+        scores = Scores({"body": torch.ones(3000), "more": torch.ones(5000)})
+        take_step(importance=scores)
+        take_step(importance=scores, selection=Stochastic(100))
+    return launches
+
+
+def take_step(dtype: torch.dtype = torch.float32, **options: Any) -> None:
+    """One step with two tensors in the pool and two trained densely, one gradient unaligned."""
+    params = {
+        name: torch.nn.Parameter(torch.zeros(size, dtype=dtype))
+        for name, size in {"body": 3000, "more": 5000, "head": 700, "odd": 701}.items()
+    }
+    for name, param in params.items():
+        start = int(name == "odd")  # a gradient in a bucket
+        param.grad = torch.zeros(start + param.numel(), dtype=dtype)[start:]
+    named = list(params.items())
+    groups = [{"params": named[:2]}, {"params": named[2:], "unmask": "all"}]
+    options = {"importance": D3(), "selection": Increment(100, total_steps=10), **options}
+    MaskedAdamW(groups, lr=1e-3, backend="triton", **options).step()

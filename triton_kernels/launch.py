@@ -1,0 +1,125 @@
+"""Host side of the launches: the table of tensors, work space, grids.
+
+Operations run one after the other, and each carves its arrays from the whole of scratch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .device_functions import BFLOAT16, COLUMNS, FLOAT16, FLOAT32
+
+# Pieces of scratch begin at multiples of this, so that loads of 16 bytes stay aligned.
+ALIGNMENT = 16
+
+_CODES = {
+    torch.float32: FLOAT32.value,
+    torch.bfloat16: BFLOAT16.value,
+    torch.float16: FLOAT16.value,
+}
+
+Pieces = Sequence[tuple[int, torch.dtype]]
+
+
+def bind(grads: Sequence[Tensor], params: Sequence[Tensor], table: Tensor) -> Tensor:
+    """Note addresses, sizes and dtypes in the table, which is what the operations take.
+
+    Args, Raises: see `reference.bind`; also refuses other dtypes, devices and strided tensors.
+    """
+    rows = []
+    for index, (grad, param) in enumerate(zip(grads, params, strict=True)):
+        _check(grad, f"grads[{index}]", table)
+        _check(param, f"params[{index}]", table)
+        if grad.numel() and grad.shape != param.shape:
+            raise ValueError(
+                f"grads[{index}] has {grad.numel()} entries, its parameter {param.numel()}, "
+                "or another shape"
+            )
+        dtypes = _CODES[grad.dtype] << 8 | _CODES[param.dtype]
+        address = grad.data_ptr() if grad.numel() else 0
+        rows.append((address, param.data_ptr(), param.numel(), dtypes))
+    if table.shape != (len(rows), COLUMNS.value) or table.dtype != torch.int64:
+        raise ValueError(
+            f"table must be int64 of shape {(len(rows), COLUMNS.value)}, got {table.dtype} of "
+            f"shape {tuple(table.shape)}"
+        )
+    if rows:
+        _staged.setdefault(table, _Staging()).write(rows, table)
+    return table
+
+
+class _Staging:
+    """Memory from which a table is copied without waiting.
+
+    Outside of a CUDA graph each copy takes a fresh pinned block: the caching allocator hands it out
+    again only when the copy that reads it is done. A graph reads its block at every replay, and
+    nothing can be allocated while it is captured: a block is kept ready, and then kept as long as
+    the table.
+
+    Rows that a table was given before are copied again all the same: another table may be a view of
+    the same memory, and a graph's replay writes it behind our back.
+    """
+
+    def __init__(self) -> None:
+        self._spare: Tensor | None = None
+        self._captured: list[Tensor] = []
+
+    def write(self, rows: list[tuple[int, ...]], table: Tensor) -> None:
+        """table <- rows"""
+        if table.is_cuda and torch.cuda.is_current_stream_capturing():
+            self._copy_in_graph(rows, table)
+            return
+        staged = torch.tensor(rows, dtype=torch.int64, pin_memory=table.is_cuda)
+        table.copy_(staged, non_blocking=True)
+        if table.is_cuda and self._spare is None:
+            self._spare = torch.empty(table.shape, dtype=torch.int64, pin_memory=True)
+
+    def _copy_in_graph(self, rows: list[tuple[int, ...]], table: Tensor) -> None:
+        if self._spare is None:
+            raise RuntimeError("take a step between two captures of step() in CUDA graphs")
+        self._spare.copy_(torch.tensor(rows, dtype=torch.int64))
+        table.copy_(self._spare, non_blocking=True)
+        self._captured.append(self._spare)
+        self._spare = None
+
+
+# By identity; an entry goes with its table.
+_staged: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _check(tensor: Tensor, name: str, table: Tensor) -> None:
+    if tensor.dtype not in _CODES:
+        raise ValueError(f"{name} must be float32, bfloat16 or float16, got {tensor.dtype}")
+    if tensor.device != table.device:
+        raise ValueError(f"{name} must be on {table.device}, got {tensor.device}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
+
+
+def carve(scratch: Tensor, pieces: Pieces) -> list[Tensor]:
+    """Views into scratch of the given (elements, dtype), one after the other."""
+    views, begin = [], 0
+    for count, dtype in pieces:
+        end = begin + count * dtype.itemsize
+        views.append(scratch[begin:end].view(dtype))
+        begin += aligned_bytes(count, dtype)
+    return views
+
+
+def total_bytes(pieces: Pieces) -> int:
+    """Scratch that `carve` needs for these pieces."""
+    return sum(aligned_bytes(count, dtype) for count, dtype in pieces)
+
+
+def aligned_bytes(count: int, dtype: torch.dtype) -> int:
+    """Bytes of one piece, rounded up to ALIGNMENT."""
+    return -(-count * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+
+
+def blocks_of(count: int, block: int) -> int:
+    """Programs that cover `count` elements with `block` each."""
+    return -(-count // block)
