@@ -47,7 +47,7 @@ def caption(data: dict[str, Any]) -> str:
         f"{versions['sparse_optim']}, commit {data['commit'][:8]}{changed}, {data['date'][:10]}. "
         f"Medians by {clock}, caches flushed before each call. Clipped: `clip_grad_norm_` before "
         "AdamW, `max_grad_norm` in our step. Scaler: `unscale_` and `clip_grad_norm_` before "
-        f"AdamW, `sparse_optim.optim.grad_scaler.GradScaler` with our step.{stand_in}"
+        f"AdamW, `sparse_optim.amp.GradScaler` with our step.{stand_in}"
     )
 
 

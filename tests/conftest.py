@@ -8,7 +8,7 @@ import hypothesis
 import pytest
 import torch
 
-from sparse_optim.backends import registry as backends
+from sparse_optim.engine import choose
 
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("repeatable")
@@ -19,7 +19,7 @@ def _reference_backend_is_no_surprise() -> None:
     """Without the extension, "auto" warns once: here. Tests then run on the reference."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        backends.resolve("auto", torch.device("cpu"))
+        choose.choose("auto", torch.device("cpu"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -96,7 +96,7 @@ def target(request: pytest.FixtureRequest) -> tuple[str, torch.device]:
         return request.param, torch.device("cpu")
     device = torch.device("cuda", torch.cuda.current_device())
     try:
-        return backends.resolve(request.param, device), device
+        return choose.choose(request.param, device), device
     except RuntimeError as error:
         pytest.skip(str(error))
 

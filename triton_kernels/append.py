@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparse_optim.backends.operands import ActiveSet, NewEntries
+
 from .device_functions import (
     COLUMNS,
     GRAD,
@@ -186,34 +188,23 @@ def grow_kernel(
         tl.store(progress_ptr + 1, tl.load(progress_ptr + 1) + new_count)
 
 
-def append(
-    bound: Tensor,
-    new_tensor: Tensor,
-    new_position: Tensor,
-    new_count: Tensor,
-    position: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    unmask_step: Tensor,
-    master: Tensor,
-    active_grad: Tensor,
-    offsets: Tensor,
-    progress: Tensor,
-    scratch: Tensor,
-) -> None:
+def append(bound: Tensor, new: NewEntries, active: ActiveSet, scratch: Tensor) -> None:
     """See `reference.append`."""
-    capacity, max_quota = position.numel(), new_tensor.numel()
+    capacity, max_quota = active.position.numel(), new.tensor.numel()
     if not capacity or not max_quota:
         return
     insert_at, fresh, staged = carve(scratch, append_pieces(capacity, max_quota))
-    arrays = (position, exp_avg, exp_avg_sq, unmask_step, active_grad, master)
+    arrays = (
+        active.position, active.exp_avg, active.exp_avg_sq, active.unmask_step, active.grad,
+        active.master,
+    )  # fmt: skip
     words = [array.view(torch.int32) for array in arrays]
     grid = (blocks_of(capacity, MERGE_BLOCK),)
-    counts = (insert_at, new_count, progress)
+    counts = (insert_at, new.count, active.progress)
     with torch.cuda.device_of(bound):
         insert_kernel[(blocks_of(max_quota, INSERT_BLOCK),)](
-            bound, new_tensor, new_position, new_count, position, offsets, progress, insert_at,
-            fresh, max_quota, BLOCK=INSERT_BLOCK, num_warps=4,
+            bound, new.tensor, new.position, new.count, active.position, active.offsets,
+            active.progress, insert_at, fresh, max_quota, BLOCK=INSERT_BLOCK, num_warps=4,
         )  # fmt: skip
         for first in range(0, NUM_WORDS, TOGETHER):
             merged = words[first : first + TOGETHER]
@@ -224,7 +215,8 @@ def append(
                 *merged, fresh[first * max_quota :], staged, *counts, max_quota, capacity, **options
             )
             copy_back_kernel[grid](*merged, staged, *counts, capacity, **options)
-        num_tensors = offsets.numel() - 1
+        num_tensors = active.offsets.numel() - 1
         grow_kernel[(blocks_of(num_tensors, OFFSETS_BLOCK),)](
-            new_tensor, new_count, offsets, progress, num_tensors, BLOCK=OFFSETS_BLOCK, num_warps=4
-        )
+            new.tensor, new.count, active.offsets, active.progress, num_tensors,
+            BLOCK=OFFSETS_BLOCK, num_warps=4,
+        )  # fmt: skip

@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparse_optim.backends.operands import Rule, Tiles
+
 from .device_functions import bound_key
 from .launch import blocks_of
 from .tiles import open_tile
@@ -168,41 +170,35 @@ def maxima_kernel(
 
 
 def list_tiles(
-    opening: Sequence[Tensor],
-    tile_max: Tensor,
-    param_bound: Tensor,
-    histograms: Tensor,
-    counts: Tensor,
-    exp: float,
-    eps: float,
-    tile: int,
+    opening: Sequence[Tensor], tiles: Tiles, rule: Rule, histograms: Tensor, counts: Tensor
 ) -> None:
     """Fill the list and state[LISTED] for state[QUOTA].
 
     Args:
         opening: arguments of every kernel that opens listed tiles, the list and state last.
+        tiles, rule: as in `reference.cut`.
         histograms: (2, BINS), int32, zeros. Mutated.
         counts: (NUM_PROGRAMS,), int64. Mutated.
     """
-    tiles, state = opening[-2:]
-    num_tiles = tile_max.numel()
-    ranking = (tile_max, param_bound if exp < 0 else tile_max, state)
+    listed, state = opening[-2:]
+    num_tiles, exp = tiles.max.numel(), float(rule.exp)
+    ranking = (tiles.max, tiles.param_bound if exp < 0 else tiles.max, state)
     options = {"EXP": exp, "BLOCK": BOUND_BLOCK, "num_warps": 4, "enable_fp_fusion": False}
     bound_histogram_kernel[(blocks_of(num_tiles, BOUND_BLOCK),)](
-        *ranking, histograms[0], num_tiles, eps, **options
+        *ranking, histograms[0], num_tiles, rule.eps, **options
     )
 
     def list_reaching(histogram: Tensor) -> None:
         for writes in (False, True):
             list_kernel[(min(NUM_PROGRAMS, blocks_of(num_tiles, BOUND_BLOCK)),)](
-                *ranking, histogram, counts, tiles, num_tiles, eps, WRITES=writes, BINS=BINS,
+                *ranking, histogram, counts, listed, num_tiles, rule.eps, WRITES=writes, BINS=BINS,
                 PROGRAMS=NUM_PROGRAMS, **options,
             )  # fmt: skip
 
     list_reaching(histograms[0])
     if exp != 0:
         maxima_kernel[(min(NUM_PROGRAMS, num_tiles),)](
-            *opening, histograms[1], eps, EXP=exp, TILE=tile, num_warps=OPEN_WARPS,
+            *opening, histograms[1], rule.eps, EXP=exp, TILE=tiles.size, num_warps=OPEN_WARPS,
             enable_fp_fusion=False,
         )  # fmt: skip
         list_reaching(histograms[1])

@@ -27,6 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparse_optim.backends.operands import ActiveSet, NewEntries, Rule, Tiles
+
 from .candidate_tiles import (
     BINS,
     LISTED,
@@ -244,55 +246,47 @@ def write_kernel(
 
 def cut(
     bound: Tensor,
-    position: Tensor,
-    offsets: Tensor,
-    tile_offsets: Tensor,
-    tile_max: Tensor,
-    param_bound: Tensor,
+    tiles: Tiles,
+    active: ActiveSet,
+    rule: Rule,
     targets: Tensor,
-    progress: Tensor,
     found_inf: Tensor,
-    exp: float,
-    eps: float,
-    noise: Tensor,
-    tile: int,
-    new_tensor: Tensor,
-    new_position: Tensor,
-    new_count: Tensor,
-    threshold: Tensor,
+    new: NewEntries,
     scratch: Tensor,
 ) -> None:
-    """See `reference.cut`; `tile` is a power of two, at least 4 with noise."""
-    sampling = samples(noise, exp)
-    num_tiles = tile_max.numel()
-    if not num_tiles or not new_tensor.numel():
-        new_count.zero_()
+    """See `reference.cut`; `tiles.size` is a power of two, at least 4 with noise."""
+    sampling = samples(rule.noise, rule.exp)
+    num_tiles = tiles.max.numel()
+    if not num_tiles or not new.tensor.numel():
+        new.count.zero_()
         return
-    *location, tiles, state, histograms, counts = carve(scratch, cut_pieces(num_tiles))
+    *location, listed, state, histograms, counts = carve(scratch, cut_pieces(num_tiles))
     histograms.zero_()
     bounds, digits = histograms[: 2 * BINS].view(2, BINS), histograms[2 * BINS :]
     opening = (
-        bound, noise if sampling else bound, position, tile_offsets, *location, tiles, state,
+        bound, rule.noise if sampling else bound, active.position, tiles.offsets, *location,
+        listed, state,
     )  # fmt: skip
     options = {
-        "EXP": float(exp), "SAMPLES": sampling, "TILE": tile, "BINS": DIGIT_BINS,
+        "EXP": float(rule.exp), "SAMPLES": sampling, "TILE": tiles.size, "BINS": DIGIT_BINS,
         "num_warps": OPEN_WARPS, "enable_fp_fusion": False,
     }  # fmt: skip
     with torch.cuda.device_of(bound):
         plan_kernel[(1,)](
-            targets, progress, found_inf, new_count, state, targets.numel(), new_tensor.numel(),
-            num_warps=1,
+            targets, active.progress, found_inf, new.count, state, targets.numel(),
+            new.tensor.numel(), num_warps=1,
         )  # fmt: skip
-        locate(position, offsets, tile_offsets, tile, *location)
-        list_tiles(opening, tile_max, param_bound, bounds, counts, float(exp), eps, tile)
+        locate(tiles, active, *location)
+        list_tiles(opening, tiles, rule, bounds, counts)
         grid = (min(NUM_PROGRAMS, num_tiles),)
         for number, shift in enumerate(DIGIT_SHIFTS):
             digit_kernel[grid](
-                *opening, digits, eps, PASS=number, SHIFT=shift,
+                *opening, digits, rule.eps, PASS=number, SHIFT=shift,
                 PREVIOUS=DIGIT_SHIFTS[max(number - 1, 0)], **options,
             )  # fmt: skip
         options["PROGRAMS"] = NUM_PROGRAMS
-        count_kernel[grid](*opening, digits, counts, eps, **options)
+        count_kernel[grid](*opening, digits, counts, rule.eps, **options)
         write_kernel[grid](
-            *opening, digits, counts, new_tensor, new_position, new_count, threshold, eps, **options
-        )
+            *opening, digits, counts, new.tensor, new.position, new.count, new.threshold, rule.eps,
+            **options,
+        )  # fmt: skip

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparse_optim.backends.operands import ActiveSet, Tiles
+
 from .device_functions import COLUMNS, GRAD, load_run
 from .launch import Pieces, carve
 from .noise import samples
@@ -53,25 +55,17 @@ def rank_kernel(
     tl.store(tile_max_ptr + tile_index, tl.max(key, axis=0))
 
 
-def rank(
-    bound: Tensor,
-    position: Tensor,
-    offsets: Tensor,
-    tile_offsets: Tensor,
-    noise: Tensor,
-    tile: int,
-    tile_max: Tensor,
-    scratch: Tensor,
-) -> None:
-    """See `reference.rank`; `tile` is a power of two, at least 4 with noise."""
+def rank(bound: Tensor, tiles: Tiles, active: ActiveSet, noise: Tensor, scratch: Tensor) -> None:
+    """See `reference.rank`; `tiles.size` is a power of two, at least 4 with noise."""
     sampling = samples(noise, 0.0)
-    num_tiles = tile_max.numel()
+    num_tiles = tiles.max.numel()
     if not num_tiles:
         return
     location = carve(scratch, rank_pieces(num_tiles))
     with torch.cuda.device_of(bound):
-        locate(position, offsets, tile_offsets, tile, *location)
+        locate(tiles, active, *location)
         rank_kernel[(num_tiles,)](
-            bound, noise if sampling else bound, position, tile_offsets, *location, tile_max,
-            SAMPLES=sampling, TILE=tile, num_warps=RANK_WARPS, enable_fp_fusion=False,
+            bound, noise if sampling else bound, active.position, tiles.offsets, *location,
+            tiles.max, SAMPLES=sampling, TILE=tiles.size, num_warps=RANK_WARPS,
+            enable_fp_fusion=False,
         )  # fmt: skip

@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparse_optim.backends.operands import ActiveSet, Tiles
+
 from .device_functions import (
     COLUMNS,
     GRAD,
@@ -140,29 +142,26 @@ def dense_norms_kernel(partial_ptr, norms_ptr, PROGRAMS: tl.constexpr):
 def scan(
     bound: Tensor,
     dense_grads: Sequence[Tensor],
-    position: Tensor,
-    offsets: Tensor,
-    tile_offsets: Tensor,
-    tile: int,
-    tile_max: Tensor,
-    active_grad: Tensor,
+    tiles: Tiles,
+    active: ActiveSet,
     norms: Tensor,
     found_inf: Tensor,
     scratch: Tensor,
 ) -> None:
-    """See `reference.scan`; `tile` is a power of two."""
-    num_tiles, num_tensors = tile_max.numel(), offsets.numel() - 1
+    """See `reference.scan`; `tiles.size` is a power of two."""
+    num_tiles, num_tensors = tiles.max.numel(), active.offsets.numel() - 1
     tile_tensor, tile_start, tile_squares, partial = carve(scratch, scan_pieces(num_tiles))
     with torch.cuda.device_of(bound):
         if num_tiles:
-            locate(position, offsets, tile_offsets, tile, tile_tensor, tile_start)
+            locate(tiles, active, tile_tensor, tile_start)
             scan_kernel[(num_tiles,)](
-                bound, position, tile_offsets, tile_tensor, tile_start, tile_max, tile_squares,
-                active_grad, found_inf, TILE=tile, GATHER=GATHER_BLOCK, num_warps=SCAN_WARPS,
+                bound, active.position, tiles.offsets, tile_tensor, tile_start, tiles.max,
+                tile_squares, active.grad, found_inf, TILE=tiles.size, GATHER=GATHER_BLOCK,
+                num_warps=SCAN_WARPS,
             )  # fmt: skip
         if num_tensors:
             norms_kernel[(num_tensors,)](
-                tile_squares, tile_offsets, norms, BLOCK=SUM_BLOCK, num_warps=8
+                tile_squares, tiles.offsets, norms, BLOCK=SUM_BLOCK, num_warps=8
             )
         for first in range(0, len(dense_grads), DENSE_GRADS):
             _scan_dense(

@@ -3,7 +3,7 @@
     tile_tensor[j] <- tensor of tile j
     tile_start[j]  <- place in the active set of the first active entry in or behind tile j
 
-so that the active entries of tile j stand at tile_start[j]:tile_start[j + 1]. Integers, exact.
+so that the active entries of tile j are tile_start[j]:tile_start[j + 1]. Integers, exact.
 Bytes: 12 per tile written; the searches read log2(S) + log2(capacity) words per tile, in a kernel
 of its own where thousands of them overlap, instead of holding up each tile's program.
 Not run on a GPU yet: compiled ahead of time and interpreted.
@@ -15,6 +15,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from sparse_optim.backends.operands import ActiveSet, Tiles
 
 from .device_functions import (
     COLUMNS,
@@ -71,19 +73,12 @@ def locate_kernel(
     tl.store(tile_start_ptr + tile_index, start, mask=tile_index <= num_tiles)
 
 
-def locate(
-    position: Tensor,
-    offsets: Tensor,
-    tile_offsets: Tensor,
-    tile: int,
-    tile_tensor: Tensor,
-    tile_start: Tensor,
-) -> None:
+def locate(tiles: Tiles, active: ActiveSet, tile_tensor: Tensor, tile_start: Tensor) -> None:
     """Fill tile_tensor (num_tiles,) int32 and tile_start (num_tiles + 1,) int64."""
     num_tiles = tile_tensor.numel()
     locate_kernel[(blocks_of(num_tiles + 1, LOCATE_BLOCK),)](
-        position, offsets, tile_offsets, tile_tensor, tile_start, offsets.numel() - 1, num_tiles,
-        TILE=tile, BLOCK=LOCATE_BLOCK, num_warps=4,
+        active.position, active.offsets, tiles.offsets, tile_tensor, tile_start,
+        active.offsets.numel() - 1, num_tiles, TILE=tiles.size, BLOCK=LOCATE_BLOCK, num_warps=4,
     )  # fmt: skip
 
 

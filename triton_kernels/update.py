@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparse_optim.backends.operands import ActiveSet, StepScalars
+
 from .device_functions import (
     COLUMNS,
     GRAD,
@@ -136,30 +138,17 @@ def count_step_kernel(found_inf_ptr, progress_ptr):
     tl.store(counter_ptr, tl.load(counter_ptr) + 1)
 
 
-def update(
-    bound: Tensor,
-    position: Tensor,
-    offsets: Tensor,
-    active_grad: Tensor,
-    grad_factor: Tensor,
-    found_inf: Tensor,
-    hyper: Tensor,
-    group_index: Tensor,
-    bias_correction: str,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    unmask_step: Tensor,
-    master: Tensor,
-    progress: Tensor,
-) -> None:
+def update(bound: Tensor, active: ActiveSet, scalars: StepScalars, bias_correction: str) -> None:
     """See `reference.update`."""
-    has_master = master.numel() > 0
+    has_master = active.master.numel() > 0
     with torch.cuda.device_of(bound):
-        if programs := blocks_of(position.numel(), UPDATE_BLOCK):
+        if programs := blocks_of(active.position.numel(), UPDATE_BLOCK):
             update_kernel[(programs,)](
-                bound, position, offsets, active_grad, grad_factor, found_inf, hyper, group_index,
-                exp_avg, exp_avg_sq, unmask_step, master if has_master else exp_avg, progress,
-                offsets.numel() - 1, ENTRY_AGE=bias_correction == "entry", HAS_MASTER=has_master,
-                BLOCK=UPDATE_BLOCK, num_warps=UPDATE_WARPS,
+                bound, active.position, active.offsets, active.grad, scalars.grad_factor,
+                scalars.found_inf, scalars.hyper, scalars.group_index, active.exp_avg,
+                active.exp_avg_sq, active.unmask_step,
+                active.master if has_master else active.exp_avg, active.progress,
+                active.offsets.numel() - 1, ENTRY_AGE=bias_correction == "entry",
+                HAS_MASTER=has_master, BLOCK=UPDATE_BLOCK, num_warps=UPDATE_WARPS,
             )  # fmt: skip
-        count_step_kernel[(1,)](found_inf, progress, num_warps=1)
+        count_step_kernel[(1,)](scalars.found_inf, active.progress, num_warps=1)

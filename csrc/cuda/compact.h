@@ -1,8 +1,8 @@
 // List, in ascending order, the tiles whose bound reaches the limit.
 //
 // cub::DeviceSelect::If could: the host knows how many tiles there are. But its look-back waits for
-// blocks that run at the same time, which the emulator of tests/support/cuda_emulator cannot do, and it
-// would read all bounds in steps that unmask nothing, too.
+// blocks that run at the same time, which the emulator (tests/support/cuda_emulator) cannot do, and
+// it would also read all bounds in steps that unmask nothing.
 #pragma once
 #include "cuda/select.h"
 

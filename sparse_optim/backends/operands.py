@@ -1,9 +1,13 @@
-"""The buffers of an optimizer: state of the active entries, and work space of the step."""
+"""What the operations are handed, grouped as in csrc/core/pool.h: plain buffers, no behaviour of a
+step.
+
+Notation as in `reference`: S tensors in the pool, `num_tiles` tiles, `capacity` active entries.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -22,10 +26,11 @@ class ActiveSet:
         exp_avg, exp_avg_sq: (capacity,), float32, first and second moment.
         unmask_step: (capacity,), int32, applied step at which the entry was unmasked, from 1.
         master: (capacity,), float32 value of the entry; (0,) where every parameter is float32.
-        offsets: (S + 1,), int64; entries of tensor i stand at offsets[i]:offsets[i + 1].
+        grad: (capacity,), float32, this step's gradient, as `scan` and `append` leave it.
+        offsets: (S + 1,), int64; the entries of tensor i are offsets[i]:offsets[i + 1].
         progress: (3,), int64: applied steps, active entries, skipped steps.
 
-    16 bytes an entry in float32 models, 20 in others.
+    20 bytes an entry in float32 models, 24 in others; 16 and 20 of them are state.
     """
 
     position: Tensor
@@ -33,6 +38,7 @@ class ActiveSet:
     exp_avg_sq: Tensor
     unmask_step: Tensor
     master: Tensor
+    grad: Tensor
     offsets: Tensor
     progress: Tensor
 
@@ -40,17 +46,24 @@ class ActiveSet:
     def empty(params: Sequence[Tensor], capacity: int, device: torch.device) -> ActiveSet:
         """Allocate an active set with room for `capacity` entries of `params`."""
         low_precision = any(param.dtype != torch.float32 for param in params)
+
+        def zeros(size: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(size, dtype=dtype, device=device)
+
         return ActiveSet(
-            position=torch.zeros(capacity, dtype=torch.int32, device=device),
-            exp_avg=torch.zeros(capacity, dtype=torch.float32, device=device),
-            exp_avg_sq=torch.zeros(capacity, dtype=torch.float32, device=device),
-            unmask_step=torch.zeros(capacity, dtype=torch.int32, device=device),
-            master=torch.zeros(
-                capacity if low_precision else 0, dtype=torch.float32, device=device
-            ),
-            offsets=torch.zeros(len(params) + 1, dtype=torch.int64, device=device),
-            progress=torch.zeros(3, dtype=torch.int64, device=device),
+            position=zeros(capacity, torch.int32),
+            exp_avg=zeros(capacity, torch.float32),
+            exp_avg_sq=zeros(capacity, torch.float32),
+            unmask_step=zeros(capacity, torch.int32),
+            master=zeros(capacity if low_precision else 0, torch.float32),
+            grad=zeros(capacity, torch.float32),
+            offsets=zeros(len(params) + 1, torch.int64),
+            progress=zeros(3, torch.int64),
         )
+
+    def of_tensors(self, first: int, last: int) -> ActiveSet:
+        """The same buffers, seen by an operation on tensors first to last - 1 alone."""
+        return replace(self, offsets=self.offsets[first : last + 1])
 
     def segment(self, index: int) -> dict[str, Tensor]:
         """Per-entry state of tensor `index`, as views; empty for tensors added since."""
@@ -69,7 +82,7 @@ class ActiveSet:
         self.progress[1] = 0
 
     def carry_over(self, before: ActiveSet, sizes: Tensor) -> None:
-        """Entries that were active in `before`, too, take their state from there.
+        """Entries that were also active in `before` take their state from there.
 
         Args:
             before: the set of another step, of the same capacity.
@@ -105,109 +118,116 @@ class ActiveSet:
         self.progress.copy_(progress)
 
 
-class Touched:
-    """Every entry that was ever active, where entries leave the active set again.
+@dataclass
+class Tiles:
+    """Runs of consecutive entries of one tensor, and what bounds the importance of each.
 
-    Sets are merged when as many are waiting as are merged already, so that a step costs no more
-    than its own set: at most 16 bytes for each entry ever active, and those of one step.
+    Attributes:
+        size: entries in a tile; the last of a tensor may hold fewer.
+        offsets: (S + 1,), int64; the tiles of tensor i are offsets[i]:offsets[i + 1].
+        max: (num_tiles,), int32, bits of the largest |grad| or score among its frozen entries.
+        param_bound: (num_tiles,), float32, largest |param|; (0,) unless D3's exp < 0 needs it.
     """
 
-    def __init__(self, index: Tensor) -> None:
-        self._merged = index
-        self._waiting: list[Tensor] = []
+    size: int
+    offsets: Tensor
+    max: Tensor
+    param_bound: Tensor
 
-    def add(self, index: Tensor) -> None:
-        """Note the global indices, (n,) int64, of a step's set."""
-        self._waiting.append(index)
-        if sum(part.numel() for part in self._waiting) >= self._merged.numel():
-            self._merge()
+    @staticmethod
+    def empty(params: Sequence[Tensor], size: int, bounded: bool, device: torch.device) -> Tiles:
+        """Allocate the tiles of `params`; `bounded` keeps the largest |param| of each."""
+        counts = torch.tensor([0] + [-(-param.numel() // size) for param in params])
+        total = int(counts.sum())
+        return Tiles(
+            size=size,
+            offsets=counts.cumsum(0).to(device),
+            max=torch.zeros(total, dtype=torch.int32, device=device),
+            param_bound=torch.zeros(total if bounded else 0, dtype=torch.float32, device=device),
+        )
 
-    def index(self) -> Tensor:
-        """Global indices, (n,), int64, ascending, each once."""
-        self._merge()
-        return self._merged
+    def of_tensors(self, first: int, last: int, tiles: slice) -> Tiles:
+        """Those of tensors first to last - 1, views; `tiles` says which they are."""
+        offsets = self.offsets[first : last + 1]
+        return Tiles(self.size, offsets - offsets[:1], self.max[tiles], self.param_bound[tiles])
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return self._merged.nbytes + sum(part.nbytes for part in self._waiting)
 
-    def _merge(self) -> None:
-        if self._waiting:
-            self._merged = torch.cat([self._merged, *self._waiting]).unique()
-            self._waiting = []
+@dataclass(frozen=True)
+class Rule:
+    """How `cut` ranks.
+
+    Attributes:
+        exp, eps: of D3; exp = 0 ranks what is bound as it is.
+        noise: (2,), int64: seed and step of the noise that samples; (0,) does not sample.
+    """
+
+    exp: float
+    eps: float
+    noise: Tensor
 
 
 @dataclass
-class WorkSpace:
-    """What the operations write besides the state; allocated once, sized for the greatest quota.
+class NewEntries:
+    """Entries that `cut` found, in global order.
 
-    Attributes: see `reference.bind`, `scan`, `clip`, `cut` and `update`, whose arguments these are.
+    Attributes:
+        tensor: (max_quota,), int32, index of the entry's tensor in the pool.
+        position: (max_quota,), int32, flat position within it.
+        count: (), int64, how many there are.
+        threshold: (), float32, least importance among the last ones found.
     """
 
-    table: Tensor
-    tile_offsets: Tensor
-    tile_max: Tensor
-    param_bound: Tensor
-    active_grad: Tensor
-    new_tensor: Tensor
-    new_position: Tensor
-    new_count: Tensor
+    tensor: Tensor
+    position: Tensor
+    count: Tensor
     threshold: Tensor
-    norms: Tensor
-    grad_norm: Tensor
-    grad_factor: Tensor
-    grad_scale: Tensor
-    found_inf: Tensor
-    hyper: Tensor
-    group_index: Tensor
-    scratch: Tensor
 
     @staticmethod
-    def empty(
-        params: Sequence[Tensor],
-        num_dense: int,
-        group_index: Sequence[int],
-        num_groups: int,
-        capacity: int,
-        max_quota: int,
-        tile: int,
-        bounded: bool,
-        scratch_bytes: int,
-        device: torch.device,
-    ) -> WorkSpace:
-        """Allocate the work space for `params`, whose hyper-parameters stand in row group_index[i],
-        beside num_dense tensors that are trained densely.
-
-        `bounded` keeps the greatest |param| of each tile, which importances with exp < 0 need.
-        """
-        tiles = torch.tensor([0] + [-(-param.numel() // tile) for param in params])
-        num_tiles = int(tiles.sum())
-        return WorkSpace(
-            table=torch.zeros(len(params), 4, dtype=torch.int64, device=device),
-            tile_offsets=tiles.cumsum(0).to(device),
-            tile_max=torch.zeros(num_tiles, dtype=torch.int32, device=device),
-            param_bound=torch.zeros(
-                num_tiles if bounded else 0, dtype=torch.float32, device=device
-            ),
-            active_grad=torch.zeros(capacity, dtype=torch.float32, device=device),
-            new_tensor=torch.zeros(max_quota, dtype=torch.int32, device=device),
-            new_position=torch.zeros(max_quota, dtype=torch.int32, device=device),
-            new_count=torch.zeros((), dtype=torch.int64, device=device),
+    def empty(max_quota: int, device: torch.device) -> NewEntries:
+        """Allocate room for the entries of one step."""
+        return NewEntries(
+            tensor=torch.zeros(max_quota, dtype=torch.int32, device=device),
+            position=torch.zeros(max_quota, dtype=torch.int32, device=device),
+            count=torch.zeros((), dtype=torch.int64, device=device),
             threshold=torch.zeros((), dtype=torch.float32, device=device),
-            norms=torch.zeros(len(params) + num_dense, dtype=torch.float64, device=device),
-            grad_norm=torch.zeros((), dtype=torch.float64, device=device),
-            grad_factor=torch.ones((), dtype=torch.float32, device=device),
+        )
+
+
+@dataclass
+class StepScalars:
+    """The numbers of one step, on the device.
+
+    Attributes:
+        grad_scale: (), float32, the loss scale that the gradients carry; 1 without loss scaling.
+        found_inf: (), float32, 1 if any gradient is infinite or NaN.
+        grad_norm: (), float64, global norm of the unscaled gradients before clipping.
+        grad_factor: (), float32, what `update` multiplies gradients by.
+        hyper: (num_groups, 6), float64: lr, beta1, beta2, eps, weight_decay, sign of the gradient.
+        group_index: (S,), int32, row of `hyper` of each tensor.
+    """
+
+    grad_scale: Tensor
+    found_inf: Tensor
+    grad_norm: Tensor
+    grad_factor: Tensor
+    hyper: Tensor
+    group_index: Tensor
+
+    @staticmethod
+    def empty(group_index: Sequence[int], num_groups: int, device: torch.device) -> StepScalars:
+        """Allocate the numbers of a step."""
+        return StepScalars(
             grad_scale=torch.ones((), dtype=torch.float32, device=device),
             found_inf=torch.zeros((), dtype=torch.float32, device=device),
+            grad_norm=torch.zeros((), dtype=torch.float64, device=device),
+            grad_factor=torch.ones((), dtype=torch.float32, device=device),
             hyper=torch.zeros(num_groups, 6, dtype=torch.float64, device=device),
             group_index=torch.tensor(group_index, dtype=torch.int32, device=device),
-            scratch=torch.zeros(scratch_bytes, dtype=torch.uint8, device=device),
         )
 
 
 def max_quota(targets: Tensor, capacity: int) -> int:
-    """Entries that one step may unmask: twice the greatest regular quota, at most `capacity`.
+    """Entries that one step may unmask: twice the largest regular quota, at most `capacity`.
 
     The factor leaves room to make up for steps that found too few entries of non-zero importance.
     """
@@ -215,9 +235,16 @@ def max_quota(targets: Tensor, capacity: int) -> int:
 
 
 def num_bytes(*owners: Any) -> int:
-    """Bytes of all tensors that these dataclasses hold."""
-    return sum(tensor.nbytes for owner in owners for tensor in _tensors(owner))
+    """Bytes of all tensors that these dataclasses hold, each counted once."""
+    return sum(
+        {id(tensor): tensor.nbytes for owner in owners for tensor in _tensors(owner)}.values()
+    )
 
 
-def _tensors(owner: Any) -> Iterable[Tensor]:
-    return (getattr(owner, field.name) for field in fields(owner))
+def _tensors(owner: Any) -> Iterator[Tensor]:
+    for field in fields(owner):
+        value = getattr(owner, field.name)
+        if isinstance(value, Tensor):
+            yield value
+        elif hasattr(value, "__dataclass_fields__"):
+            yield from _tensors(value)

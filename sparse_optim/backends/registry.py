@@ -1,103 +1,65 @@
-"""Backends: modules that offer the operations of `reference`, and how one is picked."""
+"""Backends: modules that offer the operations of `reference`."""
 
 from __future__ import annotations
 
-import functools
 import importlib
-import logging
-import warnings
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol, cast
 
-import torch
+from torch import Tensor
 
-_log = logging.getLogger(__name__)
+from sparse_optim.backends.operands import ActiveSet, NewEntries, Rule, StepScalars, Tiles
+
+
+class Backend(Protocol):
+    """A module with the functions of `reference`, which specifies what they do."""
+
+    TILE: int
+
+    def scratch_bytes(self, num_tiles: int, capacity: int, max_quota: int) -> int: ...
+
+    def bind(self, grads: Sequence[Tensor], params: Sequence[Tensor], table: Tensor) -> Any: ...
+
+    def scan(
+        self, bound: Any, dense_grads: Sequence[Tensor], tiles: Tiles, active: ActiveSet,
+        norms: Tensor, found_inf: Tensor, scratch: Tensor,
+    ) -> None: ...  # fmt: skip
+
+    def clip(
+        self, norms: Tensor, grad_scale: Tensor, max_grad_norm: float, grad_norm: Tensor,
+        grad_factor: Tensor,
+    ) -> None: ...  # fmt: skip
+
+    def rank(
+        self, bound: Any, tiles: Tiles, active: ActiveSet, noise: Tensor, scratch: Tensor
+    ) -> None: ...
+
+    def cut(
+        self, bound: Any, tiles: Tiles, active: ActiveSet, rule: Rule, targets: Tensor,
+        found_inf: Tensor, new: NewEntries, scratch: Tensor,
+    ) -> None: ...  # fmt: skip
+
+    def append(self, bound: Any, new: NewEntries, active: ActiveSet, scratch: Tensor) -> None: ...
+
+    def update(
+        self, bound: Any, active: ActiveSet, scalars: StepScalars, bias_correction: str
+    ) -> None: ...
+
 
 # name -> (module, device type it runs on or None for any), fastest first.
-_BACKENDS: dict[str, tuple[str, str | None]] = {
+BACKENDS: dict[str, tuple[str, str | None]] = {
     "cpp": ("sparse_optim.backends.cpp", "cpu"),
     "cuda": ("sparse_optim.backends.cuda", "cuda"),
     # torch calls AMD devices "cuda" too.
     "triton": ("sparse_optim.triton_kernels", "cuda"),
     "reference": ("sparse_optim.backends.reference", None),
 }
-# Tests run these where users do. Others pass `self_check` on a device before "auto" takes them.
-_PROVED = {"cpp", "reference"}
 
 
-def operations(backend: str) -> Any:
-    """The module of a backend: TILE, scratch_bytes, bind, scan, clip, rank, cut, append, update."""
-    return importlib.import_module(_BACKENDS[backend][0])
-
-
-def resolve(backend: str, device: torch.device) -> str:
-    """Name the backend to run on a device.
-
-    Args:
-        backend: "auto" takes the fastest that is installed and computes what the reference does
-            (see `self_check`); says which to the log, and warns once if one is passed over or the
-            reference is what is left.
-        device: of the parameters.
+def load(name: str) -> Backend:
+    """The module of a backend.
 
     Raises:
-        ValueError: unknown name, or a backend that does not run on this device.
-        RuntimeError: a backend asked for by name that is not installed.
+        ImportError: it is not installed.
     """
-    if backend == "auto":
-        return _fastest(device)
-    if backend not in _BACKENDS:
-        raise ValueError(f"backend must be 'auto' or one of {sorted(_BACKENDS)}, got {backend!r}")
-    wanted = _BACKENDS[backend][1]
-    if wanted not in (None, device.type):
-        raise ValueError(
-            f"backend {backend!r} runs on {wanted}, but the parameters are on {device}"
-        )
-    try:
-        operations(backend)
-    except ImportError as error:
-        raise RuntimeError(
-            f"backend {backend!r} is not installed ({error}); build it with "
-            "`pip install --no-build-isolation -e .` or use backend='auto'"
-        ) from error
-    return backend
-
-
-@functools.cache
-def _fastest(device: torch.device) -> str:
-    for name, (module, wanted) in _BACKENDS.items():
-        if wanted not in (None, device.type):
-            continue
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            _log.info("backend %r is not installed: %s", name, error)
-            continue
-        if name not in _PROVED and not _passes(name, device):
-            continue
-        if name == "reference":
-            warnings.warn(
-                f"no compiled sparse_optim backend is taken for {device.type}: steps run on the "
-                "exact but slow reference backend; see the README, Limits",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-        _log.info("backend %r runs on %s", name, device)
-        return name
-    raise AssertionError("the reference backend is always importable")
-
-
-def _passes(name: str, device: torch.device) -> bool:
-    """Whether a backend computes on this device what the reference does; warns if not."""
-    from sparse_optim.engine import (
-        self_check,  # its optimizers name their backend, and import this module
-    )
-
-    fault = self_check.fault(name, device)
-    if fault is not None:
-        warnings.warn(
-            f"backend {name!r} is passed over on {device}: {fault}. Please report this, with your "
-            f"GPU and the versions of torch and Triton. backend={name!r} runs it all the same; "
-            "backend='reference' is slow but exact",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-    return fault is None
+    return cast(Backend, importlib.import_module(BACKENDS[name][0]))

@@ -48,6 +48,21 @@ def importance(grad: Tensor, param: Tensor, exp: float, eps: float) -> Tensor:
     return magnitude / base.pow(exp)
 
 
+def step_quota(targets: Tensor, progress: Tensor, max_quota: int) -> Tensor:
+    """Entries to unmask in the next step: min(targets[min(step + 1, T)] - active, max_quota).
+
+    Args:
+        targets: (T + 1,), int64, cumulative targets.
+        progress: (3,), int64: applied steps, active entries, skipped steps.
+        max_quota: most entries that one step may unmask.
+
+    Returns:
+        (), int64, on their device, >= 0.
+    """
+    step = (progress[:1] + 1).clamp(max=targets.numel() - 1)
+    return (targets[step] - progress[1]).clamp(0, max_quota).squeeze(0)
+
+
 def perturbed(score: Tensor, noise: Tensor, tensor: int, start: int = 0) -> Tensor:
     """score / sqrt(E), E the noise of each entry; score itself where `noise` is empty.
 

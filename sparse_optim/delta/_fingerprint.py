@@ -67,12 +67,12 @@ class BaseFingerprints:
 
     Attributes:
         values: of each tensor of the pool, 32 hex digits.
-        settled: whether a step has been taken.
+        final: whether a step has been taken.
     """
 
     def __init__(self, values: Sequence[str] = ()) -> None:
         self.values = list(values)
-        self.settled = bool(values)
+        self.final = bool(values)
         # index -> what a write would change (None: unknown), for tensors hashed since the last step
         self._marks: dict[int, tuple[int, int] | None] = {}
 
@@ -83,20 +83,20 @@ class BaseFingerprints:
             ValueError: as `fingerprint`.
         """
         grown = BaseFingerprints()
-        grown.settled = self.settled
+        grown.final = self.final
         new = range(len(self.values), len(pool))
         grown.values = self.values + [fingerprint(pool[index]) for index in new]
         grown._marks = self._marks | {index: _mark(pool[index]) for index in new}
         return grown
 
-    def settle(self, pool: Sequence[Tensor]) -> None:
+    def finalize(self, pool: Sequence[Tensor]) -> None:
         """Before a step: hash again what was written since, for the last time."""
         for index, mark in self._marks.items():
             if mark != _mark(pool[index]):
                 self.values[index] = fingerprint(pool[index])
-        self._marks, self.settled = {}, True
+        self._marks, self.final = {}, True
 
-    def doubt(self) -> None:
+    def invalidate(self) -> None:
         """Have the next step hash again what may have been written unseen."""
         self._marks = dict.fromkeys(self._marks)
 

@@ -14,7 +14,8 @@ import logging
 import torch
 from torch import Tensor
 
-from sparse_optim.optim.masked_adamw import MaskedAdamW
+from sparse_optim.engine.engine import Engine, Method
+from sparse_optim.engine.pool import Pool
 from sparse_optim.policy.importance import D3
 from sparse_optim.policy.selection import Increment, Selection, Stochastic
 
@@ -29,6 +30,8 @@ METHODS: tuple[tuple[D3, Selection], ...] = (
     (D3(), Stochastic(100)),
 )
 
+HYPER = {"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01, "maximize": False}
+
 COUNTS = ("progress", "offsets")
 SELECTED = ("position", "unmask_step")
 ROUNDED = ("exp_avg", "exp_avg_sq", "master")
@@ -38,7 +41,7 @@ TOLERANCE = 1e-5
 
 
 @functools.cache
-def fault(backend: str, device: torch.device) -> str | None:
+def first_mismatch(backend: str, device: torch.device) -> str | None:
     """What a backend does wrong on a device, in words; None if nothing.
 
     Args:
@@ -66,57 +69,73 @@ def fault(backend: str, device: torch.device) -> str | None:
     return None
 
 
+@torch.no_grad()
 def _first_difference(
     backend: str, device: torch.device, importance: D3, selection: Selection
 ) -> str | None:
     """What differs in the first step in which anything does."""
     start = _values("normal", torch.Generator().manual_seed(0))
-    want, got = (
-        MaskedAdamW(
-            [torch.nn.Parameter(value.to(place, copy=True)) for value in start], lr=0.01,
-            importance=importance, selection=selection, max_grad_norm=1.0, backend=name,
-        )
-        for name, place in (("reference", torch.device("cpu")), (backend, device))
-    )  # fmt: skip
+    want = _engine(start, importance, selection, "reference", torch.device("cpu"))
+    got = _engine(start, importance, selection, backend, device)
     touched = [torch.zeros(value.numel(), dtype=torch.bool) for value in start]
     for number, kind in enumerate(STEPS, 1):
         grads = _values(kind, torch.Generator().manual_seed(number))
-        for optimizer in (want, got):
-            for param, grad in zip(optimizer._pool, grads, strict=True):
-                param.grad = _unaligned(grad, param.device)
-            optimizer.step()
+        for engine in (want, got):
+            _step(engine, grads)
         for index, moves in enumerate(touched):
-            moves[want._active.segment(index)["position"].long()] = True
+            moves[want.active.segment(index)["position"].long()] = True
         if what := _difference(got, want) or _moved(got, start, touched):
             return f"{what} in step {number} of {importance}, {selection}"
     return None
 
 
-def _difference(got: MaskedAdamW, want: MaskedAdamW) -> str | None:
-    """What differs between two optimizers after a step."""
-    count = int(want._active.progress[1])
+def _engine(
+    start: list[Tensor], importance: D3, selection: Selection, backend: str, device: torch.device
+) -> Engine:
+    """An engine over copies of these values."""
+    params = tuple(torch.nn.Parameter(value.to(device, copy=True)) for value in start)
+    names = tuple(f"tensor {index}" for index in range(len(params)))
+    pool = Pool(params, names, (0,) * len(params), num_groups=1, num_dense=0, device=device)
+    targets = selection.targets(int(selection.budget))
+    return Engine(pool, Method(importance, selection), targets, backend)
+
+
+def _step(engine: Engine, grads: list[Tensor]) -> None:
+    """One clipped step on these gradients."""
+    for param, grad in zip(engine.pool.params, grads, strict=True):
+        param.grad = _unaligned(grad, param.device)
+    engine.begin([HYPER])
+    bound = engine.bind([])
+    engine.select(bound)
+    engine.clip(max_grad_norm=1.0)
+    engine.update(bound)
+
+
+def _difference(got: Engine, want: Engine) -> str | None:
+    """What differs between two engines after a step."""
+    count = int(want.active.progress[1])
     for name in COUNTS + SELECTED:
-        ours, theirs = getattr(got._active, name).cpu(), getattr(want._active, name)
+        ours, theirs = getattr(got.active, name).cpu(), getattr(want.active, name)
         if name in SELECTED:
             ours, theirs = ours[:count], theirs[:count]
         if not torch.equal(ours, theirs):
             return f"it unmasks other entries than the reference ({name} differs)"
-    if not torch.equal(got._work.threshold.cpu(), want._work.threshold):
+    if not torch.equal(got.work.new.threshold.cpu(), want.work.new.threshold):
         return "the least importance that it unmasks differs from the reference"
-    if not _near(got.grad_norm, want.grad_norm):
+    if not _near(got.work.scalars.grad_norm, want.work.scalars.grad_norm):
         return "its gradient norm differs from the reference"
     for name in ROUNDED:
-        if not _near(getattr(got._active, name)[:count], getattr(want._active, name)[:count]):
+        if not _near(getattr(got.active, name)[:count], getattr(want.active, name)[:count]):
             return f"{name} is further from the reference than rounding explains"
-    for ours, theirs in zip(got._pool, want._pool, strict=True):
+    for ours, theirs in zip(got.pool.params, want.pool.params, strict=True):
         if not _near(ours.detach(), theirs.detach()):
             return "parameters are further from the reference than rounding explains"
     return None
 
 
-def _moved(got: MaskedAdamW, start: list[Tensor], touched: list[Tensor]) -> str | None:
+def _moved(got: Engine, start: list[Tensor], touched: list[Tensor]) -> str | None:
     """Whether an entry that was never active has other bits than at the start."""
-    for param, before, moves in zip(got._pool, start, touched, strict=True):
+    for param, before, moves in zip(got.pool.params, start, touched, strict=True):
         if not torch.equal(param.detach().cpu().view(-1)[~moves], before.view(-1)[~moves]):
             return "frozen entries have moved"
     return None

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from sparse_optim.calibration import child_tuning_d, fisher, grasp, synflow
 from sparse_optim.integrations.adapters import adapter_parameters
 from sparse_optim.methods._request import MethodRequest, masked_adamw
-from sparse_optim.optim.groups import zero_matrices
 from sparse_optim.optim.masked_adamw import MaskedAdamW
-from sparse_optim.policy.importance import Importance, Random, Scores, Snip
+from sparse_optim.policy.importance import Importance, Random, Scores, Snip, zero_matrices
 from sparse_optim.policy.selection import Static, resolve_budget
 
 FISHER_SAMPLES = 1024  # of the Fish mask paper

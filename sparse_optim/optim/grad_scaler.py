@@ -42,9 +42,9 @@ class GradScaler(torch.amp.GradScaler):
 
     def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> dict[Any, Any]:
         """Called by torch before the step: for ours, a flag that the step will set."""
-        if not _will_scan(optimizer):
+        if not (isinstance(optimizer, MaskedAdamW) and optimizer.holds_gradients):
             return super()._check_inf_per_device(optimizer)
-        device = optimizer._device  # type: ignore[attr-defined]
+        device = optimizer.engine.pool.device
         found: dict[torch.device, Tensor] = {
             device: torch.zeros((), dtype=torch.float32, device=device)
         }
@@ -53,17 +53,18 @@ class GradScaler(torch.amp.GradScaler):
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
         """Step unless a gradient is infinite or NaN; see torch.amp.GradScaler.step."""
-        if not (self._enabled and _will_scan(optimizer)):
+        ours = isinstance(optimizer, MaskedAdamW) and optimizer.holds_gradients
+        if not (self._enabled and ours):
             return super().step(optimizer, *args, **kwargs)
-        ours: Any = optimizer
-        ours._tells_found_inf = True
+        assert isinstance(optimizer, MaskedAdamW)
+        optimizer.scaler_reads_scan = True
         try:
             result = super().step(optimizer, *args, **kwargs)
         finally:
-            del ours._tells_found_inf
+            optimizer.scaler_reads_scan = False
         found = self._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
         for flag in found.values():
-            flag.copy_(ours._work.found_inf)
+            flag.copy_(optimizer.engine.work.scalars.found_inf)
         return result
 
     def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
@@ -74,13 +75,3 @@ class GradScaler(torch.amp.GradScaler):
                 "unscales by itself, and clips if the optimizer was given max_grad_norm"
             )
         super().unscale_(optimizer)
-
-
-def _will_scan(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether `optimizer.step()` reads gradients and tells of infinities: ours, if it has any."""
-    if not isinstance(optimizer, MaskedAdamW):
-        return False
-    params = optimizer._pool + optimizer._dense
-    if optimizer._in_backward is not None and optimizer._in_backward.holds_any:
-        return True
-    return any(param.grad is not None and param.grad.numel() for param in params)

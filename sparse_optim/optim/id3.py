@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sparse_optim.optim.groups import BiasCorrection
 from sparse_optim.optim.masked_adamw import MaskedAdamW
 from sparse_optim.policy.importance import D3
 from sparse_optim.policy.schedule import Schedule, Uniform
@@ -64,7 +65,7 @@ class IncrementalMaskedAdamW(MaskedAdamW):
         schedule: Schedule | Callable[[int], int] = Uniform(),
         unmask_steps: int | None = None,
         max_grad_norm: float | None = None,
-        bias_correction: str = "entry",
+        bias_correction: BiasCorrection = "entry",
         backend: str = "auto",
         maximize: bool = False,
         foreach: bool | None = None,

@@ -1,37 +1,35 @@
-"""MaskedAdamW, and IncrementalMaskedAdamW (ID3) as its front door."""
+"""MaskedAdamW: the torch.optim face of the engine."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparse_optim.backends import registry as backends
-from sparse_optim.backends.operands import ActiveSet, Touched, WorkSpace
 from sparse_optim.delta import Delta
 from sparse_optim.delta._fingerprint import BaseFingerprints
-from sparse_optim.engine import buffers
-from sparse_optim.engine.fused_backward import InBackward, switched
-from sparse_optim.engine.ranking import Ranking, rank
-from sparse_optim.engine.replacing import replace_active_set
-from sparse_optim.engine.scalars import Rows, check_capture, hyper_rows, write_hyper, write_scalar
+from sparse_optim.engine.choose import choose
+from sparse_optim.engine.engine import Engine, Method, Source
+from sparse_optim.engine.fused_backward import FusedBackward
+from sparse_optim.engine.pool import readable_gradients
+from sparse_optim.engine.scalars import check_capture
 from sparse_optim.optim import checkpoint
 from sparse_optim.optim.dense_groups import plan_dense_step, take_dense_step
+from sparse_optim.optim.gradient_watch import GradientWatch
 from sparse_optim.optim.groups import (
-    bind_grads,
+    BiasCorrection,
+    check_fusable,
     check_method,
     check_new_group,
     check_rejected,
-    check_together,
-    found_gradients,
     normalize_group,
-    readable_grads,
+    split_groups,
 )
-from sparse_optim.optim.readout import delta_of, metrics_of
-from sparse_optim.policy.importance import D3, Importance
+from sparse_optim.optim.readout import delta_of, metrics_of, names_of
+from sparse_optim.policy.importance import Importance, in_kernel
 from sparse_optim.policy.selection import Selection, resolve_budget
 
 
@@ -77,13 +75,9 @@ class MaskedAdamW(torch.optim.Optimizer):
     """
 
     _step_supports_amp_scaling = True
-    _in_backward: InBackward | None = None
-    _steps_without_gradients: int | None = 0
-    _work: WorkSpace  # this and those below are set by `buffers.allocate`
-    _ranking: Ranking
-    _spare: ActiveSet
-    _first_tile: list[int]
-    _versions: list[int]
+    _fused_backward: FusedBackward | None = None
+    scaler_reads_scan = False
+    """Set by `sparse_optim.amp.GradScaler` while it steps: it takes `found_inf` from the scan."""
 
     def __init__(
         self,
@@ -97,7 +91,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         importance: Importance,
         selection: Selection,
         max_grad_norm: float | None = None,
-        bias_correction: str = "entry",
+        bias_correction: BiasCorrection = "entry",
         backend: str = "auto",
         maximize: bool = False,
         foreach: bool | None = None,
@@ -107,47 +101,87 @@ class MaskedAdamW(torch.optim.Optimizer):
         fuse_backward: bool = False,
     ) -> None:
         check_method(importance, selection, max_grad_norm, bias_correction)
-        self.importance = importance
-        self.selection = selection
         self.max_grad_norm = max_grad_norm
-        self.bias_correction = bias_correction
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad,
             "maximize": maximize, "unmask": "rank",
         }  # fmt: skip
         super().__init__(params, defaults)
-        self.backend = backends.resolve(backend, self._device)
-        waits = selection.replaces or not isinstance(importance, D3)
-        check_rejected(capturable, differentiable, self._device, self.backend, waits)
+        pool, self._dense = split_groups(self.param_groups)
+        chosen = choose(backend, pool.device)
+        waits = selection.replaces or in_kernel(importance) is None
+        check_rejected(capturable, differentiable, pool.device, chosen, waits)
         self.capturable = capturable
         ranked = any(group["unmask"] == "rank" for group in self.param_groups)
-        budget = resolve_budget(selection.budget, self._pool_size()) if ranked else 0
-        self._targets = selection.targets(budget).to(self._device)
-        self._base = BaseFingerprints().extended(self._pool)
-        self._hyper: Rows = []  # what the device knows of the groups' numbers
-        self._active = ActiveSet.empty(self._pool, budget, self._device)
-        self._touched = Touched(torch.empty(0, dtype=torch.int64, device=self._device))
-        buffers.allocate(self)
+        budget = resolve_budget(selection.budget, pool.trainable_entries) if ranked else 0
+        self._base = BaseFingerprints().extended(pool.params)
+        method = Method(importance, selection, bias_correction)
+        self._engine = Engine(pool, method, selection.targets(budget), chosen)
+        self._watch = GradientWatch()
         self.fuse_backward = fuse_backward
+
+    @property
+    def engine(self) -> Engine:
+        """What does the work: buffers and operations, for tests and measurements.
+
+        `extend`, `load_state_dict` and `add_param_group` put another one in its place.
+        """
+        return self._engine
+
+    @property
+    def backend(self) -> str:
+        """Name of the backend that runs."""
+        return self._engine.backend
+
+    @property
+    def importance(self) -> Importance:
+        """What ranks the entries."""
+        return self._engine.method.importance
+
+    @property
+    def selection(self) -> Selection:
+        """How many entries become active, and when."""
+        return self._engine.method.selection
+
+    @property
+    def bias_correction(self) -> str:
+        """How an entry's age is counted: "entry" or "global"."""
+        return self._engine.method.bias_correction
 
     @property
     def fuse_backward(self) -> bool:
         """Whether gradients are taken during the backward pass; may be changed between steps."""
-        return self._in_backward is not None
+        return self._fused_backward is not None
 
     @fuse_backward.setter
     def fuse_backward(self, wanted: bool) -> None:
-        self._in_backward = switched(self, wanted)
+        if wanted == self.fuse_backward:
+            return
+        if wanted:
+            check_fusable(self.selection, self.capturable, self.max_grad_norm)
+            self._fused_backward = FusedBackward(self._engine, self._dense.params)
+        elif self._fused_backward is not None:
+            self._fused_backward.check_idle("a change of fuse_backward")
+            self._fused_backward.detach()
+            self._fused_backward = None
 
-    def _check_idle(self, what: str) -> None:
-        if self._in_backward is not None:
-            self._in_backward.check_idle(what)
+    @property
+    def _source(self) -> Source:
+        """Where gradients come from: `.grad`, or the backward pass."""
+        return self._fused_backward or self._engine
+
+    @property
+    def holds_gradients(self) -> bool:
+        """Whether the next step will find a gradient."""
+        if self._fused_backward is not None and self._fused_backward.holds_any:
+            return True
+        params = (*self._engine.pool.params, *self._dense.params)
+        return any(param.grad is not None and param.grad.numel() for param in params)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget all gradients, those that `fuse_backward=True` has taken, too."""
+        """Forget all gradients, including those that `fuse_backward=True` has taken."""
         super().zero_grad(set_to_none)
-        if self._in_backward is not None:
-            self._in_backward.discard()
+        self._source.discard()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -156,107 +190,60 @@ class MaskedAdamW(torch.optim.Optimizer):
         A non-finite gradient anywhere skips the step as a whole: no parameter, moment, count or
         schedule moves; `metrics()["skipped_steps"]` counts it.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        check_capture(
-            self._device, self.capturable, self._base.settled, self.param_groups, self._hyper
-        )
-        fused = self._in_backward
-        if fused:
-            bound, grads = fused.take_rest()
-        else:
-            bound, grads = bind_grads(self._ops.bind, self._pool, self._names, self._work.table)
-        dense_grads = readable_grads(self._dense, self._dense_names)
-        if not found_gradients(self, grads + dense_grads):
-            if fused:
-                fused.discard()
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        engine, source = self._engine, self._source
+        self._check_step()
+        grads = source.bind(readable_gradients(self._dense.params, self._dense.names))
+        self._watch.note(grads.any)
+        if not grads.any:
+            source.discard()
             return loss
-        is_scaled = self.max_grad_norm is not None or getattr(self, "grad_scale", None) is not None
-        dense = plan_dense_step(self, dense_grads, is_scaled)
-        self._prepare()
-        if fused:
-            fused.finish(bound, grads, dense_grads)
-        elif self.selection.replaces:
-            replace_active_set(self, bound, grads, dense_grads)
-        else:
-            self._scan(bound, dense_grads)
-            self._cut(bound, grads)
-            self._append(bound)
-        self._clip()
-        self._update(bound)
-        take_dense_step(dense, self._work.grad_factor, self._work.found_inf)
-        if fused:
-            fused.end()
+        dense = plan_dense_step(self, grads.dense, self._scales_gradients)  # the last to allocate
+        self._base.finalize(engine.pool.params)
+        engine.begin(self.param_groups, self._given("grad_scale"), self._given("found_inf"))
+        source.select(grads)  # scan, cut, append
+        engine.clip(self.max_grad_norm)
+        engine.update(grads)
+        take_dense_step(dense, engine.work.scalars.grad_factor, engine.work.scalars.found_inf)
+        source.end()
         return loss
 
-    def _prepare(self) -> None:
-        """Copy this step's scalars to the device; notice parameters that others have written."""
-        work = self._work
-        rows = hyper_rows(self.param_groups)
-        write_hyper(work.hyper, self.param_groups, rows if rows != self._hyper else None)
-        self._hyper = rows
-        # Set and deleted by torch.amp.GradScaler around each step.
-        write_scalar(work.grad_scale, getattr(self, "grad_scale", None), 1.0)
-        write_scalar(work.found_inf, getattr(self, "found_inf", None), 0.0)
-        self._base.settle(self._pool)
-        self._notice_writes()
-
-    def _notice_writes(self) -> None:
-        """Take over parameter values that others have written since the last step."""
-        if self._keeps_values:
-            known = zip(self._pool, self._versions, strict=True)
-            written = [i for i, (param, version) in enumerate(known) if param._version != version]
-            buffers.refresh(self, written)
-
-    def _scan(self, bound: Any, dense_grads: Sequence[Tensor]) -> None:
-        active, work = self._active, self._work
-        self._ops.scan(
-            bound, dense_grads, active.position, active.offsets, work.tile_offsets, self._ops.TILE,
-            work.tile_max, work.active_grad, work.norms, work.found_inf, work.scratch,
-        )  # fmt: skip
-
-    def _cut(self, bound: Any, grads: list[Tensor]) -> None:
-        active, work = self._active, self._work
-        if (ranked := rank(self, bound, grads)) is None:
-            work.new_count.zero_()
-            return
-        self._ops.cut(
-            ranked.bound, active.position, active.offsets, work.tile_offsets, ranked.tile_max,
-            work.param_bound, self._targets, active.progress, work.found_inf, ranked.exp,
-            ranked.eps, ranked.noise, self._ops.TILE, work.new_tensor, work.new_position,
-            work.new_count, work.threshold, work.scratch,
-        )  # fmt: skip
-
-    def _append(self, bound: Any) -> None:
-        active, work = self._active, self._work
-        self._ops.append(
-            bound, work.new_tensor, work.new_position, work.new_count, active.position,
-            active.exp_avg, active.exp_avg_sq, active.unmask_step, active.master,
-            work.active_grad, active.offsets, active.progress, work.scratch,
-        )  # fmt: skip
-
-    def _clip(self) -> None:
-        work, limit = self._work, self.max_grad_norm or math.inf
-        self._ops.clip(work.norms, work.grad_scale, limit, work.grad_norm, work.grad_factor)
-
-    def _update(self, bound: Any) -> None:
-        active, work = self._active, self._work
-        self._ops.update(
-            bound, active.position, active.offsets, work.active_grad, work.grad_factor,
-            work.found_inf, work.hyper, work.group_index, self.bias_correction, active.exp_avg,
-            active.exp_avg_sq, active.unmask_step, active.master, active.progress,
-        )  # fmt: skip
-        # Compiled operators write behind autograd's back: bump the versions that it checks.
-        torch.autograd.graph.increment_version(self._pool)
-        if self._keeps_values:
-            self._versions = [param._version for param in self._pool]
+    def _given(self, name: str) -> Tensor | None:
+        """`grad_scale` or `found_inf`, which torch.amp.GradScaler sets and deletes."""
+        return getattr(self, name, None)
 
     @property
-    def _keeps_values(self) -> bool:
-        """Whether anything here was computed from parameter values that others may overwrite."""
-        return bool(self._work.param_bound.numel() or self._active.master.numel())
+    def _scales_gradients(self) -> bool:
+        return self.max_grad_norm is not None or self._given("grad_scale") is not None
+
+    def _check_step(self) -> None:
+        """Raise RuntimeError where a step could not be replayed, or would miss infinities."""
+        check_capture(
+            self._engine.pool.device, self.capturable, self._base.final, self.param_groups,
+            self._engine.hyper,
+        )  # fmt: skip
+        scaled = self._given("grad_scale") is not None
+        if self.fuse_backward and scaled and not self.scaler_reads_scan:
+            raise RuntimeError(
+                "torch.amp.GradScaler finds no gradients to inspect with fuse_backward=True, so "
+                "that it would never lower its scale: use sparse_optim.amp.GradScaler"
+            )
+
+    def _check_idle(self, what: str) -> None:
+        if self._fused_backward is not None:
+            self._fused_backward.check_idle(what)
+
+    def _adopt(self, engine: Engine) -> None:
+        """Go on with another engine; if its hooks cannot be registered, with the one at hand."""
+        before = self._fused_backward
+        if before is not None:
+            before.detach()
+            try:
+                self._fused_backward = FusedBackward(engine, self._dense.params)
+            except BaseException:
+                before.attach()
+                raise
+        self._engine = engine
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its entries join the pool after all others. The budget stays as it is.
@@ -268,54 +255,26 @@ class MaskedAdamW(torch.optim.Optimizer):
         check_new_group({**self.defaults, **group})
         self._check_idle("add_param_group()")
         super().add_param_group(group)
+        if not hasattr(self, "_engine"):  # torch's constructor adds the first groups
+            return
+        dense = self._dense
         try:
-            self._index_params()
-            if hasattr(self, "_active"):
-                base = self._base.extended(self._pool)
-                grown = buffers.moved(self, self._active.position.numel())
-                buffers.reallocate(self, self._targets, grown)
-                self._base = base
-        except BaseException:  # out of memory, too
+            pool, self._dense = split_groups(self.param_groups)
+            base = self._base.extended(pool.params)
+            self._adopt(self._engine.with_pool(pool))
+            self._base = base
+        except BaseException:  # also when memory runs out
             self.param_groups.pop()
-            if self.param_groups:
-                self._index_params()
+            self._dense = dense
             raise
-
-    def _index_params(self) -> None:
-        """List the pool (groups of unmask="rank") and the dense parameters, with names."""
-        pool, dense = [], []
-        for row, group in enumerate(self.param_groups):
-            names = group.get("param_names") or [
-                f"group{row}.param{number}" for number in range(len(group["params"]))
-            ]
-            for name, param in zip(names, group["params"], strict=True):
-                if group["unmask"] == "rank":
-                    pool.append((name, param, row))
-                elif group["unmask"] == "all":
-                    dense.append((name, param, row))
-        names = [name for name, *_ in pool + dense]
-        check_together([param for _, param, _ in pool + dense], names)
-        self._names, self._dense_names = names[: len(pool)], names[len(pool) :]
-        self._pool = [param for _, param, _ in pool]
-        self._dense = [param for _, param, _ in dense]
-        self._group_index = [row for _, _, row in pool]
-        self._device = next(iter(self._pool + self._dense), torch.empty(0)).device
-
-    def _pool_size(self) -> int:
-        """Entries that may be unmasked: those of the pool that require gradients."""
-        return sum(param.numel() for param in self._pool if param.requires_grad)
-
-    @property
-    def _ops(self) -> Any:
-        return backends.operations(self.backend)
 
     def refresh(self) -> None:
         """Take over parameter values written from outside, as after `model.load_state_dict`.
 
         Writes that autograd sees are noticed; call this after writing through `param.data`.
         """
-        buffers.refresh(self, range(len(self._pool)))
-        self._base.doubt()
+        self._engine.refresh()
+        self._base.invalidate()
 
     def extend(self, *, budget: int | float | None = None, total_steps: int | None = None) -> None:
         """Change the budget or the steps in the middle of a run; what is active stays active.
@@ -327,14 +286,25 @@ class MaskedAdamW(torch.optim.Optimizer):
         Raises:
             ValueError: if the budget is below the entries that are active already.
         """
-        buffers.extend(self, budget, total_steps)
+        engine = self._engine
+        current, steps = int(engine.targets[-1]), engine.targets.numel() - 1
+        selection = self.selection.extended(
+            current if budget is None else budget, total_steps, current_steps=steps
+        )
+        entries = resolve_budget(selection.budget, engine.pool.trainable_entries)
+        num_active = int(engine.active.progress[1])
+        if entries < num_active:
+            raise ValueError(f"budget {entries} is below the {num_active} entries already active")
+        self._check_idle("extend()")
+        method = replace(engine.method, selection=selection)
+        self._adopt(engine.resized(method, selection.targets(entries)))
 
     def state_dict(self) -> dict[str, Any]:
         """State in torch's form, plus "unmask" (counts, schedule, fingerprints) under "state".
 
         Per-entry state of a parameter: position (int32), exp_avg, exp_avg_sq, unmask_step, master.
         """
-        packed = checkpoint.pack(self)
+        packed = checkpoint.pack(self._engine, self._base.values if self._base.final else [])
         self.state.update(packed)
         try:
             return super().state_dict()
@@ -351,43 +321,55 @@ class MaskedAdamW(torch.optim.Optimizer):
                 as it is when memory runs out.
         """
         self._check_idle("load_state_dict()")
-        checkpoint.load(self, state_dict, super().load_state_dict)
+        ours, torchs = checkpoint.split(self._engine, self.param_groups, state_dict)
+        loaded = checkpoint.restore(self._engine, ours)  # the largest allocations come first
+        before = dict(vars(self))
+        try:
+            super().load_state_dict(torchs)
+            self._adopt(loaded)
+        except BaseException:
+            vars(self).update(before)
+            raise
+        if ours.fingerprints:  # else no step had been taken: the base is what is here then
+            self._base = BaseFingerprints(ours.fingerprints)
 
     def __getstate__(self) -> dict[str, Any]:
         """What copy.deepcopy and pickle keep: torch's own state, and ours."""
+        self._check_idle("a copy")
         kept = {
             name: value
             for name, value in self.__dict__.items()
             if not name.startswith(("_optimizer_", "_zero_grad_"))
             and not hasattr(type(self), name)  # a scheduler's wrapper around `step`
         }
-        # A copy's parameters count their versions anew: none of them is known.
-        kept["_versions"] = [-1] * len(self._pool)
-        self._check_idle("a copy")
-        kept["_in_backward"] = self.fuse_backward
+        kept["_fused_backward"] = self.fuse_backward
         return {**super().__getstate__(), **kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Hooks are not copied: a copy registers its own on its own parameters."""
         super().__setstate__(state)
-        if "_in_backward" in state:
-            self._in_backward = InBackward(self) if state["_in_backward"] else None
+        if "_fused_backward" in state:
+            fused = state["_fused_backward"]
+            source = FusedBackward(self._engine, self._dense.params) if fused else None
+            self._fused_backward = source
 
     @property
     def grad_norm(self) -> Tensor:
         """Global gradient norm of the last step before clipping, 0-dim float64."""
-        return self._work.grad_norm
+        return self._engine.work.scalars.grad_norm
 
     def active_entries(self) -> dict[str, Tensor]:
         """Flat positions (int64, ascending) of the active entries of each tensor in the pool."""
         return {
-            name: self._active.segment(index)["position"].long()
-            for index, name in enumerate(self._names)
+            name: self._engine.active.segment(index)["position"].long()
+            for index, name in enumerate(self._engine.pool.names)
         }
 
     def metrics(self) -> dict[str, int | float | str]:
         """A flat dict for trackers: counts, norms, bytes; reads the device once."""
-        return metrics_of(self)
+        dense = (tensor for state in self.state.values() for tensor in state.values())
+        taken = self._fused_backward.nbytes if self._fused_backward else 0
+        return metrics_of(self._engine, taken + sum(tensor.nbytes for tensor in dense))
 
     @torch.no_grad()
     def delta(self, model: torch.nn.Module | None = None) -> Delta:
@@ -399,4 +381,5 @@ class MaskedAdamW(torch.optim.Optimizer):
         Raises:
             ValueError: a parameter has no name, or no step has been taken yet.
         """
-        return delta_of(self, model)
+        names = names_of(self._engine.pool, self._dense, self.param_groups, model)
+        return delta_of(self._engine, self._dense, names, self._base.values)

@@ -1,27 +1,31 @@
-"""What an optimizer tells of itself: its delta, with names, and its metrics."""
+"""What can be read off an engine: its delta, with names, and its metrics."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparse_optim.backends.operands import num_bytes
 from sparse_optim.delta import Delta, SparseValues
+from sparse_optim.engine.engine import Engine
+from sparse_optim.engine.pool import Pool
+from sparse_optim.optim.groups import DenseParams
 
-if TYPE_CHECKING:
-    from sparse_optim.optim.masked_adamw import MaskedAdamW
 
+def delta_of(
+    engine: Engine, dense: DenseParams, names: Mapping[int, str], fingerprints: Sequence[str]
+) -> Delta:
+    """Collect the active entries of the pool, and dense parameters whole.
 
-def delta_of(optimizer: MaskedAdamW, model: torch.nn.Module | None) -> Delta:
-    """Collect the active entries of the pool, and dense groups whole; see `MaskedAdamW.delta`."""
-    names = _names(optimizer, model)
-    sparse, fingerprints = {}, {}
-    moved = _moved_entries(optimizer)
-    for index, (param, (position, unmask_step)) in enumerate(
-        zip(optimizer._pool, moved, strict=True)
-    ):
+    Args:
+        names: as `names_of` gives them.
+        fingerprints: of the base's tensors, one for each tensor of the pool.
+    """
+    sparse, of_base, params = {}, {}, engine.pool.params
+    moved = _moved_entries(engine)
+    for index, (param, (position, unmask_step)) in enumerate(zip(params, moved, strict=True)):
         if position.numel():
             name = names[id(param)]
             sparse[name] = SparseValues(
@@ -31,72 +35,80 @@ def delta_of(optimizer: MaskedAdamW, model: torch.nn.Module | None) -> Delta:
                 value=param.detach().view(-1)[position],
                 unmask_step=unmask_step,
             )
-            fingerprints[name] = optimizer._base.values[index]
-    dense = {names[id(param)]: param.detach().clone() for param in optimizer._dense}
+            of_base[name] = fingerprints[index]
+    whole = {names[id(param)]: param.detach().clone() for param in dense.params}
     method = {
-        "importance": repr(optimizer.importance),
-        "selection": type(optimizer.selection).__name__,
-        "budget": int(optimizer._targets[-1]),
-        "total_steps": optimizer._targets.numel() - 1,
-        "step": int(optimizer._active.progress[0]),
+        "importance": repr(engine.method.importance),
+        "selection": type(engine.method.selection).__name__,
+        "budget": int(engine.targets[-1]),
+        "total_steps": engine.targets.numel() - 1,
+        "step": int(engine.active.progress[0]),
     }
-    return Delta(sparse=sparse, dense=dense, fingerprints=fingerprints, method=method)
+    return Delta(sparse=sparse, dense=whole, fingerprints=of_base, method=method)
 
 
-def _moved_entries(optimizer: MaskedAdamW) -> list[tuple[Tensor, Tensor | None]]:
-    """For each tensor of the pool: positions (int64) that may have moved, and when unmasked.
+def names_of(
+    pool: Pool,
+    dense: DenseParams,
+    param_groups: Sequence[Mapping[str, Any]],
+    model: torch.nn.Module | None,
+) -> dict[int, str]:
+    """id of each parameter that the optimizer trains -> its name.
 
-    Where entries leave the set again, no step says when one was unmasked.
+    Raises:
+        ValueError: a parameter has no name, or is not the model's.
     """
-    if not optimizer.selection.replaces:
-        segments = (optimizer._active.segment(index) for index in range(len(optimizer._pool)))
-        return [(part["position"].long(), part["unmask_step"].clone()) for part in segments]
-    index = optimizer._touched.index()
-    ends = torch.tensor([param.numel() for param in optimizer._pool]).cumsum(0)
-    last = torch.searchsorted(index, ends.to(index.device)).tolist()
-    first = [0, *last[:-1]]
-    starts = [0, *ends.tolist()[:-1]]
-    return [(index[a:b] - start, None) for a, b, start in zip(first, last, starts, strict=True)]
-
-
-def metrics_of(optimizer: MaskedAdamW) -> dict[str, int | float | str]:
-    """Counts, norms and bytes as a flat dict; see `MaskedAdamW.metrics`."""
-    step, active, skipped = optimizer._active.progress.tolist()
-    budget = int(optimizer._targets[-1])
-    counts = optimizer._active.offsets.diff().tolist()
-    dense = (tensor for state in optimizer.state.values() for tensor in state.values())
-    return {
-        "step": step,
-        "skipped_steps": skipped,
-        "active": active,
-        **({"touched": optimizer._touched.index().numel()} if optimizer.selection.replaces else {}),
-        "budget": budget,
-        "budget_left": budget - active,
-        "threshold": float(optimizer._work.threshold),
-        "grad_norm": float(optimizer._work.grad_norm),
-        "backend": optimizer.backend,
-        "state_bytes": num_bytes(
-            optimizer._active, optimizer._work, optimizer._spare, optimizer._ranking
-        )
-        + optimizer._touched.nbytes
-        + (optimizer._in_backward.nbytes if optimizer._in_backward else 0)
-        + optimizer._targets.nbytes
-        + sum(tensor.nbytes for tensor in dense),
-        **{f"active/{name}": count for name, count in zip(optimizer._names, counts, strict=True)},
-    }
-
-
-def _names(optimizer: MaskedAdamW, model: torch.nn.Module | None) -> dict[int, str]:
-    """id of each parameter that the optimizer trains -> its name."""
-    params = optimizer._pool + optimizer._dense
+    params = (*pool.params, *dense.params)
     if model is not None:
         names = {id(param): name for name, param in model.named_parameters()}
         if any(id(param) not in names for param in params):
             raise ValueError("the optimizer holds parameters that are not the model's")
         return names
-    if not all("param_names" in group for group in optimizer.param_groups):
+    if not all("param_names" in group for group in param_groups):
         raise ValueError(
             "a delta needs names: pass model=, or build the optimizer from named_parameters()"
         )
-    listed = optimizer._names + optimizer._dense_names
+    listed = (*pool.names, *dense.names)
     return {id(param): name for param, name in zip(params, listed, strict=True)}
+
+
+def metrics_of(engine: Engine, further_bytes: int) -> dict[str, int | float | str]:
+    """Counts, norms and bytes as a flat dict.
+
+    Args:
+        further_bytes: of state that is not the engine's.
+    """
+    step, active, skipped = engine.active.progress.tolist()
+    budget = int(engine.targets[-1])
+    counts = engine.active.offsets.diff().tolist()
+    replaces = engine.method.selection.replaces
+    return {
+        "step": step,
+        "skipped_steps": skipped,
+        "active": active,
+        **({"touched": engine.touched.index().numel()} if replaces else {}),
+        "budget": budget,
+        "budget_left": budget - active,
+        "threshold": float(engine.work.new.threshold),
+        "grad_norm": float(engine.work.scalars.grad_norm),
+        "backend": engine.backend,
+        "state_bytes": engine.nbytes + further_bytes,
+        **{f"active/{name}": count for name, count in zip(engine.pool.names, counts, strict=True)},
+    }
+
+
+def _moved_entries(engine: Engine) -> list[tuple[Tensor, Tensor | None]]:
+    """For each tensor of the pool: positions (int64) that may have moved, and when unmasked.
+
+    Where entries leave the set again, no step says when one was unmasked.
+    """
+    params = engine.pool.params
+    if not engine.method.selection.replaces:
+        segments = (engine.active.segment(index) for index in range(len(params)))
+        return [(part["position"].long(), part["unmask_step"].clone()) for part in segments]
+    index = engine.touched.index()
+    ends = engine.pool.sizes.cpu().cumsum(0)
+    last = torch.searchsorted(index, ends.to(index.device)).tolist()
+    first = [0, *last[:-1]]
+    starts = [0, *ends.tolist()[:-1]]
+    return [(index[a:b] - start, None) for a, b, start in zip(first, last, starts, strict=True)]

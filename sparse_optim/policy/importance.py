@@ -12,7 +12,7 @@ gradients. Every other one costs a pass of its own and a score of every entry wh
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -20,10 +20,40 @@ import torch
 from torch import Tensor
 
 from sparse_optim.backends import scoring
+from sparse_optim.warn import warn_user
 
-# name, parameter, gradient -> score of every entry
-Importance = Callable[[str, Tensor, Tensor], Tensor]
 GREATEST_FINITE_BITS = 0x7F7FFFFF
+
+
+class Importance(Protocol):
+    """What ranks the entries: any function of (name, param, grad).
+
+    A class may also have attributes, all of them optional, by which it says more of itself:
+
+    in_kernel: (exp, eps), if its scores are those of `D3`; the kernels then rank gradients as they
+        read them, and it is never called.
+    fixed: True if scores do not depend on gradients; a static set is then complete after one step.
+    noise_seed: an int; entries are then sampled with probabilities proportional to score^2.
+    ordinal: True if scores are an order alone, and no weights to sample by.
+    trusted: True if scores always have the parameter's shape and are finite and >= 0.
+    uniform: True if every score is 1; it is then never called.
+    check_names(names): called with the names of the pool when the optimizer is built.
+    check(names, params): called before each ranking, with the parameters that have gradients.
+    """
+
+    def __call__(self, name: str, param: Tensor, grad: Tensor, /) -> Tensor:
+        """Score of every entry, of the parameter's shape, finite, >= 0; 0 is never unmasked."""
+        ...
+
+
+def in_kernel(importance: Importance) -> tuple[float, float] | None:
+    """(exp, eps) of D3 if the kernels rank gradients by themselves, else None."""
+    return getattr(importance, "in_kernel", None)
+
+
+def is_fixed(importance: Importance) -> bool:
+    """Whether scores stay the same, whatever the gradients are."""
+    return bool(getattr(importance, "fixed", False))
 
 
 @dataclass(frozen=True)
@@ -47,12 +77,18 @@ class D3:
 
     exp: float = 0.0
     eps: float = 1.0
+    trusted: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.exp):
             raise ValueError(f"D3: exp must be a finite number, got {self.exp}")
         if not (math.isfinite(self.eps) and self.eps > 0):
             raise ValueError(f"D3: eps must be a finite number above 0, got {self.eps}")
+
+    @property
+    def in_kernel(self) -> tuple[float, float]:
+        """exp and eps, for the kernels."""
+        return self.exp, self.eps
 
     def __call__(self, name: str, param: Tensor, grad: Tensor) -> Tensor:
         """Scores, float32, of the parameter's shape."""
@@ -72,6 +108,18 @@ class Magnitude:
     """
 
     fixed: ClassVar[bool] = True
+    ordinal: ClassVar[bool] = True
+    trusted: ClassVar[bool] = True
+
+    def check(self, names: Sequence[str], params: Sequence[Tensor]) -> None:
+        """Warn of matrices that are all zeros: their entries would be unmasked first."""
+        zero = zero_matrices(zip(names, params, strict=True))
+        if zero:
+            warn_user(
+                f"Magnitude: {len(zero)} of the ranked matrices are all zeros (a fresh LoRA B?; "
+                f"the first is {zero[0]}), so that their entries are unmasked first, in the order "
+                "of their positions; leave them out of the pool, or rank by the gradient (D3)"
+            )
 
     def __call__(self, name: str, param: Tensor, grad: Tensor) -> Tensor:
         """Scores, float32, of the parameter's shape."""
@@ -93,6 +141,12 @@ class Random:
 
     seed: int = 0
     fixed: ClassVar[bool] = True
+    uniform: ClassVar[bool] = True
+
+    @property
+    def noise_seed(self) -> int:
+        """Entries of equal scores, drawn at random."""
+        return self.seed
 
     def __call__(self, name: str, param: Tensor, grad: Tensor) -> Tensor:
         """Ones of the parameter's shape; the optimizer adds the noise."""
@@ -107,6 +161,8 @@ class Snip:
 
     Reference: Lee et al. 2019, SNIP, equation 6; He et al. 2022, SparseAdapter, section 3.
     """
+
+    trusted: ClassVar[bool] = True
 
     def __call__(self, name: str, param: Tensor, grad: Tensor) -> Tensor:
         """Scores, float32, of the parameter's shape."""
@@ -137,6 +193,7 @@ class ActivationWeightGradient:
     """
 
     means: InputFeatureMeans
+    trusted: ClassVar[bool] = True
 
     def __call__(self, name: str, param: Tensor, grad: Tensor) -> Tensor:
         """Scores, float32, of the parameter's shape."""
@@ -166,6 +223,7 @@ class Scores:
     """
 
     fixed: ClassVar[bool] = True
+    trusted: ClassVar[bool] = True
 
     def __init__(self, scores: Mapping[str, Tensor]) -> None:
         for name, score in scores.items():
@@ -190,7 +248,7 @@ class Scores:
             )
         return score.to(param.device, torch.float32)
 
-    def check_names(self, names: list[str]) -> None:
+    def check_names(self, names: Sequence[str]) -> None:
         """Raise ValueError if scores of a parameter would go unused: most often a wrong name."""
         unknown = sorted(set(self.scores) - set(names))
         if unknown:
@@ -208,6 +266,7 @@ def check_scores(score: Tensor, name: str) -> None:
         raise ValueError(f"the importance of {name} is negative or not finite somewhere")
 
 
-def is_fixed(importance: Importance) -> bool:
-    """Whether scores stay what they are, whatever the gradients."""
-    return bool(getattr(importance, "fixed", False))
+def zero_matrices(named_params: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Names of the matrices (two dimensions or more) that are zero throughout: a fresh LoRA's B."""
+    matrices = ((name, param) for name, param in named_params if param.dim() > 1 and param.numel())
+    return [name for name, param in matrices if not param.any()]

@@ -119,18 +119,3 @@ def cumulative_targets(
     # What a function gives for step 0 falls to step 1, the first that can unmask.
     table = [0, *table[1:]] + [table[-1]] * (total_steps - unmask_steps)
     return torch.tensor(table, dtype=torch.int64)
-
-
-def step_quota(targets: Tensor, progress: Tensor, max_quota: int) -> Tensor:
-    """Entries to unmask in the next step: min(targets[min(step + 1, T)] - active, max_quota).
-
-    Args:
-        targets: (T + 1,), int64, cumulative targets.
-        progress: (3,), int64: applied steps, active entries, skipped steps.
-        max_quota: most entries that one step may unmask.
-
-    Returns:
-        (), int64, on their device, >= 0.
-    """
-    step = (progress[:1] + 1).clamp(max=targets.numel() - 1)
-    return (targets[step] - progress[1]).clamp(0, max_quota).squeeze(0)

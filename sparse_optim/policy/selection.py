@@ -1,10 +1,10 @@
-"""Selections: when which entries become active, and whether they stay so."""
+"""Selections: when entries become active, and whether they stay active."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
@@ -40,6 +40,42 @@ def resolve_budget(budget: int | float, pool_size: int) -> int:
     return budget
 
 
+class Selection(Protocol):
+    """What `Increment`, `Static`, `Repeat` and `Stochastic` offer.
+
+    Attributes:
+        budget: entries (int) or share of the pool (float).
+        replaces: whether each step drops the set of the one before.
+        one_step: whether the whole budget is unmasked at the first step, and never again.
+        noise_seed: seed of the sample of each step; None if nothing is sampled.
+    """
+
+    @property
+    def budget(self) -> int | float: ...
+    @property
+    def replaces(self) -> bool: ...
+    @property
+    def one_step(self) -> bool: ...
+    @property
+    def noise_seed(self) -> int | None: ...
+
+    def targets(self, budget: int) -> Tensor:
+        """Cumulative targets, (T + 1,), int64, of a budget in entries."""
+        ...
+
+    def extended(
+        self, budget: int | float, total_steps: int | None, current_steps: int
+    ) -> Selection:
+        """The same with another budget and, where it has steps, another number of them.
+
+        Args:
+            budget: entries (int) or share of the pool (float).
+            total_steps: the new number of steps; None keeps `current_steps`.
+            current_steps: of the schedule that runs, which may be a checkpoint's.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Increment:
     """Unmask a few entries more at each step, ranked anew each time; none is frozen again.
@@ -61,6 +97,8 @@ class Increment:
     schedule: Schedule | Callable[[int], int] = field(default_factory=Uniform)
     unmask_steps: int | None = None
     replaces: ClassVar[bool] = False
+    one_step: ClassVar[bool] = False
+    noise_seed: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         if isinstance(self.total_steps, bool) or not isinstance(self.total_steps, int):
@@ -78,9 +116,46 @@ class Increment:
         unmask_steps = self.unmask_steps or self.total_steps
         return cumulative_targets(self.schedule, budget, self.total_steps, unmask_steps)
 
+    def extended(
+        self, budget: int | float, total_steps: int | None, current_steps: int
+    ) -> Increment:
+        """The same with another budget and number of steps; see `Selection`."""
+        steps = current_steps if total_steps is None else total_steps
+        return replace(self, budget=budget, total_steps=steps)
+
 
 @dataclass(frozen=True)
-class Static:
+class _Whole:
+    """Unmask the whole budget in one step."""
+
+    budget: int | float
+    replaces: ClassVar[bool] = True
+    one_step: ClassVar[bool] = False
+
+    @property
+    def noise_seed(self) -> int | None:
+        """None: nothing is sampled."""
+        return None
+
+    def targets(self, budget: int) -> Tensor:
+        """Cumulative targets, (2,), int64: everything at step 1."""
+        return cumulative_targets(Uniform(), budget, 1, 1)
+
+    def extended(
+        self, budget: int | float, total_steps: int | None, current_steps: int
+    ) -> Selection:
+        """The same with another budget.
+
+        Raises:
+            ValueError: if total_steps is given.
+        """
+        if total_steps is not None:
+            raise ValueError("a static selection has no total_steps; give only budget")
+        return replace(self, budget=budget)
+
+
+@dataclass(frozen=True)
+class Static(_Whole):
     """Unmask the whole budget at the first step, and keep that set.
 
     Args:
@@ -89,20 +164,16 @@ class Static:
     Reference: Agarwal et al. 2025, section 3 (static-S).
     """
 
-    budget: int | float
     replaces: ClassVar[bool] = False
-
-    def targets(self, budget: int) -> Tensor:
-        """Cumulative targets, (2,), int64: everything at step 1."""
-        return cumulative_targets(Uniform(), budget, 1, 1)
+    one_step: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
-class Repeat(Static):
-    """Unmask the whole budget anew at each step: the set of one step is dropped at the next.
+class Repeat(_Whole):
+    """Unmask the whole budget anew at each step: the next step drops the set of this one.
 
-    Entries that are in both keep their moments; those that leave lose them and stay at the value
-    that they reached. What was ever active is recorded, for the delta.
+    Entries that are in both keep their moments; those that leave lose them and keep the value that
+    they reached. Every entry that was ever active is recorded, for the delta.
 
     Args:
         budget: entries (int) or share of the pool (float), of one step.
@@ -110,11 +181,9 @@ class Repeat(Static):
     Reference: Agarwal et al. 2025, section 6 (repeat-S).
     """
 
-    replaces: ClassVar[bool] = True
-
 
 @dataclass(frozen=True)
-class Stochastic(Repeat):
+class Stochastic(_Whole):
     """As `Repeat`, but each step's set is a sample without replacement.
 
         probability of the next draw = score^2 / sum of score^2 over entries not drawn yet
@@ -129,5 +198,7 @@ class Stochastic(Repeat):
 
     seed: int = 0
 
-
-Selection = Increment | Static  # Repeat and Stochastic are kinds of Static
+    @property
+    def noise_seed(self) -> int:
+        """Of the noise by which entries are drawn."""
+        return self.seed

@@ -64,9 +64,9 @@ def test_scores_are_ranked_and_sampled(kind, tile, noise):
         ops.rank(*twin.rank_args(ops))
         ops.cut(*twin.cut_args(ops))
     for name in ("tile_max", "new_count", "threshold"):
-        assert_same_bits(getattr(fast.work, name), getattr(plain.work, name), name)
+        assert_same_bits(fast.buffer(name), plain.buffer(name), name)
     assert fast.new_entries() == plain.new_entries()
-    assert int(fast.work.new_count) == (0 if kind == "zeros" else 90)
+    assert int(fast.work.new.count) == (0 if kind == "zeros" else 90)
 
 
 @pytest.mark.parametrize("tile", [100, 512, 4096])
@@ -88,7 +88,7 @@ def test_noise_of_a_large_tensor():
     for twin, ops in ((plain, reference), (fast, cpp)):
         ops.rank(*twin.rank_args(ops))
         ops.cut(*twin.cut_args(ops))
-    assert_same_bits(fast.work.tile_max, plain.work.tile_max)
+    assert_same_bits(fast.work.tiles.max, plain.work.tiles.max)
     assert fast.new_entries() == plain.new_entries()
 
 
@@ -164,9 +164,9 @@ def test_many_candidates(kind, exp, quota):
         exp=exp, eps=0.1,
     )  # fmt: skip
     plain, fast = case.copy().step(reference, "cut"), case.copy().step(cpp, "cut")
-    assert int(fast.work.new_count) == quota
+    assert int(fast.work.new.count) == quota
     for name in ("new_tensor", "new_position", "threshold"):
-        assert_same_bits(getattr(fast.work, name), getattr(plain.work, name), name)
+        assert_same_bits(fast.buffer(name), plain.buffer(name), name)
 
 
 @pytest.mark.parametrize("quota", [200_000, 260_000])
@@ -176,9 +176,9 @@ def test_hundreds_of_thousands_of_ties(quota):
     case = make_case([size], dtypes=[torch.bfloat16], quota=quota, num_active=1000, kind="equal")
     case.grads[0][::7] = -0.5  # 92,858 above the tie
     plain, fast = case.copy().step(reference, "cut"), case.copy().step(cpp, "cut")
-    assert int(fast.work.new_count) == quota
-    assert_same_bits(fast.work.new_position, plain.work.new_position)
-    assert float(fast.work.threshold) == 0.25
+    assert int(fast.work.new.count) == quota
+    assert_same_bits(fast.work.new.position, plain.work.new.position)
+    assert float(fast.work.new.threshold) == 0.25
 
 
 def test_ties_by_the_million_with_a_small_quota():
@@ -202,7 +202,9 @@ def test_pow_agrees_where_scores_are_apart(exp):
     plain, fast = case.copy().step(reference, "cut"), case.copy().step(cpp, "cut")
     assert fast.new_entries() == plain.new_entries()
     assert len(fast.new_entries()) == 100
-    torch.testing.assert_close(fast.work.threshold, plain.work.threshold, rtol=2**-20, atol=0)
+    torch.testing.assert_close(
+        fast.work.new.threshold, plain.work.new.threshold, rtol=2**-20, atol=0
+    )
 
 
 @pytest.mark.parametrize("exp", EXPS)
@@ -211,12 +213,12 @@ def test_weights_that_are_not_finite(exp, value):
     """Such an entry ranks by the formula (NaN: never); the rest of its tile is not affected."""
     case = make_case([3 * TILE], quota=2 * TILE, exp=exp)
     case.params[0][[5, TILE + 1]] = value
-    case.work.param_bound.copy_(
-        scoring.tile_abs_max(case.params[0], TILE) if exp < 0 else case.work.param_bound
+    case.work.tiles.param_bound.copy_(
+        scoring.tile_abs_max(case.params[0], TILE) if exp < 0 else case.work.tiles.param_bound
     )
     plain, fast = case.copy().step(reference, "cut"), case.copy().step(cpp, "cut")
     assert fast.new_entries() == plain.new_entries()
-    assert_same_bits(fast.work.threshold, plain.work.threshold)
+    assert_same_bits(fast.work.new.threshold, plain.work.new.threshold)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -239,11 +241,11 @@ def test_one_value_that_is_not_finite_skips_the_step(place, dtype, value):
     before = case.copy()
     for ops in (reference, cpp):
         after = case.copy().step(ops)
-        assert float(after.work.found_inf) == 1
-        assert int(after.work.new_count) == 0
+        assert float(after.work.scalars.found_inf) == 1
+        assert int(after.work.new.count) == 0
         assert after.active.progress.tolist() == [7, 25, 1]
         for name in ("exp_avg", "exp_avg_sq", "position", "master"):
-            assert_same_bits(getattr(after.active, name), getattr(before.active, name), name)
+            assert_same_bits(after.buffer(name), before.buffer(name), name)
         for got, expected in zip(after.params, before.params, strict=True):
             assert_same_bits(got, expected)
 
@@ -253,15 +255,15 @@ def test_an_overflowing_sum_is_not_a_non_finite_gradient():
     case.grads[0].fill_(1e30)
     for ops in (reference, cpp):
         after = case.copy().step(ops)
-        assert float(after.work.found_inf) == 0
-        assert math.isinf(float(after.work.grad_norm))
+        assert float(after.work.scalars.found_inf) == 0
+        assert math.isinf(float(after.work.scalars.grad_norm))
         assert after.active.progress.tolist() == [8, 5, 0]
         assert after.params[0].isfinite().all()
 
 
 def test_found_inf_from_outside_stays():
     case = make_case([100], quota=5)
-    case.work.found_inf.fill_(1.0)
+    case.work.scalars.found_inf.fill_(1.0)
     for ops in (reference, cpp):
         after = case.copy().step(ops)
         assert after.active.progress.tolist() == [7, 0, 1]
@@ -279,16 +281,16 @@ def test_every_16_bit_gradient_is_converted_exactly(dtype):
     case.grads[0] = grad
     cpp.scan(*case.scan_args(cpp))
     nan = grad.isnan()
-    assert_same_bits(case.work.tile_max[~nan], grad[~nan].float().abs().view(torch.int32))
-    assert (case.work.tile_max[nan] > reference.INFINITY_BITS).all()
-    assert float(case.work.found_inf) == 1
+    assert_same_bits(case.work.tiles.max[~nan], grad[~nan].float().abs().view(torch.int32))
+    assert (case.work.tiles.max[nan] > reference.INFINITY_BITS).all()
+    assert float(case.work.scalars.found_inf) == 1
     # in whole tiles too, where conversions are vectorized; squares must not overflow
     finite = torch.where(grad.float().abs() < 1e18, grad, 0)
     wide = make_case([65536], grad_dtypes=[dtype], tile=32, quota=1)
     wide.grads[0] = finite
     cpp.scan(*wide.scan_args(cpp))
     expected = finite.float().abs().view(torch.int32).view(-1, 32).amax(1)
-    assert_same_bits(wide.work.tile_max, expected)
+    assert_same_bits(wide.work.tiles.max, expected)
     exact = float(finite.double().square().sum().sqrt())
     assert wide.work.norms.tolist() == pytest.approx([exact], rel=1e-6)
 
@@ -304,9 +306,9 @@ def test_every_16_bit_value_is_ranked_and_gathered_exactly(dtype):
         case.grads[0] = values.flip(0).clone()
         fill_bounds(case)
         plain, fast = case.copy().step(reference, "append"), case.copy().step(cpp, "append")
-        assert int(fast.work.new_count) == values.numel() // 2
+        assert int(fast.work.new.count) == values.numel() // 2
         assert_same_bits(fast.active.position, plain.active.position)
-        assert_same_bits(fast.work.active_grad, plain.work.active_grad)
+        assert_same_bits(fast.active.grad, plain.active.grad)
         assert_same_bits(fast.active.master, plain.active.master)
 
 
@@ -326,7 +328,7 @@ def test_every_16_bit_value_is_stored_as_torch_rounds():
         case = make_case([size], dtypes=[dtype], quota=size, step=1)
         case.grads[0].fill_(1.0)
         case.step(cpp, "append")
-        case.work.hyper[0, 0] = case.work.hyper[0, 4] = 0.0
+        case.work.scalars.hyper[0, 0] = case.work.scalars.hyper[0, 4] = 0.0
         case.active.master.copy_(master)
         case.step(cpp)
         expected = master.to(dtype)

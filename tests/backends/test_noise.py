@@ -101,9 +101,9 @@ def test_cut_samples_by_the_noise():
         scores.append(score)
     reference.rank(*case.rank_args(reference))
     for index, score in enumerate(scores):
-        first, last = case.work.tile_offsets[index : index + 2].tolist()
+        first, last = case.work.tiles.offsets[index : index + 2].tolist()
         tiles = [float(tile.max()) for tile in score.split(case.tile)]
-        assert case.work.tile_max[first:last].view(torch.float32).tolist() == tiles
+        assert case.work.tiles.max[first:last].view(torch.float32).tolist() == tiles
     reference.cut(*case.cut_args(reference))
     top = torch.cat(scores).topk(60).indices.sort().values
     starts = (0, 700, 730)

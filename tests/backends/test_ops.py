@@ -18,10 +18,9 @@ def operator(name: str) -> torch._ops.OpOverload:
 
 
 def arguments(name: str, case: Case) -> tuple[Any, ...]:
-    """The arguments of an operator."""
-    if name == "bind":
-        return case.grads, case.params, case.work.table
-    return getattr(case, f"{name}_args")(cpp)
+    """The arguments of an operator, in the order of its schema."""
+    bound = [case.bound(cpp)] if names(name)[0] == "bound" else []
+    return (*bound, *(case.buffer(argument) for argument in names(name)[len(bound) :]))
 
 
 def before(name: str, case: Case) -> Case:

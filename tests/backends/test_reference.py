@@ -75,9 +75,9 @@ def test_scan_by_hand(dtype, tile):
         sizes, dtypes=[dtype], num_active=20, quota=3, tile=tile, dense_sizes=[7], missing=[5],
         max_grad_norm=0.5,
     )  # fmt: skip
-    case.work.tile_max.fill_(-1)
-    case.work.grad_scale.fill_(4.0)
-    untouched = case.work.active_grad.fill_(math.nan).clone()
+    case.work.tiles.max.fill_(-1)
+    case.work.scalars.grad_scale.fill_(4.0)
+    untouched = case.active.grad.fill_(math.nan).clone()
     case.step(reference, until="clip")
     offsets, tile_max, squares = case.active.offsets.tolist(), [], []
     for index, size in enumerate(sizes):
@@ -87,20 +87,20 @@ def test_scan_by_hand(dtype, tile):
         if grad.size == 0:
             tile_max += [0] * -(-size // tile)
             squares.append(0.0)
-            assert_same_bits(case.work.active_grad[segment], untouched[segment])
+            assert_same_bits(case.active.grad[segment], untouched[segment])
             continue
         squares.append(float((grad.astype(np.float64) ** 2).sum()))
-        assert case.work.active_grad[segment].tolist() == grad[taken].tolist()
+        assert case.active.grad[segment].tolist() == grad[taken].tolist()
         kept = np.abs(grad)
         kept[taken] = 0
         tile_max += [kept[i : i + tile].max().view(np.int32) for i in range(0, size, tile)]
     squares.append(float(case.dense_grads[0].double().square().sum()))
-    assert case.work.tile_max.tolist() == tile_max
-    assert float(case.work.found_inf) == 0
+    assert case.work.tiles.max.tolist() == tile_max
+    assert float(case.work.scalars.found_inf) == 0
     assert case.work.norms.square().tolist() == pytest.approx(squares, rel=1e-6)
     norm = math.sqrt(sum(squares)) / 4
-    assert float(case.work.grad_norm) == pytest.approx(norm, rel=1e-6)
-    assert float(case.work.grad_factor) == pytest.approx(0.5 / (norm + 1e-6) / 4, rel=1e-6)
+    assert float(case.work.scalars.grad_norm) == pytest.approx(norm, rel=1e-6)
+    assert float(case.work.scalars.grad_factor) == pytest.approx(0.5 / (norm + 1e-6) / 4, rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["normal", "ties", "equal", "zeros", "rows"])
@@ -117,7 +117,7 @@ def test_cut_is_a_stable_sort(kind, exp):
         winners = expected[:wanted]
         assert case.new_entries() == sorted(entry[:2] for entry in winners)
         if winners:
-            assert float(case.work.threshold) == winners[-1][2]
+            assert float(case.work.new.threshold) == winners[-1][2]
 
 
 def test_cut_evaluates_the_schedule():
@@ -130,7 +130,7 @@ def test_cut_evaluates_the_schedule():
     case.active.progress[0] = 2
     assert case.copy().step(reference, until="cut").new_entries() == []  # the target is behind
     case.active.progress[0] = 3
-    case.work.found_inf.fill_(1.0)
+    case.work.scalars.found_inf.fill_(1.0)
     assert case.copy().step(reference, until="cut").new_entries() == []
 
 
@@ -160,7 +160,7 @@ def test_append_keeps_global_order_and_state(dtype):
                 assert state == fresh
                 old_or_new = case.grads[index][position].float().item()
                 first = int(case.active.offsets[index])
-                assert case.work.active_grad[first + row].item() == old_or_new
+                assert case.active.grad[first + row].item() == old_or_new
             else:
                 assert state == old[index, position]
 
@@ -174,7 +174,9 @@ def test_everything_active_is_adamw(bias_correction, maximize):
     case = make_case([300], quota=300, step=0, bias_correction=bias_correction)
     case.params[0].copy_(initial)
     sign = -1.0 if maximize else 1.0
-    case.work.hyper[0] = torch.tensor([1e-2, 0.9, 0.999, 1e-8, 0.1, sign], dtype=torch.float64)
+    case.work.scalars.hyper[0] = torch.tensor(
+        [1e-2, 0.9, 0.999, 1e-8, 0.1, sign], dtype=torch.float64
+    )
     twins, adams = [], []
     for dtype in (torch.float32, torch.float64):
         twins.append(torch.nn.Parameter(initial.to(dtype)))
@@ -197,7 +199,7 @@ def test_everything_active_is_adamw(bias_correction, maximize):
 def test_update_skips_on_found_inf():
     case = make_case([50], num_active=10)
     before = case.copy()
-    case.work.found_inf.fill_(1.0)
+    case.work.scalars.found_inf.fill_(1.0)
     case.step(reference)
     assert case.active.progress.tolist() == [7, 10, 1]
     assert_same_bits(case.params[0], before.params[0])

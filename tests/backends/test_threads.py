@@ -39,7 +39,7 @@ def train(dtype: torch.dtype, seed: int, exp: float = 0.0, steps: int = 3) -> li
         give_grads(params, ["normal", "ties", "rows"][step % 3], generator)
         optimizer.step()
         results.append(optimizer.grad_norm.clone())
-    active = optimizer._active
+    active = optimizer.engine.active
     names = ("position", "exp_avg", "exp_avg_sq", "unmask_step", "master", "offsets", "progress")
     return results + [getattr(active, name) for name in names] + [p.detach() for p in params]
 
@@ -68,7 +68,7 @@ def test_thread_counts_give_the_same_cut_where_candidates_overflow_the_buffer():
         torch.set_num_threads(count)
         case = make_case([400_000, 300_000], quota=50_000, kind="ties", num_active=1000)
         case.step(cpp, until="cut")
-        results.append([case.work.new_tensor, case.work.new_position, case.work.threshold])
+        results.append([case.work.new.tensor, case.work.new.position, case.work.new.threshold])
     for result in results[1:]:
         assert_same_run(result, results[0])
 

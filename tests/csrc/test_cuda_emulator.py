@@ -38,8 +38,7 @@ from op_cases import make_case
 from step_checks import assert_same_step
 
 from sparse_optim import D3, Increment, MaskedAdamW
-from sparse_optim.backends import registry as backends
-from sparse_optim.backends import scoring
+from sparse_optim.backends import registry, scoring
 
 EXPS = (-1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
 
@@ -57,7 +56,7 @@ DTYPES = [(FLOAT,), (torch.bfloat16,), (torch.float16,), (torch.bfloat16, FLOAT,
 @pytest.mark.parametrize("shift", [0, 1, 3])
 def test_scan_equals_reference(dtypes, shift):
     case = Case(EDGES, grad_dtypes=dtypes, param_dtypes=dtypes, shift=shift, missing=(4,))
-    case.work.grad_scale.fill_(8.0)
+    case.work.scalars.grad_scale.fill_(8.0)
     dense = [torch.randn(5000), torch.randn(77).bfloat16()[1:]]
     expected, actual = run_both(case, "scan", scan={"dense": dense, "max_grad_norm": 1.5})
     check_scan(expected, actual)
@@ -77,7 +76,7 @@ def test_scan_sums_do_not_depend_on_the_device():
         own = case.copy()
         own.bind(emulated_cuda)
         own.scan(emulated_cuda, dense=[torch.ones(9000)])
-        norms.add(float(own.work.grad_norm))
+        norms.add(float(own.work.scalars.grad_norm))
     assert len(norms) == 1
 
 
@@ -92,29 +91,29 @@ def test_scan_of_many_dense_gradients_takes_several_launches():
 def test_scan_finds_non_finite_gradients(value, place):
     case = Case([2 * TILE + 3, 7], active=0.2, grad_dtypes=(FLOAT, torch.float16))
     dense = [torch.ones(100)]
-    active = set(case.state.position[: int(case.state.offsets[1])].tolist())
+    active = set(case.active.position[: int(case.active.offsets[1])].tolist())
     index = next(i for i in range(TILE, 2 * TILE) if (i in active) == (place == "active"))
     if place == "dense":
         dense[0][99] = value
     else:
         case.grads[0][index] = value
     expected, actual = run_both(case, "scan", scan={"dense": dense})
-    assert actual.work.found_inf == 1
-    check_exact(expected, actual, "work", "tile_max", "active_grad", "found_inf")
+    assert actual.work.scalars.found_inf == 1
+    check_exact(expected, actual, "tile_max", "active_grad", "found_inf")
 
 
 def test_overflowing_sum_is_not_a_non_finite_gradient():
     case = Case([200])
     case.grads[0].fill_(1e30)
     expected, actual = run_both(case, "scan", scan={"max_grad_norm": 1.0})
-    assert actual.work.found_inf == 0
+    assert actual.work.scalars.found_inf == 0
     check_scan(expected, actual)
 
 
 def test_scan_keeps_an_overflow_found_before():
     case = Case([50])
-    case.work.found_inf.fill_(1.0)
-    assert run_both(case, "scan")[1].work.found_inf == 1
+    case.work.scalars.found_inf.fill_(1.0)
+    assert run_both(case, "scan")[1].work.scalars.found_inf == 1
 
 
 @pytest.mark.parametrize("exp", EXPS)
@@ -153,7 +152,7 @@ def test_quota_beyond_the_candidates(exp):
     case = Case([TILE + 5, 60], exp=exp, quota=400)
     case.grads[0][TILE // 2 :] = 0
     expected, actual = run_both(case, "scan", "cut")
-    assert 0 < int(actual.work.new_count) < 400
+    assert 0 < int(actual.work.new.count) < 400
     check_cut(expected, actual)
 
 
@@ -162,7 +161,7 @@ def test_cut_without_any_candidate(exp):
     case = Case([TILE + 5], exp=exp)
     case.grads[0].zero_()
     expected, actual = run_both(case, "scan", "cut")
-    assert actual.work.new_count == 0
+    assert actual.work.new.count == 0
     check_cut(expected, actual)
 
 
@@ -176,7 +175,7 @@ def test_quota_is_zero_once_the_target_is_reached_and_after_an_overflow():
 def test_quota_is_at_most_the_room_for_new_entries():
     case = Case([3 * TILE], quota=50, max_quota=11)
     expected, actual = run_both(case, "scan", "cut")
-    assert actual.work.new_count == 11
+    assert actual.work.new.count == 11
     check_cut(expected, actual)
 
 
@@ -193,7 +192,7 @@ def test_infinite_and_nan_parameters_are_ranked_as_in_the_reference():
         case.params[0][::17] = math.inf
         case.params[0][5::23] = math.nan
         if exp < 0:
-            case.work.param_bound.copy_(scoring.tile_abs_max(case.params[0], case.tile))
+            case.work.tiles.param_bound.copy_(scoring.tile_abs_max(case.params[0], case.tile))
         check_cut(*run_both(case, "scan", "cut"))
 
 
@@ -218,13 +217,13 @@ def test_cut_of_a_general_exponent_by_the_same_pow():
     case = Case([4 * TILE], exp=0.3, quota=25)
     expected, actual = run_both(case, "scan", "cut")
     # pow of float32 may differ by a unit: the selections agree but for entries that nearly tie.
-    want = set(expected.work.new_position.tolist())
-    assert len(want ^ set(actual.work.new_position.tolist())) <= 2
+    want = set(expected.work.new.position.tolist())
+    assert len(want ^ set(actual.work.new.position.tolist())) <= 2
 
 
 def test_active_entries_at_tile_edges():
     case = Case([3 * TILE, TILE], active=0.0, quota=9, max_quota=20)
-    state = case.state
+    state = case.active
     edges = torch.tensor([0, TILE - 1, TILE, 2 * TILE - 1, 2 * TILE, 3 * TILE - 1, 0, TILE - 1])
     state.position[:8] = edges.int()
     state.offsets.copy_(torch.tensor([0, 6, 8]))
@@ -261,12 +260,12 @@ def test_append_keeps_the_order(quota):
     emulated_cuda.configure(multiprocessors=2, seed=quota)
     case = Case([700, 0, 1500, 40], quota=quota, active=0.4, seed=quota)
     expected, actual = run_both(case, "scan", "cut", "append")
-    total = int(expected.state.progress[1])
-    check_exact(expected, actual, "state", "offsets", "progress")
+    total = int(expected.active.progress[1])
+    check_exact(expected, actual, "offsets", "progress")
     for name in ("position", "exp_avg", "exp_avg_sq", "unmask_step"):
-        want, got = getattr(expected.state, name), getattr(actual.state, name)
+        want, got = getattr(expected.active, name), getattr(actual.active, name)
         assert torch.equal(got[:total], want[:total]), name
-    assert torch.equal(actual.work.active_grad[:total], expected.work.active_grad[:total])
+    assert torch.equal(actual.active.grad[:total], expected.active.grad[:total])
 
 
 def test_skipped_step_moves_nothing_but_its_count():
@@ -274,8 +273,8 @@ def test_skipped_step_moves_nothing_but_its_count():
     case.grads[0][1] = math.inf
     before = case.copy()
     _, actual = run_both(case, "scan", "cut", "append", "update")
-    assert actual.state.progress.tolist() == [7, before.num_active, 4]
-    check_exact(before, actual, "state", "position", "exp_avg", "exp_avg_sq", "master", "offsets")
+    assert actual.active.progress.tolist() == [7, before.num_active, 4]
+    check_exact(before, actual, "position", "exp_avg", "exp_avg_sq", "master", "offsets")
     for want, got in zip(before.params, actual.params, strict=True):
         assert torch.equal(got, want)
 
@@ -298,7 +297,7 @@ def test_many_tensors_fill_the_table_in_several_launches():
 
 
 def test_a_training_run_unmasks_what_the_reference_does(monkeypatch):
-    monkeypatch.setitem(backends._BACKENDS, "emulated", ("emulated_cuda", "cpu"))
+    monkeypatch.setitem(registry.BACKENDS, "emulated", ("emulated_cuda", "cpu"))
     torch.manual_seed(0)
     start = [torch.randn(300).bfloat16(), torch.randn(17), torch.randn(2, 65)]
     runs = {}
@@ -332,7 +331,7 @@ def test_a_training_run_unmasks_what_the_reference_does(monkeypatch):
 @pytest.mark.parametrize("exp", [0.0, -0.5])
 def test_a_step_reads_nothing_from_the_device(exp, monkeypatch):
     """Nothing that Python does in a step; reads in kernels' C++ cannot be."""
-    monkeypatch.setitem(backends._BACKENDS, "emulated", ("emulated_cuda", "cpu"))
+    monkeypatch.setitem(registry.BACKENDS, "emulated", ("emulated_cuda", "cpu"))
     pool, dense = (torch.nn.Parameter(torch.ones(300).bfloat16()) for _ in range(2))
     groups = [{"params": [pool]}, {"params": [dense], "unmask": "all"}]
     optimizer = MaskedAdamW(
@@ -353,7 +352,7 @@ def test_result_does_not_depend_on_the_order_of_threads_and_blocks(seed):
     first = run_both(case, "scan", "cut", "append", "update")[1]
     emulated_cuda.configure(multiprocessors=1 + seed, seed=seed)
     again = run_both(case, "scan", "cut", "append", "update")[1]
-    check_exact(first, again, "work", "tile_max", "active_grad", "grad_norm", "new_position")
-    check_exact(first, again, "state", "position", "exp_avg", "exp_avg_sq", "progress")
+    check_exact(first, again, "tile_max", "active_grad", "grad_norm", "new_position")
+    check_exact(first, again, "position", "exp_avg", "exp_avg_sq", "progress")
     for want, got in zip(first.params, again.params, strict=True):
         assert torch.equal(got, want)

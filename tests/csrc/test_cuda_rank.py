@@ -35,10 +35,10 @@ def _device(cuda_emulator):
 
 def check_sample(case, found=None):
     expected, actual = run_both(case, "rank", "cut")
-    check_exact(expected, actual, "work", "tile_max")
+    check_exact(expected, actual, "tile_max")
     check_cut(expected, actual)
     if found is not None:
-        assert int(actual.work.new_count) == found
+        assert int(actual.work.new.count) == found
 
 
 def test_the_refined_case_has_second_draws():
@@ -54,7 +54,7 @@ def test_second_draws_are_in_the_threshold(quota):
     case.grads[0].fill_(0.25)
     check_sample(case, found=quota)
     actual = run_both(case, "rank", "cut")[1]
-    assert set(actual.work.new_position.tolist()) <= {19, 101}
+    assert set(actual.work.new.position.tolist()) <= {19, 101}
 
 
 @pytest.mark.parametrize("tile", [1, 7, TILE])
@@ -96,7 +96,7 @@ def test_ties_and_a_quota_beyond_the_candidates(noise):
 
 def test_active_entries_at_tile_edges_are_not_ranked():
     case = Case([3 * TILE, TILE], active=0.0, noise=(1, 2), quota=9, max_quota=20)
-    state = case.state
+    state = case.active
     edges = torch.tensor([0, TILE - 1, TILE, 2 * TILE - 1, 2 * TILE, 3 * TILE - 1, 0, TILE - 1])
     state.position[:8] = edges.int()
     state.offsets.copy_(torch.tensor([0, 6, 8]))

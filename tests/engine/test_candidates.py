@@ -12,11 +12,12 @@ from op_cases import EXPS, assert_same_bits, random_values
 from oracle import score
 from torch import Tensor
 
-from sparse_optim.backends import registry as backends
-from sparse_optim.backends.operands import WorkSpace
 from sparse_optim.backends.scoring import tile_abs_max
 from sparse_optim.engine.candidates import Candidates
+from sparse_optim.engine.engine import Engine, Method
+from sparse_optim.engine.pool import Pool
 from sparse_optim.policy.importance import D3
+from sparse_optim.policy.selection import Static
 
 SIZES = (700, 0, 33, 2000, 5, 1500, 1024, 40, 3000)
 
@@ -36,17 +37,13 @@ class Step:
 
     def __init__(self, backend: str, kind: str, exp: float, quota: int, on_host: bool = True):
         generator = torch.Generator().manual_seed(3)
-        self.ops = backends.operations(backend)
         self.params = [torch.randn(size, generator=generator) for size in SIZES]
         self.grads = [random_values(size, torch.float32, kind, generator) for size in SIZES]
-        self.work = WorkSpace.empty(
-            self.params, 0, [0] * len(SIZES), 1, quota, quota, self.ops.TILE, exp < 0, 0,
-            torch.device("cpu"),
-        )  # fmt: skip
-        self.candidates = Candidates(
-            self.ops, D3(exp=exp, eps=0.1), self.work, SIZES, torch.tensor([0, quota]),
-            torch.zeros(3, dtype=torch.int64),
-        )  # fmt: skip
+        names = tuple(map(str, range(len(SIZES))))
+        pool = Pool(tuple(self.params), names, (0,) * len(SIZES), 1, 0, torch.device("cpu"))
+        method = Method(D3(exp=exp, eps=0.1), Static(quota))
+        self.engine = Engine(pool, method, torch.tensor([0, quota]), backend)
+        self.new, self.candidates = self.engine.work.new, Candidates(self.engine)
         if not on_host:
             self.candidates._on_host = False
             self.candidates._slots = torch.arange(quota)
@@ -54,27 +51,21 @@ class Step:
 
     def add(self, first: int, last: int) -> None:
         """Tensors first..last - 1."""
-        tile = self.ops.TILE
-        grads, params = self.grads[first:last], self.params[first:last]
-        tile_max = [tile_abs_max(grad, tile).view(torch.int32) for grad in grads]
-        param_bound = [tile_abs_max(param, tile) for param in params]
-        tiles = torch.tensor([0, *(maxima.numel() for maxima in tile_max)]).cumsum(0)
-        keeps_bound = self.work.param_bound.numel() > 0
-        bound = torch.cat(param_bound) if keeps_bound else torch.empty(0)
-        hopeful = self.candidates.hopeful(torch.cat(tile_max), bound)
-        if hopeful is None:
-            return
-        self.candidates.add(
-            first, grads, None, params, hopeful, bound, tiles,
-            torch.zeros(1, dtype=torch.int32), torch.zeros(last - first + 1, dtype=torch.int64),
-            self.no_inf,
-        )  # fmt: skip
+        engine, grads = self.engine, self.grads[first:last]
+        numbers = slice(engine.first_tiles[first], engine.first_tiles[last])
+        tiles = engine.work.tiles.of_tensors(first, last, numbers)
+        maxima = [tile_abs_max(grad, tiles.size).view(torch.int32) for grad in grads]
+        tiles.max.copy_(torch.cat(maxima))
+        hopeful = self.candidates.may_reach_floor(tiles)
+        if hopeful is not None:
+            active = engine.active.of_tensors(first, last)
+            self.candidates.add(first, grads, None, hopeful, active, self.no_inf)
 
     def found(self) -> tuple[list[tuple[int, int]], Tensor]:
         """The winners and their gradients."""
-        grad = self.candidates.winners(self.no_inf, self.work.threshold)
-        count = int(self.work.new_count)
-        tensor, position = self.work.new_tensor[:count], self.work.new_position[:count]
+        grad = self.candidates.winners(self.no_inf)
+        count = int(self.new.count)
+        tensor, position = self.new.tensor[:count], self.new.position[:count]
         return list(zip(tensor.tolist(), position.tolist(), strict=True)), grad[:count]
 
 
@@ -95,7 +86,7 @@ def test_equals_a_full_sort(backend, kind, quota, exp, on_host):
     if where:
         starts = torch.tensor([0, *SIZES]).cumsum(0)
         least = min(float(values[starts[t] + p]) for t, p in where)
-        assert float(step.work.threshold) == least
+        assert float(step.new.threshold) == least
 
 
 def test_candidates_stay_few(backend):
@@ -134,4 +125,4 @@ def test_a_non_finite_step_has_no_winners(backend):
     step.no_inf.fill_(1.0)
     step.add(3, 4)
     assert step.found()[0] == []
-    assert float(step.work.threshold) == 0
+    assert float(step.new.threshold) == 0

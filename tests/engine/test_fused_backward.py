@@ -15,13 +15,13 @@ from op_cases import EXPS, assert_same_bits
 from torch import Tensor, nn
 
 from sparse_optim import D3, IncrementalMaskedAdamW, Linear, MaskedAdamW, Static
-from sparse_optim.engine import fused_backward as in_backward
+from sparse_optim.engine import fused_backward
 
 
 @pytest.fixture
 def small_batches(monkeypatch):
     """So that one step has many batches, of one tensor and of several."""
-    monkeypatch.setattr(in_backward, "BATCH_BYTES", 1 << 9)
+    monkeypatch.setattr(fused_backward, "BATCH_BYTES", 1 << 9)
 
 
 @pytest.mark.usefixtures("small_batches")
@@ -65,7 +65,7 @@ def test_static_ranks_at_the_first_step_only(backend, monkeypatch):
     ]  # fmt: skip
     for step in range(4):
         if step == 1:
-            monkeypatch.setattr(in_backward.InBackward, "_rank", None)
+            monkeypatch.setattr(fused_backward.FusedBackward, "_rank", None)
         for net, optimizer in zip(nets, optimizers, strict=True):
             loss_of(net, torch.Generator().manual_seed(step)).backward()
             optimizer.step()
@@ -100,14 +100,14 @@ def test_gradients_are_freed_one_by_one(small_batches):
 
     def note(_: Tensor) -> None:
         held = [param.grad for param in net.parameters() if param.grad is not None]
-        waiting = optimizer._in_backward._waiting.values()
+        waiting = optimizer._fused_backward._waiting.values()
         alive.append(sum(grad.nbytes for grad in [*held, *waiting]))
 
     for param in net.parameters():
         param.register_hook(note)
     net(torch.randn(3, 40)).sum().backward()
     assert len(alive) == 12
-    assert max(alive) < in_backward.BATCH_BYTES
+    assert max(alive) < fused_backward.BATCH_BYTES
 
 
 def test_schedulers_and_closures_work_as_ever():

@@ -11,8 +11,8 @@ import torch
 from backward_nets import Net, SmallNet, train_both
 
 from sparse_optim import D3, Random, Snip
-from sparse_optim.backends import registry as backends
-from sparse_optim.engine import fused_backward as in_backward
+from sparse_optim.backends import registry
+from sparse_optim.engine import fused_backward
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -21,8 +21,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def _emulated(cuda_emulator, monkeypatch):
     """As a backend, with many batches in one step."""
     emulated_cuda.configure(multiprocessors=2, seed=3)
-    monkeypatch.setitem(backends._BACKENDS, "emulated", ("emulated_cuda", "cpu"))
-    monkeypatch.setattr(in_backward, "BATCH_BYTES", 1 << 9)
+    monkeypatch.setitem(registry.BACKENDS, "emulated", ("emulated_cuda", "cpu"))
+    monkeypatch.setattr(fused_backward, "BATCH_BYTES", 1 << 9)
 
 
 def train(dtype, steps, kind=SmallNet, **options):

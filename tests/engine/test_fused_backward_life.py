@@ -112,9 +112,9 @@ def test_an_error_in_backward_leaves_what_zero_grad_discards():
     with pytest.raises(KeyError, match="planted"):
         backward(net)
     handle.remove()
-    assert optimizer._in_backward.holds_any
+    assert optimizer.holds_gradients
     optimizer.zero_grad()
-    assert not optimizer._in_backward.holds_any
+    assert not optimizer.holds_gradients
     assert_goes_on_as((net, optimizer), (twin, ordinary))
 
 
@@ -213,7 +213,7 @@ def test_gradients_set_by_hand_are_taken_at_the_step(backend):
             optimizer.zero_grad()
         runs.append(optimizer)
     assert_same_state(*runs)
-    assert len(runs[0]._in_backward._handles) == len(runs[0]._pool)
+    assert len(runs[0]._fused_backward._handles) == len(runs[0].engine.pool.params)
 
 
 def test_frozen_parameters_get_no_hook_and_stay():
@@ -332,7 +332,7 @@ def test_a_failed_construction_leaves_no_hooks():
         IncrementalMaskedAdamW([first, second], **options)
     (first * 2 + second).sum().backward()
     assert first.grad is not None
-    assert owner._in_backward.holds_any
+    assert owner.holds_gradients
 
 
 def test_compiled_as_a_whole():

@@ -97,7 +97,7 @@ def test_sparse_gradients_are_refused_in_backward():
     )
     with pytest.raises(TypeError, match="sparse=False"):
         layer(torch.tensor([1])).sum().backward()
-    assert not optimizer._in_backward.holds_any
+    assert not optimizer._fused_backward.holds_any
 
 
 def test_torchs_scaler_is_refused():

@@ -14,8 +14,7 @@ from backward_nets import as_on_a_device, assert_pool_is_free, assert_same_state
 from torch import Tensor, nn
 
 from sparse_optim import Increment, Magnitude, MaskedAdamW, Random, Scores, Snip, Static
-from sparse_optim.engine import fused_backward as in_backward
-from sparse_optim.engine import ranking
+from sparse_optim.engine import fused_backward, ranking
 
 
 def few_scores() -> Scores:
@@ -69,7 +68,7 @@ STATIC, INCREMENT = Static(700), Increment(700, 5)
 )
 def test_same_bits(backend, kind, selection, on_host, monkeypatch):
     """With a parameter that misses gradients, and a skipped step at the beginning."""
-    monkeypatch.setattr(in_backward, "BATCH_BYTES", 1 << 9)
+    monkeypatch.setattr(fused_backward, "BATCH_BYTES", 1 << 9)
     monkeypatch.setattr(ranking, "NOISE_ENTRIES", 256)
     nets, optimizers = pair(IMPORTANCES[kind], selection, backend)
     if not on_host:
@@ -111,7 +110,7 @@ def test_a_static_set_is_scored_once(monkeypatch):
     (net, _), (optimizer, _) = pair(Magnitude(), Static(50), "auto")
     for step in range(3):
         if step == 1:
-            monkeypatch.setattr(in_backward.InBackward, "_rank", None)
+            monkeypatch.setattr(fused_backward.FusedBackward, "_rank", None)
         loss_of(net, torch.Generator().manual_seed(step)).backward()
         optimizer.step()
     assert optimizer.metrics()["active"] == 50

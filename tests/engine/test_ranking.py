@@ -117,7 +117,7 @@ def assert_matches_brute(kind: str, selection: Static, backend: str, steps: int 
         # Rank by what the optimizer holds, so that a rounding does not move the cut.
         score = torch.cat([
             score_of(kind, name, param, param.grad).view(-1)
-            for name, param in zip(optimizer._names, params, strict=True)
+            for name, param in zip(optimizer.engine.pool.names, params, strict=True)
         ])  # fmt: skip
         if isinstance(selection, Stochastic):
             energy = [
@@ -128,13 +128,15 @@ def assert_matches_brute(kind: str, selection: Static, backend: str, steps: int 
         optimizer.step()
         brute.step(score, torch.cat([param.grad.double().view(-1) for param in params]))
         flags = torch.zeros_like(brute.active)
-        flags[optimizer._active.global_index(torch.tensor([p.numel() for p in params]))] = True
+        flags[optimizer.engine.active.global_index(torch.tensor([p.numel() for p in params]))] = (
+            True
+        )
         assert torch.equal(flags, brute.active), f"step {step}"
     values = torch.cat([param.detach().view(-1) for param in params])
     torch.testing.assert_close(values.double(), brute.values, rtol=1e-5, atol=1e-6)
     untouched = torch.cat([p.view(-1) for p in new_params(*SHAPES, seed=4)])[~brute.touched]
     assert_same_bits(values[~brute.touched], untouched.detach())
-    moved = optimizer.delta(_named(params, optimizer._names)).sparse
+    moved = optimizer.delta(_named(params, optimizer.engine.pool.names)).sparse
     count = int(brute.touched.sum())
     assert sum(entry.num_entries for entry in moved.values()) == count
     assert optimizer.metrics().get("touched", count) == count
@@ -352,7 +354,7 @@ def test_resume(importance, selection, dtype, tmp_path):
     for later, again in ((other, resumed), twin):
         for got, expected in zip(later, params, strict=True):
             assert_same_bits(got, expected)
-        assert torch.equal(again._touched.index(), optimizer._touched.index())
+        assert torch.equal(again.engine.touched.index(), optimizer.engine.touched.index())
         assert active_of(again) == active_of(optimizer)
 
 

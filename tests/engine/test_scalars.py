@@ -6,6 +6,7 @@ No GPU is needed: copies are counted, and the question whether a graph is captur
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def copies(monkeypatch):
     sent = []
     write = scalars.write_hyper
     monkeypatch.setattr(
-        "sparse_optim.optim.masked_adamw.write_hyper",
+        "sparse_optim.engine.engine.write_hyper",
         lambda hyper, groups, rows: (sent.append(rows), write(hyper, groups, rows)),
     )
     return sent
@@ -40,7 +41,7 @@ def test_rows_are_copied_once_and_again_after_each_change(copies):
     for lr in (0.1, 0.1, 0.2, 0.2):
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
-        assert optimizer._work.hyper[0, 0] == lr
+        assert optimizer.engine.work.scalars.hyper[0, 0] == lr
     assert [rows is not None for rows in copies] == [True, False, True, False]
 
 
@@ -56,9 +57,9 @@ def test_new_buffers_get_the_rows_again(renew):
         optimizer.load_state_dict(optimizer.state_dict())
     else:
         optimizer = copy.deepcopy(optimizer)
-        set_grads(optimizer._pool, 1.0)
+        set_grads(optimizer.engine.pool.params, 1.0)
     optimizer.step()
-    assert optimizer._work.hyper[0].tolist() == [0.3, 0.9, 0.999, 1e-8, 0.01, 1.0]
+    assert optimizer.engine.work.scalars.hyper[0].tolist() == [0.3, 0.9, 0.999, 1e-8, 0.01, 1.0]
 
 
 def test_hyper_rows_hold_every_number():
@@ -103,11 +104,12 @@ def test_captures_that_could_not_be_replayed(monkeypatch, capturable, ready, cha
 def test_a_capture_is_refused_before_anything_is_recorded(monkeypatch):
     """The capture would hold what `bind` launched; Triton's would lack memory, and say so."""
     optimizer = MaskedAdamW(new_params((4,)), importance=D3(), selection=Static(1))
-    optimizer._pool[0].grad = torch.ones(4)
+    optimizer.engine.pool.params[0].grad = torch.ones(4)
     bound: list[object] = []
-    monkeypatch.setattr("sparse_optim.optim.masked_adamw.bind_grads", lambda *a: bound.append(a))
+    monkeypatch.setattr("sparse_optim.engine.engine.bind_gradients", lambda *a: bound.append(a))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    optimizer._device = torch.device("cuda", 0)
+    pool = replace(optimizer.engine.pool, device=torch.device("cuda", 0))
+    monkeypatch.setattr(optimizer.engine, "pool", pool)
     with pytest.raises(RuntimeError, match="construct the optimizer with capturable=True"):
         optimizer.step()
     assert not bound

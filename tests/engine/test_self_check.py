@@ -11,9 +11,8 @@ import warnings
 import pytest
 import torch
 
-from sparse_optim.backends import reference
-from sparse_optim.backends import registry as backends
-from sparse_optim.engine import self_check
+from sparse_optim.backends import reference, registry
+from sparse_optim.engine import choose, self_check
 
 CPU = torch.device("cpu")
 
@@ -21,14 +20,14 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def _nothing_is_known():
     """Set up before monkeypatch, and hence ended after it has put the backends back."""
-    for cached in (backends._fastest, self_check.fault):
+    for cached in (choose._fastest, self_check.first_mismatch):
         cached.cache_clear()
     yield
-    for cached in (backends._fastest, self_check.fault):
+    for cached in (choose._fastest, self_check.first_mismatch):
         cached.cache_clear()
     with warnings.catch_warnings():  # as conftest.py does: what "auto" has to say, it says once
         warnings.simplefilter("ignore", RuntimeWarning)
-        assert backends.resolve("auto", CPU) != "tried"
+        assert choose.choose("auto", CPU) != "tried"
 
 
 @pytest.fixture
@@ -41,9 +40,9 @@ def backend_with(monkeypatch):
         for name in ("TILE", "scratch_bytes", *names):
             setattr(module, name, operations.get(name, getattr(reference, name)))
         monkeypatch.setitem(sys.modules, "tried_backend", module)
-        monkeypatch.setattr(
-            backends, "_BACKENDS", {"tried": ("tried_backend", "cpu"), **backends._BACKENDS}
-        )
+        known = {"tried": ("tried_backend", "cpu"), **registry.BACKENDS}
+        for owner in (registry, choose):
+            monkeypatch.setattr(owner, "BACKENDS", known)
 
     return install
 
@@ -52,27 +51,26 @@ def fails(*arguments):
     raise ValueError("no such kernel\nsecond line")
 
 
-def cut_with_ties_to_the_higher_index(*arguments):
+def cut_with_ties_to_the_higher_index(bound, tiles, active, rule, targets, found_inf, new, scratch):
     """The last of the winners gives way to the last entry that ties with the least."""
-    reference.cut(*arguments)
-    bound, position, offsets, *_, new_tensor, new_position, new_count, threshold, _ = arguments
-    count, exp, noise = int(new_count), arguments[9], arguments[11]
-    if not count or exp or noise.numel():
+    reference.cut(bound, tiles, active, rule, targets, found_inf, new, scratch)
+    count = int(new.count)
+    if not count or rule.exp or rule.noise.numel():
         return
     tied = []
     for index, grad in enumerate(bound.grads):
         flat = grad.reshape(-1).float().abs()
-        flat[position[int(offsets[index]) : int(offsets[index + 1])].long()] = 0
-        tied += [(index, at) for at in (flat == threshold).nonzero().view(-1).tolist()]
-    pairs = list(zip(new_tensor[:count].tolist(), new_position[:count].tolist(), strict=True))
+        flat[active.segment(index)["position"].long()] = 0
+        tied += [(index, at) for at in (flat == new.threshold).nonzero().view(-1).tolist()]
+    pairs = list(zip(new.tensor[:count].tolist(), new.position[:count].tolist(), strict=True))
     winners = [pair for pair in pairs if pair not in tied]
     winners += tied[len(winners) - count :]
-    new_tensor[:count], new_position[:count] = torch.tensor(sorted(winners)).T
+    new.tensor[:count], new.position[:count] = torch.tensor(sorted(winners)).T
 
 
-def scan_with_a_norm_too_great(*arguments):
-    reference.scan(*arguments)
-    arguments[8].mul_(1.001)
+def scan_with_a_norm_too_great(bound, dense_grads, tiles, active, norms, found_inf, scratch):
+    reference.scan(bound, dense_grads, tiles, active, norms, found_inf, scratch)
+    norms.mul_(1.001)
 
 
 def clip_with_a_factor_too_small(*arguments):
@@ -80,39 +78,38 @@ def clip_with_a_factor_too_small(*arguments):
     arguments[4].mul_(0.999)
 
 
-def scan_that_overlooks_an_overflow(*arguments):
-    reference.scan(*arguments)
-    arguments[9].zero_()
+def scan_that_overlooks_an_overflow(bound, dense_grads, tiles, active, norms, found_inf, scratch):
+    reference.scan(bound, dense_grads, tiles, active, norms, found_inf, scratch)
+    found_inf.zero_()
 
 
-def cut_with_a_wrong_threshold(*arguments):
-    reference.cut(*arguments)
-    arguments[16].mul_(1 + 1e-6)
+def cut_with_a_wrong_threshold(bound, tiles, active, rule, targets, found_inf, new, scratch):
+    reference.cut(bound, tiles, active, rule, targets, found_inf, new, scratch)
+    new.threshold.mul_(1 + 1e-6)
 
 
-def update_of_a_greater_step(*arguments):
-    arguments[6][:, 0] *= 1.01  # lr
-    reference.update(*arguments)
-    arguments[6][:, 0] /= 1.01
+def update_of_a_greater_step(bound, active, scalars, bias_correction):
+    scalars.hyper[:, 0] *= 1.01  # lr
+    reference.update(bound, active, scalars, bias_correction)
+    scalars.hyper[:, 0] /= 1.01
 
 
-def update_with_a_moment_too_small(*arguments):
-    reference.update(*arguments)
-    arguments[10].mul_(0.999)
+def update_with_a_moment_too_small(bound, active, scalars, bias_correction):
+    reference.update(bound, active, scalars, bias_correction)
+    active.exp_avg_sq.mul_(0.999)
 
 
-def update_that_rounds_otherwise(*arguments):
+def update_that_rounds_otherwise(bound, active, scalars, bias_correction):
     """As other backends may."""
-    reference.update(*arguments)
-    arguments[9].mul_(1 + 2e-7)
+    reference.update(bound, active, scalars, bias_correction)
+    active.exp_avg.mul_(1 + 2e-7)
 
 
-def update_that_moves_frozen_entries(*arguments):
+def update_that_moves_frozen_entries(bound, active, scalars, bias_correction):
     """By the last bit: those of the greatest tensor that have no place in the active set."""
-    reference.update(*arguments)
-    bound, position, offsets = arguments[:3]
+    reference.update(bound, active, scalars, bias_correction)
     frozen = torch.ones(bound.params[0].numel(), dtype=torch.bool)
-    frozen[position[: int(offsets[1])].long()] = False
+    frozen[active.segment(0)["position"].long()] = False
     bound.params[0].detach().view(torch.int32)[frozen] ^= 1
 
 
@@ -134,31 +131,31 @@ FAULTS = [
 @pytest.mark.parametrize(("name", "faulty", "message"), FAULTS, ids=lambda each: str(each)[:40])
 def test_faults_are_found(backend_with, name, faulty, message):
     backend_with(**{name: faulty})
-    fault = self_check.fault("tried", CPU)
+    fault = self_check.first_mismatch("tried", CPU)
     assert fault is not None
     assert re.search(message, fault), fault
 
 
 def test_what_rounds_otherwise_passes(backend_with):
     backend_with(update=update_that_rounds_otherwise)
-    assert self_check.fault("tried", CPU) is None
+    assert self_check.first_mismatch("tried", CPU) is None
 
 
 def test_the_cpu_backend_passes():
     pytest.importorskip("sparse_optim.backends.cpp", reason="the C++ extension has not been built")
-    assert self_check.fault("cpp", CPU) is None
+    assert self_check.first_mismatch("cpp", CPU) is None
 
 
 def test_the_emulated_cuda_kernels_pass(cuda_emulator, monkeypatch):
-    monkeypatch.setitem(backends._BACKENDS, "emulated", ("emulated_cuda", "cpu"))
-    assert self_check.fault("emulated", CPU) is None
+    monkeypatch.setitem(registry.BACKENDS, "emulated", ("emulated_cuda", "cpu"))
+    assert self_check.first_mismatch("emulated", CPU) is None
 
 
 def test_random_numbers_and_gradient_mode_stay_as_they_are(backend_with):
     backend_with()
     before = torch.get_rng_state()
     with torch.device("meta"):  # a default device of the user's
-        assert self_check.fault("tried", CPU) is None
+        assert self_check.first_mismatch("tried", CPU) is None
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.is_grad_enabled()
 
@@ -167,7 +164,7 @@ def test_auto_takes_what_passes_and_says_so(backend_with, caplog):
     backend_with()
     caplog.set_level(logging.INFO, "sparse_optim")
     for _ in range(2):
-        assert backends.resolve("auto", CPU) == "tried"
+        assert choose.choose("auto", CPU) == "tried"
     assert caplog.messages == [
         "checking backend 'tried' on cpu (Triton compiles its kernels the first time)",
         "backend 'tried' runs on cpu",
@@ -182,22 +179,22 @@ def test_auto_passes_over_what_fails_and_warns_once(backend_with):
         r"report this.*backend='tried' runs it all the same"
     )
     with pytest.warns(RuntimeWarning, match=message):
-        taken = backends.resolve("auto", CPU)
+        taken = choose.choose("auto", CPU)
     assert taken in ("cpp", "reference")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert backends.resolve("auto", CPU) == taken
+        assert choose.choose("auto", CPU) == taken
 
 
 def test_a_backend_asked_for_by_name_is_not_checked(backend_with):
     backend_with(cut=fails)
-    assert backends.resolve("tried", CPU) == "tried"
+    assert choose.choose("tried", CPU) == "tried"
 
 
 def test_nothing_is_checked_while_a_graph_is_captured(backend_with, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="before the capture of a CUDA graph begins"):
-        self_check.fault("cuda", torch.device("cuda", 0))
+        self_check.first_mismatch("cuda", torch.device("cuda", 0))
 
 
 def test_a_device_without_room_says_nothing_of_the_backend(backend_with, monkeypatch):
@@ -208,6 +205,6 @@ def test_a_device_without_room_says_nothing_of_the_backend(backend_with, monkeyp
 
     backend_with(scan=no_room)
     with pytest.raises(torch.OutOfMemoryError):
-        backends.resolve("auto", CPU)
+        choose.choose("auto", CPU)
     backend_with()
-    assert backends.resolve("auto", CPU) == "tried"
+    assert choose.choose("auto", CPU) == "tried"

@@ -16,7 +16,7 @@ from op_cases import DTYPES, EXPS, Case, assert_same_bits, fill_bounds, make_cas
 from step_checks import assert_same_sample, assert_same_selection, assert_same_step, case_on
 
 from sparse_optim.backends import reference, scoring
-from sparse_optim.backends import registry as backends
+from sparse_optim.backends.registry import load
 
 pytestmark = pytest.mark.gpu
 
@@ -24,7 +24,7 @@ WARP = 32
 
 
 def ops_of(target: tuple[str, torch.device]) -> ModuleType:
-    return backends.operations(target[0])
+    return load(target[0])
 
 
 def tile_of(target: tuple[str, torch.device]) -> int:
@@ -95,14 +95,14 @@ def test_a_step_of_many_tensors(target, exp, quota):
     case = make_case(
         [*MANY, tile + 9], dtypes=DTYPES, quota=quota, num_active=90, exp=exp, eps=0.1, tile=tile
     )
-    assert int(check(target, case).work.new_count) == quota
+    assert int(check(target, case).work.new.count) == quota
 
 
 def test_a_sample_of_many_tensors(target):
     tile = tile_of(target)
     case = make_case([*MANY, tile + 9], dtypes=DTYPES, quota=90, num_active=60, tile=tile)
     case.noise = torch.tensor([5, 3])
-    assert int(assert_same_sample(case, ops_of(target), target[1]).work.new_count) == 90
+    assert int(assert_same_sample(case, ops_of(target), target[1]).work.new.count) == 90
 
 
 @pytest.mark.parametrize("quota", [5, 20_000, 200_000])
@@ -113,7 +113,7 @@ def test_many_ties_and_great_quotas(target, exp, quota):
         [900_000, 1, 700_000], dtypes=[torch.bfloat16], kind="ties", quota=quota,
         num_active=3000, exp=exp, eps=0.1, tile=tile_of(target),
     )  # fmt: skip
-    assert int(check(target, case).work.new_count) == quota
+    assert int(check(target, case).work.new.count) == quota
 
 
 @pytest.mark.parametrize("noise", [(), (5, 3), (-(2**62), 2**32 - 1)], ids=["", "noise", "words"])
@@ -126,7 +126,7 @@ def test_scores_are_ranked_and_sampled(target, kind, noise):
     )  # fmt: skip
     case.noise = torch.tensor(noise, dtype=torch.int64)
     got = assert_same_sample(case, ops_of(target), target[1])
-    assert int(got.work.new_count) == (0 if kind == "zeros" else 90)
+    assert int(got.work.new.count) == (0 if kind == "zeros" else 90)
 
 
 def test_a_large_sample_has_second_draws(target):
@@ -158,7 +158,7 @@ def test_weights_that_are_not_finite(target, exp, value):
     case = make_case([3 * tile], quota=2 * tile, exp=exp, tile=tile)
     case.params[0][[5, tile + 1]] = value
     if exp < 0:
-        case.work.param_bound.copy_(scoring.tile_abs_max(case.params[0], tile))
+        case.work.tiles.param_bound.copy_(scoring.tile_abs_max(case.params[0], tile))
     plain = case.copy().step(reference, "append")
     got = case_on(case, target[1], ops_of(target)).step(ops_of(target), "append")
     assert_same_selection(case_on(got, "cpu"), plain)
@@ -176,10 +176,10 @@ def test_one_value_that_is_not_finite_skips_the_step(target, place, dtype, value
     (case.dense_grads if place == "dense" else case.grads)[0][index[place]] = value
     ops = ops_of(target)
     after = case_on(case_on(case, target[1], ops).step(ops), "cpu")
-    assert float(after.work.found_inf) == 1
+    assert float(after.work.scalars.found_inf) == 1
     assert after.active.progress.tolist() == [7, 25, 1]
     for name in ("exp_avg", "exp_avg_sq", "position", "master"):
-        assert_same_bits(getattr(after.active, name), getattr(case.active, name), name)
+        assert_same_bits(after.buffer(name), case.buffer(name), name)
     for got, expected in zip(after.params, case.params, strict=True):
         assert_same_bits(got, expected)
 
@@ -212,7 +212,7 @@ def test_results_are_the_same_in_every_run(compiled):
     first = None
     for _ in range(10):
         got = case_on(case_on(case, compiled[1], ops).step(ops), "cpu")
-        result = [got.work.grad_norm, got.work.new_position, *vars(got.active).values()]
+        result = [got.work.scalars.grad_norm, got.work.new.position, *vars(got.active).values()]
         result += got.params
         for one, other in zip(result, first or result, strict=True):
             assert_same_bits(one, other)

@@ -14,7 +14,7 @@ from device_runs import GRADS, Run, assert_same_run, build, give, new_run, train
 from op_cases import assert_same_bits
 
 from sparse_optim import D3, IncrementalMaskedAdamW, MaskedAdamW, Static
-from sparse_optim.backends import registry as backends
+from sparse_optim.backends.registry import load
 from sparse_optim.delta import _fingerprint as fingerprint
 from sparse_optim.engine import self_check
 from sparse_optim.optim.grad_scaler import GradScaler
@@ -94,7 +94,7 @@ def test_selection_inside_the_backward_pass(target):
         twin.optimizer.step()
         pairs = zip(run.params, grads, strict=True)
         sum((param * grad.to(param)).float().sum() for param, grad in pairs).backward()
-        assert all(param.grad is None for param in run.optimizer._pool)
+        assert all(param.grad is None for param in run.optimizer.engine.pool.params)
         run.optimizer.step()
         run.optimizer.zero_grad()
     for got, want in zip(run.positions(), twin.positions(), strict=True):
@@ -206,7 +206,7 @@ def test_parameters_and_gradients_on_other_devices_are_refused(on_gpu):
         here.grad = torch.ones(9)
     table = torch.zeros(1, 4, dtype=torch.int64, device=device)
     with pytest.raises((RuntimeError, ValueError), match="must be on cuda"):
-        backends.operations(backend).bind([torch.ones(9)], [here.detach()], table)
+        load(backend).bind([torch.ones(9)], [here.detach()], table)
     with pytest.raises(ValueError, match="'cpp' runs on cpu"):
         MaskedAdamW([here], importance=D3(), selection=Static(3), backend="cpp")
 
@@ -247,7 +247,7 @@ def test_more_than_two_to_the_32_entries(on_gpu, monkeypatch):
 
 def test_the_self_check_passes(target):
     """What keeps "auto" from taking this backend, in words."""
-    assert self_check.fault(*target) is None
+    assert self_check.first_mismatch(*target) is None
 
 
 def test_auto_takes_a_backend_that_runs_here(target):

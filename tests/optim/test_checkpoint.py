@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_cases import DTYPES, assert_same_bits
 from torch.nn import Parameter
-from training import active_of, everything, give_grads, new_params, set_grads
+from training import active_of, everything, give_grads, new_params, set_grads, trained_params
 
 from sparse_optim import D3, Increment, IncrementalMaskedAdamW, Linear, MaskedAdamW, Static
 
@@ -51,21 +51,22 @@ def train(optimizer: MaskedAdamW, first: int, last: int) -> None:
 
 
 def assert_same_state(got: MaskedAdamW, expected: MaskedAdamW) -> None:
-    total = int(expected._active.progress[1])
-    assert_same_bits(got._active.progress, expected._active.progress, "progress")
-    assert_same_bits(got._active.offsets, expected._active.offsets, "offsets")
+    total = int(expected.engine.active.progress[1])
+    assert_same_bits(got.engine.active.progress, expected.engine.active.progress, "progress")
+    assert_same_bits(got.engine.active.offsets, expected.engine.active.offsets, "offsets")
     for name in ("position", "exp_avg", "exp_avg_sq", "unmask_step", "master"):
-        assert_same_bits(
-            getattr(got._active, name)[:total], getattr(expected._active, name)[:total], name
-        )
-    assert_same_bits(got._targets, expected._targets, "targets")
-    pairs = zip(got._pool + got._dense, expected._pool + expected._dense, strict=True)
-    for a, b in pairs:
+        ours, theirs = (getattr(each.engine.active, name) for each in (got, expected))
+        assert_same_bits(ours[:total], theirs[:total], name)
+    assert_same_bits(got.engine.targets, expected.engine.targets, "targets")
+    for a, b in zip(trained_params(got), trained_params(expected), strict=True):
         assert_same_bits(a.detach(), b.detach(), "params")
-    for a, b in zip(got._dense, expected._dense, strict=True):
-        for name, value in expected.state[b].items():
+        for name, value in expected.state.get(b, {}).items():
             assert_same_bits(got.state[a][name], value, name)
-    assert got._base.values == expected._base.values
+    assert fingerprints_of(got) == fingerprints_of(expected)
+
+
+def fingerprints_of(optimizer: MaskedAdamW) -> list[str]:
+    return optimizer.state_dict()["state"]["unmask"]["fingerprints"]
 
 
 def values_of(optimizer: MaskedAdamW) -> list[torch.Tensor]:
@@ -126,7 +127,7 @@ def test_a_loaded_state_without_the_model_takes_the_parameters_as_they_are():
     for group in other.param_groups:
         group["lr"] = group["weight_decay"] = 0.0
     train(other, 3, 4)
-    ranked = [param.numel() for param in other._pool]
+    ranked = [param.numel() for param in other.engine.pool.params]
     for got, expected in zip(values_of(other)[: len(ranked)], before, strict=False):
         assert_same_bits(got, expected)
 
@@ -146,7 +147,7 @@ def test_state_dict_has_torchs_form():
         assert entry["position"].dtype == torch.int32
         assert entry["exp_avg"].dtype == entry["master"].dtype == torch.float32
     assert "unmask" not in optimizer.state
-    assert all(param not in optimizer.state for param in optimizer._pool)
+    assert all(param not in optimizer.state for param in optimizer.engine.pool.params)
 
 
 def test_state_dict_is_a_copy():
@@ -183,12 +184,12 @@ def test_the_checkpoints_schedule_wins_and_extend_changes_it(caplog):
         other.load_state_dict(through_file(straight.state_dict()))
     assert "replaces the constructor's" in caplog.text
     assert other.metrics()["budget"] == 80
-    assert other._targets.tolist() == straight._targets.tolist()
+    assert other.engine.targets.tolist() == straight.engine.targets.tolist()
     for optimizer in (straight, other):
         optimizer.extend(total_steps=20)
-        assert optimizer._targets.tolist() == [80 * t // 20 for t in range(21)]
+        assert optimizer.engine.targets.tolist() == [80 * t // 20 for t in range(21)]
         optimizer.extend(budget=200)
-        assert optimizer._targets.tolist() == [200 * t // 20 for t in range(21)]
+        assert optimizer.engine.targets.tolist() == [200 * t // 20 for t in range(21)]
         train(optimizer, 4, 9)
     assert_same_state(other, straight)
 
@@ -198,11 +199,11 @@ def test_extend_keeps_what_is_active():
     optimizer = IncrementalMaskedAdamW(params, budget=100, total_steps=4, schedule=Linear())
     set_grads(params, 1.0)
     optimizer.step()
-    before, positions = optimizer._active.segment(0)["exp_avg"].clone(), active_of(optimizer)
+    before, positions = optimizer.engine.active.segment(0)["exp_avg"].clone(), active_of(optimizer)
     assert len(positions) == 43
     optimizer.extend(budget=400, total_steps=40)
     assert active_of(optimizer) == positions
-    assert_same_bits(optimizer._active.segment(0)["exp_avg"], before)
+    assert_same_bits(optimizer.engine.active.segment(0)["exp_avg"], before)
     for _ in range(39):
         optimizer.step()
     assert optimizer.metrics()["active"] == 400
@@ -225,7 +226,7 @@ def test_a_change_without_memory_leaves_the_optimizer_as_it_was(monkeypatch, cha
         raise torch.OutOfMemoryError("made up")
 
     with monkeypatch.context() as patch:
-        patch.setattr("sparse_optim.engine.buffers.WorkSpace.empty", no_memory)
+        patch.setattr("sparse_optim.engine.engine.WorkSpace.empty", no_memory)
         with pytest.raises(torch.OutOfMemoryError):
             change(broken)
     for optimizer in (straight, broken):
@@ -239,7 +240,7 @@ def test_extend_refuses_what_cannot_be():
     optimizer = IncrementalMaskedAdamW(params, budget=100, total_steps=1)
     set_grads(params, 1.0)
     optimizer.step()
-    before = optimizer._targets.clone()
+    before = optimizer.engine.targets.clone()
     for wrong, message in [
         ({"budget": 99}, "budget 99 is below the 100 entries already active"),
         ({"budget": 501}, "budget must be 1 to 500"),
@@ -249,13 +250,13 @@ def test_extend_refuses_what_cannot_be():
     ]:
         with pytest.raises(ValueError, match=message):
             optimizer.extend(**wrong)
-        assert_same_bits(optimizer._targets, before)
+        assert_same_bits(optimizer.engine.targets, before)
         assert optimizer.selection == Increment(100, 1)
     static = MaskedAdamW(new_params((50,)), importance=D3(), selection=Static(5))
     with pytest.raises(ValueError, match="static selection has no total_steps"):
         static.extend(total_steps=3)
     static.extend(budget=7)
-    set_grads(static._pool, 1.0)
+    set_grads(static.engine.pool.params, 1.0)
     static.step()
     assert static.metrics()["active"] == 7
 
@@ -330,14 +331,14 @@ def test_foreign_checkpoints_are_refused_and_change_nothing(case):
     give_grads(params, "normal", torch.Generator().manual_seed(0))
     optimizer.step()
     before, groups = everything(optimizer), copy.deepcopy(optimizer.state_dict()["param_groups"])
-    targets, names = optimizer._targets.clone(), list(optimizer._base.values)
+    targets, names = optimizer.engine.targets.clone(), fingerprints_of(optimizer)
     with pytest.raises(ValueError, match=message):
         optimizer.load_state_dict(make())
     for got, expected in zip(everything(optimizer), before, strict=True):
         assert_same_bits(got, expected)
     assert optimizer.state_dict()["param_groups"] == groups
-    assert_same_bits(optimizer._targets, targets)
-    assert optimizer._base.values == names
+    assert_same_bits(optimizer.engine.targets, targets)
+    assert fingerprints_of(optimizer) == names
     optimizer.step()
     assert optimizer.metrics()["active"] == 60
 
@@ -366,7 +367,7 @@ def test_copies_of_model_and_optimizer_go_on_alike(how, dtype):
         assert param is not other
     held = {id(param) for group in twin[1].param_groups for param in group["params"]}
     assert {id(param) for param in twin[0]} < held
-    assert [id(p) for p in twin[1]._pool] == [id(p) for p in twin[0]]
+    assert [id(p) for p in twin[1].engine.pool.params] == [id(p) for p in twin[0]]
     frozen = [param.detach().clone() for param in pair[0]]
     train(twin[1], 4, 9)
     for param, value in zip(pair[0], frozen, strict=True):

@@ -64,7 +64,7 @@ def test_the_best_are_unmasked_and_stay(exp, dtype, kind, budget, steps, seed):
     for t in range(1, steps + 1):
         grads = give_grads(params, kind, generator)
         scores = {}
-        for name, param, grad in zip(optimizer._names, params, grads, strict=True):
+        for name, param, grad in zip(optimizer.engine.pool.names, params, grads, strict=True):
             values = score(grad, param, exp, 0.25)
             scores |= {(name, i): float(value) for i, value in enumerate(values)}
         optimizer.step()
@@ -77,7 +77,7 @@ def test_the_best_are_unmasked_and_stay(exp, dtype, kind, budget, steps, seed):
             left = [value for key, value in scores.items() if key not in now]
             assert worst >= max(left, default=0.0)
         known = now
-    for name, param, before in zip(optimizer._names, params, initial, strict=True):
+    for name, param, before in zip(optimizer.engine.pool.names, params, initial, strict=True):
         frozen = torch.ones(param.numel(), dtype=torch.bool)
         frozen[optimizer.active_entries()[name]] = False
         assert_same_bits(param.detach().view(-1)[frozen], before.view(-1)[frozen])
@@ -181,7 +181,7 @@ def test_layouts_of_gradients(how, backend):
         params[0].grad = grad
         for _ in range(2):
             optimizer.step()
-        results.append((params[0].detach(), optimizer._active.position))
+        results.append((params[0].detach(), optimizer.engine.active.position))
     for got, expected in zip(*results, strict=True):
         assert_same_bits(got, expected)
 
@@ -219,7 +219,7 @@ def test_the_default_dtype_does_not_count(backend, fuse):
                 optimizer.step()
         finally:
             torch.set_default_dtype(torch.float32)
-        states.append([*vars(optimizer._active).values(), *params])
+        states.append([*vars(optimizer.engine.active).values(), *params])
     for one, other in zip(*states, strict=True):
         assert one.dtype == other.dtype
         assert torch.equal(one, other)
@@ -239,12 +239,12 @@ def test_missing_gradients_freeze_the_tensor_for_this_step():
     optimizer = IncrementalMaskedAdamW(params, budget=60, total_steps=2, weight_decay=0.5)
     give_grads(params, "normal", torch.Generator().manual_seed(0))
     optimizer.step()
-    before, moments = snapshot(params), optimizer._active.segment(1)["exp_avg"].clone()
+    before, moments = snapshot(params), optimizer.engine.active.segment(1)["exp_avg"].clone()
     assert moments.numel()
     params[1].grad = None
     optimizer.step()
     assert_same_bits(params[1].detach(), before[1])
-    assert_same_bits(optimizer._active.segment(1)["exp_avg"], moments)
+    assert_same_bits(optimizer.engine.active.segment(1)["exp_avg"], moments)
     assert optimizer.metrics()["active"] == 60  # all thirty more came from the other tensor
     assert optimizer.metrics()["active/group0.param1"] == moments.numel()
 

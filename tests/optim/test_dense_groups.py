@@ -14,7 +14,7 @@ import torch
 from op_cases import DTYPES, assert_as_exact, assert_same_bits
 from torch import Tensor
 from torch.nn import Parameter
-from training import give_grads, new_params, snapshot
+from training import give_grads, new_params, snapshot, trained_params
 
 from sparse_optim import D3, IncrementalMaskedAdamW, MaskedAdamW, Static
 
@@ -98,7 +98,7 @@ def test_a_budget_of_everything_is_adamw(dtype, bias_correction, backend):
             optimizer.step()
     assert sparse.metrics()["active"] == 1713
     for index, (param, a, b) in enumerate(zip(ours, single, double, strict=True)):
-        state = sparse._active.segment(index)
+        state = sparse.engine.active.segment(index)
         value = state.get("master", param.detach().view(-1))
         assert_as_exact(value, a.detach().view(-1), b.detach().view(-1), "value")
         assert_same_bits(param.detach().view(-1), value.to(dtype))
@@ -114,7 +114,7 @@ def test_master_values_keep_updates_that_bfloat16_loses():
     for _ in range(100):
         params[0].grad = torch.ones(8, dtype=torch.bfloat16)
         optimizer.step()
-    torch.testing.assert_close(optimizer._active.master, torch.full((8,), 0.99))
+    torch.testing.assert_close(optimizer.engine.active.master, torch.full((8,), 0.99))
     assert (params[0] == torch.tensor(0.99).bfloat16()).all()
 
 
@@ -224,10 +224,10 @@ def test_a_step_without_memory_moves_nothing_and_can_be_taken_again(monkeypatch,
     generators = [torch.Generator().manual_seed(0) for _ in range(2)]
     for step in range(4):
         for optimizer, generator in zip((whole, broken), generators, strict=True):
-            give_grads(optimizer._pool + optimizer._dense, "normal", generator)
+            give_grads(trained_params(optimizer), "normal", generator)
         if step == taken:
-            params = broken._pool + broken._dense
-            before = [*snapshot(params), broken._active.progress.clone()]
+            params = trained_params(broken)
+            before = [*snapshot(params), broken.engine.active.progress.clone()]
 
             def no_memory(*args: Any, **kwargs: Any) -> Tensor:
                 raise torch.OutOfMemoryError("made up")
@@ -236,9 +236,9 @@ def test_a_step_without_memory_moves_nothing_and_can_be_taken_again(monkeypatch,
                 patch.setattr(f"sparse_optim.optim.dense_groups.torch.{name}", no_memory)
                 with pytest.raises(torch.OutOfMemoryError):
                     broken.step()
-            for value, old in zip([*params, broken._active.progress], before, strict=True):
+            for value, old in zip([*params, broken.engine.active.progress], before, strict=True):
                 assert_same_bits(value.detach(), old)
         whole.step()
         broken.step()
-    for a, b in zip(whole._pool + whole._dense, broken._pool + broken._dense, strict=True):
+    for a, b in zip(trained_params(whole), trained_params(broken), strict=True):
         assert_same_bits(a.detach(), b.detach())

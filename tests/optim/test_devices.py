@@ -15,7 +15,7 @@ from torch import distributed, nn
 from torch.overrides import TorchFunctionMode
 
 from sparse_optim import D3, IncrementalMaskedAdamW, MaskedAdamW, Static
-from sparse_optim.optim.groups import STEPS_WITHOUT_GRADIENTS
+from sparse_optim.optim.gradient_watch import STEPS_WITHOUT_GRADIENTS
 
 FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.full, torch.tensor, torch.arange)
 
@@ -71,8 +71,9 @@ def step(optimizer: MaskedAdamW) -> None:
 def everything(optimizer: MaskedAdamW) -> list[torch.Tensor]:
     """Parameters, active entries and their state, counts and schedule, copied."""
     params = [param for group in optimizer.param_groups for param in group["params"]]
-    return [tensor.detach().clone() for tensor in
-            (*params, *vars(optimizer._active).values(), optimizer._targets)]  # fmt: skip
+    engine = optimizer.engine
+    held = (*params, *vars(engine.active).values(), engine.targets)
+    return [tensor.detach().clone() for tensor in held]
 
 
 def assert_same(one: MaskedAdamW, other: MaskedAdamW) -> None:

@@ -210,7 +210,7 @@ def test_values_loaded_in_mid_run_replace_master_values():
     with torch.no_grad():
         params[0].copy_(loaded)
     optimizer.step()
-    state = optimizer._active.segment(0)
+    state = optimizer.engine.active.segment(0)
     taken = loaded[state["position"].long()].float()
     assert (state["master"] - taken).abs().max() < 1e-4
     assert (state["master"] != taken).any()
@@ -243,7 +243,7 @@ def test_refresh_adopts_values_written_through_data():
     optimizer.step()
     params[0].data.fill_(7.0)
     optimizer.refresh()
-    assert (optimizer._active.master == 7).all()
+    assert (optimizer.engine.active.master == 7).all()
 
 
 def test_data_that_moves_to_other_memory_is_followed():

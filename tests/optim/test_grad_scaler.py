@@ -100,7 +100,7 @@ def test_several_optimizers_of_ours_keep_flags_of_their_own():
     scaler.update()
     assert scaler.get_scale() == 2.0**11
     assert [optimizer.metrics()["step"] for optimizer in optimizers] == [1, 0]
-    assert float(optimizers[0]._work.found_inf) == 0
+    assert float(optimizers[0].engine.work.scalars.found_inf) == 0
 
 
 def test_steps_without_gradients_say_what_torch_says():

@@ -257,10 +257,10 @@ def test_groups_may_be_added_in_mid_run(dtype, backend):
         give_grads(first, "normal", generator)
         optimizer.step()
     kept = active_of(optimizer)
-    values = optimizer._active.segment(0)["exp_avg"].clone()
+    values = optimizer.engine.active.segment(0)["exp_avg"].clone()
     optimizer.add_param_group({"params": [("w", added[0]), ("b", added[1])], "lr": 0.01})
     assert active_of(optimizer) == kept
-    assert_same_bits(optimizer._active.segment(0)["exp_avg"], values)
+    assert_same_bits(optimizer.engine.active.segment(0)["exp_avg"], values)
     initial = [param.detach().clone() for param in added]
     for _ in range(3):
         give_grads(first + added, "normal", generator)
@@ -274,9 +274,9 @@ def test_groups_may_be_added_in_mid_run(dtype, backend):
         frozen[position] = False
         assert_same_bits(param.detach().view(-1)[frozen], before.view(-1)[frozen])
         assert (param.detach().view(-1)[position] != before.view(-1)[position]).any()
-        index = optimizer._names.index(name)
+        index = optimizer.engine.pool.names.index(name)
         if dtype != torch.float32:
-            master = optimizer._active.segment(index)["master"]
+            master = optimizer.engine.active.segment(index)["master"]
             assert_same_bits(param.detach().view(-1)[position], master.to(dtype))
     again = build([("first", first[0])], budget=250, total_steps=5, importance=D3(-1.0, 0.5))
     again.add_param_group({"params": [("w", added[0]), ("b", added[1])]})
@@ -334,7 +334,7 @@ def test_a_refused_group_leaves_the_optimizer_unchanged(case):
     for got, expected in zip(everything(optimizer), before, strict=True):
         assert_same_bits(got, expected)
     assert optimizer.state_dict()["param_groups"] == groups
-    assert len(optimizer._pool) == 1
+    assert len(optimizer.engine.pool.params) == 1
     optimizer.step()
     assert optimizer.metrics()["active"] == 20
 

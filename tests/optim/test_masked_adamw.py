@@ -78,7 +78,7 @@ def run_against_oracle(pool: dict[str, Any], backend: str) -> None:
             continue
         before = [None if grad is None else grad.clone() for grad in grads]
         optimizer.step()
-        factor = float(optimizer._work.grad_factor)
+        factor = float(optimizer.engine.work.scalars.grad_factor)
         same.step(grads, factor=factor)
         if exact.step(grads, factor=factor):
             assert factor == pytest.approx(exact.grad_factor, rel=2**-18)

@@ -77,13 +77,13 @@ def loss_of(net: nn.Module, generator: torch.Generator, **options) -> Tensor:
 
 def state_of(optimizer: MaskedAdamW) -> list[Tensor]:
     """All that two runs must have in common: norms and clip factor, too."""
-    active, work = optimizer._active, optimizer._work
+    active, work = optimizer.engine.active, optimizer.engine.work
     count = int(active.progress[1])
     names = ("position", "exp_avg", "exp_avg_sq", "unmask_step", "master")
     held = [getattr(active, name)[:count] for name in names]
-    kept = [active.offsets, active.progress, work.threshold]
+    kept = [active.offsets, active.progress, work.new.threshold]
     params = [param.detach() for group in optimizer.param_groups for param in group["params"]]
-    every = [work.norms, optimizer.grad_norm, work.grad_factor, *held, *kept, *params]
+    every = [work.norms, optimizer.grad_norm, work.scalars.grad_factor, *held, *kept, *params]
     return [tensor.clone() for tensor in every]
 
 
@@ -94,7 +94,7 @@ def assert_same_state(got: MaskedAdamW, expected: MaskedAdamW, step: int = 0) ->
 
 def as_on_a_device(optimizer: MaskedAdamW) -> None:
     """Let the host read no counts of candidates, as where it would have to wait for a GPU."""
-    candidates = optimizer._in_backward._candidates
+    candidates = optimizer._fused_backward._candidates
     candidates._on_host, candidates._slots = False, torch.arange(candidates._max_quota)
 
 
@@ -132,7 +132,7 @@ def train_both(
 
 
 def assert_pool_is_free(optimizer: MaskedAdamW) -> None:
-    assert all(param.grad is None for param in optimizer._pool)
+    assert all(param.grad is None for param in optimizer.engine.pool.params)
 
 
 def backward(net: nn.Module, seed: int = 0, **options) -> None:

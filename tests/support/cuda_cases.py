@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 
 import emulated_cuda
+import op_cases
 import torch
+from op_cases import map_tensors, work_space
 
 from sparse_optim.backends import reference, scoring
-from sparse_optim.backends.operands import ActiveSet, WorkSpace
+from sparse_optim.backends.operands import ActiveSet, Rule
 
 TILE = emulated_cuda.TILE
 FLOAT = torch.float32
@@ -51,11 +53,11 @@ class Case:
         num_tiles = sum(-(-param.numel() // self.tile) for param in self.params)
         groups = [i % 2 for i in range(len(self.params))]
         device = torch.device("cpu")
-        self.state = ActiveSet.empty(self.params, self.capacity, device)
-        self.work = WorkSpace.empty(
-            self.params, 0, groups, 2, self.capacity, self.max_quota, self.tile, self.exp < 0,
-            emulated_cuda.scratch_bytes(num_tiles, self.capacity, self.max_quota), device,
-        )  # fmt: skip
+        self.active = ActiveSet.empty(self.params, self.capacity, device)
+        scratch = emulated_cuda.scratch_bytes(num_tiles, self.capacity, self.max_quota)
+        self.work = work_space(
+            self.params, 0, groups, 2, self.max_quota, self.tile, self.exp < 0, scratch
+        )
         step = 7
         segments = []
         for mask, param in zip(masks, self.params, strict=True):
@@ -72,73 +74,59 @@ class Case:
                     "master": param[position].float(),
                 }
             )
-        self.state.fill(segments, torch.tensor([step, self.num_active, 3]))
+        self.active.fill(segments, torch.tensor([step, self.num_active, 3]))
         self.targets = torch.arange(step + 4) * 0 + self.num_active + quota
-        self.work.hyper.copy_(
+        self.work.scalars.hyper.copy_(
             torch.tensor([[1e-2, 0.9, 0.999, 1e-8, 0.1, 1.0], [3e-3, 0.5, 0.99, 1e-6, 0.0, -1.0]])
         )
         if self.exp < 0:
             bounds = [scoring.tile_abs_max(param, self.tile) for param in self.params]
-            self.work.param_bound.copy_(torch.cat(bounds))
+            self.work.tiles.param_bound.copy_(torch.cat(bounds))
         for name in ("active_grad", "grad_norm", "grad_factor"):
-            getattr(self.work, name).fill_(math.nan)
-        self.work.tile_max.fill_(-1)
+            self.buffer(name).fill_(math.nan)
+        self.work.tiles.max.fill_(-1)
 
     def copy(self):
         """The same case in memory of its own (gradients are read only, and shared)."""
         other = object.__new__(Case)
         other.__dict__.update(self.__dict__)
         other.params = [param.clone() for param in self.params]
-        for name in ("state", "work"):
-            owner = getattr(self, name)
-            clones = {key: value.clone() for key, value in vars(owner).items()}
-            setattr(other, name, type(owner)(**clones))
+        other.active = map_tensors(self.active, torch.clone)
+        other.work = map_tensors(self.work, torch.clone)
         return other
+
+    buffer = op_cases.Case.buffer
 
     def bind(self, ops):
         self.bound = ops.bind(self.grads, self.params, self.work.table)
 
     def scan(self, ops, dense=(), max_grad_norm=math.inf):
         """And `clip`."""
-        state, work = self.state, self.work
+        work, scalars = self.work, self.work.scalars
         work.norms = torch.full((len(self.grads) + len(dense),), math.nan, dtype=torch.float64)
         ops.scan(
-            self.bound, list(dense), state.position, state.offsets, work.tile_offsets, self.tile,
-            work.tile_max, work.active_grad, work.norms, work.found_inf, work.scratch,
+            self.bound, list(dense), work.tiles, self.active, work.norms, scalars.found_inf,
+            work.scratch,
         )  # fmt: skip
-        ops.clip(work.norms, work.grad_scale, max_grad_norm, work.grad_norm, work.grad_factor)
+        ops.clip(
+            work.norms, scalars.grad_scale, max_grad_norm, scalars.grad_norm, scalars.grad_factor
+        )
 
     def rank(self, ops):
-        state, work = self.state, self.work
-        ops.rank(
-            self.bound, state.position, state.offsets, work.tile_offsets, self.noise, self.tile,
-            work.tile_max, work.scratch,
-        )  # fmt: skip
+        ops.rank(self.bound, self.work.tiles, self.active, self.noise, self.work.scratch)
 
     def cut(self, ops):
-        state, work = self.state, self.work
+        work = self.work
         ops.cut(
-            self.bound, state.position, state.offsets, work.tile_offsets, work.tile_max,
-            work.param_bound, self.targets, state.progress, work.found_inf, self.exp, 1e-3,
-            self.noise, self.tile, work.new_tensor, work.new_position, work.new_count,
-            work.threshold, work.scratch,
+            self.bound, work.tiles, self.active, Rule(self.exp, 1e-3, self.noise), self.targets,
+            work.scalars.found_inf, work.new, work.scratch,
         )  # fmt: skip
 
     def append(self, ops):
-        state, work = self.state, self.work
-        ops.append(
-            self.bound, work.new_tensor, work.new_position, work.new_count, state.position,
-            state.exp_avg, state.exp_avg_sq, state.unmask_step, state.master, work.active_grad,
-            state.offsets, state.progress, work.scratch,
-        )  # fmt: skip
+        ops.append(self.bound, self.work.new, self.active, self.work.scratch)
 
     def update(self, ops, bias_correction="entry"):
-        state, work = self.state, self.work
-        ops.update(
-            self.bound, state.position, state.offsets, work.active_grad, work.grad_factor,
-            work.found_inf, work.hyper, work.group_index, bias_correction, state.exp_avg,
-            state.exp_avg_sq, state.unmask_step, state.master, state.progress,
-        )  # fmt: skip
+        ops.update(self.bound, self.active, self.work.scalars, bias_correction)
 
 
 def run_both(case, *steps, **options):
@@ -153,32 +141,32 @@ def run_both(case, *steps, **options):
     return results
 
 
-def check_exact(expected, actual, owner, *names):
+def check_exact(expected, actual, *names):
     for name in names:
-        want, got = getattr(getattr(expected, owner), name), getattr(getattr(actual, owner), name)
+        want, got = expected.buffer(name), actual.buffer(name)
         assert torch.equal(want.nan_to_num(nan=-7.0), got.nan_to_num(nan=-7.0)), name
 
 
 def check_cut(expected, actual):
-    count = int(expected.work.new_count)
-    assert int(actual.work.new_count) == count
-    assert torch.equal(actual.work.new_tensor[:count], expected.work.new_tensor[:count])
-    assert torch.equal(actual.work.new_position[:count], expected.work.new_position[:count])
-    assert actual.work.threshold == expected.work.threshold
+    count = int(expected.work.new.count)
+    assert int(actual.work.new.count) == count
+    assert torch.equal(actual.work.new.tensor[:count], expected.work.new.tensor[:count])
+    assert torch.equal(actual.work.new.position[:count], expected.work.new.position[:count])
+    assert actual.work.new.threshold == expected.work.new.threshold
 
 
 def check_scan(expected, actual, rtol=1e-6):
-    check_exact(expected, actual, "work", "tile_max", "active_grad", "found_inf")
+    check_exact(expected, actual, "tile_max", "active_grad", "found_inf")
     for name in ("norms", "grad_norm", "grad_factor"):
-        want, got = getattr(expected.work, name), getattr(actual.work, name)
+        want, got = expected.buffer(name), actual.buffer(name)
         torch.testing.assert_close(got, want, rtol=rtol, atol=0, equal_nan=True, msg=name)
 
 
 def check_state(expected, actual):
-    check_exact(expected, actual, "state", "position", "unmask_step", "offsets", "progress")
-    total = int(expected.state.progress[1])
+    check_exact(expected, actual, "position", "unmask_step", "offsets", "progress")
+    total = int(expected.active.progress[1])
     for name in ("exp_avg", "exp_avg_sq", "master"):
-        want, got = getattr(expected.state, name), getattr(actual.state, name)
+        want, got = expected.buffer(name), actual.buffer(name)
         # A handful of float32 roundings, relative to the terms that are added up.
         torch.testing.assert_close(got[:total], want[:total], rtol=2e-6, atol=1e-7, msg=name)
     for want, got in zip(expected.params, actual.params, strict=True):

@@ -55,9 +55,14 @@ class Run:
 
     def everything(self) -> list[Tensor]:
         """State, counts, dense moments and weights, on the CPU."""
-        active = self.optimizer._active
+        active = self.optimizer.engine.active
         dense = [value for state in self.optimizer.state.values() for value in state.values()]
-        tensors = [*vars(active).values(), *dense, *self.params, self.optimizer._work.threshold]
+        tensors = [
+            *vars(active).values(),
+            *dense,
+            *self.params,
+            self.optimizer.engine.work.new.threshold,
+        ]
         return [tensor.detach().cpu().clone() for tensor in tensors]
 
 

@@ -14,6 +14,8 @@ import torch
 from repository import ROOT
 from torch import Tensor
 
+from sparse_optim.backends.operands import ActiveSet, Tiles
+
 FLAGS = [
     "-std=c++17", "-O1", "-fPIC", "-shared", "-x", "c++", "-DSPARSE_OPTIM_EMULATED",
     "-ffp-contract=off", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Werror",
@@ -93,16 +95,13 @@ def bind(grads: Sequence[Tensor], params: Sequence[Tensor], table: Tensor) -> Te
     return table
 
 
-def scan(
-    bound, dense_grads, position, offsets, tile_offsets, tile, tile_max, active_grad, norms,
-    found_inf, scratch,
-) -> None:  # fmt: skip
+def scan(bound, dense_grads, tiles, active, norms, found_inf, scratch) -> None:
     rows = [[grad.data_ptr(), grad.numel(), DTYPES[grad.dtype]] for grad in dense_grads]
     with _Poisoned(scratch):
         _call(
-            "scan", _pool(bound, tile_offsets, tile, tile_max),
-            torch.tensor(rows, dtype=torch.int64), ctypes.c_int64(len(rows)), position, offsets,
-            tile_max, active_grad, norms, found_inf, scratch,
+            "scan", _pool(bound, tiles), torch.tensor(rows, dtype=torch.int64),
+            ctypes.c_int64(len(rows)), active.position, active.offsets, tiles.max, active.grad,
+            norms, found_inf, scratch,
         )  # fmt: skip
 
 
@@ -113,49 +112,34 @@ def clip(norms, grad_scale, max_grad_norm, grad_norm, grad_factor) -> None:
     )  # fmt: skip
 
 
-def rank(bound, position, offsets, tile_offsets, noise, tile, tile_max, scratch) -> None:
-    pool = _pool(bound, tile_offsets, tile, tile_max)
-    _call("rank", pool, position, offsets, noise, tile_max)
+def rank(bound, tiles, active, noise, scratch) -> None:
+    _call("rank", _pool(bound, tiles), active.position, active.offsets, noise, tiles.max)
 
 
-def cut(
-    bound, position, offsets, tile_offsets, tile_max, param_bound, targets, progress, found_inf,
-    exp, eps, noise, tile, new_tensor, new_position, new_count, threshold, scratch,
-) -> None:  # fmt: skip
+def cut(bound, tiles, active, rule, targets, found_inf, new, scratch) -> None:
     with _Poisoned(scratch):
         _call(
-            "cut", _pool(bound, tile_offsets, tile, tile_max), position, offsets, tile_max,
-            param_bound, targets, ctypes.c_int64(targets.numel()), progress, found_inf,
-            ctypes.c_double(exp), ctypes.c_double(eps), noise, new_tensor, new_position, new_count,
-            ctypes.c_int64(new_position.numel()), threshold, scratch,
+            "cut", _pool(bound, tiles), active.position, active.offsets, tiles.max,
+            tiles.param_bound, targets, ctypes.c_int64(targets.numel()), active.progress, found_inf,
+            ctypes.c_double(rule.exp), ctypes.c_double(rule.eps), rule.noise, new.tensor,
+            new.position, new.count, ctypes.c_int64(new.position.numel()), new.threshold, scratch,
         )  # fmt: skip
 
 
-def append(
-    bound, new_tensor, new_position, new_count, position, exp_avg, exp_avg_sq, unmask_step, master,
-    active_grad, offsets, progress, scratch,
-) -> None:  # fmt: skip
-    active = _active(
-        position, exp_avg, exp_avg_sq, unmask_step, master, active_grad, offsets, progress
-    )
+def append(bound, new, active, scratch) -> None:
     with _Poisoned(scratch):
         _call(
-            "append", _pool(bound), new_tensor, new_position, new_count,
-            ctypes.c_int64(new_position.numel()), active, ctypes.c_int64(position.numel()),
-            scratch,
+            "append", _pool(bound), new.tensor, new.position, new.count,
+            ctypes.c_int64(new.position.numel()), _active(active),
+            ctypes.c_int64(active.position.numel()), scratch,
         )  # fmt: skip
 
 
-def update(
-    bound, position, offsets, active_grad, grad_factor, found_inf, hyper, group_index,
-    bias_correction, exp_avg, exp_avg_sq, unmask_step, master, progress,
-) -> None:  # fmt: skip
-    active = _active(
-        position, exp_avg, exp_avg_sq, unmask_step, master, active_grad, offsets, progress
-    )
+def update(bound, active, scalars, bias_correction) -> None:
     _call(
-        "update", _pool(bound), active, ctypes.c_int64(position.numel()), grad_factor,
-        found_inf, hyper, ctypes.c_int64(hyper.shape[0]), group_index,
+        "update", _pool(bound), _active(active), ctypes.c_int64(active.position.numel()),
+        scalars.grad_factor, scalars.found_inf, scalars.hyper,
+        ctypes.c_int64(scalars.hyper.shape[0]), scalars.group_index,
         ctypes.c_int(bias_correction == "entry"),
     )  # fmt: skip
 
@@ -179,16 +163,15 @@ def _pointer(tensor: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr() if tensor.numel() else None)
 
 
-def _pool(
-    table: Tensor, tile_offsets: Tensor | None = None, tile: int = 1, tile_max: Tensor | None = None
-) -> Pool:
-    tiles = 0 if tile_max is None else tile_max.numel()
-    offsets = None if tile_offsets is None else tile_offsets.data_ptr()
-    return Pool(table.data_ptr(), offsets, table.numel() // 4, tiles, tile)
+def _pool(table: Tensor, tiles: Tiles | None = None) -> Pool:
+    if tiles is None:
+        return Pool(table.data_ptr(), None, table.numel() // 4, 0, 1)
+    number = tiles.max.numel()
+    return Pool(table.data_ptr(), tiles.offsets.data_ptr(), table.numel() // 4, number, tiles.size)
 
 
-def _active(*tensors: Tensor) -> Active:
-    return Active(*map(_pointer, tensors))
+def _active(active: ActiveSet) -> Active:
+    return Active(*(_pointer(getattr(active, name)) for name, _ in Active._fields_))
 
 
 def _call(name: str, *arguments: object) -> None:

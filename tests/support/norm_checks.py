@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from types import ModuleType
 
 import torch
+from op_cases import work_space
 from torch import Tensor
 
-from sparse_optim.backends.operands import ActiveSet, WorkSpace
+from sparse_optim.backends.operands import ActiveSet
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -26,15 +27,12 @@ def norms_of(
     """As `scan` writes them, with no entry active."""
     num_tiles = sum(-(-param.numel() // tile) for param in params)
     active = ActiveSet.empty(params, 0, CPU)
-    work = WorkSpace.empty(
-        params, len(dense), [0] * len(params), 1, 0, 0, tile, False,
-        ops.scratch_bytes(num_tiles, 0, 0), CPU,
-    )  # fmt: skip
+    scratch = ops.scratch_bytes(num_tiles, 0, 0)
+    work = work_space(params, len(dense), [0] * len(params), 1, 0, tile, False, scratch)
     work.norms.fill_(math.nan)
     ops.scan(
-        ops.bind(grads, params, work.table), dense, active.position, active.offsets,
-        work.tile_offsets, tile, work.tile_max, work.active_grad, work.norms, work.found_inf,
-        work.scratch,
+        ops.bind(grads, params, work.table), dense, work.tiles, active, work.norms,
+        work.scalars.found_inf, work.scratch,
     )  # fmt: skip
     return work.norms.tolist()
 

@@ -5,20 +5,66 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparse_optim.backends.operands import ActiveSet, WorkSpace, max_quota
+from sparse_optim.backends.operands import (
+    ActiveSet,
+    NewEntries,
+    Rule,
+    StepScalars,
+    Tiles,
+    max_quota,
+)
+from sparse_optim.engine.engine import WorkSpace
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TILE = 512
 # Around the tile, the vector width and the block of 128 entries, and the sizes without a tile.
 EDGE_SIZES = (0, 1, 127, 128, 129, TILE - 1, TILE, TILE + 1, 3 * TILE + 5)
+# Where the buffers of the operators' schemas are, seen from a case.
+BUFFERS = {
+    "tile_max": "work.tiles.max",
+    "tile_offsets": "work.tiles.offsets",
+    "param_bound": "work.tiles.param_bound",
+    "tile": "tile",
+    "position": "active.position",
+    "offsets": "active.offsets",
+    "progress": "active.progress",
+    "active_grad": "active.grad",
+    "exp_avg": "active.exp_avg",
+    "exp_avg_sq": "active.exp_avg_sq",
+    "unmask_step": "active.unmask_step",
+    "master": "active.master",
+    "new_tensor": "work.new.tensor",
+    "new_position": "work.new.position",
+    "new_count": "work.new.count",
+    "threshold": "work.new.threshold",
+    "grad_scale": "work.scalars.grad_scale",
+    "found_inf": "work.scalars.found_inf",
+    "grad_norm": "work.scalars.grad_norm",
+    "grad_factor": "work.scalars.grad_factor",
+    "hyper": "work.scalars.hyper",
+    "group_index": "work.scalars.group_index",
+    "norms": "work.norms",
+    "table": "work.table",
+    "scratch": "work.scratch",
+    "dense_grads": "dense_grads",
+    "grads": "grads",
+    "params": "params",
+    "targets": "targets",
+    "exp": "exp",
+    "eps": "eps",
+    "noise": "noise",
+    "bias_correction": "bias_correction",
+    "max_grad_norm": "max_grad_norm",
+}
 EXPS = (-1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
 
 
@@ -83,6 +129,38 @@ def random_values(size: int, dtype: torch.dtype, kind: str, generator: torch.Gen
     return values.to(dtype)
 
 
+def map_tensors(owner: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of a dataclass of buffers, nested or not, each of them replaced."""
+    if isinstance(owner, Tensor):
+        return function(owner)
+    if not is_dataclass(owner):
+        return owner
+    values = {item.name: getattr(owner, item.name) for item in fields(owner)}
+    return replace(owner, **{name: map_tensors(value, function) for name, value in values.items()})
+
+
+def work_space(
+    params: Sequence[Tensor],
+    num_dense: int,
+    rows: Sequence[int],
+    num_groups: int,
+    quota: int,
+    tile: int,
+    bounded: bool,
+    scratch_bytes: int = 0,
+) -> WorkSpace:
+    """On the CPU, with tiles of any size."""
+    cpu = torch.device("cpu")
+    return WorkSpace(
+        table=torch.zeros(len(params), 4, dtype=torch.int64),
+        tiles=Tiles.empty(params, tile, bounded, cpu),
+        new=NewEntries.empty(quota, cpu),
+        scalars=StepScalars.empty(rows, num_groups, cpu),
+        norms=torch.zeros(len(params) + num_dense, dtype=torch.float64),
+        scratch=torch.zeros(scratch_bytes, dtype=torch.uint8),
+    )
+
+
 @dataclass
 class Case:
     """One optimizer step in the arguments of the operations."""
@@ -107,47 +185,38 @@ class Case:
         return ops.bind(self.grads, self.params, self.work.table)
 
     def scan_args(self, ops: ModuleType) -> tuple[Any, ...]:
-        active, work = self.active, self.work
+        work = self.work
         return (
-            self.bound(ops), self.dense_grads, active.position, active.offsets, work.tile_offsets,
-            self.tile, work.tile_max, work.active_grad, work.norms, work.found_inf, work.scratch,
+            self.bound(ops), self.dense_grads, work.tiles, self.active, work.norms,
+            work.scalars.found_inf, work.scratch,
         )  # fmt: skip
 
     def clip_args(self, ops: ModuleType) -> tuple[Any, ...]:
-        work = self.work
-        return work.norms, work.grad_scale, self.max_grad_norm, work.grad_norm, work.grad_factor
-
-    def rank_args(self, ops: ModuleType) -> tuple[Any, ...]:
-        active, work = self.active, self.work
+        work, scalars = self.work, self.work.scalars
         return (
-            self.bound(ops), active.position, active.offsets, work.tile_offsets, self.noise,
-            self.tile, work.tile_max, work.scratch,
+            work.norms, scalars.grad_scale, self.max_grad_norm, scalars.grad_norm,
+            scalars.grad_factor,
         )  # fmt: skip
 
+    def rank_args(self, ops: ModuleType) -> tuple[Any, ...]:
+        return self.bound(ops), self.work.tiles, self.active, self.noise, self.work.scratch
+
     def cut_args(self, ops: ModuleType) -> tuple[Any, ...]:
-        active, work = self.active, self.work
+        work = self.work
         return (
-            self.bound(ops), active.position, active.offsets, work.tile_offsets,
-            work.tile_max, work.param_bound, self.targets, active.progress, work.found_inf,
-            self.exp, self.eps, self.noise, self.tile, work.new_tensor, work.new_position,
-            work.new_count, work.threshold, work.scratch,
+            self.bound(ops), work.tiles, self.active, Rule(self.exp, self.eps, self.noise),
+            self.targets, work.scalars.found_inf, work.new, work.scratch,
         )  # fmt: skip
 
     def append_args(self, ops: ModuleType) -> tuple[Any, ...]:
-        active, work = self.active, self.work
-        return (
-            self.bound(ops), work.new_tensor, work.new_position, work.new_count,
-            active.position, active.exp_avg, active.exp_avg_sq, active.unmask_step, active.master,
-            work.active_grad, active.offsets, active.progress, work.scratch,
-        )  # fmt: skip
+        return self.bound(ops), self.work.new, self.active, self.work.scratch
 
     def update_args(self, ops: ModuleType) -> tuple[Any, ...]:
-        active, work = self.active, self.work
-        return (
-            self.bound(ops), active.position, active.offsets, work.active_grad,
-            work.grad_factor, work.found_inf, work.hyper, work.group_index, self.bias_correction,
-            active.exp_avg, active.exp_avg_sq, active.unmask_step, active.master, active.progress,
-        )  # fmt: skip
+        return self.bound(ops), self.active, self.work.scalars, self.bias_correction
+
+    def buffer(self, name: str) -> Tensor:
+        """A buffer by its name in the schema of the operators."""
+        return operator.attrgetter(BUFFERS[name])(self)
 
     def step(self, ops: ModuleType, until: str = "update") -> Case:
         """Run the operations of a step, up to and including one of them."""
@@ -159,8 +228,8 @@ class Case:
 
     def new_entries(self) -> list[tuple[int, int]]:
         """(tensor, position) of what `cut` found, in its order."""
-        count = int(self.work.new_count)
-        pairs = zip(self.work.new_tensor[:count], self.work.new_position[:count], strict=True)
+        count = int(self.work.new.count)
+        pairs = zip(self.work.new.tensor[:count], self.work.new.position[:count], strict=True)
         return [(int(tensor), int(position)) for tensor, position in pairs]
 
 
@@ -223,11 +292,10 @@ def make_case(
         if active.master.numel():  # between two values of the parameter's dtype
             segment["master"] *= noise
     active.fill(segments, torch.tensor([step, num_active, 0]))
-    work = WorkSpace.empty(
-        params, len(dense), [index % 2 for index in range(len(sizes))], 2, capacity,
-        min(most, max_quota(targets, capacity)), tile, exp < 0, 0, torch.device("cpu"),
-    )  # fmt: skip
-    work.hyper.copy_(
+    rows = [index % 2 for index in range(len(sizes))]
+    quota_room = min(most, max_quota(targets, capacity))
+    work = work_space(params, len(dense), rows, 2, quota_room, tile, exp < 0)
+    work.scalars.hyper.copy_(
         torch.tensor([[1e-2, 0.9, 0.999, 1e-8, 0.1, 1.0], [3e-3, 0.8, 0.95, 1e-6, 0.0, -1.0]])
     )
     case = Case(
@@ -239,9 +307,9 @@ def make_case(
 
 def fill_bounds(case: Case) -> None:
     """Greatest |param| of each tile, which exp < 0 needs; by hand."""
-    if case.work.param_bound.numel():
+    if case.work.tiles.param_bound.numel():
         bounds = [
             part.float().abs().max() for param in case.params for part in param.split(case.tile)
             if part.numel()
         ]  # fmt: skip
-        case.work.param_bound.copy_(torch.stack(bounds))
+        case.work.tiles.param_bound.copy_(torch.stack(bounds))

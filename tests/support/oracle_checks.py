@@ -14,14 +14,16 @@ from sparse_optim import MaskedAdamW
 
 def assert_matches(optimizer: MaskedAdamW, exact: Oracle, same: Oracle) -> None:
     """Active entries and frozen bits exactly; values and moments by the tolerance rule."""
-    active = optimizer._active
+    active = optimizer.engine.active
     assert active.progress.tolist() == [exact.step_count, exact.num_active, exact.skipped]
     values = zip(same.values(), exact.values(), strict=True)
     moments = [
         (name, same.moment(name), exact.moment(name), exact.largest**power)
         for name, power in (("exp_avg", 1), ("exp_avg_sq", 2))
     ]
-    for index, (param, (value32, value64)) in enumerate(zip(optimizer._pool, values, strict=True)):
+    for index, (param, (value32, value64)) in enumerate(
+        zip(optimizer.engine.pool.params, values, strict=True)
+    ):
         mask, segment = exact.mask[index], active.segment(index)
         got = torch.zeros(param.numel(), dtype=torch.bool)
         got[segment["position"].long()] = True
@@ -45,9 +47,10 @@ def rank_oracles(optimizer: MaskedAdamW, **options: Any) -> tuple[Oracle, Oracle
         for _ in group["params"]
         if group["unmask"] == "rank"
     ]
+    engine = optimizer.engine
     return tuple(
         Oracle(
-            optimizer._pool, group_of, optimizer._targets.tolist(), exp=optimizer.importance.exp,
+            engine.pool.params, group_of, engine.targets.tolist(), exp=optimizer.importance.exp,
             eps=optimizer.importance.eps, bias_correction=optimizer.bias_correction, dtype=dtype,
             max_grad_norm=optimizer.max_grad_norm or math.inf,
         )

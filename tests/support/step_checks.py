@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import fields, replace
 from types import ModuleType
-from typing import Any
 
 import torch
-from op_cases import Case, assert_as_exact, assert_same_bits
+from op_cases import Case, assert_as_exact, assert_same_bits, map_tensors
 from torch import Tensor
 
 from sparse_optim.backends import reference
@@ -34,13 +32,11 @@ def case_on(case: Case, device: str | torch.device, ops: ModuleType = reference)
     for name in ("params", "grads", "dense_grads"):
         setattr(own, name, [moved(tensor, device) for tensor in getattr(case, name)])
     for name in ("active", "work"):
-        owner: Any = getattr(case, name)
-        buffers = {item.name: moved(getattr(owner, item.name), device) for item in fields(owner)}
-        setattr(own, name, replace(owner, **buffers))
+        setattr(own, name, map_tensors(getattr(case, name), lambda buffer: moved(buffer, device)))
     own.targets, own.noise = case.targets.to(device), case.noise.to(device)
     work = own.work
     size = ops.scratch_bytes(
-        work.tile_max.numel(), own.active.position.numel(), work.new_tensor.numel()
+        work.tiles.max.numel(), own.active.position.numel(), work.new.tensor.numel()
     )
     work.scratch = torch.full((size + GUARD,), GARBAGE, dtype=torch.uint8, device=device)
     return own
@@ -50,10 +46,10 @@ def in_float64(case: Case) -> Case:
     """The update of a case as float64 computes it: the reference code on float64 tensors."""
     twin = case.copy()
     for name in FLOAT_ACTIVE:
-        setattr(twin.active, name, getattr(twin.active, name).double())
+        setattr(twin.active, name, twin.buffer(name).double())
     if not twin.active.master.numel():
         twin.params = [param.double() for param in twin.params]
-    twin.work.active_grad = twin.work.active_grad.double()
+    twin.active.grad = twin.active.grad.double()
     reference.update(*twin.update_args(reference))
     return twin
 
@@ -78,13 +74,13 @@ def assert_same_step(
     got = case_on(fast, "cpu")
     assert_same_selection(got, plain)
     for name in (*EXACT_ACTIVE, *FLOAT_ACTIVE):
-        assert_same_bits(getattr(got.active, name), getattr(plain.active, name), name)
+        assert_same_bits(got.buffer(name), plain.buffer(name), name)
     rtol = (case.tile / lanes + 8) * 2**-24
     for name in ("norms", "grad_norm", "grad_factor"):
-        ours, others = getattr(got.work, name), getattr(plain.work, name)
+        ours, others = got.buffer(name), plain.buffer(name)
         torch.testing.assert_close(ours, others, rtol=rtol, atol=0)
 
-    plain.work.grad_factor.copy_(got.work.grad_factor)
+    plain.work.scalars.grad_factor.copy_(got.work.scalars.grad_factor)
     exact = in_float64(plain)
     reference.update(*plain.update_args(reference))
     ops.update(*fast.update_args(ops))
@@ -112,29 +108,29 @@ def assert_same_sample(case: Case, ops: ModuleType, device: str | torch.device =
 def assert_same_selection(got: Case, plain: Case) -> None:
     """Tile maxima, new entries, threshold and gradients of active entries, bit for bit."""
     for name in EXACT_WORK:
-        assert_same_bits(getattr(got.work, name), getattr(plain.work, name), name)
-    count = int(plain.work.new_count)
+        assert_same_bits(got.buffer(name), plain.buffer(name), name)
+    count = int(plain.work.new.count)
     for name in ("new_tensor", "new_position"):
-        assert_same_bits(getattr(got.work, name)[:count], getattr(plain.work, name)[:count], name)
+        assert_same_bits(got.buffer(name)[:count], plain.buffer(name)[:count], name)
     total = int(plain.active.progress[1])
-    assert_same_bits(got.work.active_grad[:total], plain.work.active_grad[:total], "active_grad")
+    assert_same_bits(got.active.grad[:total], plain.active.grad[:total], "active_grad")
 
 
 def assert_same_state(got: Case, plain: Case, exact: Case) -> None:
     """The active set after `update`: integers exactly, moments and master by the tolerance rule."""
     for name in EXACT_ACTIVE:
-        assert_same_bits(getattr(got.active, name), getattr(plain.active, name), name)
+        assert_same_bits(got.buffer(name), plain.buffer(name), name)
     total = int(plain.active.progress[1])
     for name in FLOAT_ACTIVE:
         assert_as_exact(
-            getattr(got.active, name)[:total], getattr(plain.active, name)[:total],
-            getattr(exact.active, name)[:total], name,
+            got.buffer(name)[:total], plain.buffer(name)[:total],
+            exact.buffer(name)[:total], name,
         )  # fmt: skip
 
 
 def assert_params_follow(got: Case, exact: Case, plain: Case, before: Case) -> None:
     """Parameters: the rounded master, or as exact as torch; frozen entries keep their bits."""
-    skipped = bool(got.work.found_inf)
+    skipped = bool(got.work.scalars.found_inf)
     for index, param in enumerate(got.params):
         first, last = got.active.offsets[index : index + 2].tolist()
         position = got.active.position[first:last].long()

@@ -23,6 +23,12 @@ def snapshot(params: Sequence[Tensor]) -> list[Tensor]:
     return [param.detach().clone() for param in params]
 
 
+def trained_params(optimizer: MaskedAdamW) -> list[Tensor]:
+    """Every parameter that the optimizer moves, in the order of the groups."""
+    groups = (group for group in optimizer.param_groups if group["unmask"] != "none")
+    return [param for group in groups for param in group["params"]]
+
+
 def set_grads(params: Sequence[Tensor], value: float) -> None:
     for param in params:
         param.grad = torch.full_like(param, value)
@@ -38,11 +44,11 @@ def active_of(optimizer: MaskedAdamW) -> set[tuple[str, int]]:
 
 def everything(optimizer: MaskedAdamW) -> list[Tensor]:
     """All that a skipped step must not move."""
-    active = optimizer._active
+    active = optimizer.engine.active
     fields = ("position", "exp_avg", "exp_avg_sq", "unmask_step", "master", "offsets")
     dense = [value for state in optimizer.state.values() for value in state.values()]
     held = [getattr(active, name) for name in fields] + [active.progress[:2]] + dense
-    return [value.clone() for value in held] + snapshot(optimizer._pool + optimizer._dense)
+    return [value.clone() for value in held] + snapshot(trained_params(optimizer))
 
 
 def give_grads(

@@ -14,7 +14,7 @@ from step_checks import case_on
 from torch import Tensor
 
 from sparse_optim.backends import scoring
-from sparse_optim.backends.operands import ActiveSet, WorkSpace
+from sparse_optim.backends.operands import ActiveSet
 
 TILE = 16
 STEP = 7
@@ -119,16 +119,14 @@ def assemble(
         })  # fmt: skip
     active.fill(segments, torch.tensor([STEP, num_active, 2]))
     exp = options.get("exp", 0.0)
-    work = WorkSpace.empty(
-        params, len(dense), [i % 2 for i in range(len(params))], 2, capacity, max(quota, 1), TILE,
-        exp < 0, 0, CPU,
-    )  # fmt: skip
-    work.hyper.copy_(
+    rows = [i % 2 for i in range(len(params))]
+    work = op_cases.work_space(params, len(dense), rows, 2, max(quota, 1), TILE, exp < 0)
+    work.scalars.hyper.copy_(
         torch.tensor([[1e-2, 0.9, 0.999, 1e-8, 0.1, 1.0], [3e-3, 0.8, 0.95, 1e-6, 0.0, -1.0]])
     )
     if exp < 0:
-        work.param_bound.copy_(torch.cat([scoring.tile_abs_max(p, TILE) for p in params]))
-    work.active_grad.uniform_(generator=generator)
+        work.tiles.param_bound.copy_(torch.cat([scoring.tile_abs_max(p, TILE) for p in params]))
+    active.grad.uniform_(generator=generator)
     options["noise"] = torch.tensor(options.get("noise", ()), dtype=torch.int64)
     options = {"eps": 1e-3, "tile": TILE, **options}
     return Case(grads, params, dense, active, work, targets, **options)
@@ -137,6 +135,4 @@ def assemble(
 def assert_bits(case: Case, expected: Case, *names: str) -> None:
     """Fields of the buffers are equal, bit for bit."""
     for name in names:
-        owner = "active" if hasattr(case.active, name) else "work"
-        got, want = (getattr(getattr(each, owner), name) for each in (case, expected))
-        assert_same_bits(got, want, name)
+        assert_same_bits(case.buffer(name), expected.buffer(name), name)

@@ -17,7 +17,7 @@ import torch
 from triton.runtime.jit import JITFunction, mangle_type
 
 from sparse_optim import D3, Increment, MaskedAdamW, Scores, Stochastic
-from sparse_optim.backends import registry as backends
+from sparse_optim.backends import registry
 
 EXACT_EXPS = (-1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
 GENERAL_EXPS = (-0.3, 1.7)  # through pow
@@ -72,7 +72,7 @@ def noted() -> Iterator[dict[str, Launch]]:
     on_cpu = {"triton": ("sparse_optim.triton_kernels", "cpu")}
     with (
         mock.patch.object(JITFunction, "run", note),
-        mock.patch.dict(backends._BACKENDS, on_cpu),
+        mock.patch.dict(registry.BACKENDS, on_cpu),
     ):
         yield launches
 

@@ -13,8 +13,8 @@ import torch
 from backward_nets import SmallNet, train_both
 
 from sparse_optim import D3, Random, Snip
-from sparse_optim.backends import registry as backends
-from sparse_optim.engine import fused_backward as in_backward
+from sparse_optim.backends import registry
+from sparse_optim.engine import fused_backward
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("run by test_interpreter.py", allow_module_level=True)
@@ -25,8 +25,8 @@ kernels = importlib.import_module("sparse_optim.triton_kernels")
 @pytest.fixture(autouse=True)
 def _interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU, with small tiles and few programs, and many batches in one step."""
-    monkeypatch.setitem(backends._BACKENDS, "triton", ("sparse_optim.triton_kernels", "cpu"))
-    monkeypatch.setattr(in_backward, "BATCH_BYTES", 1 << 9)
+    monkeypatch.setitem(registry.BACKENDS, "triton", ("sparse_optim.triton_kernels", "cpu"))
+    monkeypatch.setattr(fused_backward, "BATCH_BYTES", 1 << 9)
     monkeypatch.setattr(kernels, "TILE", 512)
     for name in ("candidate_tiles", "cut"):
         module = importlib.import_module(f"sparse_optim.triton_kernels.{name}")

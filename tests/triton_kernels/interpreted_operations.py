@@ -42,8 +42,7 @@ from step_checks import assert_same_step
 from triton_cases import BF16, F16, F32, STEP, TILE, assert_bits, make_case
 
 from sparse_optim import D3, IncrementalMaskedAdamW
-from sparse_optim.backends import reference
-from sparse_optim.backends import registry as backends
+from sparse_optim.backends import reference, registry
 from sparse_optim.engine import self_check
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -93,7 +92,7 @@ SCANS = {
 @pytest.mark.parametrize("name", SCANS)
 def test_scan(name: str) -> None:
     case = make_case(**SCANS[name])
-    case.work.grad_scale.fill_(8.0)
+    case.work.scalars.grad_scale.fill_(8.0)
     assert_same_step(case, kernels)
 
 
@@ -105,7 +104,7 @@ def test_non_finite_gradients_are_found(place: str, value: float) -> None:
     target = case.dense_grads[0] if place == "dense" else case.grads[0]
     target[2 if place == "active" else 8] = value
     got, want = (case.run(ops, "scan", "cut") for ops in (kernels, reference))
-    assert got.work.found_inf.item() == 1.0
+    assert got.work.scalars.found_inf.item() == 1.0
     assert_bits(got, want, "tile_max", "found_inf", "new_count")
 
 
@@ -113,10 +112,10 @@ def test_found_inf_stays_and_greatest_finite_is_finite() -> None:
     case = make_case((3,), positions=[[]])
     case.grads[0][1] = torch.finfo(F32).max
     with np.errstate(over="ignore"):  # the sum of squares does, which is no gradient's fault
-        assert case.run(kernels, "scan").work.found_inf.item() == 0.0
+        assert case.run(kernels, "scan").work.scalars.found_inf.item() == 0.0
     case.grads[0].fill_(1.0)
-    case.work.found_inf.fill_(1.0)
-    assert case.run(kernels, "scan").work.found_inf.item() == 1.0
+    case.work.scalars.found_inf.fill_(1.0)
+    assert case.run(kernels, "scan").work.scalars.found_inf.item() == 1.0
 
 
 CUTS = {
@@ -150,10 +149,10 @@ SCORED = ("ties", "mixed dtypes", "many scales", "fewer winners than tiles", "ti
 def test_cut(name: str, exp: float) -> None:
     case = make_case(**CUTS[name], exp=exp, seed=len(name))
     got, want = (case.run(ops, "scan", "cut") for ops in (kernels, reference))
-    count = int(want.work.new_count)
+    count = int(want.work.new.count)
     assert_bits(got, want, "new_count", "threshold")
     for entries in ("new_tensor", "new_position"):
-        assert torch.equal(getattr(got.work, entries)[:count], getattr(want.work, entries)[:count])
+        assert torch.equal(got.buffer(entries)[:count], want.buffer(entries)[:count])
 
 
 def test_cut_of_a_general_exponent() -> None:
@@ -162,9 +161,9 @@ def test_cut_of_a_general_exponent() -> None:
     case.params[0].fill_(0.3)
     case.grads[0].copy_(1.5 ** torch.randperm(40, generator=torch.Generator().manual_seed(3)))
     got, want = (case.run(ops, "scan", "cut") for ops in (kernels, reference))
-    assert torch.equal(got.work.new_position[:5], want.work.new_position[:5])
+    assert torch.equal(got.work.new.position[:5], want.work.new.position[:5])
     grad, base = case.grads[0].double().sort().values[-5], case.params[0][0].double() + case.eps
-    assert_as_exact(got.work.threshold, want.work.threshold, grad / base**1.7)
+    assert_as_exact(got.work.new.threshold, want.work.new.threshold, grad / base**1.7)
 
 
 @pytest.mark.parametrize(("applied", "quota"), [(0, 3), (1, 5), (2, 9), (50, 9)])
@@ -174,7 +173,7 @@ def test_quota_follows_the_schedule(applied: int, quota: int) -> None:
     case.targets = torch.tensor([0, 3, 5, 40])
     case.active.progress.copy_(torch.tensor([applied, 0, 0]))
     got, want = (case.run(ops, "scan", "cut") for ops in (kernels, reference))
-    assert got.work.new_count.item() == want.work.new_count.item() == quota
+    assert got.work.new.count.item() == want.work.new.count.item() == quota
 
 
 # Seed and step for which entries 19 and 101 of tensor 0 have a second draw, alone among its first
@@ -208,10 +207,10 @@ RANKS = {
 def test_rank_and_the_cut_after_it(name: str, noise: str) -> None:
     case = make_case(**RANKS[name], noise=NOISES[noise], seed=len(name))
     got, want = (case.run(ops, "rank", "cut") for ops in (kernels, reference))
-    count = int(want.work.new_count)
+    count = int(want.work.new.count)
     assert_bits(got, want, "tile_max", "new_count", "threshold")
     for entries in ("new_tensor", "new_position"):
-        assert torch.equal(getattr(got.work, entries)[:count], getattr(want.work, entries)[:count])
+        assert torch.equal(got.buffer(entries)[:count], want.buffer(entries)[:count])
 
 
 def test_noise_is_refused_where_it_means_nothing() -> None:
@@ -255,13 +254,13 @@ UPDATES = {
 @pytest.mark.parametrize("name", UPDATES)
 def test_update(name: str) -> None:
     case = make_case(**UPDATES[name])
-    case.work.grad_scale.fill_(2.0)
+    case.work.scalars.grad_scale.fill_(2.0)
     assert_same_step(case, kernels)
 
 
 def test_found_inf_skips_the_step() -> None:
     case = make_case(dtypes=(F32, BF16))
-    case.work.found_inf.fill_(1.0)
+    case.work.scalars.found_inf.fill_(1.0)
     got = case.run(kernels, "scan", "clip", "cut", "append", "update")
     assert got.active.progress.tolist() == [STEP, 12, 3]
     assert all(map(torch.equal, got.params, case.params))
@@ -276,15 +275,15 @@ def test_whole_step(exp: float) -> None:
 
 def test_the_self_check_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A whole optimizer on this backend, as `backend="auto"` runs it on a GPU before taking it."""
-    monkeypatch.setitem(backends._BACKENDS, "triton", ("sparse_optim.triton_kernels", "cpu"))
+    monkeypatch.setitem(registry.BACKENDS, "triton", ("sparse_optim.triton_kernels", "cpu"))
     monkeypatch.setattr(self_check, "METHODS", self_check.METHODS[1:])  # interpreted: 3 s a step
     monkeypatch.setattr(self_check, "STEPS", ("ties", "overflow"))
-    assert self_check.fault("triton", torch.device("cpu")) is None
+    assert self_check.first_mismatch("triton", torch.device("cpu")) is None
 
 
 def test_a_step_reads_nothing_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing that Python does in a step; the interpreter reads by NumPy."""
-    monkeypatch.setitem(backends._BACKENDS, "triton", ("sparse_optim.triton_kernels", "cpu"))
+    monkeypatch.setitem(registry.BACKENDS, "triton", ("sparse_optim.triton_kernels", "cpu"))
     monkeypatch.setattr(kernels, "TILE", 128)
     params = [torch.nn.Parameter(torch.ones(130, dtype=dtype)) for dtype in (BF16, F32)]
     groups = [{"params": params[:1]}, {"params": params[1:], "unmask": "all"}]
@@ -306,7 +305,7 @@ def test_a_step_reads_nothing_from_the_device(monkeypatch: pytest.MonkeyPatch) -
 
 def test_gradients_taken_one_by_one_give_the_same_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients come at the addresses of the last step's, in a table that it has used otherwise."""
-    monkeypatch.setitem(backends._BACKENDS, "triton", ("sparse_optim.triton_kernels", "cpu"))
+    monkeypatch.setitem(registry.BACKENDS, "triton", ("sparse_optim.triton_kernels", "cpu"))
     runs = []
     for fuse in (False, True):
         generator = torch.Generator().manual_seed(3)
@@ -322,8 +321,8 @@ def test_gradients_taken_one_by_one_give_the_same_run(monkeypatch: pytest.Monkey
             optimizer.step()
         runs.append(optimizer)
     ordinary, fused = runs
-    assert torch.equal(fused._active.position, ordinary._active.position)
-    for got, want in zip(fused._pool, ordinary._pool, strict=True):
+    assert torch.equal(fused.engine.active.position, ordinary.engine.active.position)
+    for got, want in zip(fused.engine.pool.params, ordinary.engine.pool.params, strict=True):
         assert_same_bits(got, want)
 
 

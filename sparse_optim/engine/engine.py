@@ -1,0 +1,397 @@
+"""The engine: the active set of a pool, and one step over it.
+
+    begin   copy the step's scalars to the device
+    select  scan, cut, append: this step's winners join the active set
+    clip    the norm of all gradients, and the factor that clips and unscales them
+    update  AdamW on the active entries
+
+It knows tensors and no torch.optim. An engine never changes its pool, its targets or its capacity:
+`resized`, `with_pool` and `restored` build another one, so that a failure (out of memory, a
+checkpoint that does not fit) leaves this one as it was.
+
+A source of gradients offers `bind`, `select`, `end` and `discard`. The engine is the source that
+reads `.grad`; `fused_backward` is another.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from sparse_optim.backends import scoring
+from sparse_optim.backends.operands import (
+    ActiveSet,
+    NewEntries,
+    StepScalars,
+    Tiles,
+    max_quota,
+    num_bytes,
+)
+from sparse_optim.backends.registry import Backend, load
+from sparse_optim.engine.pool import Gradients, Pool, bind_gradients
+from sparse_optim.engine.ranking import Ranking, scores_of, warn_of_scores
+from sparse_optim.engine.scalars import Rows, hyper_rows, write_hyper, write_scalar
+from sparse_optim.engine.touched import Touched
+from sparse_optim.policy.importance import Importance, in_kernel, is_fixed
+from sparse_optim.policy.selection import Selection
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is unmasked, and how an entry's age is counted; fixed for the life of an engine.
+
+    Attributes:
+        importance: ranks the entries.
+        selection: says how many become active, and when.
+        bias_correction: "entry" or "global"; see `reference.update`.
+    """
+
+    importance: Importance
+    selection: Selection
+    bias_correction: str = "entry"
+
+
+class Source(Protocol):
+    """Where a step's gradients come from."""
+
+    def bind(self, dense: Sequence[Tensor]) -> Gradients:
+        """This step's gradients, checked, with those of the dense parameters."""
+        ...
+
+    def select(self, grads: Gradients) -> None:
+        """Read all gradients once; this step's winners join the active set."""
+        ...
+
+    def end(self) -> None:
+        """The step is done."""
+        ...
+
+    def discard(self) -> None:
+        """There was nothing to do, or the user dropped the gradients."""
+        ...
+
+
+@dataclass
+class WorkSpace:
+    """What the operations write besides the active set; sized for the largest quota.
+
+    Attributes:
+        table: (S, 4), int64; see `reference.bind`.
+        tiles, new, scalars: see `operands`.
+        norms: (S + D,), float64; see `reference.scan`.
+        scratch: uint8.
+    """
+
+    table: Tensor
+    tiles: Tiles
+    new: NewEntries
+    scalars: StepScalars
+    norms: Tensor
+    scratch: Tensor
+
+    @staticmethod
+    def empty(pool: Pool, capacity: int, quota: int, bounded: bool, ops: Backend) -> WorkSpace:
+        """Allocate for steps that unmask at most `quota` entries.
+
+        Args:
+            bounded: keep the largest |param| of each tile, which D3 with exp < 0 needs.
+        """
+        tiles = Tiles.empty(pool.params, ops.TILE, bounded, pool.device)
+        norms = len(pool.params) + pool.num_dense
+        scratch = ops.scratch_bytes(tiles.max.numel(), capacity, quota)
+        return WorkSpace(
+            table=torch.zeros(len(pool.params), 4, dtype=torch.int64, device=pool.device),
+            tiles=tiles,
+            new=NewEntries.empty(quota, pool.device),
+            scalars=StepScalars.empty(pool.rows, pool.num_groups, pool.device),
+            norms=torch.zeros(norms, dtype=torch.float64, device=pool.device),
+            scratch=torch.zeros(scratch, dtype=torch.uint8, device=pool.device),
+        )
+
+
+class Engine:
+    """One step over the active set of a pool; see the module.
+
+    Args:
+        pool: whose entries are ranked together.
+        method: what is unmasked.
+        targets: (T + 1,), int64, cumulative targets; the last one is the capacity.
+        backend: name of the backend.
+        active: the entries that are active already (default: none), with that capacity.
+        touched: those that were ever active, where entries leave the set again.
+
+    Attributes:
+        pool, method, targets, backend: as given; targets on the device.
+        active: the active set. spare: a second one, for selections that replace theirs.
+        work: buffers of a step. ranking: buffers of dense scores.
+        touched: entries that were ever active.
+        first_tiles: index of each tensor's first tile, on the host.
+        hyper: rows of hyper-parameters that the device knows.
+
+    Raises:
+        ValueError: the importance does not fit the names of the pool.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        method: Method,
+        targets: Tensor,
+        backend: str,
+        active: ActiveSet | None = None,
+        touched: Touched | None = None,
+    ) -> None:
+        self.pool, self.method, self.backend = pool, method, backend
+        self.targets, capacity = targets.to(pool.device), int(targets[-1])
+        self.active = active or ActiveSet.empty(pool.params, capacity, pool.device)
+        self.touched = touched or Touched(torch.empty(0, dtype=torch.int64, device=pool.device))
+        self.first_tiles = pool.first_tiles(self.ops.TILE)
+        rule = in_kernel(method.importance)
+        bounded = rule is not None and rule[0] < 0 and method.selection.noise_seed is None
+        quota = max_quota(self.targets, capacity)
+        self.work = WorkSpace.empty(pool, capacity, quota, bounded, self.ops)
+        self.ranking = Ranking.empty(
+            method.importance, method.selection, self.work.table, self.work.tiles
+        )
+        self.spare = ActiveSet.empty(
+            pool.params, capacity if method.selection.replaces else 0, pool.device
+        )
+        if method.selection.replaces:
+            self.spare.grad = self.active.grad
+        self.hyper: Rows = []
+        self._versions: list[int] = []
+        if check_names := getattr(method.importance, "check_names", None):
+            check_names(pool.names)
+        self.refresh()
+
+    @property
+    def ops(self) -> Backend:
+        """The operations of the backend."""
+        return load(self.backend)
+
+    # A step, in order.
+
+    def bind(self, dense: Sequence[Tensor]) -> Gradients:
+        """The gradients in `.grad`, checked; see `Source`."""
+        bound, grads = bind_gradients(
+            self.ops.bind, self.pool.params, self.pool.names, self.work.table
+        )
+        return Gradients(bound, grads, dense)
+
+    def begin(
+        self,
+        groups: Sequence[dict[str, Any]],
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        """Copy this step's scalars to the device; take over parameters that others have written.
+
+        Args:
+            groups: param groups, for their hyper-parameters.
+            grad_scale: one element, the loss scale that the gradients carry; None for 1.
+            found_inf: one element, 1 skips the step; None for 0.
+        """
+        scalars, rows = self.work.scalars, hyper_rows(groups)
+        write_hyper(scalars.hyper, groups, rows if rows != self.hyper else None)
+        self.hyper = rows
+        write_scalar(scalars.grad_scale, grad_scale, 1.0)
+        write_scalar(scalars.found_inf, found_inf, 0.0)
+        self.notice_writes()
+
+    def select(self, grads: Gradients) -> None:
+        """Scan, cut, append; see `Source`."""
+        with self._fresh_set():
+            self.scan(grads)
+            self._cut(grads)
+            self.append(grads)
+
+    def clip(self, max_grad_norm: float | None) -> None:
+        """The norm of all gradients, and the factor that `update` multiplies them by."""
+        limit = math.inf if max_grad_norm is None else max_grad_norm
+        scalars = self.work.scalars
+        self.ops.clip(
+            self.work.norms, scalars.grad_scale, limit, scalars.grad_norm, scalars.grad_factor
+        )
+
+    def update(self, grads: Gradients) -> None:
+        """AdamW on the active entries; counts the step, or counts it as skipped."""
+        self.ops.update(grads.bound, self.active, self.work.scalars, self.method.bias_correction)
+        # Compiled operators write behind autograd's back: bump the versions that it checks.
+        torch.autograd.graph.increment_version(self.pool.params)
+        if self._keeps_values:
+            self._versions = [param._version for param in self.pool.params]
+
+    def end(self) -> None:
+        """Nothing is left to do where gradients stay in `.grad`; see `Source`."""
+
+    def discard(self) -> None:
+        """Nothing was taken; see `Source`."""
+
+    # Its operations, for sources.
+
+    def scan(self, grads: Gradients) -> None:
+        """`reference.scan` over the whole pool."""
+        work = self.work
+        self.ops.scan(
+            grads.bound, grads.dense, work.tiles, self.active, work.norms, work.scalars.found_inf,
+            work.scratch,
+        )  # fmt: skip
+
+    def append(self, grads: Gradients) -> None:
+        """`reference.append` of the new entries."""
+        self.ops.append(grads.bound, self.work.new, self.active, self.work.scratch)
+
+    def unmasks(self) -> bool:
+        """Whether the next step is to unmask anything; reads counts from the device."""
+        step, active, _ = self.active.progress.tolist()
+        # A static set of fixed scores is complete after one step, even if it found too few above 0.
+        if self.method.selection.one_step and is_fixed(self.method.importance) and step > 0:
+            return False
+        target = int(self.targets[min(step + 1, self.targets.numel() - 1)])
+        return target > int(active)
+
+    def notice_writes(self) -> None:
+        """Take over parameter values that others have written since the last step."""
+        if self._keeps_values:
+            known = zip(self.pool.params, self._versions, strict=True)
+            written = [i for i, (param, version) in enumerate(known) if param._version != version]
+            self.refresh(written)
+
+    @torch.no_grad()
+    def refresh(self, indices: Iterable[int] | None = None) -> None:
+        """Take over the values of these tensors of the pool (default: of all)."""
+        bound = self.work.tiles.param_bound
+        for index in range(len(self.pool.params)) if indices is None else indices:
+            param = self.pool.params[index]
+            if bound.numel():
+                first, last = self.first_tiles[index : index + 2]
+                bound[first:last] = scoring.tile_abs_max(param, self.ops.TILE)
+            state = self.active.segment(index)
+            if "master" in state:
+                value = param.view(-1)[state["position"].long()]
+                stale = state["master"].to(param.dtype) != value
+                state["master"][stale] = value[stale].float()
+        self._versions = [param._version for param in self.pool.params]
+
+    def invalidate(self) -> None:
+        """Let the next step look at every parameter: their versions are not known."""
+        self._versions = [-1] * len(self.pool.params)
+
+    # Other engines with the same entries.
+
+    def resized(self, method: Method, targets: Tensor) -> Engine:
+        """The active entries under another budget or schedule."""
+        return Engine(
+            self.pool, method, targets, self.backend, self._moved(self.pool, int(targets[-1])),
+            self.touched,
+        )  # fmt: skip
+
+    def with_pool(self, pool: Pool) -> Engine:
+        """The active entries in a pool that begins with this one."""
+        active = self._moved(pool, int(self.targets[-1]))
+        return Engine(pool, self.method, self.targets, self.backend, active, self.touched)
+
+    def restored(
+        self,
+        segments: Sequence[dict[str, Tensor]],
+        progress: Tensor,
+        targets: Tensor,
+        threshold: Tensor,
+        touched: Tensor | None,
+    ) -> Engine:
+        """In the state of a checkpoint, which was checked.
+
+        Args:
+            segments: of each tensor, as `ActiveSet.segment` returned them.
+            progress, targets: as in `ActiveSet` and in the constructor.
+            threshold: (), float32, as in `NewEntries`.
+            touched: (n,), int64, as `Touched.index` returned it; None keeps what is here.
+        """
+        pool = self.pool
+        active = ActiveSet.empty(pool.params, int(targets[-1]), pool.device)
+        active.fill(segments, progress)
+        master, ever = active.master.clone(), self.touched
+        if touched is not None:
+            ever = Touched(touched.to(pool.device, copy=True))
+        engine = Engine(pool, self.method, targets.clone(), self.backend, active, ever)
+        # The model may be loaded after the optimizer: master values are compared in the next step.
+        active.master.copy_(master)
+        engine.invalidate()
+        engine.work.new.threshold.copy_(threshold)
+        return engine
+
+    # What is held.
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        held = num_bytes(self.active, self.work, self.spare, self.ranking)
+        return held + self.touched.nbytes + self.targets.nbytes
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy's parameters count their versions anew: none of them is known."""
+        return {**vars(self), "_versions": [-1] * len(self.pool.params)}
+
+    @property
+    def _keeps_values(self) -> bool:
+        """Whether anything here was computed from parameter values that others may overwrite."""
+        return bool(self.work.tiles.param_bound.numel() or self.active.master.numel())
+
+    def _cut(self, grads: Gradients) -> None:
+        """Find this step's new entries.
+
+        Dense scores read counts from the device: one synchronisation.
+        """
+        work, ranking, tiles, bound = self.work, self.ranking, self.work.tiles, grads.bound
+        if ranking.scored:
+            if not self.unmasks() or bool(work.scalars.found_inf):
+                work.new.count.zero_()
+                return
+            importance, tiles = self.method.importance, ranking.tiles
+            ranking.set_step(self.active.progress[0])
+            # A name keeps the scores alive: the kernels hold their addresses.
+            scores = scores_of(importance, self.pool.names, self.pool.params, grads.pool)
+            bound = self.ops.bind(scores, self.pool.params, ranking.table)
+            self.ops.rank(bound, tiles, self.active, ranking.rule.noise, work.scratch)
+            warn_of_scores(importance, self.pool, grads.pool, any_left=bool(tiles.max.any()))
+        self.ops.cut(
+            bound, tiles, self.active, ranking.rule, self.targets, work.scalars.found_inf, work.new,
+            work.scratch,
+        )  # fmt: skip
+
+    @contextmanager
+    def _fresh_set(self) -> Iterator[None]:
+        """Rank into the spare set if the selection replaces its set; errors and skips undo it."""
+        if not self.method.selection.replaces:
+            yield
+            return
+        before, self.active = self.active, self.spare
+        self.active.clear(before.progress)
+        try:
+            yield
+        except BaseException:
+            self.active = before
+            raise
+        if self.work.scalars.found_inf:
+            self.active = before
+            return
+        sizes = self.pool.sizes
+        self.active.carry_over(before, sizes)
+        self.touched.add(self.active.global_index(sizes))
+        self.spare = before
+
+    def _moved(self, pool: Pool, capacity: int) -> ActiveSet:
+        """The active entries, copied into buffers for another pool or capacity."""
+        segments = [self.active.segment(index) for index in range(len(pool.params))]
+        for param, segment in zip(pool.params, segments, strict=True):
+            values = param.detach().view(-1)[segment["position"].long()]
+            segment.setdefault("master", values.float())
+        grown = ActiveSet.empty(pool.params, capacity, pool.device)
+        grown.fill(segments, self.active.progress)
+        return grown
