@@ -20,6 +20,12 @@ _BACKENDS: dict[str, tuple[str, str | None]] = {
     "triton": ("sparse_optim.triton_kernels", "cuda"),
     "reference": ("sparse_optim.backends.reference", None),
 }
+_COMPILE = "`SPARSE_OPTIM_{}=1 pip install --no-build-isolation .` in the source tree compiles it"
+_INSTALL = {
+    "cpp": _COMPILE.format("CPP"),
+    "cuda": _COMPILE.format("CUDA"),
+    "triton": "`pip install triton` installs it",
+}
 # Tests run these where users do. Others pass `self_check` on a device before "auto" takes them.
 _PROVED = {"cpp", "reference"}
 
@@ -55,8 +61,8 @@ def resolve(backend: str, device: torch.device) -> str:
         operations(backend)
     except ImportError as error:
         raise RuntimeError(
-            f"backend {backend!r} is not installed ({error}); build it with "
-            "`pip install --no-build-isolation -e .` or use backend='auto'"
+            f"backend {backend!r} is not installed ({error}): {_INSTALL[backend]}; or use "
+            "backend='auto'"
         ) from error
     return backend
 
@@ -74,9 +80,11 @@ def _fastest(device: torch.device) -> str:
         if name not in _PROVED and not _passes(name, device):
             continue
         if name == "reference":
+            compiled = {"cpu": "cpp", "cuda": "cuda"}.get(device.type)
+            remedy = f" {compiled!r}: {_INSTALL[compiled]}." if compiled else ""
             warnings.warn(
                 f"no compiled sparse_optim backend is taken for {device.type}: steps run on the "
-                "exact but slow reference backend; see the README, Limits",
+                f"exact but slow reference backend.{remedy} See the README, Limits",
                 RuntimeWarning,
                 stacklevel=2,
             )
