@@ -1,4 +1,4 @@
-"""Packages: what compiles where."""
+"""Packages: what compiles where, and what the check of a wheel finds."""
 
 import importlib.util
 import os
@@ -11,6 +11,7 @@ import zipfile
 import pytest
 from repository import ROOT
 
+COMPILER = shutil.which("c++")
 SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc", "sparse_optim")
 # None of the switches of the build, whatever the tests run under.
 ENVIRONMENT = {k: v for k, v in os.environ.items() if not re.match("SPARSE_OPTIM_C|CXX$", k)}
@@ -24,6 +25,12 @@ def load(path):
 
 
 wanted = load(ROOT / "csrc" / "wanted.py")
+
+
+@pytest.fixture
+def build_wheel(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "requirements"))  # it imports set_up
+    return load(ROOT / "requirements" / "build_wheel.py")
 
 
 @pytest.fixture
@@ -160,3 +167,66 @@ def test_a_compiler_that_fails_is_an_error_with_its_output(checkout, tmp_path):
     assert built.returncode != 0
     assert "this compiler is broken" in built.stdout + built.stderr
     assert not (checkout / "dist").exists() or not list((checkout / "dist").iterdir())
+
+
+def library(folder, code):
+    """An extension of these few lines, which nothing but their own declarations is needed for."""
+    if COMPILER is None:
+        pytest.skip("needs a C++ compiler")
+    pytest.importorskip("torch_abi_audit", reason="torch-abi-audit needs python 3.11")
+    source = folder / "extension.cpp"
+    source.write_text(
+        f'{code}\nextern "C" int PyModule_Create2();\n'
+        'extern "C" int PyInit__C() { use(); return PyModule_Create2(); }\n'
+    )
+    target = folder / "_C.abi3.so"
+    subprocess.run([COMPILER, "-shared", "-fPIC", "-o", target, source], check=True)
+    return target
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ('extern "C" int aoti_torch_get_dim(); void use() { aoti_torch_get_dim(); }', None),
+        ("namespace c10 { void warn(); } void use() { c10::warn(); }", "warn"),
+        ("namespace at { int get_num_threads(); } void use() { at::get_num_threads(); }",
+         "get_num_threads"),
+        ('extern "C" int torch_of_2099(); void use() { torch_of_2099(); }', "torch_of_2099"),
+        ('extern "C" int _Py_IsFinalizing(); void use() { _Py_IsFinalizing(); }',
+         "_Py_IsFinalizing"),
+    ],
+)  # fmt: skip
+def test_symbols_outside_the_stable_abis_are_found(build_wheel, tmp_path, code, message):
+    planted = library(tmp_path, code)
+    if message is None:
+        build_wheel.check_symbols(planted)
+        return
+    with pytest.raises(build_wheel.SetupError, match=f"outside the stable ABIs: .*{message}"):
+        build_wheel.check_symbols(planted)
+
+
+def test_a_symbol_that_the_oldest_torch_lacks_is_found(build_wheel, tmp_path):
+    code = 'extern "C" int torch_parallel_for(); void use() { torch_parallel_for(); }'
+    build_wheel.OLDEST_TORCH = (2, 9)
+    with pytest.raises(build_wheel.SetupError, match=r"needs torch 2\.10\.0 or newer, because of"):
+        build_wheel.check_symbols(library(tmp_path, code))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("sparse_optim-0.1-cp310-abi3-linux_x86_64.whl", (), "must be cp310-abi3-manylinux_"),
+        ("sparse_optim-0.1-py3-none-any.whl", (), "must be cp310-abi3-manylinux_"),
+        ("sparse_optim-0.1-cp310-abi3-manylinux_2_34_x86_64.whl", (), "must contain .* has \\[\\]"),
+        ("sparse_optim-0.1-cp310-abi3-manylinux_2_34_x86_64.whl",
+         ("sparse_optim/_C.abi3.so", "sparse_optim.libs/libc10-1234.so.1"), "libc10-1234"),
+    ],
+)  # fmt: skip
+def test_a_wheel_with_wrong_tags_or_libraries_is_found(
+    build_wheel, tmp_path, name, content, message
+):
+    with zipfile.ZipFile(tmp_path / name, "w") as archive:
+        for file in content:
+            archive.writestr(file, b"")
+    with pytest.raises(build_wheel.SetupError, match=message):
+        build_wheel.check(tmp_path / name)

@@ -46,7 +46,7 @@ def test_the_lock_pins_what_the_package_and_its_extras_require(python):
         need = Requirement(line)
         if need.name == "torch":
             assert "torch" not in locked
-        else:
+        elif need.marker is None or need.marker.evaluate({"python_version": python}):
             assert need.specifier.contains(locked[need.name]), f"{line}: make lock"
     assert {"pip", "setuptools"} <= set(locked)
     assert not [name for name in locked if re.match("nvidia|cuda|triton", name)]
