@@ -20,6 +20,10 @@ def switch(name: str) -> str:
 def wants_cpp() -> bool:
     """Whether to compile anything; without a compiler, says so, or fails if it was demanded."""
     if switch("SPARSE_OPTIM_CPP") == "0":
+        if switch("SPARSE_OPTIM_CUDA") == "1":
+            sys.exit(
+                "SPARSE_OPTIM_CUDA=1 needs the C++ backend, but SPARSE_OPTIM_CPP=0 leaves it out"
+            )
         return False
     named = os.environ.get("CXX")
     commands = [named] if named else ["c++", sysconfig.get_config_var("CXX") or "g++"]
@@ -30,9 +34,11 @@ def wants_cpp() -> bool:
     for name in ("SPARSE_OPTIM_CPP", "SPARSE_OPTIM_CUDA"):
         if switch(name) == "1":
             sys.exit(f"{name}=1 demands a compiled backend, but there is {obstacle} (set CXX)")
+    # --no-cache-dir: pip keeps the pure wheel that it builds now.
     print(
         f"sparse-optim: {obstacle}. The reference backend will run, which is exact but slow; "
-        "install a compiler (Debian: apt install g++) and reinstall",
+        "install a compiler (Debian: apt install g++) and reinstall with "
+        "pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps",
         file=sys.stderr,
     )
     return False

@@ -53,7 +53,8 @@ def test_without_a_compiler_nothing_is_compiled_and_one_line_says_what_runs(swit
     assert said.count("\n") == 1
     assert "no C++ compiler: /nonexistent/c++ was not found" in said
     assert "The reference backend will run, which is exact but slow" in said
-    assert "install a compiler (Debian: apt install g++) and reinstall" in said
+    assert "install a compiler (Debian: apt install g++) and reinstall with pip install" in said
+    assert "--no-cache-dir" in said  # pip would take the pure wheel that it kept
 
 
 def test_a_path_without_compilers(switches, monkeypatch, tmp_path, capsys):
@@ -78,6 +79,11 @@ def test_switches(switches, capsys):
     assert capsys.readouterr().err == ""
     switches(SPARSE_OPTIM_CPP="yes")
     with pytest.raises(SystemExit, match="SPARSE_OPTIM_CPP must be 0 or 1, got 'yes'"):
+        wanted.wants_cpp()
+    switches(SPARSE_OPTIM_CPP="0", SPARSE_OPTIM_CUDA="1")
+    with pytest.raises(
+        SystemExit, match="CUDA=1 needs the C\\+\\+ backend, but SPARSE_OPTIM_CPP=0"
+    ):
         wanted.wants_cpp()
     switches(SPARSE_OPTIM_CUDA="1")
     with pytest.raises(SystemExit, match="demands the CUDA backend, but torch has no CUDA"):
