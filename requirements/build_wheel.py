@@ -74,6 +74,8 @@ def check_symbols(library: Path) -> None:
         SetupError: names the symbols outside them, or those that torch 2.11 does not have.
     """
     audit = Path(sys.executable).with_name("torch-abi-audit")
+    if not audit.exists():
+        raise SetupError("torch-abi-audit is missing; it needs python 3.11: make wheel PYTHON=...")
     done = subprocess.run([audit, "--json", library], capture_output=True, text=True)
     if done.returncode:
         raise SetupError(f"torch-abi-audit failed: {done.stdout}{done.stderr}")
