@@ -1,6 +1,7 @@
 # make demo   fine-tune a real encoder with ID3, full AdamW and frozen, and compare
 # make test   the tests
 # make gpu-report   on a CUDA machine: the GPU tests and measurements, within eight minutes
+# make wheel   the wheel and the sdist for users, checked, in dist/
 # make lock   renew requirements/lock.txt: the newest versions that pyproject.toml allows
 #
 # demo and test set up .venv first (requirements/set_up.py): pinned packages, torch (its CPU build
@@ -15,6 +16,7 @@ UNLOCKED ?=
 VENV ?= .venv$(if $(UNLOCKED),-unlocked)
 STEPS ?= 150
 OUT ?= demo-output
+DIST ?= dist
 PYTEST ?=
 REPORT ?=
 
@@ -24,7 +26,7 @@ STAMPS := $(VENV)/stamps/
 SET_UP := $(PYTHON) requirements/set_up.py --venv $(VENV) $(if $(UNLOCKED),--unlocked)
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo test gpu-report setup test-setup lock which-python clean
+.PHONY: demo test gpu-report wheel setup test-setup lock which-python clean
 
 demo: setup
 	@$(PY) -m sparse_optim.cli.demo --steps $(STEPS) --output $(OUT)
@@ -37,6 +39,10 @@ test: test-setup
 gpu-report: $(STAMPS)environment
 	-@PIP_RETRIES=0 $(MAKE) -s $(STAMPS)gpu-report
 	@$(PY) -m bench.gpu --started $(START) $(REPORT)
+
+# Of the CPU kernels; those for CUDA are compiled on the machine with the GPU.
+wheel: $(STAMPS)$(if $(UNLOCKED),build,packages)
+	@$(PY) requirements/build_wheel.py $(DIST)
 
 setup: $(STAMPS)build $(STAMPS)demo-data
 

@@ -1,8 +1,10 @@
-"""Build the compiled backends: CPU always, CUDA where torch is built with it and nvcc is there.
+"""Build the compiled backends: CPU where there is a C++ compiler, CUDA where torch has it and nvcc.
 
-torch must be installed first: pip install --no-build-isolation -e .
-SPARSE_OPTIM_CUDA=1 demands the CUDA backend, =0 leaves it out. `python setup.py check_cuda --link`
-compiles it without a GPU or a CUDA build of torch. The rest of the metadata is in pyproject.toml.
+They build against the installed torch: pip install --no-build-isolation -e .
+Without a C++ compiler the package is pure Python, and torch is not needed to build it.
+SPARSE_OPTIM_CPP=1 and SPARSE_OPTIM_CUDA=1 demand a backend, =0 leaves it out. `python setup.py
+check_cuda --link` compiles the CUDA backend without a GPU or a CUDA build of torch. The rest of the
+metadata is in pyproject.toml.
 """
 
 import os
@@ -12,17 +14,12 @@ from glob import glob
 
 from setuptools import Command, setup
 
+sys.path.insert(0, os.path.abspath("csrc"))
+from wanted import wants_cpp, wants_cuda
+
 # Before torch looks for itself: from an nvcc on the PATH that is a wrapper it guesses wrong.
 if "CUDA_HOME" not in os.environ and os.path.exists("/usr/local/cuda/bin/nvcc"):
     os.environ["CUDA_HOME"] = "/usr/local/cuda"
-try:
-    import torch
-    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
-except ImportError:
-    sys.exit(
-        "sparse-optim builds against the installed torch: install torch first, then run "
-        "`pip install --no-build-isolation .`"
-    )
 
 # One binary for every torch >= 2.11: only the stable ABI of LibTorch is used.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
@@ -54,44 +51,37 @@ def vector_clones() -> bool:
     return platform.system() == "Linux" and platform.machine() == "x86_64"
 
 
-def wants_cuda() -> bool:
-    """Whether to build the CUDA backend; says so if not, and fails where it was demanded."""
-    demanded = os.environ.get("SPARSE_OPTIM_CUDA", "")
-    if demanded not in ("", "0", "1"):
-        sys.exit(f"SPARSE_OPTIM_CUDA must be 0 or 1, got {demanded!r}")
-    if demanded == "0":
-        return False
-    if torch.version.cuda and CUDA_HOME and os.path.exists(f"{CUDA_HOME}/bin/nvcc"):
-        return True
-    obstacle = "nvcc was not found (set CUDA_HOME)" if torch.version.cuda else "torch has no CUDA"
-    if demanded == "1":
-        sys.exit(f"SPARSE_OPTIM_CUDA=1 demands the CUDA backend, but {obstacle}")
-    print(f"sparse-optim: no CUDA backend: {obstacle}", file=sys.stderr)
-    return False
-
-
-def extensions() -> list[CppExtension]:
+def compiled() -> dict:
+    """The arguments of `setup` that compile the backends."""
+    try:
+        import torch
+        from torch.utils import cpp_extension
+    except ImportError as error:
+        sys.exit(
+            f"sparse-optim compiles against the installed torch, but `import torch` fails: {error}."
+            " Install torch >= 2.11, then repeat with `pip install --no-build-isolation ...`"
+        )
     clones = ["-DSPARSE_OPTIM_CLONES"] if vector_clones() else []
     common = {"include_dirs": [os.path.abspath("csrc")], "py_limited_api": True}
     built = [
-        CppExtension(
+        cpp_extension.CppExtension(
             "sparse_optim._C",
             sorted(["csrc/ops.cpp", *glob("csrc/cpu/*.cpp")]),
             extra_compile_args={"cxx": [*FLAGS, *clones]},
             **common,
         )
     ]
-    if wants_cuda():
+    if wants_cuda(torch.version.cuda, cpp_extension.CUDA_HOME):
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHS)
         built.append(
-            CUDAExtension(
+            cpp_extension.CUDAExtension(
                 "sparse_optim._C_cuda",
                 sorted(["csrc/ops_cuda.cpp", *glob("csrc/cuda/*.cu")]),
                 extra_compile_args={"cxx": [*FLAGS, "-DUSE_CUDA"], "nvcc": NVCC_FLAGS},
                 **common,
             )
         )
-    return built
+    return {"ext_modules": built, "cmdclass": {"build_ext": cpp_extension.BuildExtension}}
 
 
 class CheckCuda(Command):
@@ -106,14 +96,14 @@ class CheckCuda(Command):
     def finalize_options(self) -> None: ...
 
     def run(self) -> None:
-        sys.path.insert(0, os.path.abspath("csrc"))
         from check_cuda import check_cuda
 
         check_cuda([*FLAGS, "-DUSE_CUDA"], NVCC_FLAGS, CUDA_ARCHS, bool(self.link))
 
 
-setup(
-    ext_modules=[] if "check_cuda" in sys.argv else extensions(),
-    cmdclass={"build_ext": BuildExtension, "check_cuda": CheckCuda},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
-)
+if "check_cuda" in sys.argv:
+    setup(cmdclass={"check_cuda": CheckCuda})
+else:
+    # cp310-abi3; without extensions, setuptools tags the wheel py3-none-any.
+    options = {"bdist_wheel": {"py_limited_api": "cp310"}}
+    setup(**(compiled() if wants_cpp() else {}), options=options)

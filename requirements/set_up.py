@@ -60,8 +60,8 @@ REMEDIES = (
     (r"Connection|Temporary failure|timed out|Max retries", "no package index was reached: check "
      "the network and the proxy, then run the same command again"),
     (r"Python\.h", "install the headers of python (Debian: apt install python3-dev)"),
-    (r"(g\+\+|c\+\+|cc1plus|gcc).*(No such file|not found)|No such file.*(g\+\+|c\+\+|gcc)",
-     "install a C++17 compiler (Debian: apt install g++)"),
+    (r"no C\+\+ compiler|(g\+\+|c\+\+|cc1plus|gcc).*(No such file|not found)|"
+     r"No such file.*(g\+\+|c\+\+|gcc)", "install a C++17 compiler (Debian: apt install g++)"),
     (r"ensurepip", "install python's venv module (Debian: apt install python3-venv)"),
 )  # fmt: skip
 
@@ -221,6 +221,7 @@ def torch(venv: Venv, step: str, requirement: str) -> None:
 
 def build(venv: Venv, unlocked: bool) -> None:
     """Compile and install this package, and check that nothing that it requires is missing."""
+    os.environ.setdefault("SPARSE_OPTIM_CPP", "1")  # without a compiler, setup.py would go on
     package = ["--no-build-isolation", "-e", f"{ROOT}[{','.join(EXTRAS)}]"]
     if unlocked:
         # A source distribution of a third party is refused: it would be built without isolation.

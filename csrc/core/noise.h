@@ -1,5 +1,5 @@
-// Noise for sampling entries (specified by sparse_optim/backends/noise.py), one copy for all compiled
-// backends.
+// Noise that samples entries, one copy for all compiled backends; sparse_optim/backends/noise.py is
+// the specification.
 //
 //   E = -log(1 - v),  v = (u + f) / 2^32,  u = Philox-4x32-10 word of (seed, step, tensor,
 //   position)

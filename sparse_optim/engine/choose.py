@@ -13,6 +13,12 @@ from sparse_optim.warn import warn_user
 
 _log = logging.getLogger(__name__)
 
+_COMPILE = "`SPARSE_OPTIM_{}=1 pip install --no-build-isolation .` in the source tree compiles it"
+_INSTALL = {
+    "cpp": _COMPILE.format("CPP"),
+    "cuda": _COMPILE.format("CUDA"),
+    "triton": "`pip install triton` installs it",
+}
 # Tests run these where users do. Others pass `self_check` on a device before "auto" takes them.
 _PROVED = {"cpp", "reference"}
 
@@ -43,8 +49,8 @@ def choose(backend: str, device: torch.device) -> str:
         load(backend)
     except ImportError as error:
         raise RuntimeError(
-            f"backend {backend!r} is not installed ({error}); build it with "
-            "`pip install --no-build-isolation -e .` or use backend='auto'"
+            f"backend {backend!r} is not installed ({error}): {_INSTALL[backend]}; or use "
+            "backend='auto'"
         ) from error
     return backend
 
@@ -62,9 +68,11 @@ def _fastest(device: torch.device) -> str:
         if name not in _PROVED and not _passes(name, device):
             continue
         if name == "reference":
+            compiled = {"cpu": "cpp", "cuda": "cuda"}.get(device.type)
+            remedy = f" {compiled!r}: {_INSTALL[compiled]}." if compiled else ""
             warn_user(
                 f"no compiled sparse_optim backend is taken for {device.type}: steps run on the "
-                "exact but slow reference backend; see the README, Limits",
+                f"exact but slow reference backend.{remedy} See the README, Limits",
                 RuntimeWarning,
             )
         _log.info("backend %r runs on %s", name, device)
