@@ -33,12 +33,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from bench import allocations, environment, tables
 from bench.gpu_subjects import EIGHT_BIT, adamw_kinds
 from bench.models import MODELS
-from bench.results import clean_times, median_us
+from bench.results import clean_times, median_us, newest
 from bench.subjects import LR, midway
 from bench.timing import Subject, interleave
 from sparse_optim.finetune.readings import state_bytes
 
-RESULTS = environment.ROOT / "bench" / "results"
 BUDGET, QUOTA = 320_000, 320
 KINDS = ("ordinary", "fused", "AdamW", "LoRA")
 LORA_RANK = 16
@@ -133,13 +132,14 @@ def memory(made: Iterable[Training]) -> dict[str, Any]:
     for training in made:
         training.step()  # allocates dense AdamW's state
         gradients: list[int] = []
-        step = allocations.of_call(
-            lambda one=training, found=gradients: found.append(gradient_bytes(one)),
-            torch.device("cpu"),
-        )
+
+        def step(one: Training = training, found: list[int] = gradients) -> None:
+            found.append(gradient_bytes(one))
+
+        live = allocations.of_call(step, torch.device("cpu"))
         rows[training.kind] = {
             "gradient_bytes": gradients[0],
-            "live_bytes": step.peak,
+            "live_bytes": live.peak,
             "held_bytes": training.held_bytes,
         }
         if training.kind == KINDS[0]:
@@ -193,8 +193,27 @@ def table(counted: dict[str, Any]) -> str:
 
 def section(folder: Path) -> list[str]:
     """The newest recorded figures as Markdown; nothing while there are none."""
-    paths = sorted(folder.glob("cpu-backward-*.json"))
-    return [] if not paths else [report(json.loads(paths[-1].read_text()))]
+    data = newest("cpu-backward-*.json", folder)
+    return [] if data is None else [report(data)]
+
+
+def headline(folder: Path) -> list[str]:
+    """A sentence for README.md on the recorded times, and on the memory where it falls most."""
+    data = newest("cpu-backward-*.json", folder)
+    if data is None:
+        return []
+    spent = [times(run) for run in data["runs"] if run["subjects"]]
+    ratios = sorted(each["fused"] / each["ordinary"] for each in spent)
+
+    def live(run: dict[str, Any], kind: str) -> float:
+        return float(run["memory"][kind]["live_bytes"]) / 1e6
+
+    best = min(data["runs"], key=lambda run: live(run, "fused") / live(run, "ordinary"))
+    return [
+        f"With `fuse_backward=True` a training step takes {ratios[0]:.3f} to {ratios[-1]:.3f} "
+        f"times as long. On top of weights and optimizer state, {best['model']} then needs "
+        f"{live(best, 'fused'):,.0f} MB instead of {live(best, 'ordinary'):,.0f}."
+    ]
 
 
 def report(data: dict[str, Any]) -> str:
@@ -247,7 +266,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--warmup", type=int, default=2)
     name = f"cpu-backward-{date.today().isoformat()}.json"
-    parser.add_argument("--out", type=Path, default=RESULTS / name)
+    parser.add_argument("--out", type=Path, default=environment.RESULTS / name)
     arguments = parser.parse_args()
     settings = {
         "rounds": arguments.rounds, "warmup": arguments.warmup, "budget": BUDGET, "quota": QUOTA

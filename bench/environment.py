@@ -15,6 +15,8 @@ import torch
 import sparse_optim
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+GENERATED = (":!bench/results", ":!README.md", ":!docs")  # no part of what is measured
 
 
 def describe() -> dict[str, Any]:
@@ -22,7 +24,7 @@ def describe() -> dict[str, Any]:
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--", ".", ":!bench/results", ":!README.md")),
+        "dirty": bool(_git("status", "--porcelain", "--", ".", *GENERATED)),
         "machine": {
             "cpu": _cpu_model(),
             "cores": len(os.sched_getaffinity(0)),

@@ -33,7 +33,6 @@ from bench.gpu_phases import DRY_PHASES, PHASES, Phase
 from bench.gpu_report import short_table
 
 SCHEMA = 1
-RESULTS = environment.ROOT / "bench" / "results"
 # What memcheck and racecheck, which slow kernels down a hundred times, get through in a minute.
 SMALL_TESTS = "edge_sizes or skips_the_step or of_many_tensors"
 GPU_TESTS = ("tests/gpu/test_gpu.py", "tests/gpu/test_gpu_runs.py")
@@ -163,7 +162,7 @@ def default_path(dry: bool) -> Path:
     if dry:
         return Path(tempfile.gettempdir()) / "gpu-dry-run.json"
     name = str(card()["gpu"]).lower().replace("nvidia ", "").replace(" ", "-")
-    return RESULTS / f"gpu-{name}-{date.today().isoformat()}.json"
+    return environment.RESULTS / f"gpu-{name}-{date.today().isoformat()}.json"
 
 
 def measure(phases: tuple[Phase, ...], path: Path, minutes: float, dry: bool) -> dict[str, Any]:

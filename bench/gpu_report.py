@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from bench import gpu_goals, training
@@ -23,12 +21,6 @@ from bench.gpu_times import (
 from bench.tables import count, table
 
 MODES = {"alone": "alone", "clip": "clipped", "scaler": "scaler + clipped", "graph": "CUDA graph"}
-
-
-def newest(folder: Path) -> Path | None:
-    """The file recorded last; None while there is none."""
-    paths = sorted(folder.glob("gpu-*.json"), key=lambda path: json.loads(path.read_text())["date"])
-    return paths[-1] if paths else None
 
 
 def caption(data: dict[str, Any]) -> str:

@@ -16,7 +16,17 @@ import torch
 from torch import Tensor
 
 from bench.shapes import grads_of
-from bench.subjects import LR, _words, midway, scan_bytes, snapshot, update_bytes
+from bench.subjects import (
+    LR,
+    NEVER_REACHED,
+    as_words,
+    clipped_step,
+    midway,
+    scan_bytes,
+    snapshot,
+    unmasks,
+    update_bytes,
+)
 from bench.timing import Subject
 from sparse_optim import IncrementalMaskedAdamW
 from sparse_optim.optim.grad_scaler import GradScaler
@@ -25,7 +35,6 @@ from sparse_optim.optim.groups import readable_grads
 # As users run a step: alone; clipped; with the loss scale taken out of the gradients, and clipped.
 MODES = ("alone", "clip", "scaler")
 STAGES = ("bind", "scan", "cut", "append", "clip", "update")
-NEVER_REACHED = 1e9  # norm to clip to: torch multiplies the gradients by 1 all the same
 
 EIGHT_BIT = {  # name -> module, class
     "bitsandbytes 8-bit": ("bitsandbytes.optim", "AdamW8bit"),
@@ -66,7 +75,7 @@ def bandwidth(device: torch.device, size: int) -> Iterator[Builder]:
 def gradient_reads(params: Sequence[Tensor]) -> Iterator[Builder]:
     """All gradients of a model read by torch, tensor by tensor."""
     grads = grads_of(list(params))
-    floats = [_words(grad).view(torch.float32) for grad in grads]
+    floats = [as_words(grad).view(torch.float32) for grad in grads]
     size = sum(grad.nbytes for grad in grads)
     labels = {"name": "read", "by": "torch._foreach_norm"}
     yield Builder(
@@ -119,7 +128,7 @@ def baselines(params: Sequence[Tensor]) -> Iterator[Builder]:
         if mode == "alone":
             return Subject(labels, optimizer.step)
         if mode == "clip":
-            return Subject(labels, _clipped_step(optimizer, params))
+            return Subject(labels, clipped_step(optimizer, params))
         if params[0].dtype == torch.bfloat16:
             run = _stand_in_step(optimizer, params)
             return Subject({**labels, "unscale": "stand-in"}, run)
@@ -128,16 +137,6 @@ def baselines(params: Sequence[Tensor]) -> Iterator[Builder]:
     for name, make in adamw_kinds(params).items():
         for mode in MODES:
             yield Builder({"name": name, "mode": mode}, partial(build, name, make, mode))
-
-
-def _clipped_step(
-    optimizer: torch.optim.Optimizer, params: Sequence[Tensor]
-) -> Callable[[], object]:
-    def run() -> None:
-        torch.nn.utils.clip_grad_norm_(params, NEVER_REACHED)
-        optimizer.step()
-
-    return run
 
 
 def _scaled_step(
@@ -209,13 +208,7 @@ def our_step(
         params, budget, quota, exp, None if mode == "alone" else 1.0, backend=backend,
         capturable=mode == "graph",
     )  # fmt: skip
-    restore, active = snapshot(optimizer), int(optimizer._active.progress[1])
-
-    def check() -> None:
-        grown = int(optimizer._active.progress[1]) - active
-        if grown != quota:
-            raise RuntimeError(f"the step unmasked {grown} entries, expected {quota}")
-
+    restore, check = snapshot(optimizer), unmasks(optimizer, quota)
     labels = {"name": backend, "mode": mode, "budget": budget, "quota": quota, "exp": exp}
     run = _step_of(optimizer, mode, restore)
     size = sum(param.nbytes for param in params)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable, Iterable
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
+
+from bench.environment import RESULTS
 
 SCHEMA = 1
 
@@ -18,6 +21,12 @@ Run = dict[str, Any]
 Record = dict[str, Any]
 
 
+def newest(pattern: str, folder: Path = RESULTS) -> dict[str, Any] | None:
+    """Return the content of the newest results file of a kind, or None if there is none."""
+    found = (json.loads(path.read_text()) for path in folder.glob(pattern))
+    return max(found, key=itemgetter("date"), default=None)
+
+
 def clean_times(record: Record) -> list[int]:
     """Microseconds of the clean calls."""
     pairs = zip(record["us"], record["delay_us"], strict=True)
@@ -26,7 +35,7 @@ def clean_times(record: Record) -> list[int]:
 
 def median_us(record: Record) -> float:
     """Median of the clean calls, of all if none is clean."""
-    return statistics.median(clean_times(record) or record["us"])
+    return float(statistics.median(clean_times(record) or record["us"]))
 
 
 def find(run: Run, name: str, **labels: Any) -> list[Record]:
@@ -69,9 +78,16 @@ class Results:
         self.data = data
 
     @staticmethod
-    def load(path: Path) -> Results:
-        """Read a results file."""
-        return Results(json.loads(path.read_text()))
+    def load(path: Path | None = None) -> Results:
+        """Read a results file of bench.steps, by default the newest.
+
+        Raises:
+            FileNotFoundError: if nothing is recorded yet.
+        """
+        data = newest("cpu-steps-*.json") if path is None else json.loads(path.read_text())
+        if data is None:
+            raise FileNotFoundError("nothing is recorded yet: run python -m bench.steps")
+        return Results(data)
 
     def cases(self) -> list[tuple[str, str]]:
         """(model, dtype) of what was measured, in order."""

@@ -20,12 +20,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-from bench.environment import ROOT, Conditions, describe
-from bench.shapes import MODELS, make_params, num_entries
+from bench.environment import RESULTS, Conditions, describe
+from bench.results import newest
+from bench.shapes import MODELS, grads_of, make_params, num_entries
 from bench.tables import table
 from bench.timing import Subject, interleave
 from sparse_optim import D3, MaskedAdamW, Stochastic
@@ -74,7 +73,7 @@ def gumbel_topk(scores: Tensor, draws: int) -> Subject:
 def measure(model: str, rounds: int) -> dict[str, Any]:
     """Time all subjects, interleaved; medians in milliseconds."""
     params = make_params(MODELS[model], torch.float32)
-    scores = [param.grad.abs() + 1e-12 for param in params]  # every entry may be drawn
+    scores = [grad.abs() + 1e-12 for grad in grads_of(params)]  # every entry may be drawn
     draws = round(SHARE * num_entries(MODELS[model]))
     joined = torch.cat([score.view(-1) for score in scores])
     subjects = [
@@ -99,18 +98,20 @@ def measure(model: str, rounds: int) -> dict[str, Any]:
 
 def section(folder: Path) -> list[str]:
     """The newest recorded figures as Markdown; nothing while there are none."""
-    paths = sorted(folder.glob("cpu-sampling-*.json"))
-    if not paths:
-        return []
-    data = json.loads(paths[-1].read_text())
+    data = newest("cpu-sampling-*.json", folder)
+    return [] if data is None else [report(data)]
+
+
+def report(data: dict[str, Any]) -> str:
+    """Show a result as Markdown."""
     rows = [
         [name, f"{ms:.0f}", f"{data['times_ours'][name]:.1f}"] for name, ms in data["ms"].items()
     ]
-    return [
+    return (
         f"Drawing {data['draws']:,} of {data['entries']:,} entries without replacement "
         f"({data['model']} shapes, {data['machine']['threads']} threads, commit "
         f"{data['commit'][:8]}):\n\n{table(['sampling', 'ms', 'times ours'], rows)}"
-    ]
+    )
 
 
 def main() -> None:
@@ -120,14 +121,9 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="record under bench/results")
     options = parser.parse_args()
     result = measure(options.model, options.rounds)
-    printed = Table(title=f"{result['draws']:,} of {result['entries']:,} entries ({options.model})")
-    for column in ("way", "ms", "times ours"):
-        printed.add_column(column, justify="left" if column == "way" else "right")
-    for name, ms in result["ms"].items():
-        printed.add_row(name, f"{ms:.0f}", f"{result['times_ours'][name]:.1f}")
-    Console().print(printed)
+    print(report(result))
     if options.write:
-        path = ROOT / f"bench/results/cpu-sampling-{date.today()}.json"
+        path = RESULTS / f"cpu-sampling-{date.today()}.json"
         path.write_text(json.dumps(result, indent=1) + "\n")
 
 

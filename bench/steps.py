@@ -26,8 +26,6 @@ from bench.subjects import adamw, ours, reads, scan_alone
 from bench.timing import interleave
 from bench.verify import check_selection
 
-RESULTS = environment.ROOT / "bench" / "results"
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -123,19 +121,7 @@ def _summary(results: Results, model: str, dtype: str, run: int) -> str:
 
 def default_path() -> Path:
     """bench/results/cpu-steps-<date>.json"""
-    return RESULTS / f"cpu-steps-{date.today().isoformat()}.json"
-
-
-def newest() -> Path:
-    """The newest recorded file: names end in the date.
-
-    Raises:
-        FileNotFoundError: nothing was recorded yet.
-    """
-    paths = sorted(RESULTS.glob("cpu-steps-*.json"))
-    if not paths:
-        raise FileNotFoundError("nothing recorded yet: run python -m bench.steps")
-    return paths[-1]
+    return environment.RESULTS / f"cpu-steps-{date.today().isoformat()}.json"
 
 
 def _arguments() -> argparse.Namespace:
@@ -167,7 +153,7 @@ def main() -> None:
     """Measure, write the results file, and say which goals were reached."""
     arguments = _arguments()
     if arguments.no_run:
-        results = Results.load(arguments.out or newest())
+        results = Results.load(arguments.out)
     else:
         path = arguments.out or default_path()
         results = measure_all(_settings(arguments), path)

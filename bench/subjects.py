@@ -20,7 +20,9 @@ from sparse_optim import D3, IncrementalMaskedAdamW
 from sparse_optim.delta import _fingerprint as fingerprint
 from sparse_optim.optim.groups import readable_grads
 
+D3_EPS = 1.0
 LR = 1e-9  # so small that the parameters stay what they are, however many steps are timed
+NEVER_REACHED = 1e9  # norm to clip to: torch still multiplies the gradients by 1
 STAGES = ("prepare", "scan", "cut", "append", "clip", "update")
 NUMPY_CHUNK = 1 << 20  # int32 values that one call of numpy reduces
 
@@ -32,7 +34,7 @@ def reads(grads: Sequence[Tensor]) -> list[Subject]:
     not depend on torch, numpy.max of int32 views in as many threads as torch uses. Views, since
     reductions of bfloat16 itself convert, and are slower than the memory.
     """
-    words = [_words(grad) for grad in grads]
+    words = [as_words(grad) for grad in grads]
     floats = [view.view(torch.float32) for view in words]
     threads = torch.get_num_threads()
     chunks = [chunk.numpy() for view in words for chunk in view.split(NUMPY_CHUNK)]
@@ -53,7 +55,7 @@ def reads(grads: Sequence[Tensor]) -> list[Subject]:
     ]
 
 
-def _words(grad: Tensor) -> Tensor:
+def as_words(grad: Tensor) -> Tensor:
     """The gradient as int32 words (of bfloat16, pairs; an odd last entry is left out)."""
     flat = grad.view(-1)
     even = flat.numel() * flat.element_size() // 4 * 4 // flat.element_size()
@@ -66,18 +68,6 @@ def adamw(params: Sequence[Tensor]) -> list[Subject]:
     Moved per parameter: 7 values by AdamW (three of them written), 3 by clipping.
     """
     size = sum(param.nbytes for param in params)
-
-    def clip() -> None:
-        # A norm that is never reached; torch multiplies the gradients by 1 all the same.
-        torch.nn.utils.clip_grad_norm_(params, 1e9)
-
-    def clipped(step: Callable[[], object]) -> Callable[[], object]:
-        def run() -> None:
-            clip()
-            step()
-
-        return run
-
     subjects = []
     for kind in ("fused", "foreach"):
         optimizer = torch.optim.AdamW(
@@ -85,9 +75,21 @@ def adamw(params: Sequence[Tensor]) -> list[Subject]:
         )
         subjects += [
             Subject({"name": kind}, optimizer.step, moved_bytes=7 * size),
-            Subject({"name": f"clip+{kind}"}, clipped(optimizer.step), moved_bytes=10 * size),
+            Subject({"name": f"clip+{kind}"}, clipped_step(optimizer, params), 10 * size),
         ]
     return subjects
+
+
+def clipped_step(
+    optimizer: torch.optim.Optimizer, params: Sequence[Tensor]
+) -> Callable[[], object]:
+    """`clip_grad_norm_`, then the optimizer's step."""
+
+    def run() -> None:
+        torch.nn.utils.clip_grad_norm_(params, NEVER_REACHED)
+        optimizer.step()
+
+    return run
 
 
 def ours(params: Sequence[Tensor], budget: int, quota: int, exp: float) -> Subject:
@@ -99,20 +101,26 @@ def ours(params: Sequence[Tensor], budget: int, quota: int, exp: float) -> Subje
     optimizer = midway(params, budget, quota, exp)
     restore = snapshot(optimizer)
     active = int(optimizer._active.progress[1])
+    return Subject(
+        {"name": "ours", "budget": budget, "quota": quota, "exp": exp, "active": active},
+        optimizer.step,
+        moved_bytes=_step_bytes(params, active, exp),
+        prepare=restore,
+        check=unmasks(optimizer, quota),
+        stages=_time_stages(optimizer),
+    )
+
+
+def unmasks(optimizer: IncrementalMaskedAdamW, quota: int) -> Callable[[], None]:
+    """Return a check that raises an error unless the step unmasked `quota` entries."""
+    active = int(optimizer._active.progress[1])
 
     def check() -> None:
         grown = int(optimizer._active.progress[1]) - active
         if grown != quota:
             raise RuntimeError(f"the step unmasked {grown} entries, expected {quota}")
 
-    return Subject(
-        {"name": "ours", "budget": budget, "quota": quota, "exp": exp, "active": active},
-        optimizer.step,
-        moved_bytes=_step_bytes(params, active, exp),
-        prepare=restore,
-        check=check,
-        stages=_time_stages(optimizer),
-    )
+    return check
 
 
 def scan_alone(params: Sequence[Tensor], budget: int, quota: int) -> Subject:
@@ -171,7 +179,7 @@ def midway(
             lr=LR,
             budget=budget,
             total_steps=steps,
-            importance=D3(exp=exp, eps=1.0),
+            importance=D3(exp=exp, eps=D3_EPS),
             schedule=lambda step: min(quota * step, budget),
             max_grad_norm=max_grad_norm,
             **options,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bench.subjects import midway
+from bench.subjects import D3_EPS, midway
 from sparse_optim.backends.scoring import importance
 from sparse_optim.optim.groups import readable_grads
 
@@ -26,12 +26,12 @@ def check_selection(params: Sequence[Tensor], budget: int, quota: int, exp: floa
         bound = optimizer._ops.bind(grads, optimizer._pool, optimizer._work.table)
         optimizer._scan(bound, [])
         optimizer._cut(bound, grads)
-        work, eps = optimizer._work, optimizer.importance.eps
+        work = optimizer._work
         count = int(work.new_count)
         tensor, position = work.new_tensor[:count], work.new_position[:count].long()
         least_in, greatest_out = float("inf"), 0.0
         for index, (param, grad) in enumerate(zip(optimizer._pool, grads, strict=True)):
-            score = importance(grad.view(-1), param.view(-1), exp, eps)
+            score = importance(grad.view(-1), param.view(-1), exp, D3_EPS)
             score[optimizer._active.segment(index)["position"].long()] = 0
             chosen = position[tensor == index]
             if chosen.numel():
