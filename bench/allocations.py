@@ -43,7 +43,7 @@ def _on_cuda(run: Callable[[], object], device: torch.device) -> Allocated:
 def _on_cpu(run: Callable[[], object]) -> Allocated:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         kept = run()
-    recorded = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    recorded = profiler.profiler.kineto_results.events()
     memory = (event for event in recorded if event.name() == "[memory]")
     changes = sorted((each.start_ns(), order, each.nbytes()) for order, each in enumerate(memory))
     live = list(accumulate((size for *_, size in changes), initial=0))

@@ -64,7 +64,7 @@ def _memory(results: Results) -> float:
     rows = results.data["memory"]
     if not rows:
         raise LookupError("memory was not measured")
-    return max(held_bytes(row) / row["limit_bytes"] for row in rows)
+    return max(held_bytes(row) / int(row["limit_bytes"]) for row in rows)
 
 
 def _adamw(

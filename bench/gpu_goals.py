@@ -47,7 +47,7 @@ def _host_us(data: dict[str, Any]) -> float:
     steps = [find(data, "steps", **LARGE, mode="clip", exp=exp) for exp in EXPS]
     if not all("host_us" in step for step in steps):
         raise LookupError("no time of the host")
-    return max(statistics.median(step["host_us"]) for step in steps)
+    return max(float(statistics.median(step["host_us"])) for step in steps)
 
 
 def _held_gb(data: dict[str, Any]) -> float:

@@ -17,7 +17,7 @@ OUR_MODE = {"alone": "clip", "clip": "clip", "scaler": "scaler"}
 
 def median_ms(record: Record) -> float:
     """Median of the rounds."""
-    return statistics.median(record["us"]) / 1e3
+    return float(statistics.median(record["us"]) / 1e3)
 
 
 def select(data: dict[str, Any], kind: str, **labels: Any) -> list[Record]:

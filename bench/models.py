@@ -38,20 +38,23 @@ class Model:
         from transformers.initialization import no_init_weights
 
         with no_init_weights(), torch.device(device):
+            config: transformers.PretrainedConfig
+            family: Any  # transformers does not annotate _from_config
             if self.kind == "llama":
+                family = transformers.LlamaForCausalLM
                 config = transformers.LlamaConfig(**self.sizes)
-                model = transformers.LlamaForCausalLM._from_config(config, dtype=self.dtype)
             else:
+                family = transformers.BertForSequenceClassification
                 config = transformers.BertConfig(
                     **self.sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
                 )
-                cls = transformers.BertForSequenceClassification
-                model = cls._from_config(config, dtype=self.dtype)
+            model: transformers.PreTrainedModel = family._from_config(config, dtype=self.dtype)
         model.tie_weights()
         _fill(model)
         if self.checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        return model.train()
+        model.train()
+        return model
 
     def inputs(self) -> dict[str, Tensor]:
         """Random tokens; labels are the tokens, or random classes."""

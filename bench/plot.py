@@ -11,6 +11,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.patches import Rectangle
 
 from bench import gpu_report
 from bench.gpu_times import over_read, select
@@ -55,7 +56,8 @@ def draw(results: Results, path: Path) -> None:
 
 
 def _quota(results: Results) -> int:
-    return min(results.data["settings"]["quotas"], key=lambda quota: abs(quota - QUOTA))
+    quotas: list[int] = results.data["settings"]["quotas"]
+    return min(quotas, key=lambda quota: abs(quota - QUOTA))
 
 
 def _bars(results: Results, model: str, dtype: str) -> list[tuple[str, float, bool]]:
@@ -108,7 +110,7 @@ def _legend(figure: Any, axis: Any, results: Results) -> None:
     ours = [f"sparse_optim, {budget} entries, clipping included" for budget in budgets]
     names = ["clip_grad_norm_ + fused AdamW", "fused AdamW", *reversed(ours)]
     colors = [CLIPPED, FUSED, *([SMALL, LARGE][: len(budgets)][::-1])]
-    handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in colors]
+    handles = [Rectangle((0, 0), 1, 1, color=color) for color in colors]
     figure.legend(
         handles, names, loc="outside upper left", ncols=2, frameon=False, fontsize=9,
         handlelength=1, handleheight=1, columnspacing=2.5,
@@ -147,7 +149,7 @@ def draw_gpu(data: dict[str, Any], path: Path) -> None:
         drawn |= _gpu_panel(axis, data, models, dtype)
         _dress(axis, dtype)
         axis.invert_yaxis()
-    handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in drawn.values()]
+    handles = [Rectangle((0, 0), 1, 1, color=color) for color in drawn.values()]
     figure.legend(handles, list(drawn), loc="outside upper left", ncols=2, frameon=False,
                   fontsize=9)  # fmt: skip
     text = textwrap.fill(gpu_report.caption(data).replace("`", ""), 75 * max(len(dtypes), 2))
@@ -164,7 +166,8 @@ def _gpu_panel(axis: Any, data: dict[str, Any], models: list[str], dtype: str) -
     """Draw the models of a dtype; label -> colour of the bars that were measured."""
     drawn, titles, ticks, top = {}, [], [], 0.0
     for model in models:
-        bars, starred, budget = [], set(), 0
+        bars: list[tuple[str, float, bool]] = []
+        starred, budget = set(), 0
         for label, color, ours, labels in GPU_BARS:
             found = select(data, "steps", model=model, dtype=dtype, **labels)
             if found:
