@@ -1,7 +1,7 @@
-"""Subjects of the GPU report: our step by backend and mode, AdamW as users run it, bandwidth.
+"""Build the subjects of the GPU report: our step by backend and mode, AdamW as used, bandwidth.
 
-Each is built when its turn comes and dropped after it, so that the states of two optimizers never
-stand in memory together.
+A subject is built just before it is timed and dropped afterwards, so that memory never holds the
+states of two optimizers at once.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from sparse_optim import IncrementalMaskedAdamW
 from sparse_optim.optim.grad_scaler import GradScaler
 from sparse_optim.optim.groups import readable_grads
 
-# As users run a step: alone; clipped; with the loss scale taken out of the gradients, and clipped.
+# How users run a step: alone; clipped; unscaled and clipped.
 MODES = ("alone", "clip", "scaler")
 STAGES = ("bind", "scan", "cut", "append", "clip", "update")
 
@@ -44,7 +44,7 @@ EIGHT_BIT = {  # name -> module, class
 
 @dataclass(frozen=True)
 class Builder:
-    """Makes a subject when called; the labels tell which, if it cannot be made or timed."""
+    """Build a subject when called; the labels identify it if that fails."""
 
     labels: dict[str, Any]
     make: Callable[[], Subject]
@@ -54,7 +54,7 @@ class Builder:
 
 
 def bandwidth(device: torch.device, size: int) -> Iterator[Builder]:
-    """Copy and read of `size` bytes: what the memory gives, without tricks."""
+    """Copy and read `size` bytes, to measure the bandwidth of the memory."""
 
     def copy() -> Subject:
         source, target = (torch.zeros(size // 4, device=device) for _ in range(2))
@@ -73,7 +73,7 @@ def bandwidth(device: torch.device, size: int) -> Iterator[Builder]:
 
 
 def gradient_reads(params: Sequence[Tensor]) -> Iterator[Builder]:
-    """All gradients of a model read by torch, tensor by tensor."""
+    """Read all gradients of a model with torch, tensor by tensor."""
     grads = grads_of(list(params))
     floats = [as_words(grad).view(torch.float32) for grad in grads]
     size = sum(grad.nbytes for grad in grads)
@@ -84,14 +84,14 @@ def gradient_reads(params: Sequence[Tensor]) -> Iterator[Builder]:
 
 
 def _scaler(device: torch.device, kind: type[torch.amp.GradScaler]) -> torch.amp.GradScaler:
-    """A loss scaler whose scale is and stays 1, so that gradients keep their values."""
+    """Build a loss scaler with a constant scale of 1, so that gradients keep their values."""
     scaler = kind(device.type, init_scale=1.0, growth_interval=1 << 30)
     scaler.scale(torch.ones((), device=device))
     return scaler
 
 
 def adamw_kinds(params: Sequence[Tensor]) -> dict[str, Callable[[], torch.optim.Optimizer]]:
-    """Constructors by name; 8-bit ones where their packages are importable."""
+    """Return constructors by name; 8-bit ones only if their packages are importable."""
     kinds: dict[str, Callable[[], torch.optim.Optimizer]] = {
         "fused": lambda: torch.optim.AdamW(params, lr=LR, fused=True),
         "foreach": lambda: torch.optim.AdamW(params, lr=LR, foreach=True),
@@ -104,23 +104,23 @@ def adamw_kinds(params: Sequence[Tensor]) -> dict[str, Callable[[], torch.optim.
 
 
 def absent_kinds() -> dict[str, str]:
-    """8-bit AdamWs that are not importable, and why."""
+    """Return the 8-bit optimizers that are not importable, and why."""
     found = {name: _imported(*place) for name, place in EIGHT_BIT.items()}
     return {name: reason for name, reason in found.items() if isinstance(reason, str)}
 
 
 def _imported(module: str, attribute: str) -> Any:
-    """What a module holds; a line that says why it cannot be had, if it cannot."""
+    """Import an attribute of a module; return the reason as a line of text if that fails."""
     try:
         return getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # whatever a module without its libraries raises
+    except Exception as error:  # a module without its libraries may raise anything
         return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def baselines(params: Sequence[Tensor]) -> Iterator[Builder]:
-    """AdamW of every kind, in every mode.
+    """Build AdamW of every kind, in every mode.
 
-    Records of bfloat16 in mode "scaler" say "unscale": "stand-in" (see `_stand_in_step`).
+    Records of bfloat16 in mode "scaler" have the label "unscale": "stand-in"; see `_stand_in_step`.
     """
 
     def build(name: str, make: Callable[[], torch.optim.Optimizer], mode: str) -> Subject:
@@ -156,10 +156,10 @@ def _scaled_step(
 def _stand_in_step(
     optimizer: torch.optim.Optimizer, params: Sequence[Tensor]
 ) -> Callable[[], object]:
-    """What `unscale_` would cost in bfloat16, for which CUDA has no such kernel (pytorch #127176).
+    """Imitate the cost of `unscale_` in bfloat16: CUDA has no such kernel (pytorch #127176).
 
-    One pass that reads and writes every gradient, as `unscale_` makes; whether all are finite is
-    taken from the norm that clipping computes anyway, so that AdamW is not charged a further pass.
+    One pass reads and writes every gradient, as in `unscale_`. The finiteness test uses the norm
+    that clipping computes anyway, so that AdamW does not pay for another pass.
     """
     grads = grads_of(list(params))
 
@@ -173,7 +173,7 @@ def _stand_in_step(
 
 
 def _graph_of(optimizer: IncrementalMaskedAdamW, restore: Callable[[], None]) -> Callable[[], None]:
-    """A CUDA graph of the whole step; replaying it is the step."""
+    """Capture the whole step as a CUDA graph; return the function that replays it."""
     optimizer.step()
     restore()
     torch.cuda.synchronize()
@@ -186,7 +186,7 @@ def _graph_of(optimizer: IncrementalMaskedAdamW, restore: Callable[[], None]) ->
 def _step_of(
     optimizer: IncrementalMaskedAdamW, mode: str, restore: Callable[[], None]
 ) -> Callable[[], object]:
-    """What is timed: the step, a replay of it, or the step under our loss scaler."""
+    """Return the function to time: the step, its replay, or the step under our loss scaler."""
     if mode == "graph":
         return _graph_of(optimizer, restore)
     if mode != "scaler":
@@ -203,7 +203,10 @@ def _step_of(
 def our_step(
     params: Sequence[Tensor], backend: str, mode: str, budget: int, quota: int, exp: float
 ) -> Subject:
-    """Our step in the middle of its run (see `bench.subjects.ours`); every mode but one clips."""
+    """Build our step with half of the budget active (see `bench.subjects.ours`).
+
+    Every mode except "alone" clips.
+    """
     optimizer = midway(
         params, budget, quota, exp, None if mode == "alone" else 1.0, backend=backend,
         capturable=mode == "graph",
@@ -218,7 +221,10 @@ def our_step(
 def stages(
     params: Sequence[Tensor], backend: str, budget: int, quota: int, exp: float
 ) -> Iterator[Builder]:
-    """Each operation alone, on what those before it left; bytes that scan and update must move."""
+    """Build each operation alone; it starts from the results of those before it.
+
+    Scan and update also count the bytes that they must move.
+    """
 
     def build(stage: str) -> Subject:
         optimizer = midway(params, budget, quota, exp, backend=backend)

@@ -1,4 +1,4 @@
-"""The plot of step times, relative to one read of the gradients."""
+"""Plot step times relative to one read of the gradients."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bench.results import Results
 from bench.shapes import MODELS, num_entries
 from bench.tables import count
 
-# Okabe and Ito's colours: told apart with every kind of colour blindness, and by lightness.
+# Okabe and Ito's colours: distinct under every kind of colour blindness, and in lightness.
 CLIPPED, FUSED, LARGE, SMALL = "#BBBBBB", "#777777", "#56B4E9", "#0072B2"
 SCALED = "#DDDDDD"
 INK, FAINT = "#222222", "#666666"
@@ -31,9 +31,9 @@ plt.rcParams.update({"font.family": "DejaVu Sans", "font.size": 10, "text.color"
 
 
 def draw(results: Results, path: Path) -> None:
-    """Bars for every model and dtype: AdamW with and without clipping, and our step.
+    """Draw bars for every model and dtype: AdamW with and without clipping, and our step.
 
-    Ours is the slower of all exp at k = 320, or at the quota nearest to it that was measured.
+    Our bar is the slowest of all exp at k = 320, or at the nearest quota that was measured.
     """
     settings = results.data["settings"]
     dtypes, models = settings["dtypes"], settings["models"]
@@ -61,7 +61,7 @@ def _quota(results: Results) -> int:
 
 
 def _bars(results: Results, model: str, dtype: str) -> list[tuple[str, float, bool]]:
-    """(colour, time over the read's, whether it is ours) from top to bottom."""
+    """Return (colour, time over the read's, whether it is ours) from top to bottom."""
     settings = results.data["settings"]
     bars = [
         (CLIPPED, results.ratio(model, dtype, "read", "clip+fused"), False),
@@ -129,7 +129,7 @@ GPU_BARS: tuple[tuple[str, str, bool, dict[str, str]], ...] = (
 
 
 def draw_gpu(data: dict[str, Any], path: Path) -> None:
-    """Bars for every model and dtype of a GPU results file; ours is the slower of all exp.
+    """Draw bars for every model and dtype of a GPU results file; ours is the slowest of all exp.
 
     Raises:
         ValueError: the file has no times of steps.
@@ -163,7 +163,7 @@ def _entries(model: str) -> int:
 
 
 def _gpu_panel(axis: Any, data: dict[str, Any], models: list[str], dtype: str) -> dict[str, str]:
-    """Draw the models of a dtype; label -> colour of the bars that were measured."""
+    """Draw the models of a dtype; return the colours of the measured bars by label."""
     drawn, titles, ticks, top = {}, [], [], 0.0
     for model in models:
         bars: list[tuple[str, float, bool]] = []

@@ -33,13 +33,13 @@ TITLES = {
     "clip+foreach": "clip + foreach",
 }
 RATIOS = {"fused": "fused AdamW", "clip+fused": "clip + fused", "read": "read of the gradients"}
-# With fewer clean calls than this the machine was busy, and ratios mean nothing: threads that
-# share their work statically wait for the slower core, ours do not.
+# With fewer clean calls than this the machine was busy and ratios mean nothing: threads that share
+# their work statically wait for the slower core, ours do not.
 LEAST_CLEAN = 0.5
 
 
 def caption(results: Results) -> str:
-    """Machine, threads, versions, commit, date, and how quiet it was."""
+    """Describe machine, threads, versions, commit, date, and the share of clean calls."""
     data = results.data
     machine, versions = data["machine"], data["versions"]
     pages = ", huge pages (THP_MEM_ALLOC_ENABLE=1)" if machine.get("huge_pages") else ""
@@ -56,7 +56,7 @@ def caption(results: Results) -> str:
 
 
 def steps_table(results: Results, dtype: str, quotas: Sequence[int]) -> str:
-    """Our step by model, B and k, the slower of all exp; times, and ratios to the baselines."""
+    """Show times of our step by model, B and k (slowest exp), and ratios to the baselines."""
     settings = results.data["settings"]
     rows = []
     for model in settings["models"]:
@@ -82,7 +82,7 @@ def _step_cells(results: Results, model: str, dtype: str, **labels: float) -> li
 
 
 def baselines_table(results: Results) -> str:
-    """What the step is compared with, milliseconds, and the scan against the read."""
+    """Show the milliseconds of the baselines, and the scan relative to the read."""
     rows = []
     for model, dtype in results.cases():
         read = results.time(model, dtype, "read")
@@ -102,7 +102,7 @@ def baselines_table(results: Results) -> str:
 
 
 def stages_table(results: Results) -> str:
-    """Where our step's time goes, milliseconds."""
+    """Show the milliseconds of each stage of our step."""
     rows, names = [], ["scan", "cut", "append", "clip", "update", "prepare", "python"]
     settings = results.data["settings"]
     for model, dtype in results.cases():
@@ -120,7 +120,7 @@ def stages_table(results: Results) -> str:
 
 
 def memory_table(results: Results, exp: float = 0.0) -> str:
-    """Bytes held between steps, against the limit and AdamW."""
+    """Show the bytes held between steps beside the limit and AdamW."""
     rows = []
     for row in results.data["memory"]:
         if row["exp"] == exp:
@@ -142,7 +142,7 @@ def memory_table(results: Results, exp: float = 0.0) -> str:
 
 
 def peaks_table(results: Results) -> str:
-    """Memory that one step takes on top of what is held before it."""
+    """Show the memory that one step needs in addition to what is held before it."""
     rows = []
     names = ["ours", *BASELINES]
     for model, dtype in results.cases():
@@ -156,13 +156,13 @@ def peaks_table(results: Results) -> str:
 
 
 def shown_quota(results: Results) -> int:
-    """The quota of the short tables: the middle one that was measured."""
+    """Return the quota of the short tables: the middle one of those measured."""
     quotas: list[int] = results.data["settings"]["quotas"]
     return quotas[len(quotas) // 2]
 
 
 def headline(results: Results) -> str:
-    """The plot, the range of the ratios by budget, and the memory: for README.md."""
+    """Show the plot, the range of the ratios by budget, and the memory, for README.md."""
     settings, quota = results.data["settings"], shown_quota(results)
     rows = []
     for budget in settings["budgets"]:
@@ -185,7 +185,7 @@ def headline(results: Results) -> str:
 
 
 def _ratios(results: Results, baseline: str, budget: int, quota: int) -> list[float]:
-    """Our step over a baseline, for every model and dtype; the slower of all exp."""
+    """Divide our step (slowest exp) by a baseline, for every model and dtype."""
     labels = {"budget": budget, "quota": quota}
     return [
         results.ratio(
@@ -202,7 +202,7 @@ def _range(values: Sequence[float], form: str = "{:.2f}") -> str:
 
 
 def main_tables(results: Results) -> str:
-    """The plot and the tables of docs/benchmarks.md."""
+    """Show the plot and the main tables, for docs/benchmarks.md."""
     quotas = [shown_quota(results)]
     dtypes = results.data["settings"]["dtypes"]
     parts = [PLOT.format("../")]
@@ -221,7 +221,7 @@ def _gpu_main(data: dict[str, Any]) -> str:
 
 
 def gpu_section(tables: Callable[[dict[str, Any]], str], folder: Path = RESULTS) -> list[str]:
-    """The GPU part of a report; empty while no GPU results are recorded."""
+    """Show the GPU part of a report; return [] if no GPU results are recorded."""
     data = newest("gpu-*.json", folder)
     return [] if data is None else [tables(data)]
 
@@ -234,7 +234,7 @@ def draw_gpu_steps(folder: Path) -> None:
 
 
 def full_report(results: Results) -> str:
-    """Every table, with the goals."""
+    """Show every table, and the goals."""
     dtypes, quotas = (results.data["settings"][name] for name in ("dtypes", "quotas"))
     parts = ["# Recorded results", caption(results)]
     for dtype in dtypes:

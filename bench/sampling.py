@@ -1,11 +1,11 @@
-"""Sampling entries without replacement: our ranking pass against NumPy's and torch's ways.
+"""Compare our sampling of entries without replacement with NumPy's and torch's.
 
-    python -m bench.sampling              # BERT-base, as many entries as BitFit would train
+    python -m bench.sampling              # BERT-base, the number of entries that BitFit trains
     python -m bench.sampling --write      # also records bench/results/cpu-sampling-<date>.json
 
 Every subject draws a set of entries with probabilities proportional to score^2, from the scores of
-the whole model: ours from the list of tensors, the others from one array of all scores, which they
-are handed. torch.multinomial is not among them: it refuses more than 2^24 entries.
+the whole model. Ours takes the list of tensors; the others get one array of all scores.
+torch.multinomial is missing because it rejects more than 2^24 entries.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from bench.tables import table
 from bench.timing import Subject, interleave
 from sparse_optim import D3, MaskedAdamW, Stochastic
 
-SHARE = 0.0008  # of the entries: what BitFit trains of RoBERTa (Akbar-Tajari and Pilehvar)
+SHARE = 0.0008  # of all entries; BitFit trains this share of RoBERTa (Akbar-Tajari and Pilehvar)
 OURS = "ours: noise within the ranking pass"
 
 
 def ours(params: Sequence[Tensor], scores: list[Tensor], draws: int) -> Subject:
-    """`rank` and `cut` on scores as they are (exp = 0 takes the gradients themselves)."""
+    """Run `rank` and `cut` on the scores, passed as gradients (exp = 0 ranks by gradients)."""
     optimizer = MaskedAdamW(params, importance=D3(), selection=Stochastic(draws))
     bound = optimizer._ops.bind(scores, optimizer._pool, optimizer._work.table)
 
@@ -50,7 +50,7 @@ def ours(params: Sequence[Tensor], scores: list[Tensor], draws: int) -> Subject:
 
 
 def numpy_choice(scores: np.ndarray, draws: int) -> Subject:
-    """Normalise on the way, then Generator.choice."""
+    """Normalise the scores, then call Generator.choice."""
     generator = np.random.default_rng(0)
 
     def run() -> None:
@@ -61,7 +61,7 @@ def numpy_choice(scores: np.ndarray, draws: int) -> Subject:
 
 
 def gumbel_topk(scores: Tensor, draws: int) -> Subject:
-    """A random number for every entry, then torch.topk."""
+    """Draw a random number for every entry, then call torch.topk."""
 
     def run() -> None:
         noise = torch.empty_like(scores).exponential_()
@@ -71,7 +71,7 @@ def gumbel_topk(scores: Tensor, draws: int) -> Subject:
 
 
 def measure(model: str, rounds: int) -> dict[str, Any]:
-    """Time all subjects, interleaved; medians in milliseconds."""
+    """Time all subjects, interleaved; return medians in milliseconds and raw times."""
     params = make_params(MODELS[model], torch.float32)
     scores = [grad.abs() + 1e-12 for grad in grads_of(params)]  # every entry may be drawn
     draws = round(SHARE * num_entries(MODELS[model]))
@@ -97,7 +97,7 @@ def measure(model: str, rounds: int) -> dict[str, Any]:
 
 
 def section(folder: Path) -> list[str]:
-    """The newest recorded figures as Markdown; nothing while there are none."""
+    """Show the newest recorded figures as Markdown; return [] if there are none."""
     data = newest("cpu-sampling-*.json", folder)
     return [] if data is None else [report(data)]
 
