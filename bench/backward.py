@@ -17,7 +17,6 @@ Writes bench/results/cpu-backward-<date>.json.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from bench import allocations, environment, tables
+from bench import allocations, console, environment, tables
 from bench.gpu_subjects import EIGHT_BIT, adamw_kinds
 from bench.models import MODELS
 from bench.results import clean_times, median_us, newest
@@ -259,14 +258,16 @@ def recorded(path: Path, data: dict[str, Any], models: Sequence[str]) -> list[di
 
 def main() -> None:
     """Measure every model, print the figures and write the results file."""
-    parser = argparse.ArgumentParser(prog="python -m bench.backward", description=__doc__)
+    parser = console.parser("backward", __doc__)
     parser.add_argument(
-        "--models", nargs="+", choices=list(MODELS), default=[*MEASURED, *MEMORY_ALONE]
-    )
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--warmup", type=int, default=2)
+        "--models", nargs="+", choices=list(MODELS), default=[*MEASURED, *MEMORY_ALONE],
+        help=f"models to measure (default: {' '.join([*MEASURED, *MEMORY_ALONE])})",
+    )  # fmt: skip
+    parser.add_argument("--rounds", type=int, default=15, help="timed steps of each kind")
+    parser.add_argument("--warmup", type=int, default=2, help="untimed steps before them")
     name = f"cpu-backward-{date.today().isoformat()}.json"
-    parser.add_argument("--out", type=Path, default=environment.RESULTS / name)
+    parser.add_argument("--out", type=Path, default=environment.RESULTS / name,
+                        help="default: bench/results/cpu-backward-<date>.json")  # fmt: skip
     arguments = parser.parse_args()
     settings = {
         "rounds": arguments.rounds, "warmup": arguments.warmup, "budget": BUDGET, "quota": QUOTA

@@ -11,7 +11,6 @@ card's settings.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib.util
 import json
@@ -28,7 +27,7 @@ from typing import Any
 
 import torch
 
-from bench import environment, gpu_goals
+from bench import console, environment, gpu_goals
 from bench.gpu_phases import DRY_PHASES, PHASES, Phase
 from bench.gpu_report import short_table
 
@@ -191,14 +190,14 @@ def measure(phases: tuple[Phase, ...], path: Path, minutes: float, dry: bool) ->
 
 def main() -> None:
     """Run the report; exit with 1 if a phase failed or took too long."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
+    parser = console.parser("gpu", __doc__)
     parser.add_argument("--dry-run", action="store_true", help="use the CPU and tiny shapes")
     parser.add_argument(
         "--minutes", type=float, default=8.0, help="skip phases that do not fit (default: 8)"
     )
     parser.add_argument("--started", type=float, default=time.time(), metavar="UNIX_SECONDS",
                         help="start of the minutes (default: now)")  # fmt: skip
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="results file")
     arguments = parser.parse_args()
     if not arguments.dry_run and not torch.cuda.is_available():
         build = f"torch {torch.__version__} is built without CUDA (another: make PYTHON=...)"

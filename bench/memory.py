@@ -10,7 +10,6 @@ are allocated at construction. The parameters are not initialised, and only exp 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import allocations, backward, models, training
+from bench import allocations, backward, console, models, training
 from bench.gpu_subjects import adamw_kinds
 from bench.shapes import DTYPES, MEASURED, MODELS, Shape, num_entries
 from bench.subjects import LR, unhashed
@@ -124,7 +123,7 @@ def held_bytes(row: dict[str, Any]) -> int:
 
 def main() -> None:
     """Print the bytes of every case beside the limit and AdamW, or those of training steps."""
-    parser = argparse.ArgumentParser(prog="python -m bench.memory", description=__doc__)
+    parser = console.parser("memory", __doc__)
     parser.add_argument(
         "--backward", nargs="*", metavar="MODEL", choices=list(models.MODELS),
         help="show gradients alive in training steps with and without fuse_backward instead",

@@ -10,13 +10,12 @@ Without --write, prints all tables of the CPU and GPU results. With it, writes
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import backward, goals, gpu_report, quality, sampling
+from bench import backward, console, goals, gpu_report, quality, sampling
 from bench.environment import RESULTS, ROOT
 from bench.memory import held_bytes
 from bench.plot import draw, draw_gpu
@@ -283,10 +282,7 @@ def write(results: Results) -> None:
 
 def main() -> None:
     """Print all tables, or write the generated files."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.report", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = console.parser("report", __doc__)
     parser.add_argument("--results", type=Path, help="default: the newest in bench/results")
     parser.add_argument("--write", action="store_true", help="update README.md, docs and results")
     parser.add_argument("--plot", type=Path, help="write only the plot, to this file")

@@ -10,7 +10,6 @@ torch.multinomial is missing because it rejects more than 2^24 entries.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bench import console
 from bench.environment import RESULTS, Conditions, describe
 from bench.results import newest
 from bench.shapes import MODELS, grads_of, make_params, num_entries
@@ -115,9 +115,10 @@ def report(data: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="BERT-base", choices=list(MODELS))
-    parser.add_argument("--rounds", type=int, default=5)
+    """Measure, print the table, and record it if asked to."""
+    parser = console.parser("sampling", __doc__)
+    parser.add_argument("--model", default="BERT-base", choices=list(MODELS), help="shapes to use")
+    parser.add_argument("--rounds", type=int, default=5, help="timed calls of each subject")
     parser.add_argument("--write", action="store_true", help="record under bench/results")
     options = parser.parse_args()
     result = measure(options.model, options.rounds)

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from bench import environment, goals, memory
+from bench import console, environment, goals, memory
 from bench.results import SCHEMA, Results
 from bench.shapes import DTYPES, MEASURED, MODELS, grads_of, make_params, num_entries
 from bench.subjects import adamw, ours, reads, scan_alone
@@ -125,12 +125,12 @@ def default_path() -> Path:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.steps", description=__doc__)
-    parser.add_argument("--models", nargs="+", choices=list(MODELS))
-    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES))
-    parser.add_argument("--budgets", nargs="+", type=int)
-    parser.add_argument("--quotas", nargs="+", type=int)
-    parser.add_argument("--rounds", "--repeats", type=int, help="timed calls of each subject")
+    parser = console.parser("steps", __doc__)
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), help="models to measure")
+    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), help="dtypes of parameters")
+    parser.add_argument("--budgets", nargs="+", type=int, help="budgets of our step, in entries")
+    parser.add_argument("--quotas", nargs="+", type=int, help="entries unmasked per step")
+    parser.add_argument("--rounds", type=int, help="timed calls of each subject")
     parser.add_argument("--runs", type=int, help="processes per model and dtype")
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's default)")
     parser.add_argument("--quick", action="store_true", help="MiniLM, one run of three rounds")
