@@ -180,7 +180,7 @@ def measure(phases: tuple[Phase, ...], path: Path, minutes: float, dry: bool) ->
         report, records = run_phase(phase, end - time.monotonic(), dry)
         data["phases"].append(report)
         data["records"] += records
-        path.write_text(json.dumps(data, indent=1) + "\n")
+        path.write_text(json.dumps(data, separators=(",", ":")) + "\n")
         ended = f"{report['status']}  {report.get('summary', '')}"
         print(f"{report['name']:24} {report['seconds']:6.1f} s  {ended}", flush=True)
         if report["status"].startswith(("failed", "stopped")):

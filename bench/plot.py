@@ -50,7 +50,7 @@ def draw(results: Results, path: Path) -> None:
         _dress(axis, dtype)
         axis.set_yticks(ticks, [_title(results, model) for model in models])
     axes[0][0].invert_yaxis()
-    _legend(figure, axes[0][0], results)
+    _legend(figure, results)
     figure.savefig(path, dpi=200, facecolor="white")
     plt.close(figure)
 
@@ -105,7 +105,7 @@ def _dress(axis: Any, dtype: str) -> None:
     axis.margins(x=0.12)
 
 
-def _legend(figure: Any, axis: Any, results: Results) -> None:
+def _legend(figure: Any, results: Results) -> None:
     budgets = [f"{budget:,}" for budget in results.data["settings"]["budgets"]]
     ours = [f"sparse_optim, {budget} entries, clipping included" for budget in budgets]
     names = ["clip_grad_norm_ + fused AdamW", "fused AdamW", *reversed(ours)]
