@@ -1,1 +1,1 @@
-"""Measurements: step time against AdamW and read bandwidth, memory, kernels (README.md)."""
+"""Measure step times against AdamW and the read bandwidth, memory and kernels (see README.md)."""

@@ -1,7 +1,7 @@
-"""Bytes that a call allocates: at most at once, and what is left after it.
+"""Count the bytes that a call allocates: the peak, and what is left after it.
 
-On CUDA by torch's allocator; on the CPU from the profiler's record of every allocation and release,
-so that temporaries inside of operations and what autograd saves count too.
+On CUDA, torch's allocator counts. On the CPU, the profiler records every allocation and release,
+including temporaries inside operations and tensors that autograd saves.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch.profiler import ProfilerActivity, profile
 
 @dataclass(frozen=True)
 class Allocated:
-    """Bytes on top of what was held before the call."""
+    """Bytes in addition to those held before the call."""
 
     peak: int
     left: int
 
 
 def of_call(run: Callable[[], object], device: torch.device) -> Allocated:
-    """Run it, and count. What it returns is still held when `left` is taken."""
+    """Run the call and count. `left` includes the returned value."""
     return _on_cuda(run, device) if device.type == "cuda" else _on_cpu(run)
 
 
@@ -43,7 +43,7 @@ def _on_cuda(run: Callable[[], object], device: torch.device) -> Allocated:
 def _on_cpu(run: Callable[[], object]) -> Allocated:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         kept = run()
-    recorded = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    recorded = profiler.profiler.kineto_results.events()
     memory = (event for event in recorded if event.name() == "[memory]")
     changes = sorted((each.start_ns(), order, each.nbytes()) for order, each in enumerate(memory))
     live = list(accumulate((size for *_, size in changes), initial=0))
@@ -52,7 +52,7 @@ def _on_cpu(run: Callable[[], object]) -> Allocated:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most ever held: by torch's allocator on CUDA, else by this process (resident)."""
+    """Return the maximum ever held: by torch's allocator on CUDA, else resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,23 +1,22 @@
-"""Whole training steps with and without a gradient buffer: python -m bench.backward
+"""Measure whole training steps with and without a gradient buffer: python -m bench.backward
 
-Forward, backward and optimizer step of ID3 with and without `fuse_backward`, of fused AdamW, and of
-fused AdamW on LoRA (peft, r = 16, all Linear modules but a language model's head), in turns within
-one process, on models of random weights and tokens. Memory by allocation trace, one kind after the
-other:
+Times forward, backward and optimizer step of ID3 with and without `fuse_backward`, of fused AdamW,
+and of fused AdamW on LoRA (peft, r = 16, all Linear modules except a language model's head). All
+kinds take turns in one process, on models with random weights and tokens. Memory is measured one
+kind after the other, by an allocation trace:
 
-    gradients   greatest bytes of parameter gradients alive at once, looked at whenever one arrives
-    live        greatest bytes that torch holds at once on top of what it held before the step
+    gradients   maximum bytes of parameter gradients alive at once, checked when each one arrives
+    live        maximum bytes that torch holds at once in addition to those before the step
     held        bytes of weights and optimizer state, counted from tensors
 
-Of tied weights autograd adds several gradients up before it hands one over: what waits there is
-live, not yet a parameter's gradient.
+For tied weights, autograd adds up several gradients before it delivers their sum: the ones that
+wait count as live, not as gradients.
 
-Written to bench/results/cpu-backward-<date>.json.
+Writes bench/results/cpu-backward-<date>.json.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,27 +29,26 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from bench import allocations, environment, tables
+from bench import allocations, console, environment, tables
 from bench.gpu_subjects import EIGHT_BIT, adamw_kinds
 from bench.models import MODELS
-from bench.results import clean_times, median_us
+from bench.results import clean_times, median_us, newest
 from bench.subjects import LR, midway
 from bench.timing import Subject, interleave
 from sparse_optim.finetune.readings import state_bytes
 
-RESULTS = environment.ROOT / "bench" / "results"
 BUDGET, QUOTA = 320_000, 320
 KINDS = ("ordinary", "fused", "AdamW", "LoRA")
 LORA_RANK = 16
 
 
 MEASURED = ("MiniLM", "BERT-base", "Llama-small")
-MEMORY_ALONE = ("Llama-1B",)  # four copies of it would not fit where this is run
+MEMORY_ALONE = ("Llama-1B",)  # not timed: the machine cannot hold four copies of it
 
 
 @dataclass
 class Training:
-    """A model under one optimizer; `step` is a whole training step."""
+    """A model with one kind of optimizer; `step` runs a whole training step."""
 
     kind: str
     model: torch.nn.Module
@@ -59,21 +57,21 @@ class Training:
 
     @property
     def trained(self) -> list[Tensor]:
-        """Parameters that get gradients."""
+        """Return the parameters that get gradients."""
         return [param for param in self.model.parameters() if param.requires_grad]
 
     @property
     def held_bytes(self) -> int:
-        """Weights and optimizer state."""
+        """Return the bytes of weights and optimizer state."""
         return sum(param.nbytes for param in self.model.parameters()) + self.state_bytes
 
     @property
     def state_bytes(self) -> int:
-        """Of the optimizer."""
+        """Return the bytes of the optimizer state."""
         return state_bytes(self.optimizer)
 
     def step(self) -> None:
-        """Forward, backward, clipping, update."""
+        """Run forward, backward, clipping and update."""
         self.model(**self.inputs).loss.backward()
         if self.kind not in ("ordinary", "fused"):
             torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
@@ -82,7 +80,7 @@ class Training:
 
 
 def trainings(name: str, budget: int = BUDGET, quota: int = QUOTA) -> Iterator[Training]:
-    """One of each kind, each with a copy of the model; ours in the middle of the unmasking."""
+    """Yield each kind, with its own copy of the model; ours has half of the budget active."""
     first = MODELS[name].build()
     for kind in KINDS:
         yield training(name, kind, copy.deepcopy(first), budget, quota)
@@ -91,7 +89,7 @@ def trainings(name: str, budget: int = BUDGET, quota: int = QUOTA) -> Iterator[T
 def training(
     name: str, kind: str, model: torch.nn.Module, budget: int = BUDGET, quota: int = QUOTA
 ) -> Training:
-    """A model, of those named, under one kind of optimizer."""
+    """Build the optimizer of a kind for `model`, one of those in `bench.models`."""
     if kind == "LoRA":
         import peft
 
@@ -110,7 +108,7 @@ def training(
 
 
 def gradient_bytes(training: Training) -> int:
-    """Greatest bytes of parameter gradients alive at once in a step."""
+    """Return the maximum bytes of parameter gradients alive at once in a step."""
     alive: list[tuple[StorageWeakRef, int]] = []
     most = 0
 
@@ -128,18 +126,19 @@ def gradient_bytes(training: Training) -> int:
 
 
 def memory(made: Iterable[Training]) -> dict[str, Any]:
-    """Bytes of a step of each kind, one after the other, and of the two largest gradients."""
+    """Count the bytes of a step of each kind in turn, and of the two largest gradients."""
     rows: dict[str, Any] = {}
     for training in made:
         training.step()  # allocates dense AdamW's state
         gradients: list[int] = []
-        step = allocations.of_call(
-            lambda one=training, found=gradients: found.append(gradient_bytes(one)),
-            torch.device("cpu"),
-        )
+
+        def step(one: Training = training, found: list[int] = gradients) -> None:
+            found.append(gradient_bytes(one))
+
+        live = allocations.of_call(step, torch.device("cpu"))
         rows[training.kind] = {
             "gradient_bytes": gradients[0],
-            "live_bytes": step.peak,
+            "live_bytes": live.peak,
             "held_bytes": training.held_bytes,
         }
         if training.kind == KINDS[0]:
@@ -150,7 +149,7 @@ def memory(made: Iterable[Training]) -> dict[str, Any]:
 
 
 def measure(name: str, rounds: int, warmup: int) -> dict[str, Any]:
-    """Memory and, unless it is one of MEMORY_ALONE, raw times of one model."""
+    """Measure the memory of one model and, unless it is in MEMORY_ALONE, the raw times."""
     watch = environment.Conditions.begin()
     run: dict[str, Any] = {"model": name, "memory": memory(trainings(name)), "subjects": []}
     if name not in MEMORY_ALONE:
@@ -161,12 +160,12 @@ def measure(name: str, rounds: int, warmup: int) -> dict[str, Any]:
 
 
 def times(run: dict[str, Any]) -> dict[str, float]:
-    """Median microseconds of each kind that was timed."""
+    """Return the median microseconds of each kind that was timed."""
     return {record["name"]: median_us(record) for record in run["subjects"]}
 
 
 def summary(run: dict[str, Any]) -> str:
-    """A few lines on a finished run."""
+    """Summarise a finished run in a few lines."""
     lines = [f"{run['model']}, MB:", table(run["memory"])]
     spent = times(run)
     if spent:
@@ -181,24 +180,43 @@ def summary(run: dict[str, Any]) -> str:
 
 
 def table(counted: dict[str, Any]) -> str:
-    """Megabytes of what `memory` counted, as Markdown."""
+    """Show in megabytes what `memory` counted, as Markdown."""
     everything, two = counted["all_gradients"] / 1e6, counted["two_largest"] / 1e6
     columns = ("held_bytes", "gradient_bytes", "live_bytes")
     rows = [[kind, *(f"{counted[kind][name] / 1e6:.1f}" for name in columns)] for kind in KINDS]
-    header = ["", "weights and state", "gradients alive", "all that is live in a step"]
+    header = ["", "weights and state", "gradients alive", "live in a step"]
     return (
         f"all gradients {everything:.1f}, the two largest {two:.1f}\n\n{tables.table(header, rows)}"
     )
 
 
 def section(folder: Path) -> list[str]:
-    """The newest recorded figures as Markdown; nothing while there are none."""
-    paths = sorted(folder.glob("cpu-backward-*.json"))
-    return [] if not paths else [report(json.loads(paths[-1].read_text()))]
+    """Show the newest recorded figures as Markdown; return [] if there are none."""
+    data = newest("cpu-backward-*.json", folder)
+    return [] if data is None else [report(data)]
+
+
+def headline(folder: Path) -> list[str]:
+    """Summarise the recorded times for README.md, and the memory of the model that saves most."""
+    data = newest("cpu-backward-*.json", folder)
+    if data is None:
+        return []
+    spent = [times(run) for run in data["runs"] if run["subjects"]]
+    ratios = sorted(each["fused"] / each["ordinary"] for each in spent)
+
+    def live(run: dict[str, Any], kind: str) -> float:
+        return float(run["memory"][kind]["live_bytes"]) / 1e6
+
+    best = min(data["runs"], key=lambda run: live(run, "fused") / live(run, "ordinary"))
+    return [
+        f"With `fuse_backward=True` a training step takes {ratios[0]:.3f} to {ratios[-1]:.3f} "
+        f"times as long; in addition to weights and optimizer state, {best['model']} needs "
+        f"{live(best, 'fused'):,.0f} MB instead of {live(best, 'ordinary'):,.0f}."
+    ]
 
 
 def report(data: dict[str, Any]) -> str:
-    """Time of a training step where it was taken; memory of every model."""
+    """Show the time of a training step, if it was measured, and the memory of every model."""
     timed, held = [], []
     for run in data["runs"]:
         spent, counted = times(run), run["memory"]
@@ -215,21 +233,21 @@ def report(data: dict[str, Any]) -> str:
         [
             "Whole training steps of ID3 (B = 320K) with a gradient buffer and with "
             "`fuse_backward=True` (fused), of clipped fused AdamW on all parameters, and on LoRA "
-            f"(r = {LORA_RANK}, all Linear modules but a language model's head):",
+            f"(r = {LORA_RANK}, all Linear modules except a language model's head):",
             tables.table(["ms", *KINDS, "fused / ordinary"], timed),
             tables.table(
                 ["MB", "gradients at once, ordinary", "fused", "two largest",
                  *(f"step, {kind}" for kind in KINDS)], held,
             ),
-            "Step: the most that a step takes on top of weights and optimizer state: gradients, "
-            f"activations and temporaries. {data['machine']['threads']} threads, commit "
+            "Step: the maximum memory of a step in addition to weights and optimizer state "
+            f"(gradients, activations, temporaries). {data['machine']['threads']} threads, commit "
             f"{data['commit'][:8]}; {clean / calls:.0%} of the calls were clean.",
         ]
     )  # fmt: skip
 
 
 def recorded(path: Path, data: dict[str, Any], models: Sequence[str]) -> list[dict[str, Any]]:
-    """Runs of other models that the file holds, of the same commit and settings."""
+    """Return the file's runs of other models, if commit and settings are the same."""
     if not path.exists():
         return []
     held = json.loads(path.read_text())
@@ -240,14 +258,16 @@ def recorded(path: Path, data: dict[str, Any], models: Sequence[str]) -> list[di
 
 def main() -> None:
     """Measure every model, print the figures and write the results file."""
-    parser = argparse.ArgumentParser(prog="python -m bench.backward", description=__doc__)
+    parser = console.parser("backward", __doc__)
     parser.add_argument(
-        "--models", nargs="+", choices=list(MODELS), default=[*MEASURED, *MEMORY_ALONE]
-    )
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--warmup", type=int, default=2)
+        "--models", nargs="+", choices=list(MODELS), default=[*MEASURED, *MEMORY_ALONE],
+        help=f"models to measure (default: {' '.join([*MEASURED, *MEMORY_ALONE])})",
+    )  # fmt: skip
+    parser.add_argument("--rounds", type=int, default=15, help="timed steps of each kind")
+    parser.add_argument("--warmup", type=int, default=2, help="untimed steps before them")
     name = f"cpu-backward-{date.today().isoformat()}.json"
-    parser.add_argument("--out", type=Path, default=RESULTS / name)
+    parser.add_argument("--out", type=Path, default=environment.RESULTS / name,
+                        help="default: bench/results/cpu-backward-<date>.json")  # fmt: skip
     arguments = parser.parse_args()
     settings = {
         "rounds": arguments.rounds, "warmup": arguments.warmup, "budget": BUDGET, "quota": QUOTA

@@ -1,4 +1,4 @@
-"""How one call is timed, on cold caches: by the CPU's clock, or by events on a CUDA stream."""
+"""Time one call on cold caches: by the CPU's clock, or by events on a CUDA stream."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ import torch
 
 from bench.environment import run_delay_ns
 
-# Written before each timed call. A step follows a backward pass, which leaves neither gradients nor
-# optimizer state in the caches; twice the last-level cache of common hosts, and of an H200 (50 MB).
+# Bytes written before each timed call, because a step follows a backward pass, which leaves neither
+# gradients nor optimizer state in the caches. At least twice the last-level cache of common hosts
+# and of an H200 (50 MB).
 FLUSH_BYTES = 1 << 26
 CUDA_FLUSH_BYTES = 1 << 28
-# The device waits so long before a timed call, to let the host launch all of its kernels: what is
-# timed is then the device's work, not the host's. The host's time is noted beside it.
+# The device waits this long before a timed call, so that the host can launch all kernels: the time
+# is then the device's, not the host's. The host's time is recorded separately.
 CUDA_HEAD_START_MS = 15
 
 
@@ -29,9 +30,9 @@ class Spent:
     """One call, in nanoseconds.
 
     Attributes:
-        total: from its beginning to its end, on the device that does the work.
-        delay: of these, threads of this process waited for a core.
-        host: until the call returned, before the device was done.
+        total: from beginning to end, on the device that does the work.
+        delay: the part of `total` in which threads of this process waited for a core.
+        host: until the call returned; the device may still be working.
     """
 
     total: int
@@ -43,17 +44,17 @@ class Clock(Protocol):
     """Times calls on one device."""
 
     def flush(self) -> None:
-        """Evict from the caches what a step would not find there."""
+        """Evict from the caches what a step after a backward pass would not find there."""
 
     def time(self, run: Callable[[], object]) -> Spent:
         """Time one call."""
 
     def peak_bytes(self, run: Callable[[], object]) -> int | None:
-        """Memory that one call takes on top of what is held before it; None where unknown."""
+        """Return the peak bytes of one call in addition to those before it, or None if unknown."""
 
 
 class CpuClock:
-    """Nanoseconds of the monotonic clock; memory as the kernel counts it (Linux)."""
+    """Read the monotonic clock, and the memory that the kernel counts (Linux)."""
 
     def __init__(self) -> None:
         self._flush = torch.zeros(FLUSH_BYTES // 4)
@@ -80,7 +81,7 @@ class CpuClock:
 
 
 class CudaClock:
-    """CUDA events around a call that the host has launched while the device was waiting."""
+    """Record CUDA events around a call that the host launches while the device waits."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -115,7 +116,7 @@ class CudaClock:
 
 
 def clock_of(device: torch.device) -> Clock:
-    """The clock of a device."""
+    """Return the clock for a device."""
     return CudaClock(device) if device.type == "cuda" else CpuClock()
 
 
@@ -123,4 +124,4 @@ def _status_bytes(name: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(name + ":"):
             return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status does not tell {name}")
+    raise RuntimeError(f"/proc/self/status has no {name}")

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
-    """After pytest-benchmark's table: unavoidable bytes over the median time."""
+    """Show unavoidable bytes over the median time, after pytest-benchmark's table."""
     session = getattr(config, "_benchmarksession", None)
     speeds = {
         bench.name: bench.extra_info["moved_bytes"] / bench.stats.median / 1e9

@@ -1,17 +1,18 @@
-"""Does it cost quality that the gradient's favourites crowd into few input columns?
+"""Test whether quality suffers because the largest gradients crowd into few input columns.
 
     python -m bench.crowding --data-folder GLUE_FOLDER --tasks trec50,conll2003 \
         --methods spread-d3,crowded-random --budgets 0.5% --output bench/results/crowding
 
-Runs `sparse-optim experiment quality` with two more methods, each static D3 or a random mask with
-one thing changed:
+Runs `sparse-optim experiment quality` with two more methods. Each changes one thing in static D3 or
+in a random mask:
 
-    spread-d3        |grad| / root mean square of |grad| in its input column: greedy, but spread
-    crowded-random   random entries of the sixteenth of each weight's input columns that have the
-                     greatest gradients: crowded, but not greedy
+    spread-d3        score |grad| / root mean square of |grad| in its input column: greedy, spread
+    crowded-random   select random entries of the sixteenth of each weight's input columns that has
+                     the largest gradients: crowded, not greedy
 
-If crowding were to blame, the first would beat static D3 and the second fall behind a random mask.
-Entries of biases, norms and embeddings count as one column (first) or are left out (second).
+If crowding were the cause, the first would beat static D3 and the second would be worse than a
+random mask. The first treats the entries of a bias, norm or embedding as one column, the second
+omits them.
 """
 
 from __future__ import annotations
@@ -28,29 +29,29 @@ from sparse_optim.optim.masked_adamw import MaskedAdamW
 from sparse_optim.policy.selection import Static
 
 CROWDED_SHARE = 1 / 16
-ABOUT = "a probe of what crowding costs"
+ABOUT = "tests the effect of crowding"
 
 
 def has_columns(name: str, param: Tensor) -> bool:
-    """Whether the columns of a parameter are inputs of a Linear module."""
+    """Return whether the columns of a parameter are inputs of a Linear module."""
     return param.ndim == 2 and "embeddings" not in name
 
 
 def spread(name: str, param: Tensor, grad: Tensor) -> Tensor:
-    """|grad| relative to its input column, of the parameter's shape."""
+    """Return |grad| relative to its input column, in the parameter's shape."""
     size = grad.detach().float().abs()
     mean = size.square().mean(0, keepdim=True) if has_columns(name, param) else size.square().mean()
     return size / mean.sqrt().clamp_min(1e-30)
 
 
 class Crowded:
-    """Random scores in the input columns with the greatest gradients, zero elsewhere."""
+    """Score entries of the input columns with the largest gradients at random, others with zero."""
 
     def __init__(self, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, name: str, param: Tensor, grad: Tensor) -> Tensor:
-        """Scores of the parameter's shape."""
+        """Return scores in the parameter's shape."""
         if not has_columns(name, param):
             return torch.zeros_like(grad, dtype=torch.float32)
         size = grad.detach().float().square().sum(0)
@@ -60,12 +61,12 @@ class Crowded:
 
 
 def spread_d3(request: MethodRequest) -> MaskedAdamW:
-    """Static D3 with scores relative to the column."""
+    """Build static D3 with scores relative to the column."""
     return masked_adamw(request, spread, Static(request.given_budget))
 
 
 def crowded_random(request: MethodRequest) -> MaskedAdamW:
-    """A random mask in few columns."""
+    """Build a random mask in few columns."""
     return masked_adamw(request, Crowded(request.seed), Static(request.given_budget))
 
 

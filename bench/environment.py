@@ -1,4 +1,4 @@
-"""What a recorded number depends on: machine, versions, commit, and how quiet the machine was."""
+"""Record what a result depends on: machine, versions, commit, and load of the machine."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ import torch
 import sparse_optim
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+GENERATED = (":!bench/results", ":!README.md", ":!docs")  # do not affect what is measured
 
 
 def describe() -> dict[str, Any]:
-    """Machine, versions, commit and date, for the head of a results file."""
+    """Return machine, versions, commit and date, for the head of a results file."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--", ".", ":!bench/results", ":!README.md")),
+        "dirty": bool(_git("status", "--porcelain", "--", ".", *GENERATED)),
         "machine": {
             "cpu": _cpu_model(),
             "cores": len(os.sched_getaffinity(0)),
             "threads": torch.get_num_threads(),
-            # torch's own switch: tensors of 2 MB and more lie in huge pages.
+            # torch's own switch: tensors of 2 MB and more use huge pages.
             "huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",
             "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             "system": f"{platform.system()} {platform.machine()}",
@@ -42,7 +44,7 @@ def describe() -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str:
-    """Output of a git command in this repository; empty outside of one, or without git."""
+    """Return the output of a git command in this repository; "" without a repository or git."""
     try:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
     except FileNotFoundError:
@@ -65,9 +67,9 @@ def _lines(path: str) -> list[str]:
 
 
 def run_delay_ns() -> int:
-    """Nanoseconds that this process's threads were ready to run, but no core was free (Linux).
+    """Return the nanoseconds for which threads of this process waited for a core (Linux).
 
-    The kernel's own count, from its start: /proc/<pid>/task/*/schedstat, second field.
+    The kernel counts them for each thread: /proc/<pid>/task/*/schedstat, second field.
     """
     delay = 0
     try:
@@ -82,7 +84,7 @@ def run_delay_ns() -> int:
 
 @dataclass
 class Conditions:
-    """Load of the machine between `begin` and `end`: was anyone else at work?"""
+    """Measure the load that other processes put on the machine between `begin` and `end`."""
 
     load: float
     ticks: dict[str, int]
@@ -90,12 +92,12 @@ class Conditions:
 
     @staticmethod
     def begin() -> Conditions:
-        """Start watching."""
+        """Start measuring."""
         times = os.times()
         return Conditions(os.getloadavg()[0], _ticks(), times.user + times.system)
 
     def end(self) -> dict[str, float]:
-        """Load averages, and the shares of CPU time that the host and other processes took."""
+        """Return load averages and the shares of CPU time used by the host and other processes."""
         now = Conditions.begin()
         spent = {name: now.ticks[name] - self.ticks[name] for name in now.ticks}
         total = max(sum(spent.values()), 1)
@@ -110,7 +112,7 @@ class Conditions:
 
 
 def _ticks() -> dict[str, int]:
-    """CPU time of the whole machine by kind, in clock ticks."""
+    """Return the CPU time of the whole machine by kind, in clock ticks."""
     names = ("user", "nice", "system", "idle", "iowait", "irq", "softirq", "steal")
     for line in _lines("/proc/stat")[:1]:
         ticks = dict(zip(names, map(int, line.split()[1:9]), strict=True))

@@ -1,4 +1,4 @@
-"""What the step shall reach on two cores; reported, never asserted (memory is, in the tests)."""
+"""Goals for the step on two cores: reported, not asserted (tests assert the memory limit)."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ SMALL, LARGE = 320_000, 3_500_000  # budgets
 
 @dataclass(frozen=True)
 class Goal:
-    """A limit on a ratio. The value is the worst over all cases that it covers.
+    """A limit on a ratio. The value is the worst of all cases that the goal covers.
 
     Attributes:
-        text: what is compared.
-        limit: of the value.
-        value: computes it from results; LookupError if they lack something.
-        holds: whether a value is within the limit.
+        text: describes the compared quantities.
+        limit: the largest value allowed (the smallest if `holds` is operator.ge).
+        value: computes the value from results; raises LookupError if something is missing.
+        holds: compares the value with the limit.
     """
 
     text: str
@@ -31,7 +31,7 @@ class Goal:
     holds: Callable[[float, float], bool] = operator.le
 
     def outcome(self, results: Any) -> str:
-        """One line: reached, not reached, or not measured."""
+        """Report in one line whether the goal is reached, not reached, or not measured."""
         try:
             value = self.value(results)
         except LookupError as error:
@@ -43,7 +43,7 @@ class Goal:
 def _step(
     models: tuple[str, ...], dtype: str, budget: int, quotas: tuple[int, ...], baseline: str
 ) -> Callable[[Results], float]:
-    """Our step over a baseline, worst over models, quotas and exp."""
+    """Divide our step by a baseline; worst of all models, quotas and exp."""
     return lambda results: max(
         results.ratio(model, dtype, baseline, "ours", budget=budget, quota=quota, exp=exp)
         for model in models
@@ -64,13 +64,13 @@ def _memory(results: Results) -> float:
     rows = results.data["memory"]
     if not rows:
         raise LookupError("memory was not measured")
-    return max(held_bytes(row) / row["limit_bytes"] for row in rows)
+    return max(held_bytes(row) / int(row["limit_bytes"]) for row in rows)
 
 
 def _adamw(
     text: str, dtype: str, budget: int, quotas: tuple[int, ...], fused: float, clipped: float
 ) -> list[Goal]:
-    """The pair of goals against fused AdamW, without and with clipping, on BERT-base."""
+    """Build the goals against fused AdamW, without and with clipping, on BERT-base."""
     models = ("BERT-base",)
     return [
         Goal(f"{text}: step / fused AdamW", fused, _step(models, dtype, budget, quotas, "fused")),
@@ -100,6 +100,6 @@ GOALS = [
 
 
 def check(results: Results) -> str:
-    """All goals, one line each; ratios are the worst over exp 0 and 2 and the models named."""
+    """Report all goals, one line each; ratios are the worst of exp 0 and 2 and the named models."""
     lines = [goal.outcome(results) for goal in GOALS]
     return "\n".join([*lines, f"clean calls: {results.clean_share():.0%}"])

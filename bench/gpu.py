@@ -1,17 +1,16 @@
-"""The GPU report: python -m bench.gpu [--dry-run] [--minutes 8]   (make gpu-report)
+"""Run the GPU report: python -m bench.gpu [--dry-run] [--minutes 8]   (make gpu-report)
 
-Builds the extension, runs the GPU tests (small ones under compute-sanitizer too, where it is there)
-and measures steps, stages, memory and bandwidth, the most important first. What does not fit the
-time is left out, and said. Results are written as they come, to
-bench/results/gpu-<card>-<date>.json; a short table and the goals come last. The card's settings are
-not touched.
+Builds the extension, runs the GPU tests (small ones also under compute-sanitizer, if it is
+installed) and measures steps, stages, memory and bandwidth, the most important first. Skips and
+names the phases that do not fit the time. Writes results as they arrive to
+bench/results/gpu-<card>-<date>.json, then prints a short table and the goals. Does not change the
+card's settings.
 
---dry-run does the same on the CPU, on tiny shapes, to try the report itself.
+--dry-run does the same on the CPU with tiny shapes, to test the report itself.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib.util
 import json
@@ -28,36 +27,36 @@ from typing import Any
 
 import torch
 
-from bench import environment, gpu_goals
+from bench import console, environment, gpu_goals
 from bench.gpu_phases import DRY_PHASES, PHASES, Phase
 from bench.gpu_report import short_table
 
 SCHEMA = 1
-RESULTS = environment.ROOT / "bench" / "results"
-# What memcheck and racecheck, which slow kernels down a hundred times, get through in a minute.
+# Tests that memcheck and racecheck, which slow kernels down a hundred times, finish in a minute.
 SMALL_TESTS = "edge_sizes or skips_the_step or of_many_tensors"
 GPU_TESTS = ("tests/gpu/test_gpu.py", "tests/gpu/test_gpu_runs.py")
-LEAST_S = 15  # a phase with less time left than this is not begun
-SANITIZER_ERRORS = 9  # its exit status where the tests passed and it has errors to report
-OUTPUT_CHARACTERS = 12_000  # kept of a phase: the first failure and the summary
+LEAST_S = 15  # no phase starts with less time left than this
+SANITIZER_ERRORS = 9  # exit status of compute-sanitizer if tests pass and it found errors
+OUTPUT_CHARACTERS = 12_000  # kept from the output of a phase: first failure and summary
 
 
 def pytest_command(only: str, dry: bool, alone: bool) -> list[str]:
-    """The GPU tests, several processes at once unless `alone`: a test that crashes loses itself.
+    """Return the command for the GPU tests.
 
-    Warnings, which are errors elsewhere, are shown: torch has some on GPUs that no CPU run tells.
+    Unless `alone`, it runs several processes, so that a crash loses only one test. Warnings are
+    shown instead of raised as errors, because torch emits some only on GPUs.
     """
     line = [sys.executable, "-m", "pytest", "-q", "--maxfail=20", "--tb=short", "-W", "default"]
     line += ["-p", "no:cacheprovider", *GPU_TESTS, "-k", only]
     if importlib.util.find_spec("xdist") and not (alone or dry):
         line += ["-n", "4"]
-    if importlib.util.find_spec("pytest_timeout"):  # by a thread: a kernel that hangs hears nothing
+    if importlib.util.find_spec("pytest_timeout"):  # by a thread: a hanging kernel blocks signals
         line += ["--timeout", "90", "--timeout-method", "thread"]
     return [*line, "--dry-gpu"] if dry else line
 
 
 def command(phase: Phase, records: Path, dry: bool) -> list[str] | None:
-    """What runs a phase; None if a tool is missing."""
+    """Return the command of a phase, or None if its tool is missing."""
     if phase.kind == "build":
         pip = ["-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "-e", "."]
         return [sys.executable, *(["-c", "import sparse_optim._C"] if dry else pip)]
@@ -69,15 +68,18 @@ def command(phase: Phase, records: Path, dry: bool) -> list[str] | None:
             return None
         options = ["--tool", phase.tool, "--error-exitcode", str(SANITIZER_ERRORS)]
         options += ["--target-processes", "all"]
-        if phase.tool == "memcheck":  # of kernels alone: torch asks CUDA what it may not answer
+        if phase.tool == "memcheck":  # only kernels: some of torch's CUDA calls fail by design
             options += ["--report-api-errors", "no"]
         return [tool, *options, *pytest_command(f"cuda and ({SMALL_TESTS})", dry, alone=True)]
     return [sys.executable, "-m", "bench.gpu_phases", phase.name, str(records)]
 
 
 def environment_of(phase: Phase, dry: bool) -> dict[str, str]:
-    """Variables of a phase: what the build is for; every allocation by itself under a sanitizer,
-    which sees no end of a tensor within torch's own blocks of memory."""
+    """Return the environment variables of a phase.
+
+    The build targets the card. Under a sanitizer torch does not cache memory: the sanitizer cannot
+    see where a tensor ends inside a cached block.
+    """
     own = {}
     if phase.kind == "build" and not dry:
         own = {"SPARSE_OPTIM_CUDA": "1", "TORCH_CUDA_ARCH_LIST": card()["capability"]}
@@ -87,7 +89,7 @@ def environment_of(phase: Phase, dry: bool) -> dict[str, str]:
 
 
 def run_phase(phase: Phase, left_s: float, dry: bool) -> tuple[dict[str, Any], list[Any]]:
-    """(what became of it, its records)"""
+    """Run a phase; return its report and its records."""
     report: dict[str, Any] = {"name": phase.name, "status": "left out: no time", "seconds": 0.0}
     if left_s < LEAST_S:
         return report, []
@@ -116,18 +118,18 @@ def run_phase(phase: Phase, left_s: float, dry: bool) -> tuple[dict[str, Any], l
             if report["status"] == "ok" and " passed" not in text:
                 report["status"] = "left out: every test was skipped"
         found = records.read_text().splitlines(keepends=True) if records.exists() else []
-    # What is stopped may leave half a line.
+    # A stopped process may leave half a line.
     return report, [json.loads(line) for line in found if line.endswith("\n")]
 
 
 def _ends(text: str) -> str:
-    """The beginning and the end of a long text."""
+    """Keep the beginning and the end of a long text."""
     half = OUTPUT_CHARACTERS // 2
     return text if len(text) <= 2 * half else f"{text[:half]}\n[...]\n{text[-half:]}"
 
 
 def _status(line: list[str], output: Any, limit_s: float, variables: dict[str, str]) -> str:
-    """Run a command; "ok", or how it ended. What it has started ends with it."""
+    """Run a command and kill its child processes at the end; return "ok" or how it failed."""
     process = subprocess.Popen(
         line, cwd=environment.ROOT, stdout=output, stderr=subprocess.STDOUT,
         env=variables, start_new_session=True,
@@ -145,7 +147,7 @@ def _status(line: list[str], output: Any, limit_s: float, variables: dict[str, s
 
 
 def card() -> dict[str, Any]:
-    """The GPU and what runs it; empty without one."""
+    """Describe the GPU and CUDA; empty without a GPU."""
     if not torch.cuda.is_available():
         return {}
     properties = torch.cuda.get_device_properties(0)
@@ -159,15 +161,15 @@ def card() -> dict[str, Any]:
 
 
 def default_path(dry: bool) -> Path:
-    """bench/results/gpu-<card>-<date>.json; a dry run writes where nothing is recorded."""
+    """Return bench/results/gpu-<card>-<date>.json, or a temporary file for a dry run."""
     if dry:
         return Path(tempfile.gettempdir()) / "gpu-dry-run.json"
     name = str(card()["gpu"]).lower().replace("nvidia ", "").replace(" ", "-")
-    return RESULTS / f"gpu-{name}-{date.today().isoformat()}.json"
+    return environment.RESULTS / f"gpu-{name}-{date.today().isoformat()}.json"
 
 
 def measure(phases: tuple[Phase, ...], path: Path, minutes: float, dry: bool) -> dict[str, Any]:
-    """Run all phases within the time, writing the file after each."""
+    """Run all phases within the time; write the file after each."""
     end = time.monotonic() + 60 * minutes
     data: dict[str, Any] = {
         "schema": SCHEMA, "kind": "gpu-report", "dry_run": dry, **environment.describe(),
@@ -178,7 +180,7 @@ def measure(phases: tuple[Phase, ...], path: Path, minutes: float, dry: bool) ->
         report, records = run_phase(phase, end - time.monotonic(), dry)
         data["phases"].append(report)
         data["records"] += records
-        path.write_text(json.dumps(data, indent=1) + "\n")
+        path.write_text(json.dumps(data, separators=(",", ":")) + "\n")
         ended = f"{report['status']}  {report.get('summary', '')}"
         print(f"{report['name']:24} {report['seconds']:6.1f} s  {ended}", flush=True)
         if report["status"].startswith(("failed", "stopped")):
@@ -187,13 +189,15 @@ def measure(phases: tuple[Phase, ...], path: Path, minutes: float, dry: bool) ->
 
 
 def main() -> None:
-    """Run the report; exits with 1 if a phase failed or took too long."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
-    parser.add_argument("--dry-run", action="store_true", help="on the CPU, tiny shapes")
-    parser.add_argument("--minutes", type=float, default=8.0, help="what does not fit is left out")
+    """Run the report; exit with 1 if a phase failed or took too long."""
+    parser = console.parser("gpu", __doc__)
+    parser.add_argument("--dry-run", action="store_true", help="use the CPU and tiny shapes")
+    parser.add_argument(
+        "--minutes", type=float, default=8.0, help="skip phases that do not fit (default: 8)"
+    )
     parser.add_argument("--started", type=float, default=time.time(), metavar="UNIX_SECONDS",
-                        help="when the minutes began; default: now")  # fmt: skip
-    parser.add_argument("--out", type=Path)
+                        help="start of the minutes (default: now)")  # fmt: skip
+    parser.add_argument("--out", type=Path, help="results file")
     arguments = parser.parse_args()
     if not arguments.dry_run and not torch.cuda.is_available():
         build = f"torch {torch.__version__} is built without CUDA (another: make PYTHON=...)"
@@ -206,7 +210,7 @@ def main() -> None:
     left = arguments.minutes - (time.time() - arguments.started) / 60
     if arguments.minutes - left > 1:
         print(f"set-up took {arguments.minutes - left:.1f} of {arguments.minutes:g} minutes: "
-              "what does not fit the rest will fit when this is run again\n")  # fmt: skip
+              "run it again to measure the phases that are left out\n")  # fmt: skip
     data = measure(phases, path, left, arguments.dry_run)
     print(f"\n{short_table(data)}\n\nwritten: {path}\n\n{gpu_goals.check(data)}")
     sys.exit(any(phase["status"].startswith(("failed", "stopped")) for phase in data["phases"]))

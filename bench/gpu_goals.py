@@ -1,4 +1,4 @@
-"""What the step shall reach on a data-centre GPU; reported, never asserted."""
+"""Goals for the step on a data-centre GPU: reported, not asserted."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _host_us(data: dict[str, Any]) -> float:
     steps = [find(data, "steps", **LARGE, mode="clip", exp=exp) for exp in EXPS]
     if not all("host_us" in step for step in steps):
         raise LookupError("no time of the host")
-    return max(statistics.median(step["host_us"]) for step in steps)
+    return max(float(statistics.median(step["host_us"])) for step in steps)
 
 
 def _held_gb(data: dict[str, Any]) -> float:
@@ -98,5 +98,5 @@ GOALS = [
 
 
 def check(data: dict[str, Any]) -> str:
-    """All goals, one line each; for the CUDA kernels, clipped, the worse of exp 0 and 2."""
+    """Report all goals, one line each: CUDA kernels with clipping, the worse of exp 0 and 2."""
     return "\n".join(goal.outcome(data) for goal in GOALS)

@@ -1,14 +1,14 @@
-"""What the GPU report runs, most important first: each phase in a process of its own.
+"""Define the phases of the GPU report, most important first; each runs in a separate process.
 
-A phase is a command with a time limit: a kernel that crashes or hangs loses its own phase alone.
-Measuring phases call this module back (`python -m bench.gpu_phases NAME FILE`) and write their
-records to a file, a line each.
+A phase is a command with a time limit, so that a kernel that crashes or hangs loses only its own
+phase. Phases that measure run this module (`python -m bench.gpu_phases NAME FILE`), which writes
+one record a line to FILE.
 
-Will it fit? Reckoned, not measured, for an H200 (4 TB/s) and, in brackets, an A6000 (0.65 TB/s, 48
-GB). A process takes 8 s to start. A subject is called 20 times: 0.3 s for the device's head starts,
-0.4 s to build ours, and 20 times what it moves, in multiples of the parameters' bytes P: ours 1.1,
+Estimated (not measured) times for an H200 (4 TB/s) and, in brackets, an A6000 (0.65 TB/s, 48 GB). A
+process takes 8 s to start. A subject is called 20 times: 0.3 s for the device's head starts, 0.4 s
+to build our optimizer, and 20 times its traffic, in multiples of the parameters' bytes P: ours 1.1,
 fused AdamW 7, 10 and 12 in its three modes, foreach about 20, 23 and 25. One `steps` phase (10 of
-ours, 6 of AdamW, the read) is then 8 + 17 * 0.3 + 10 * 0.4 s, 2200 P of traffic, and memory:
+ours, 6 of AdamW, the read) then takes 8 + 17 * 0.3 + 10 * 0.4 s, 2200 P of traffic, and memory:
 
     build 60, tests cuda 50, tests triton 120 (guessed); bandwidth 12           242 s (242 s)
     steps and stages 7B bf16, P = 13.5 GB     27 + 27 s (AdamW: no memory, 25 + 50)  296 s (317 s)
@@ -16,10 +16,10 @@ ours, 6 of AdamW, the read) is then 8 + 17 * 0.3 + 10 * 0.4 s, 2200 P of traffic
     memcheck 60 (guessed), factors 25 (35)                                      419 s (459 s)
     racecheck 60 (guessed)                                                      479 s (519 s)
 
-So what the goals of a step need fits 8 minutes, and the rest about does on an H200; from `stages
-1B` on all may be left out, whole training steps (120 s guessed), too, which takes 5 to 8 minutes
-more (--minutes 16). An A6000 has no room for steps of 7B in fp32 (54 GB of parameters and
-gradients), nor for AdamW on 7B in bf16 (54 GB): both are told.
+The phases that the goals of a step need fit into 8 minutes, and on an H200 so do most of the
+others. From `stages 1B` on, phases may be skipped; with whole training steps (120 s guessed) they
+take 5 to 8 minutes more (--minutes 16). An A6000 cannot hold steps of 7B in fp32 (54 GB of
+parameters and gradients) or AdamW on 7B in bf16 (54 GB); the report names both.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from bench import gpu_subjects, memory, models, training
 from bench.clocks import Clock, clock_of
 from bench.shapes import DTYPES, MODELS, make_params, num_entries
 from bench.timing import interleave
-from sparse_optim.backends import registry as backends
+from sparse_optim.engine.choose import choose
 
 Records = Iterator[dict[str, Any]]
 
@@ -51,7 +51,7 @@ BANDWIDTH_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class Cell:
-    """One model and dtype, and the settings around which one factor at a time is varied."""
+    """A model, a dtype, and the settings around which `factors` varies one at a time."""
 
     model: str
     dtype: str
@@ -65,12 +65,12 @@ class Phase:
     """A step of the report.
 
     Attributes:
-        name: unique.
-        kind: "build", "tests", "sanitizer" or a function of this module that measures.
-        limit_s: seconds after which it is stopped.
-        cell: for measuring phases.
-        only: which tests to run (pytest -k).
-        tool: of compute-sanitizer.
+        name: unique name.
+        kind: "build", "tests", "sanitizer" or a key of MEASURE.
+        limit_s: time limit in seconds.
+        cell: settings of a phase that measures.
+        only: tests to run (pytest -k).
+        tool: tool of compute-sanitizer to use.
     """
 
     name: str
@@ -82,7 +82,7 @@ class Phase:
 
     @property
     def least_bytes(self) -> int:
-        """Device memory of the parameters, their gradients, and the largest as it is drawn."""
+        """Return the device memory of parameters, gradients, and the largest tensor in float32."""
         if self.cell is None:
             return 0
         shapes = MODELS[self.cell.model]
@@ -128,17 +128,17 @@ DRY_PHASES = (
 
 
 def our_backends(device: torch.device) -> list[str]:
-    """Compiled backends that are installed for this device; the C++ one on the CPU."""
+    """Return the compiled backends that are installed for this device (on the CPU: C++)."""
     absent = absent_backends(device)
     return [name for name in _compiled(device) if name not in absent]
 
 
 def absent_backends(device: torch.device) -> dict[str, str]:
-    """The others, and why."""
+    """Return the backends that are not installed, and why."""
     absent = {}
     for name in _compiled(device):
         try:
-            backends.resolve(name, device)
+            choose(name, device)
         except RuntimeError as error:
             absent[name] = str(error)
     return absent
@@ -157,13 +157,13 @@ def _ours(
 
 
 def timed(builders: Iterator[gpu_subjects.Builder], clock: Clock) -> Records:
-    """Records of all subjects, one after the other; one that fails says why, and is left out."""
+    """Time the subjects one after the other; the record of one that fails names the reason."""
     for build in builders:
         try:
             yield from interleave([build()], ROUNDS, WARMUP, clock)
         except torch.OutOfMemoryError:
-            yield {**build.labels, "failed": "memory does not hold it"}
-        except Exception as error:  # whatever a compiler, a driver or a kernel raises
+            yield {**build.labels, "failed": "out of memory"}
+        except Exception as error:  # a compiler, driver or kernel may raise anything
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             yield {**build.labels, "failed": reason}
         gc.collect()
@@ -172,13 +172,13 @@ def timed(builders: Iterator[gpu_subjects.Builder], clock: Clock) -> Records:
 
 
 def bandwidth(cell: Cell | None, device: torch.device) -> Records:
-    """Copy and read of 1 GiB (64 MiB in a dry run)."""
+    """Time a copy and a read of 1 GiB (64 MiB in a dry run)."""
     size = BANDWIDTH_BYTES if device.type == "cuda" else BANDWIDTH_BYTES >> 4
     return timed(gpu_subjects.bandwidth(device, size), clock_of(device))
 
 
 def steps(cell: Cell, device: torch.device) -> Records:
-    """AdamW of all kinds and our step by backend, in every mode, exp 0 and 2; and memory."""
+    """Time every AdamW and our step on each backend, in every mode; count their memory."""
     params = make_params(MODELS[cell.model], DTYPES[cell.dtype], device=device)
     modes = [*gpu_subjects.MODES, *(["graph"] if device.type == "cuda" else [])]
     exps = (cell.exp, 2.0 - cell.exp)
@@ -204,7 +204,7 @@ def steps(cell: Cell, device: torch.device) -> Records:
 
 
 def stages(cell: Cell, device: torch.device) -> Records:
-    """Each operation alone."""
+    """Time each operation alone."""
     params = make_params(MODELS[cell.model], DTYPES[cell.dtype], device=device)
     for backend in our_backends(device):
         for exp in (0.0, 2.0):
@@ -213,7 +213,7 @@ def stages(cell: Cell, device: torch.device) -> Records:
 
 
 def factors(cell: Cell, device: torch.device) -> Records:
-    """Budget, then quota, varied around the cell."""
+    """Vary the budget, then the quota, around the cell."""
     params = make_params(MODELS[cell.model], DTYPES[cell.dtype], device=device)
     entries = num_entries(MODELS[cell.model])
     budgets = (320_000, 3_500_000, 35_000_000) if device.type == "cuda" else (1000, 4000)
@@ -229,7 +229,7 @@ def factors(cell: Cell, device: torch.device) -> Records:
 
 
 def whole_training(cell: Cell, device: torch.device) -> Records:
-    """Whole training steps of a transformer of this size, each kind in a process of its own."""
+    """Measure whole training steps of a transformer of this size, each kind in its own process."""
     dtype = models.MODELS[cell.model].dtype
     (label,) = (name for name, each in DTYPES.items() if each == dtype)
     for row in training.of_model(cell.model, budget=cell.budget):
@@ -243,7 +243,7 @@ MEASURE: dict[str, Callable[[Any, torch.device], Records]] = {
 
 
 def main() -> None:
-    """Measure one phase; each record is a line of the file as soon as it is there."""
+    """Measure one phase; write each record to the file as soon as it is available."""
     name, path = sys.argv[1:]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     phases = PHASES if device.type == "cuda" else DRY_PHASES

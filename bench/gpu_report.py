@@ -1,11 +1,9 @@
-"""Tables of a GPU results file (see bench.gpu)."""
+"""Show a GPU results file (see bench.gpu) as tables."""
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from bench import gpu_goals, training
@@ -25,14 +23,8 @@ from bench.tables import count, table
 MODES = {"alone": "alone", "clip": "clipped", "scaler": "scaler + clipped", "graph": "CUDA graph"}
 
 
-def newest(folder: Path) -> Path | None:
-    """The file recorded last; None while there is none."""
-    paths = sorted(folder.glob("gpu-*.json"), key=lambda path: json.loads(path.read_text())["date"])
-    return paths[-1] if paths else None
-
-
 def caption(data: dict[str, Any]) -> str:
-    """Card, versions, commit, date."""
+    """Describe card, versions, commit and date."""
     machine, versions = data["machine"], data["versions"]
     where = machine.get("gpu", f"dry run on {machine['cpu']}")
     changed = " with local changes" if data["dirty"] else ""
@@ -52,17 +44,17 @@ def caption(data: dict[str, Any]) -> str:
 
 
 def bandwidth_line(data: dict[str, Any]) -> str:
-    """What the memory gives, GB/s: the fastest copy and read."""
+    """Show the bandwidth of the memory: the fastest copy and read."""
     return ", ".join(f"{name} {best:,.0f} GB/s" for name, best in bandwidths(data).items())
 
 
 def cells(data: dict[str, Any], kind: str) -> list[tuple[str, str]]:
-    """(model, dtype) of a phase kind, in the order measured."""
+    """Return each (model, dtype) of a phase kind, in the order measured."""
     return list(dict.fromkeys((each["model"], each["dtype"]) for each in select(data, kind)))
 
 
 def steps_table(data: dict[str, Any]) -> str:
-    """Every subject by mode, milliseconds; time of the host for the clipped step."""
+    """Show the milliseconds of every subject by mode, and the host's for the clipped step."""
     rows = []
     for model, dtype in cells(data, "steps"):
         found = select(data, "steps", model=model, dtype=dtype)
@@ -88,7 +80,7 @@ def _host_ms(record: Record | None) -> str:
 
 
 def ratios_table(data: dict[str, Any]) -> str:
-    """Our clipped step over one read of the gradients; how many times faster than fused AdamW."""
+    """Show our clipped step over one read of the gradients, and fused AdamW over our step."""
     rows = []
     for own in select(data, "steps", mode="clip"):
         if "exp" not in own:
@@ -106,7 +98,7 @@ def ratios_table(data: dict[str, Any]) -> str:
 
 
 def _number(value: Callable[..., float], *arguments: Any, **labels: Any) -> str:
-    """A ratio; empty where something it needs was not measured."""
+    """Show a ratio, or "" if something it needs was not measured."""
     try:
         return f"{value(*arguments, **labels):.2f}"
     except LookupError:
@@ -114,7 +106,7 @@ def _number(value: Callable[..., float], *arguments: Any, **labels: Any) -> str:
 
 
 def stages_table(data: dict[str, Any]) -> str:
-    """Each operation alone, milliseconds; the scan's speed against the memory's in this run."""
+    """Show the milliseconds of each operation alone, and the scan's share of the bandwidth."""
     found = select(data, "stages")
     names = list(dict.fromkeys(each["stage"] for each in found))
     rows: dict[str, dict[str, str]] = {}
@@ -134,7 +126,7 @@ def stages_table(data: dict[str, Any]) -> str:
 
 
 def factors_table(data: dict[str, Any]) -> str:
-    """One factor at a time."""
+    """Show the time as one factor varies."""
     rows = [
         [
             f"{each['model']} {each['dtype']}, {each['name']}, B = {count(each['budget'])}, "
@@ -147,7 +139,7 @@ def factors_table(data: dict[str, Any]) -> str:
 
 
 def memory_table(data: dict[str, Any]) -> str:
-    """What each optimizer holds, and takes at most, in MB."""
+    """Show the megabytes that each optimizer holds, and its peak in a step."""
     rows = [
         [
             f"{each['model']} {each['dtype']}, {each['name']}",
@@ -157,17 +149,17 @@ def memory_table(data: dict[str, Any]) -> str:
         for each in data["records"]
         if "held_bytes" in each
     ]
-    return table(["MB", "held", "at most in a step"], rows)
+    return table(["MB", "held", "peak in a step"], rows)
 
 
 def training_table(data: dict[str, Any]) -> str:
-    """What whole training steps take, and how long."""
+    """Show memory and time of whole training steps."""
     found = select(data, "training")
     return training.table([{**each, "kind": each["name"]} for each in found]) if found else ""
 
 
 def failures(data: dict[str, Any]) -> str:
-    """Phases that did not end well, and subjects that could not be measured."""
+    """List phases that failed or were skipped, and subjects that could not be measured."""
     lines = [
         f"- {phase['name']}: {phase['status']}"
         for phase in data["phases"]
@@ -187,7 +179,7 @@ def _sections(parts: Sequence[tuple[str, str]]) -> str:
 
 
 def short_table(data: dict[str, Any]) -> str:
-    """What is printed last, and what the README shows."""
+    """Show the main tables, for the terminal and docs/benchmarks.md."""
     tables = (steps_table, ratios_table, stages_table, bandwidth_line, caption)
     parts = [("", each(data)) for each in tables]
     parts.insert(3, ("", training_table(data)))
@@ -195,7 +187,7 @@ def short_table(data: dict[str, Any]) -> str:
 
 
 def full_report(data: dict[str, Any]) -> str:
-    """Every table."""
+    """Show every table."""
     return _sections(
         [
             ("# Recorded on a GPU", caption(data)),

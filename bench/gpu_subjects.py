@@ -1,7 +1,7 @@
-"""Subjects of the GPU report: our step by backend and mode, AdamW as users run it, bandwidth.
+"""Build the subjects of the GPU report: our step by backend and mode, AdamW as used, bandwidth.
 
-Each is built when its turn comes and dropped after it, so that the states of two optimizers never
-stand in memory together.
+A subject is built just before it is timed and dropped afterwards, so that memory never holds the
+states of two optimizers at once.
 """
 
 from __future__ import annotations
@@ -16,16 +16,24 @@ import torch
 from torch import Tensor
 
 from bench.shapes import grads_of
-from bench.subjects import LR, _words, midway, scan_bytes, snapshot, update_bytes
+from bench.subjects import (
+    LR,
+    NEVER_REACHED,
+    as_words,
+    clipped_step,
+    midway,
+    scan_bytes,
+    snapshot,
+    unmasks,
+    update_bytes,
+)
 from bench.timing import Subject
 from sparse_optim import IncrementalMaskedAdamW
-from sparse_optim.optim.grad_scaler import GradScaler
-from sparse_optim.optim.groups import readable_grads
+from sparse_optim.amp import GradScaler
 
-# As users run a step: alone; clipped; with the loss scale taken out of the gradients, and clipped.
+# How users run a step: alone; clipped; unscaled and clipped.
 MODES = ("alone", "clip", "scaler")
 STAGES = ("bind", "scan", "cut", "append", "clip", "update")
-NEVER_REACHED = 1e9  # norm to clip to: torch multiplies the gradients by 1 all the same
 
 EIGHT_BIT = {  # name -> module, class
     "bitsandbytes 8-bit": ("bitsandbytes.optim", "AdamW8bit"),
@@ -35,7 +43,7 @@ EIGHT_BIT = {  # name -> module, class
 
 @dataclass(frozen=True)
 class Builder:
-    """Makes a subject when called; the labels tell which, if it cannot be made or timed."""
+    """Build a subject when called; the labels identify it if that fails."""
 
     labels: dict[str, Any]
     make: Callable[[], Subject]
@@ -45,7 +53,7 @@ class Builder:
 
 
 def bandwidth(device: torch.device, size: int) -> Iterator[Builder]:
-    """Copy and read of `size` bytes: what the memory gives, without tricks."""
+    """Copy and read `size` bytes, to measure the bandwidth of the memory."""
 
     def copy() -> Subject:
         source, target = (torch.zeros(size // 4, device=device) for _ in range(2))
@@ -64,9 +72,9 @@ def bandwidth(device: torch.device, size: int) -> Iterator[Builder]:
 
 
 def gradient_reads(params: Sequence[Tensor]) -> Iterator[Builder]:
-    """All gradients of a model read by torch, tensor by tensor."""
+    """Read all gradients of a model with torch, tensor by tensor."""
     grads = grads_of(list(params))
-    floats = [_words(grad).view(torch.float32) for grad in grads]
+    floats = [as_words(grad).view(torch.float32) for grad in grads]
     size = sum(grad.nbytes for grad in grads)
     labels = {"name": "read", "by": "torch._foreach_norm"}
     yield Builder(
@@ -75,14 +83,14 @@ def gradient_reads(params: Sequence[Tensor]) -> Iterator[Builder]:
 
 
 def _scaler(device: torch.device, kind: type[torch.amp.GradScaler]) -> torch.amp.GradScaler:
-    """A loss scaler whose scale is and stays 1, so that gradients keep their values."""
+    """Build a loss scaler with a constant scale of 1, so that gradients keep their values."""
     scaler = kind(device.type, init_scale=1.0, growth_interval=1 << 30)
     scaler.scale(torch.ones((), device=device))
     return scaler
 
 
 def adamw_kinds(params: Sequence[Tensor]) -> dict[str, Callable[[], torch.optim.Optimizer]]:
-    """Constructors by name; 8-bit ones where their packages are importable."""
+    """Return constructors by name; 8-bit ones only if their packages are importable."""
     kinds: dict[str, Callable[[], torch.optim.Optimizer]] = {
         "fused": lambda: torch.optim.AdamW(params, lr=LR, fused=True),
         "foreach": lambda: torch.optim.AdamW(params, lr=LR, foreach=True),
@@ -95,23 +103,23 @@ def adamw_kinds(params: Sequence[Tensor]) -> dict[str, Callable[[], torch.optim.
 
 
 def absent_kinds() -> dict[str, str]:
-    """8-bit AdamWs that are not importable, and why."""
+    """Return the 8-bit optimizers that are not importable, and why."""
     found = {name: _imported(*place) for name, place in EIGHT_BIT.items()}
     return {name: reason for name, reason in found.items() if isinstance(reason, str)}
 
 
 def _imported(module: str, attribute: str) -> Any:
-    """What a module holds; a line that says why it cannot be had, if it cannot."""
+    """Import an attribute of a module; return the reason as a line of text if that fails."""
     try:
         return getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # whatever a module without its libraries raises
+    except Exception as error:  # a module without its libraries may raise anything
         return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def baselines(params: Sequence[Tensor]) -> Iterator[Builder]:
-    """AdamW of every kind, in every mode.
+    """Build AdamW of every kind, in every mode.
 
-    Records of bfloat16 in mode "scaler" say "unscale": "stand-in" (see `_stand_in_step`).
+    Records of bfloat16 in mode "scaler" have the label "unscale": "stand-in"; see `_stand_in_step`.
     """
 
     def build(name: str, make: Callable[[], torch.optim.Optimizer], mode: str) -> Subject:
@@ -119,7 +127,7 @@ def baselines(params: Sequence[Tensor]) -> Iterator[Builder]:
         if mode == "alone":
             return Subject(labels, optimizer.step)
         if mode == "clip":
-            return Subject(labels, _clipped_step(optimizer, params))
+            return Subject(labels, clipped_step(optimizer, params))
         if params[0].dtype == torch.bfloat16:
             run = _stand_in_step(optimizer, params)
             return Subject({**labels, "unscale": "stand-in"}, run)
@@ -128,16 +136,6 @@ def baselines(params: Sequence[Tensor]) -> Iterator[Builder]:
     for name, make in adamw_kinds(params).items():
         for mode in MODES:
             yield Builder({"name": name, "mode": mode}, partial(build, name, make, mode))
-
-
-def _clipped_step(
-    optimizer: torch.optim.Optimizer, params: Sequence[Tensor]
-) -> Callable[[], object]:
-    def run() -> None:
-        torch.nn.utils.clip_grad_norm_(params, NEVER_REACHED)
-        optimizer.step()
-
-    return run
 
 
 def _scaled_step(
@@ -157,10 +155,10 @@ def _scaled_step(
 def _stand_in_step(
     optimizer: torch.optim.Optimizer, params: Sequence[Tensor]
 ) -> Callable[[], object]:
-    """What `unscale_` would cost in bfloat16, for which CUDA has no such kernel (pytorch #127176).
+    """Imitate the cost of `unscale_` in bfloat16: CUDA has no such kernel (pytorch #127176).
 
-    One pass that reads and writes every gradient, as `unscale_` makes; whether all are finite is
-    taken from the norm that clipping computes anyway, so that AdamW is not charged a further pass.
+    One pass reads and writes every gradient, as in `unscale_`. The finiteness test uses the norm
+    that clipping computes anyway, so that AdamW does not pay for another pass.
     """
     grads = grads_of(list(params))
 
@@ -174,7 +172,7 @@ def _stand_in_step(
 
 
 def _graph_of(optimizer: IncrementalMaskedAdamW, restore: Callable[[], None]) -> Callable[[], None]:
-    """A CUDA graph of the whole step; replaying it is the step."""
+    """Capture the whole step as a CUDA graph; return the function that replays it."""
     optimizer.step()
     restore()
     torch.cuda.synchronize()
@@ -187,12 +185,12 @@ def _graph_of(optimizer: IncrementalMaskedAdamW, restore: Callable[[], None]) ->
 def _step_of(
     optimizer: IncrementalMaskedAdamW, mode: str, restore: Callable[[], None]
 ) -> Callable[[], object]:
-    """What is timed: the step, a replay of it, or the step under our loss scaler."""
+    """Return the function to time: the step, its replay, or the step under our loss scaler."""
     if mode == "graph":
         return _graph_of(optimizer, restore)
     if mode != "scaler":
         return optimizer.step
-    scaler = _scaler(optimizer._device, GradScaler)
+    scaler = _scaler(optimizer.engine.pool.device, GradScaler)
 
     def run() -> None:
         scaler.step(optimizer)
@@ -204,18 +202,15 @@ def _step_of(
 def our_step(
     params: Sequence[Tensor], backend: str, mode: str, budget: int, quota: int, exp: float
 ) -> Subject:
-    """Our step in the middle of its run (see `bench.subjects.ours`); every mode but one clips."""
+    """Build our step with half of the budget active (see `bench.subjects.ours`).
+
+    Every mode except "alone" clips.
+    """
     optimizer = midway(
         params, budget, quota, exp, None if mode == "alone" else 1.0, backend=backend,
         capturable=mode == "graph",
     )  # fmt: skip
-    restore, active = snapshot(optimizer), int(optimizer._active.progress[1])
-
-    def check() -> None:
-        grown = int(optimizer._active.progress[1]) - active
-        if grown != quota:
-            raise RuntimeError(f"the step unmasked {grown} entries, expected {quota}")
-
+    restore, check = snapshot(optimizer), unmasks(optimizer, quota)
     labels = {"name": backend, "mode": mode, "budget": budget, "quota": quota, "exp": exp}
     run = _step_of(optimizer, mode, restore)
     size = sum(param.nbytes for param in params)
@@ -225,32 +220,36 @@ def our_step(
 def stages(
     params: Sequence[Tensor], backend: str, budget: int, quota: int, exp: float
 ) -> Iterator[Builder]:
-    """Each operation alone, on what those before it left; bytes that scan and update must move."""
+    """Build each operation alone; it starts from the results of those before it.
+
+    Scan and update also count the bytes that they must move.
+    """
 
     def build(stage: str) -> Subject:
         optimizer = midway(params, budget, quota, exp, backend=backend)
         restore = snapshot(optimizer)
-        grads = readable_grads(optimizer._pool, optimizer._names)
+        engine = optimizer.engine
+        grads = engine.bind([])
 
         def call(name: str) -> None:
-            bound = optimizer._work.table
+            # Each stage of a CPU backend is timed with the bind of its step.
             if name == "bind" or backend in ("reference", "cpp"):
-                bound = optimizer._ops.bind(grads, optimizer._pool, optimizer._work.table)
+                engine.bind([])
             if name != "bind":
-                arguments = {"scan": [bound, []], "cut": [bound, grads], "clip": []}
-                getattr(optimizer, f"_{name}")(*arguments.get(name, [bound]))
+                argument = optimizer.max_grad_norm if name == "clip" else grads
+                getattr(engine, name)(argument)
 
         def prepare() -> None:
             restore()
             with torch.no_grad():
-                optimizer._prepare()
+                engine.begin(optimizer.param_groups)
                 for earlier in STAGES[: STAGES.index(stage)]:
                     call(earlier)
 
         labels = {"budget": budget, "quota": quota, "exp": exp, "stage": stage}
-        active = int(optimizer._active.progress[1])
+        active = int(engine.active.progress[1])
         moved = {
-            "scan": scan_bytes(params, active, optimizer._ops.TILE),
+            "scan": scan_bytes(params, active, engine.ops.TILE),
             "update": update_bytes(params, active + quota),
         }.get(stage, 0)
         return Subject({"name": backend, **labels}, partial(call, stage), moved, prepare)

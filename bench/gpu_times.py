@@ -1,6 +1,6 @@
-"""Times and ratios in a GPU results file (see bench.gpu).
+"""Compute times and ratios from a GPU results file (see bench.gpu).
 
-What was not measured raises LookupError, which says what is missing.
+A value that was not measured raises LookupError, which names it.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from typing import Any
 from bench.shapes import DTYPES, MODELS, num_entries
 
 Record = dict[str, Any]
-# Fused AdamW in a mode is compared with our step in this one: clipping is always part of ours.
+# Mode of fused AdamW -> mode of our step that it is compared with: ours always clips.
 OUR_MODE = {"alone": "clip", "clip": "clip", "scaler": "scaler"}
 
 
 def median_ms(record: Record) -> float:
-    """Median of the rounds."""
-    return statistics.median(record["us"]) / 1e3
+    """Return the median of the rounds."""
+    return float(statistics.median(record["us"]) / 1e3)
 
 
 def select(data: dict[str, Any], kind: str, **labels: Any) -> list[Record]:
-    """Timed records of a phase kind with these labels."""
+    """Return the timed records of a phase kind with these labels."""
     wanted = {"kind": kind, **labels}
     return [
         record
@@ -31,7 +31,7 @@ def select(data: dict[str, Any], kind: str, **labels: Any) -> list[Record]:
 
 
 def find(data: dict[str, Any], kind: str, **labels: Any) -> Record:
-    """The first of them."""
+    """Return the first of them, or raise LookupError."""
     found = select(data, kind, **labels)
     if not found:
         raise LookupError(f"no {kind} of {', '.join(map(str, labels.values()))}")
@@ -39,12 +39,12 @@ def find(data: dict[str, Any], kind: str, **labels: Any) -> Record:
 
 
 def speed(record: Record) -> float:
-    """GB/s of the bytes that it cannot avoid to move."""
+    """Return the GB/s of the bytes that the subject must move."""
     return float(record["moved_bytes"] / max(median_ms(record), 1e-3) / 1e6)
 
 
 def bandwidths(data: dict[str, Any]) -> dict[str, float]:
-    """What the memory gives, GB/s: the fastest "copy" and "read"."""
+    """Return the bandwidth of the memory in GB/s: the fastest "copy" and "read"."""
     best: dict[str, float] = {}
     for record in select(data, "bandwidth"):
         best[record["name"]] = max(best.get(record["name"], 0.0), speed(record))
@@ -52,7 +52,7 @@ def bandwidths(data: dict[str, Any]) -> dict[str, float]:
 
 
 def share(data: dict[str, Any], record: Record, of: str) -> float:
-    """Its speed over that of the memory's "copy" or "read" in the same run."""
+    """Divide the record's speed by the memory's for "copy" or "read" in the same run."""
     best = bandwidths(data)
     if of not in best:
         raise LookupError(f"no bandwidth of {of}")
@@ -60,7 +60,7 @@ def share(data: dict[str, Any], record: Record, of: str) -> float:
 
 
 def read_ms(data: dict[str, Any], model: str, dtype: str) -> float:
-    """One read of all gradients: by torch, or at the read bandwidth where that is faster."""
+    """Return the time to read all gradients: torch's, or less if the read bandwidth allows it."""
     times = [median_ms(each) for each in select(data, "steps", name="read", model=model,
                                                 dtype=dtype)]  # fmt: skip
     best = bandwidths(data)
@@ -73,12 +73,12 @@ def read_ms(data: dict[str, Any], model: str, dtype: str) -> float:
 
 
 def over_read(data: dict[str, Any], record: Record) -> float:
-    """A step's time over one read of the gradients."""
+    """Divide a step's time by one read of the gradients."""
     return median_ms(record) / read_ms(data, record["model"], record["dtype"])
 
 
 def times_faster(data: dict[str, Any], mode: str, **labels: Any) -> float:
-    """Fused AdamW's time in a mode over our step's with these labels (see `OUR_MODE`)."""
+    """Divide fused AdamW's time in a mode by that of our step (see `OUR_MODE`)."""
     cell = {"model": labels["model"], "dtype": labels["dtype"]}
     baseline = find(data, "steps", **cell, name="fused", mode=mode)
     own = find(data, "steps", **labels, mode=OUR_MODE[mode])

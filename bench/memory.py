@@ -1,16 +1,15 @@
-"""Bytes that the optimizer holds, counted from its tensors: python -m bench.memory
+"""Count the bytes that the optimizer holds, from its tensors: python -m bench.memory
 
     limit = 24 bytes per entry of the budget + 8 bytes per tile + 64 KiB
 
-The constant is for what grows with the number of tensors and with the quota of one step (16 bytes
-an entry). A static selection, whose quota is its budget, does not fit: 8 bytes an entry more.
-State is what a checkpoint holds; work space is what a step writes besides. Both are allocated at
-construction. The parameters are not initialised, and are read only for exp < 0.
+The constant covers what grows with the number of tensors and with the quota of one step (16 bytes
+per entry). A static selection unmasks its whole budget in one step and exceeds the limit by 8 bytes
+per entry. State is what a checkpoint holds; work space is everything else that a step writes. Both
+are allocated at construction. The parameters are not initialised, and only exp < 0 reads them.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import allocations, backward, models, training
+from bench import allocations, backward, console, models, training
 from bench.gpu_subjects import adamw_kinds
 from bench.shapes import DTYPES, MEASURED, MODELS, Shape, num_entries
 from bench.subjects import LR, unhashed
@@ -34,7 +33,7 @@ QUOTA = 320
 def build(
     shapes: Sequence[Shape], dtype: torch.dtype, budget: int, exp: float, quota: int = QUOTA
 ) -> IncrementalMaskedAdamW:
-    """An optimizer over uninitialised parameters: only the sizes of its buffers matter."""
+    """Build an optimizer over uninitialised parameters: only the sizes of its buffers matter."""
     params = [torch.nn.Parameter(torch.empty(shape, dtype=dtype)) for shape in shapes]
     steps = -(-budget // quota)
     return IncrementalMaskedAdamW(
@@ -45,9 +44,10 @@ def build(
 def measure(
     shapes: Sequence[Shape], dtype: torch.dtype, budget: int, exp: float, quota: int = QUOTA
 ) -> dict[str, Any]:
-    """Bytes of state, work space and schedule, and the limit."""
+    """Count the bytes of state, work space and schedule, and compute the limit."""
     optimizer = build(shapes, dtype, budget, exp, quota)
-    tiles = optimizer._work.tile_max.numel()
+    engine = optimizer.engine
+    tiles, grad_bytes = engine.work.tiles.max.numel(), engine.active.grad.nbytes
     low_precision = dtype != torch.float32
     return {
         "budget": budget,
@@ -55,11 +55,11 @@ def measure(
         "quota": quota,
         "entries": num_entries(list(shapes)),
         "tiles": tiles,
-        "state_bytes": num_bytes(optimizer._active),
-        "work_bytes": num_bytes(optimizer._work),
-        "schedule_bytes": optimizer._targets.nbytes,
+        "state_bytes": num_bytes(engine.active) - grad_bytes,
+        "work_bytes": num_bytes(engine.work) + grad_bytes,
+        "schedule_bytes": engine.targets.nbytes,
         "limit_bytes": ENTRY_LIMIT * budget + TILE_LIMIT * tiles + CONSTANT_LIMIT,
-        # As users train: moments in the parameters' dtype; with a float32 master and moments.
+        # Two common set-ups: moments in the parameters' dtype; float32 moments and master weights.
         "adamw_bytes": 2 * num_entries(list(shapes)) * torch.finfo(dtype).bits // 8,
         "adamw_float32_bytes": (12 if low_precision else 8) * num_entries(list(shapes)),
     }
@@ -68,7 +68,7 @@ def measure(
 def rows(
     models: Sequence[str], dtypes: Sequence[str], budgets: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """`measure` for every model, dtype, budget, and exp 0 and -1 (-1 keeps 4 bytes a tile more)."""
+    """Measure every model, dtype, budget, and exp 0 and -1 (-1 keeps 4 more bytes per tile)."""
     return [
         {"model": model, "dtype": dtype, **measure(MODELS[model], DTYPES[dtype], budget, exp)}
         for model in models
@@ -81,11 +81,11 @@ def rows(
 def of_optimizers(
     params: Sequence[Tensor], backends: Sequence[str], budget: int, quota: int
 ) -> list[dict[str, Any]]:
-    """What AdamW and our step by backend hold after a step, and take at most during the first two.
+    """Measure what AdamW and our step on each backend hold after two steps, and their peak.
 
     Args:
-        params: with gradients, on the device that is measured.
-        backends: of our step.
+        params: parameters with gradients, on the device to measure.
+        backends: backends of our step.
     """
     makers: dict[str, Callable[[], torch.optim.Optimizer]] = dict(adamw_kinds(params))
     for backend in backends:
@@ -99,7 +99,7 @@ def of_optimizers(
 def _two_steps(
     make: Callable[[], torch.optim.Optimizer], device: torch.device
 ) -> dict[str, int | str]:
-    """Bytes held and at most, or why it could not be measured."""
+    """Return the bytes held and the peak, or the reason if it cannot be measured."""
 
     def run() -> torch.optim.Optimizer:
         with unhashed():
@@ -111,30 +111,30 @@ def _two_steps(
     try:
         allocated = allocations.of_call(run, device)
     except torch.OutOfMemoryError:
-        return {"failed": "memory does not hold it"}
+        return {"failed": "out of memory"}
     except RuntimeError as error:
         return {"failed": str(error).splitlines()[0]}
     return {"held_bytes": allocated.left, "step_peak_bytes": allocated.peak}
 
 
 def held_bytes(row: dict[str, Any]) -> int:
-    """State and work space."""
+    """Return the bytes of state and work space."""
     return int(row["state_bytes"] + row["work_bytes"])
 
 
 def main() -> None:
-    """Print the bytes of every case, against the limit and AdamW; or of whole training steps."""
-    parser = argparse.ArgumentParser(prog="python -m bench.memory", description=__doc__)
+    """Print the bytes of every case beside the limit and AdamW, or those of training steps."""
+    parser = console.parser("memory", __doc__)
     parser.add_argument(
         "--backward", nargs="*", metavar="MODEL", choices=list(models.MODELS),
-        help="instead: gradients alive in training steps with and without fuse_backward",
+        help="show gradients alive in training steps with and without fuse_backward instead",
     )  # fmt: skip
     parser.add_argument(
         "--training", nargs="*", metavar="MODEL", choices=list(models.MODELS),
-        help="instead: what a whole training step takes, each in a process of its own",
+        help="show the memory and time of whole training steps instead",
     )  # fmt: skip
-    parser.add_argument("--snapshot", type=Path, help="with --training, on CUDA: a folder for "
-                        "memory snapshots (docs.pytorch.org/memory_viz)")  # fmt: skip
+    parser.add_argument("--snapshot", type=Path, help="folder for memory snapshots "
+                        "(docs.pytorch.org/memory_viz), with --training on CUDA")  # fmt: skip
     arguments = parser.parse_args()
     if arguments.training is not None:
         print(training.table(training.rows(arguments.training or backward.MEASURED,

@@ -1,4 +1,4 @@
-"""Transformers of random weights, and batches for them; nothing is downloaded."""
+"""Build transformers with random weights, and batches for them, without downloads."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Weights repeat with this period, no multiple of a row: drawing 1.2 billion would take a minute.
+# Weights repeat with this period, which no row length divides: drawing 1.2 billion takes a minute.
 DRAWN = 1_000_003
 WEIGHT_STD = 0.02
 
 
 @dataclass(frozen=True)
 class Model:
-    """A configuration of transformers with random weights, and its batch.
+    """The configuration of a transformer with random weights, and its batch.
 
     Attributes:
         kind: "bert" or "llama".
         sizes: arguments of the configuration.
-        batch, length: sequences, tokens in each.
-        dtype: of the weights.
-        checkpointing: whether activations are computed again in the backward pass.
+        batch, length: number of sequences, and of tokens in each.
+        dtype: dtype of the weights.
+        checkpointing: recompute activations in the backward pass.
     """
 
     kind: str
@@ -33,28 +33,31 @@ class Model:
     checkpointing: bool = False
 
     def build(self, device: str | torch.device = "cpu") -> torch.nn.Module:
-        """The model in training mode, without dropout: kinds must do the same arithmetic."""
+        """Build the model in training mode, without dropout, so that all kinds compute the same."""
         import transformers
         from transformers.initialization import no_init_weights
 
         with no_init_weights(), torch.device(device):
+            config: transformers.PretrainedConfig
+            family: Any  # transformers does not annotate _from_config
             if self.kind == "llama":
+                family = transformers.LlamaForCausalLM
                 config = transformers.LlamaConfig(**self.sizes)
-                model = transformers.LlamaForCausalLM._from_config(config, dtype=self.dtype)
             else:
+                family = transformers.BertForSequenceClassification
                 config = transformers.BertConfig(
                     **self.sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
                 )
-                cls = transformers.BertForSequenceClassification
-                model = cls._from_config(config, dtype=self.dtype)
+            model: transformers.PreTrainedModel = family._from_config(config, dtype=self.dtype)
         model.tie_weights()
         _fill(model)
         if self.checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        return model.train()
+        model.train()
+        return model
 
     def inputs(self) -> dict[str, Tensor]:
-        """Random tokens; labels are the tokens, or random classes."""
+        """Draw random tokens; labels are the tokens, or random classes."""
         generator = torch.Generator().manual_seed(1)
         size = (self.batch, self.length)
         tokens = torch.randint(self.sizes["vocab_size"], size, generator=generator)
@@ -64,7 +67,7 @@ class Model:
 
 @torch.no_grad()
 def _fill(model: torch.nn.Module) -> None:
-    """Matrices with normal numbers, biases with 0, the scales of norms with 1."""
+    """Fill matrices with normal numbers, biases with 0, and scales of norms with 1."""
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randn(DRAWN, generator=generator) * WEIGHT_STD
     for name, param in model.named_parameters():
@@ -102,7 +105,7 @@ MODELS = {
         "llama", {**_llama(128256, 2048, 16, 8192, 32, 8), "tie_word_embeddings": True}, 1, 32,
         torch.bfloat16,
     ),
-    # The shape of Llama-2-7B, trained on one long sequence as on a card with little memory.
+    # The shape of Llama-2-7B, trained on one long sequence, as on a card with little memory.
     "Llama-7B": Model(
         "llama", _llama(32000, 4096, 32, 11008, 32, 32), 1, 512, torch.bfloat16, checkpointing=True
     ),

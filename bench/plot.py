@@ -1,4 +1,4 @@
-"""The plot of step times, relative to one read of the gradients."""
+"""Plot step times relative to one read of the gradients."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.patches import Rectangle
 
 from bench import gpu_report
 from bench.gpu_times import over_read, select
@@ -18,7 +19,7 @@ from bench.results import Results
 from bench.shapes import MODELS, num_entries
 from bench.tables import count
 
-# Okabe and Ito's colours: told apart with every kind of colour blindness, and by lightness.
+# Okabe and Ito's colours: distinct under every kind of colour blindness, and in lightness.
 CLIPPED, FUSED, LARGE, SMALL = "#BBBBBB", "#777777", "#56B4E9", "#0072B2"
 SCALED = "#DDDDDD"
 INK, FAINT = "#222222", "#666666"
@@ -30,9 +31,9 @@ plt.rcParams.update({"font.family": "DejaVu Sans", "font.size": 10, "text.color"
 
 
 def draw(results: Results, path: Path) -> None:
-    """Bars for every model and dtype: AdamW with and without clipping, and our step.
+    """Draw bars for every model and dtype: AdamW with and without clipping, and our step.
 
-    Ours is the slower of all exp at k = 320, or at the quota nearest to it that was measured.
+    Our bar is the slowest of all exp at k = 320, or at the nearest quota that was measured.
     """
     settings = results.data["settings"]
     dtypes, models = settings["dtypes"], settings["models"]
@@ -49,17 +50,18 @@ def draw(results: Results, path: Path) -> None:
         _dress(axis, dtype)
         axis.set_yticks(ticks, [_title(results, model) for model in models])
     axes[0][0].invert_yaxis()
-    _legend(figure, axes[0][0], results)
+    _legend(figure, results)
     figure.savefig(path, dpi=200, facecolor="white")
     plt.close(figure)
 
 
 def _quota(results: Results) -> int:
-    return min(results.data["settings"]["quotas"], key=lambda quota: abs(quota - QUOTA))
+    quotas: list[int] = results.data["settings"]["quotas"]
+    return min(quotas, key=lambda quota: abs(quota - QUOTA))
 
 
 def _bars(results: Results, model: str, dtype: str) -> list[tuple[str, float, bool]]:
-    """(colour, time over the read's, whether it is ours) from top to bottom."""
+    """Return (colour, time over the read's, whether it is ours) from top to bottom."""
     settings = results.data["settings"]
     bars = [
         (CLIPPED, results.ratio(model, dtype, "read", "clip+fused"), False),
@@ -103,12 +105,12 @@ def _dress(axis: Any, dtype: str) -> None:
     axis.margins(x=0.12)
 
 
-def _legend(figure: Any, axis: Any, results: Results) -> None:
+def _legend(figure: Any, results: Results) -> None:
     budgets = [f"{budget:,}" for budget in results.data["settings"]["budgets"]]
     ours = [f"sparse_optim, {budget} entries, clipping included" for budget in budgets]
     names = ["clip_grad_norm_ + fused AdamW", "fused AdamW", *reversed(ours)]
     colors = [CLIPPED, FUSED, *([SMALL, LARGE][: len(budgets)][::-1])]
-    handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in colors]
+    handles = [Rectangle((0, 0), 1, 1, color=color) for color in colors]
     figure.legend(
         handles, names, loc="outside upper left", ncols=2, frameon=False, fontsize=9,
         handlelength=1, handleheight=1, columnspacing=2.5,
@@ -127,7 +129,7 @@ GPU_BARS: tuple[tuple[str, str, bool, dict[str, str]], ...] = (
 
 
 def draw_gpu(data: dict[str, Any], path: Path) -> None:
-    """Bars for every model and dtype of a GPU results file; ours is the slower of all exp.
+    """Draw bars for every model and dtype of a GPU results file; ours is the slowest of all exp.
 
     Raises:
         ValueError: the file has no times of steps.
@@ -147,7 +149,7 @@ def draw_gpu(data: dict[str, Any], path: Path) -> None:
         drawn |= _gpu_panel(axis, data, models, dtype)
         _dress(axis, dtype)
         axis.invert_yaxis()
-    handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in drawn.values()]
+    handles = [Rectangle((0, 0), 1, 1, color=color) for color in drawn.values()]
     figure.legend(handles, list(drawn), loc="outside upper left", ncols=2, frameon=False,
                   fontsize=9)  # fmt: skip
     text = textwrap.fill(gpu_report.caption(data).replace("`", ""), 75 * max(len(dtypes), 2))
@@ -161,10 +163,11 @@ def _entries(model: str) -> int:
 
 
 def _gpu_panel(axis: Any, data: dict[str, Any], models: list[str], dtype: str) -> dict[str, str]:
-    """Draw the models of a dtype; label -> colour of the bars that were measured."""
+    """Draw the models of a dtype; return the colours of the measured bars by label."""
     drawn, titles, ticks, top = {}, [], [], 0.0
     for model in models:
-        bars, starred, budget = [], set(), 0
+        bars: list[tuple[str, float, bool]] = []
+        starred, budget = set(), 0
         for label, color, ours, labels in GPU_BARS:
             found = select(data, "steps", model=model, dtype=dtype, **labels)
             if found:

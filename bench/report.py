@@ -1,28 +1,29 @@
-"""Turn the newest recorded results into tables and a plot: python -m bench.report [--write]
+"""Turn the recorded results into tables and plots: python -m bench.report [--write]
 
-Without --write, prints all tables. With it, puts the short ones between the markers
-<!-- bench:begin --> and <!-- bench:end --> of README.md, all of them into bench/results/tables.md
-and the plot into bench/results/cpu-steps.png; with GPU results, a second one into gpu-steps.png.
+Without --write, prints all tables of the CPU and GPU results. With it, writes
+
+    README.md                   headlines, between the markers bench:begin/end and quality:begin/end
+    docs/benchmarks.md          the main tables, between the same markers
+    bench/results/tables.md     all tables
+    bench/results/*-steps.png   plots of step times
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import backward, goals, gpu_report, sampling
-from bench.environment import ROOT
+from bench import backward, console, goals, gpu_report, quality, sampling
+from bench.environment import RESULTS, ROOT
 from bench.memory import held_bytes
 from bench.plot import draw, draw_gpu
-from bench.results import Results
-from bench.steps import RESULTS, newest
+from bench.results import Results, newest
 from bench.tables import count, table
 
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+PLOT = "![Step time relative to one read of the gradients]({}bench/results/cpu-steps.png)"
+GPU_PLOT = "![GPU: step time relative to one read of the gradients]({}bench/results/gpu-steps.png)"
 BASELINES = ("fused", "clip+fused", "foreach", "clip+foreach")
 TITLES = {
     "fused": "fused AdamW",
@@ -30,13 +31,14 @@ TITLES = {
     "foreach": "foreach AdamW",
     "clip+foreach": "clip + foreach",
 }
-# With fewer clean calls than this the machine was busy, and ratios mean nothing: threads that
-# share their work statically wait for the slower core, ours do not.
+RATIOS = {"fused": "fused AdamW", "clip+fused": "clip + fused", "read": "read of the gradients"}
+# With fewer clean calls than this the machine was busy and ratios mean nothing: threads that share
+# their work statically wait for the slower core, ours do not.
 LEAST_CLEAN = 0.5
 
 
 def caption(results: Results) -> str:
-    """Machine, threads, versions, commit, date, and how quiet it was."""
+    """Describe machine, threads, versions, commit, date, and the share of clean calls."""
     data = results.data
     machine, versions = data["machine"], data["versions"]
     pages = ", huge pages (THP_MEM_ALLOC_ENABLE=1)" if machine.get("huge_pages") else ""
@@ -53,7 +55,7 @@ def caption(results: Results) -> str:
 
 
 def steps_table(results: Results, dtype: str, quotas: Sequence[int]) -> str:
-    """Our step by model, B and k, the slower of all exp; times, and ratios to the baselines."""
+    """Show times of our step by model, B and k (slowest exp), and ratios to the baselines."""
     settings = results.data["settings"]
     rows = []
     for model in settings["models"]:
@@ -70,10 +72,7 @@ def steps_table(results: Results, dtype: str, quotas: Sequence[int]) -> str:
 
 def _step_cells(results: Results, model: str, dtype: str, **labels: float) -> list[str]:
     first, third = results.quartiles(model, dtype, "ours", **labels)
-    ratios = [
-        results.ratio(model, dtype, baseline, "ours", **labels)
-        for baseline in ("fused", "clip+fused", "read")
-    ]
+    ratios = [results.ratio(model, dtype, baseline, "ours", **labels) for baseline in RATIOS]
     return [
         f"{results.time(model, dtype, 'ours', **labels) / 1e3:.2f}",
         f"{first / 1e3:.2f} to {third / 1e3:.2f}",
@@ -82,7 +81,7 @@ def _step_cells(results: Results, model: str, dtype: str, **labels: float) -> li
 
 
 def baselines_table(results: Results) -> str:
-    """What the step is compared with, milliseconds, and the scan against the read."""
+    """Show the milliseconds of the baselines, and the scan relative to the read."""
     rows = []
     for model, dtype in results.cases():
         read = results.time(model, dtype, "read")
@@ -102,7 +101,7 @@ def baselines_table(results: Results) -> str:
 
 
 def stages_table(results: Results) -> str:
-    """Where our step's time goes, milliseconds."""
+    """Show the milliseconds of each stage of our step."""
     rows, names = [], ["scan", "cut", "append", "clip", "update", "prepare", "python"]
     settings = results.data["settings"]
     for model, dtype in results.cases():
@@ -120,7 +119,7 @@ def stages_table(results: Results) -> str:
 
 
 def memory_table(results: Results, exp: float = 0.0) -> str:
-    """Bytes held between steps, against the limit and AdamW."""
+    """Show the bytes held between steps beside the limit and AdamW."""
     rows = []
     for row in results.data["memory"]:
         if row["exp"] == exp:
@@ -142,7 +141,7 @@ def memory_table(results: Results, exp: float = 0.0) -> str:
 
 
 def peaks_table(results: Results) -> str:
-    """Memory that one step takes on top of what is held before it."""
+    """Show the memory that one step needs in addition to what is held before it."""
     rows = []
     names = ["ours", *BASELINES]
     for model, dtype in results.cases():
@@ -155,42 +154,86 @@ def peaks_table(results: Results) -> str:
     return table(["MB within a step", "ours, at most", *TITLES.values()], rows)
 
 
-def short_report(results: Results) -> str:
-    """What the README shows."""
-    dtypes, quotas = (results.data["settings"][name] for name in ("dtypes", "quotas"))
-    shown = quotas[len(quotas) // 2 :][:1]
-    parts = ["![Step time relative to one read of the gradients](bench/results/cpu-steps.png)"]
-    parts += [f"**{dtype}**\n\n{steps_table(results, dtype, shown)}" for dtype in dtypes]
+def shown_quota(results: Results) -> int:
+    """Return the quota of the short tables: the middle one of those measured."""
+    quotas: list[int] = results.data["settings"]["quotas"]
+    return quotas[len(quotas) // 2]
+
+
+def headline(results: Results) -> str:
+    """Show the plot, the range of the ratios by budget, and the memory, for README.md."""
+    settings, quota = results.data["settings"], shown_quota(results)
+    rows = []
+    for budget in settings["budgets"]:
+        ratios = [_range(_ratios(results, baseline, budget, quota)) for baseline in RATIOS]
+        held = [held_bytes(row) / 1e6 for row in results.data["memory"] if row["budget"] == budget]
+        rows.append([f"B = {count(budget)}", *ratios, _range(held, "{:.0f}")])
+    adamw = [row["adamw_bytes"] / 1e6 for row in results.data["memory"]]
+    models = ", ".join(settings["models"])
+    return "\n\n".join(
+        [
+            PLOT.format(""),
+            f"Time of our step, clipping included (k = {quota}), and memory that the optimizer "
+            f"holds, on {results.data['machine']['threads']} CPU threads. Ranges are over "
+            f"{models} in {' and '.join(settings['dtypes'])}:",
+            table(["budget", *(f"/ {RATIOS[name]}" for name in RATIOS), "MB held"], rows),
+            f"AdamW holds {_range(adamw, '{:.0f}')} MB for the same models.",
+            *backward.headline(RESULTS),
+        ]
+    )
+
+
+def _ratios(results: Results, baseline: str, budget: int, quota: int) -> list[float]:
+    """Divide our step (slowest exp) by a baseline, for every model and dtype."""
+    labels = {"budget": budget, "quota": quota}
+    return [
+        results.ratio(
+            model, dtype, baseline, "ours",
+            exp=results.slowest_exp(model, dtype, **labels), **labels,
+        )
+        for model, dtype in results.cases()
+    ]  # fmt: skip
+
+
+def _range(values: Sequence[float], form: str = "{:.2f}") -> str:
+    low, high = form.format(min(values)), form.format(max(values))
+    return low if low == high else f"{low} to {high}"
+
+
+def main_tables(results: Results) -> str:
+    """Show the plot and the main tables, for docs/benchmarks.md."""
+    quotas = [shown_quota(results)]
+    dtypes = results.data["settings"]["dtypes"]
+    parts = [PLOT.format("../")]
+    parts += [f"**{dtype}**\n\n{steps_table(results, dtype, quotas)}" for dtype in dtypes]
     parts += [baselines_table(results), memory_table(results), caption(results)]
     parts.append(
-        "The slower of exp = 0 and 2 is shown; all tables are in "
-        "[bench/results/tables.md](bench/results/tables.md)."
+        "The tables show the slower of exp = 0 and 2; all tables are in "
+        "[bench/results/tables.md](../bench/results/tables.md)."
     )
     parts += sampling.section(RESULTS) + backward.section(RESULTS)
-    return "\n\n".join([*parts, *gpu_section(_gpu_short)])
+    return "\n\n".join([*parts, *gpu_section(_gpu_main)])
 
 
-def _gpu_short(data: dict[str, Any]) -> str:
-    """The GPU part of the README."""
-    plot = "![GPU: step time relative to one read of the gradients](bench/results/gpu-steps.png)"
-    return f"{plot}\n\n{gpu_report.short_table(data)}"
+def _gpu_main(data: dict[str, Any]) -> str:
+    return f"{GPU_PLOT.format('../')}\n\n{gpu_report.short_table(data)}"
 
 
 def gpu_section(tables: Callable[[dict[str, Any]], str], folder: Path = RESULTS) -> list[str]:
-    """The GPU part of a report; nothing while no GPU results are recorded."""
-    path = gpu_report.newest(folder)
-    return [] if path is None else [tables(json.loads(path.read_text()))]
+    """Show the GPU part of a report; return [] if no GPU results are recorded."""
+    data = newest("gpu-*.json", folder)
+    return [] if data is None else [tables(data)]
 
 
 def draw_gpu_steps(folder: Path) -> None:
-    """Draw the newest GPU results; nothing while none are recorded."""
-    path = gpu_report.newest(folder)
-    if path is not None:
-        draw_gpu(json.loads(path.read_text()), folder / "gpu-steps.png")
+    """Draw the newest GPU results, if there are any."""
+    data = newest("gpu-*.json", folder)
+    if data is not None:
+        draw_gpu(data, folder / "gpu-steps.png")
 
 
 def full_report(results: Results) -> str:
-    """Every table, with the goals."""
+    """Show every table, and the goals."""
     dtypes, quotas = (results.data["settings"][name] for name in ("dtypes", "quotas"))
     parts = ["# Recorded results", caption(results)]
     for dtype in dtypes:
@@ -206,29 +249,45 @@ def full_report(results: Results) -> str:
     return "\n\n".join([*parts, *gpu_section(gpu_report.full_report)]) + "\n"
 
 
-def insert(text: str, block: str) -> str:
-    """Replace what stands between the markers; append markers and block where there are none.
+def insert(text: str, name: str, block: str) -> str:
+    """Replace the text between the markers <!-- name:begin --> and <!-- name:end -->.
 
     Raises:
-        ValueError: only one of the markers is there, or they are the wrong way round.
+        ValueError: unless both markers are there once, in this order.
     """
-    begin, end = text.find(BEGIN), text.find(END)
-    filled = f"{BEGIN}\n\n{block}\n\n{END}"
-    if begin < 0 and end < 0:
-        return f"{text.rstrip()}\n\n{filled}\n"
-    if begin < 0 or end < begin:
-        raise ValueError(f"expected {BEGIN} before {END}, both once")
-    return text[:begin] + filled + text[end + len(END) :]
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, *rest = text.split(begin)
+    if len(rest) != 1 or rest[0].count(end) != 1:
+        raise ValueError(f"expected {begin} before {end}, both once")
+    return f"{before}{begin}\n\n{block}\n\n{end}{rest[0].split(end)[1]}"
+
+
+def write(results: Results) -> None:
+    """Write the generated parts of README.md and docs/, tables.md and the plots."""
+    blocks = {
+        ROOT / "README.md": {"bench": headline(results), "quality": quality.headline()},
+        ROOT / "docs" / "benchmarks.md": {
+            "bench": main_tables(results), "quality": quality.full_table()
+        },
+    }  # fmt: skip
+    for path, parts in blocks.items():
+        text = path.read_text()
+        for name, block in parts.items():
+            text = insert(text, name, block)
+        path.write_text(text)
+    (RESULTS / "tables.md").write_text(full_report(results))
+    draw(results, RESULTS / "cpu-steps.png")
+    draw_gpu_steps(RESULTS)
 
 
 def main() -> None:
-    """Print the tables, or write README block, tables and plot."""
-    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
+    """Print all tables, or write the generated files."""
+    parser = console.parser("report", __doc__)
     parser.add_argument("--results", type=Path, help="default: the newest in bench/results")
-    parser.add_argument("--write", action="store_true", help="update README.md, tables and plot")
+    parser.add_argument("--write", action="store_true", help="update README.md, docs and results")
     parser.add_argument("--plot", type=Path, help="write only the plot, to this file")
     arguments = parser.parse_args()
-    results = Results.load(arguments.results or newest())
+    results = Results.load(arguments.results)
     if arguments.plot:
         draw(results, arguments.plot)
     elif not arguments.write:
@@ -239,11 +298,7 @@ def main() -> None:
             "on a quiet machine"
         )
     else:
-        readme = ROOT / "README.md"
-        readme.write_text(insert(readme.read_text(), short_report(results)))
-        (RESULTS / "tables.md").write_text(full_report(results))
-        draw(results, RESULTS / "cpu-steps.png")
-        draw_gpu_steps(RESULTS)
+        write(results)
 
 
 if __name__ == "__main__":

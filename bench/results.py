@@ -1,36 +1,45 @@
-"""Recorded results: medians and ratios of raw times."""
+"""Compute medians and ratios from the raw times of a results file."""
 
 from __future__ import annotations
 
 import json
 import statistics
 from collections.abc import Callable, Iterable
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from bench.environment import RESULTS
+
 SCHEMA = 1
 
-# A call is clean if its threads waited for a core for at most this share of its time: other
-# processes were out of its way. Medians are over clean calls, where there are any.
+# A call is clean if its threads waited for a core for at most this share of its time, so that other
+# processes did not slow it down. Medians are over clean calls if there are any.
 CLEAN_DELAY = 0.02
 
 Run = dict[str, Any]
 Record = dict[str, Any]
 
 
+def newest(pattern: str, folder: Path = RESULTS) -> dict[str, Any] | None:
+    """Return the content of the newest results file of a kind, or None if there is none."""
+    found = (json.loads(path.read_text()) for path in folder.glob(pattern))
+    return max(found, key=itemgetter("date"), default=None)
+
+
 def clean_times(record: Record) -> list[int]:
-    """Microseconds of the clean calls."""
+    """Return the microseconds of the clean calls."""
     pairs = zip(record["us"], record["delay_us"], strict=True)
     return [spent for spent, delay in pairs if delay <= CLEAN_DELAY * spent]
 
 
 def median_us(record: Record) -> float:
-    """Median of the clean calls, of all if none is clean."""
-    return statistics.median(clean_times(record) or record["us"])
+    """Return the median of the clean calls, or of all calls if none is clean."""
+    return float(statistics.median(clean_times(record) or record["us"]))
 
 
 def find(run: Run, name: str, **labels: Any) -> list[Record]:
-    """Subjects of a run by name and further labels."""
+    """Return the subjects of a run with this name and further labels."""
     wanted = {"name": name, **labels}
     return [
         record
@@ -40,7 +49,7 @@ def find(run: Run, name: str, **labels: Any) -> list[Record]:
 
 
 def time_us(run: Run, name: str, **labels: Any) -> float:
-    """Median of one subject of a run; of "read", which is timed several ways, the fastest.
+    """Return the median of one subject of a run; for "read" the fastest of several ways.
 
     Raises:
         LookupError: no such subject was measured.
@@ -55,7 +64,7 @@ class Results:
     """One results file.
 
     Args:
-        data: as bench.steps wrote it.
+        data: the content that bench.steps wrote.
 
     Raises:
         ValueError: a file of another schema.
@@ -69,21 +78,28 @@ class Results:
         self.data = data
 
     @staticmethod
-    def load(path: Path) -> Results:
-        """Read a results file."""
-        return Results(json.loads(path.read_text()))
+    def load(path: Path | None = None) -> Results:
+        """Read a results file of bench.steps, by default the newest.
+
+        Raises:
+            FileNotFoundError: if nothing is recorded yet.
+        """
+        data = newest("cpu-steps-*.json") if path is None else json.loads(path.read_text())
+        if data is None:
+            raise FileNotFoundError("nothing is recorded yet: run python -m bench.steps")
+        return Results(data)
 
     def cases(self) -> list[tuple[str, str]]:
-        """(model, dtype) of what was measured, in order."""
+        """Return each (model, dtype) in the order measured."""
         return list(dict.fromkeys((run["model"], run["dtype"]) for run in self.data["runs"]))
 
     def runs(self, model: str, dtype: str) -> list[Run]:
-        """All processes that measured this model and dtype."""
+        """Return the runs of all processes that measured this model and dtype."""
         runs = self.data["runs"]
         return [run for run in runs if (run["model"], run["dtype"]) == (model, dtype)]
 
     def over_runs(self, model: str, dtype: str, value: Callable[[Run], float]) -> float:
-        """Median over runs of a value of each run.
+        """Compute a value of each run; return the median over runs.
 
         Raises:
             LookupError: nothing was measured.
@@ -94,22 +110,22 @@ class Results:
         return statistics.median(value(run) for run in runs)
 
     def time(self, model: str, dtype: str, name: str, **labels: Any) -> float:
-        """Microseconds: median over runs of the medians of rounds."""
+        """Return microseconds: the median over runs of the medians of rounds."""
         return self.over_runs(model, dtype, lambda run: time_us(run, name, **labels))
 
     def slowest_exp(self, model: str, dtype: str, **labels: Any) -> float:
-        """The exp with which our step took longest."""
+        """Return the exp with which our step took longest."""
         exps: list[float] = self.data["settings"]["exps"]
         return max(exps, key=lambda exp: self.time(model, dtype, "ours", exp=exp, **labels))
 
     def ratio(self, model: str, dtype: str, baseline: str, name: str, **labels: Any) -> float:
-        """Time of a subject over time of a baseline in the same run; median over runs."""
+        """Divide a subject's time by a baseline's in the same run; return the median over runs."""
         return self.over_runs(
             model, dtype, lambda run: time_us(run, name, **labels) / time_us(run, baseline)
         )
 
     def quartiles(self, model: str, dtype: str, name: str, **labels: Any) -> tuple[float, float]:
-        """First and third quartile in microseconds, over the clean calls of all runs."""
+        """Return the first and third quartile in microseconds, over the clean calls of all runs."""
         times: list[int] = []
         for run in self.runs(model, dtype):
             best = min(find(run, name, **labels), key=median_us)
@@ -120,7 +136,7 @@ class Results:
         return first, third
 
     def clean_share(self, cases: Iterable[tuple[str, str]] | None = None) -> float:
-        """Share of all calls that were clean."""
+        """Return the share of all calls that were clean."""
         kept = set(cases or self.cases())
         records = [
             record
@@ -132,7 +148,7 @@ class Results:
         return sum(len(clean_times(record)) for record in records) / max(total, 1)
 
     def stages(self, model: str, dtype: str, **labels: Any) -> dict[str, float]:
-        """Microseconds of each stage of our step, and "python": what lies between them."""
+        """Return the microseconds of each stage of our step, and "python": the rest."""
         runs = self.runs(model, dtype)
         stages: dict[str, list[float]] = {}
         for run in runs:

@@ -1,16 +1,15 @@
-"""Sampling entries without replacement: our ranking pass against NumPy's and torch's ways.
+"""Compare our sampling of entries without replacement with NumPy's and torch's.
 
-    python -m bench.sampling              # BERT-base, as many entries as BitFit would train
+    python -m bench.sampling              # BERT-base, the number of entries that BitFit trains
     python -m bench.sampling --write      # also records bench/results/cpu-sampling-<date>.json
 
 Every subject draws a set of entries with probabilities proportional to score^2, from the scores of
-the whole model: ours from the list of tensors, the others from one array of all scores, which they
-are handed. torch.multinomial is not among them: it refuses more than 2^24 entries.
+the whole model. Ours takes the list of tensors; the others get one array of all scores.
+torch.multinomial is missing because it rejects more than 2^24 entries.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 from collections.abc import Sequence
@@ -20,38 +19,41 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-from bench.environment import ROOT, Conditions, describe
-from bench.shapes import MODELS, make_params, num_entries
+from bench import console
+from bench.environment import RESULTS, Conditions, describe
+from bench.results import newest
+from bench.shapes import MODELS, grads_of, make_params, num_entries
 from bench.tables import table
 from bench.timing import Subject, interleave
 from sparse_optim import D3, MaskedAdamW, Stochastic
+from sparse_optim.engine.pool import Gradients
 
-SHARE = 0.0008  # of the entries: what BitFit trains of RoBERTa (Akbar-Tajari and Pilehvar)
+SHARE = 0.0008  # of all entries; BitFit trains this share of RoBERTa (Akbar-Tajari and Pilehvar)
 OURS = "ours: noise within the ranking pass"
 
 
 def ours(params: Sequence[Tensor], scores: list[Tensor], draws: int) -> Subject:
-    """`rank` and `cut` on scores as they are (exp = 0 takes the gradients themselves)."""
+    """Run `rank` and `cut` on the scores, passed as gradients (exp = 0 ranks by gradients)."""
     optimizer = MaskedAdamW(params, importance=D3(), selection=Stochastic(draws))
-    bound = optimizer._ops.bind(scores, optimizer._pool, optimizer._work.table)
+    engine = optimizer.engine
+    bound = engine.ops.bind(scores, engine.pool.params, engine.work.table)
+    grads = Gradients(bound, scores, [])
 
     def run() -> None:
-        optimizer._active.progress[0] += 1  # another sample each time
-        optimizer._cut(bound, scores)
+        engine.active.progress[0] += 1  # another sample each time
+        engine.cut(grads)
 
     def check() -> None:
-        if int(optimizer._work.new_count) != draws:
-            raise RuntimeError(f"drew {int(optimizer._work.new_count)} entries of {draws}")
+        if int(engine.work.new.count) != draws:
+            raise RuntimeError(f"drew {int(engine.work.new.count)} entries of {draws}")
 
     return Subject({"name": OURS}, run, check=check)
 
 
 def numpy_choice(scores: np.ndarray, draws: int) -> Subject:
-    """Normalise on the way, then Generator.choice."""
+    """Normalise the scores, then call Generator.choice."""
     generator = np.random.default_rng(0)
 
     def run() -> None:
@@ -62,7 +64,7 @@ def numpy_choice(scores: np.ndarray, draws: int) -> Subject:
 
 
 def gumbel_topk(scores: Tensor, draws: int) -> Subject:
-    """A random number for every entry, then torch.topk."""
+    """Draw a random number for every entry, then call torch.topk."""
 
     def run() -> None:
         noise = torch.empty_like(scores).exponential_()
@@ -72,9 +74,9 @@ def gumbel_topk(scores: Tensor, draws: int) -> Subject:
 
 
 def measure(model: str, rounds: int) -> dict[str, Any]:
-    """Time all subjects, interleaved; medians in milliseconds."""
+    """Time all subjects, interleaved; return medians in milliseconds and raw times."""
     params = make_params(MODELS[model], torch.float32)
-    scores = [param.grad.abs() + 1e-12 for param in params]  # every entry may be drawn
+    scores = [grad.abs() + 1e-12 for grad in grads_of(params)]  # every entry may be drawn
     draws = round(SHARE * num_entries(MODELS[model]))
     joined = torch.cat([score.view(-1) for score in scores])
     subjects = [
@@ -98,36 +100,34 @@ def measure(model: str, rounds: int) -> dict[str, Any]:
 
 
 def section(folder: Path) -> list[str]:
-    """The newest recorded figures as Markdown; nothing while there are none."""
-    paths = sorted(folder.glob("cpu-sampling-*.json"))
-    if not paths:
-        return []
-    data = json.loads(paths[-1].read_text())
+    """Show the newest recorded figures as Markdown; return [] if there are none."""
+    data = newest("cpu-sampling-*.json", folder)
+    return [] if data is None else [report(data)]
+
+
+def report(data: dict[str, Any]) -> str:
+    """Show a result as Markdown."""
     rows = [
         [name, f"{ms:.0f}", f"{data['times_ours'][name]:.1f}"] for name, ms in data["ms"].items()
     ]
-    return [
+    return (
         f"Drawing {data['draws']:,} of {data['entries']:,} entries without replacement "
         f"({data['model']} shapes, {data['machine']['threads']} threads, commit "
         f"{data['commit'][:8]}):\n\n{table(['sampling', 'ms', 'times ours'], rows)}"
-    ]
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="BERT-base", choices=list(MODELS))
-    parser.add_argument("--rounds", type=int, default=5)
+    """Measure, print the table, and record it if asked to."""
+    parser = console.parser("sampling", __doc__)
+    parser.add_argument("--model", default="BERT-base", choices=list(MODELS), help="shapes to use")
+    parser.add_argument("--rounds", type=int, default=5, help="timed calls of each subject")
     parser.add_argument("--write", action="store_true", help="record under bench/results")
     options = parser.parse_args()
     result = measure(options.model, options.rounds)
-    printed = Table(title=f"{result['draws']:,} of {result['entries']:,} entries ({options.model})")
-    for column in ("way", "ms", "times ours"):
-        printed.add_column(column, justify="left" if column == "way" else "right")
-    for name, ms in result["ms"].items():
-        printed.add_row(name, f"{ms:.0f}", f"{result['times_ours'][name]:.1f}")
-    Console().print(printed)
+    print(report(result))
     if options.write:
-        path = ROOT / f"bench/results/cpu-sampling-{date.today()}.json"
+        path = RESULTS / f"cpu-sampling-{date.today()}.json"
         path.write_text(json.dumps(result, indent=1) + "\n")
 
 

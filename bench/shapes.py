@@ -1,7 +1,7 @@
-"""Shapes of encoders and decoders, and gradients that look like theirs; nothing is downloaded.
+"""Shapes of encoders and decoders, and made-up gradients of similar spread, without downloads.
 
-What matters to a step is how many entries and tensors there are and how gradients are spread: most
-rows of the word embedding are zero (tokens that the batch does not hold), and gradient scales
+The time of a step depends on the numbers of entries and tensors and on the spread of the gradients:
+most rows of the word embedding are zero (tokens that are not in the batch), and gradient scales
 differ between tensors by an order of magnitude.
 """
 
@@ -22,7 +22,7 @@ WEIGHT_STD, VECTOR_STD = 0.04, 0.5  # of parameters: matrices; biases and norms
 def encoder(
     embeddings: list[Shape], hidden: int, intermediate: int, layers: int, head: list[Shape]
 ) -> list[Shape]:
-    """Shapes of a BERT-like encoder in the order of its parameters, word embedding first."""
+    """Return the shapes of a BERT-like encoder in parameter order, word embedding first."""
     vector = (hidden,)
     attention = [(hidden, hidden), vector] * 4 + [vector, vector]
     feed_forward = [(intermediate, hidden), (intermediate,), (hidden, intermediate)] + [vector] * 3
@@ -32,7 +32,7 @@ def encoder(
 def decoder(
     vocabulary: int, hidden: int, key_value: int, intermediate: int, layers: int, tied: bool
 ) -> list[Shape]:
-    """Shapes of a Llama-like decoder; `key_value` is the width of keys and of values."""
+    """Return the shapes of a Llama-like decoder; `key_value` is the width of keys and of values."""
     attention = [(hidden, hidden), (key_value, hidden), (key_value, hidden), (hidden, hidden)]
     feed_forward = [(intermediate, hidden), (intermediate, hidden), (hidden, intermediate)]
     layer = [*attention, *feed_forward, (hidden,), (hidden,)]
@@ -41,7 +41,7 @@ def decoder(
 
 
 def _head(hidden: int) -> list[Shape]:
-    """Pooler and a classifier with two classes."""
+    """Return the shapes of a pooler and a classifier with two classes."""
     return [(hidden, hidden), (hidden,), (2, hidden), (2,)]
 
 
@@ -62,20 +62,20 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def num_entries(shapes: list[Shape]) -> int:
-    """Entries of all tensors together."""
+    """Return the number of entries of all tensors."""
     return sum(torch.Size(shape).numel() for shape in shapes)
 
 
 def make_params(
     shapes: list[Shape], dtype: torch.dtype, seed: int = 0, device: str | torch.device = "cpu"
 ) -> list[Tensor]:
-    """Parameters with `.grad` set; the same for the same seed and device.
+    """Draw parameters with `.grad` set; the same seed and device give the same values.
 
     Args:
-        shapes: of the tensors; rows of the first without gradient are drawn.
-        dtype: of parameters and gradients; values are drawn in float32 and rounded.
-        seed: of all draws.
-        device: that draws and holds them.
+        shapes: shapes of the tensors; random rows of the first get no gradient.
+        dtype: dtype of parameters and gradients; values are drawn in float32 and rounded.
+        seed: seed of all draws.
+        device: device that draws and holds the tensors.
     """
     generator = torch.Generator(device).manual_seed(seed)
 
@@ -97,12 +97,12 @@ def make_params(
 
 
 def grads_of(params: list[Tensor]) -> list[Tensor]:
-    """Their gradients, none missing."""
+    """Return the gradients of parameters that have one."""
     return [param.grad for param in params if param.grad is not None]
 
 
 def random_positions(shapes: list[Shape], count: int, seed: int = 1) -> list[Tensor]:
-    """`count` distinct entries, uniform over all tensors: ascending flat positions of each."""
+    """Draw `count` distinct entries uniformly; return ascending flat positions by tensor."""
     return _random_positions(tuple(shapes), count, seed)
 
 

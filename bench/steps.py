@@ -1,9 +1,9 @@
 """Time optimizer steps against AdamW and the read bandwidth: python -m bench.steps
 
-Each run of a model and dtype has a process of its own, in which all subjects share one set of
+Each run of a model and dtype is a separate process, in which all subjects share one set of
 parameters and gradients and take turns: our step for each budget B, quota k and exp, with clipping;
 its scan alone; AdamW fused and foreach, each without and with clip_grad_norm_; plain reads of the
-gradients. Raw times go to a JSON file, which bench.report turns into tables and a plot.
+gradients. Raw times go to a JSON file, from which bench.report makes tables and a plot.
 """
 
 from __future__ import annotations
@@ -19,25 +19,23 @@ from typing import Any
 
 import torch
 
-from bench import environment, goals, memory
+from bench import console, environment, goals, memory
 from bench.results import SCHEMA, Results
 from bench.shapes import DTYPES, MEASURED, MODELS, grads_of, make_params, num_entries
 from bench.subjects import adamw, ours, reads, scan_alone
 from bench.timing import interleave
 from bench.verify import check_selection
 
-RESULTS = environment.ROOT / "bench" / "results"
-
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured, and how often.
+    """Select what to measure, and how often.
 
     Attributes:
         rounds: timed calls of each subject in a run, after `warmup` untimed ones.
         runs: processes per model and dtype.
-        budgets, quotas, exps: of our steps.
-        threads: of torch; 0 leaves torch's choice.
+        budgets, quotas, exps: settings of our steps.
+        threads: number of torch threads; 0 keeps torch's default.
     """
 
     models: tuple[str, ...] = MEASURED
@@ -55,7 +53,7 @@ QUICK = Settings(models=("MiniLM",), rounds=3, warmup=1, runs=1, budgets=(320_00
 
 
 def measure(model: str, dtype: str, run: int, settings: Settings) -> dict[str, Any]:
-    """One run of one model and dtype: raw times of all subjects."""
+    """Run one model and dtype once; return the raw times of all subjects."""
     if settings.threads:
         torch.set_num_threads(settings.threads)
     params = make_params(MODELS[model], DTYPES[dtype])
@@ -82,7 +80,7 @@ def measure(model: str, dtype: str, run: int, settings: Settings) -> dict[str, A
 
 
 def measure_all(settings: Settings, path: Path) -> Results:
-    """All runs, each in a fresh process; models and dtypes take turns. Written after each run."""
+    """Run all models and dtypes in turn, in fresh processes; write the file after each run."""
     data: dict[str, Any] = {
         "schema": SCHEMA,
         "kind": "cpu-steps",
@@ -110,7 +108,7 @@ def measure_all(settings: Settings, path: Path) -> Results:
 
 
 def _summary(results: Results, model: str, dtype: str, run: int) -> str:
-    """One line on a finished run."""
+    """Summarise a finished run in one line."""
     conditions = results.runs(model, dtype)[-1]["conditions"]
     times = {name: results.time(model, dtype, name) / 1e3 for name in ("read", "fused", "ours")}
     return (
@@ -122,34 +120,22 @@ def _summary(results: Results, model: str, dtype: str, run: int) -> str:
 
 
 def default_path() -> Path:
-    """bench/results/cpu-steps-<date>.json"""
-    return RESULTS / f"cpu-steps-{date.today().isoformat()}.json"
-
-
-def newest() -> Path:
-    """The newest recorded file: names end in the date.
-
-    Raises:
-        FileNotFoundError: nothing was recorded yet.
-    """
-    paths = sorted(RESULTS.glob("cpu-steps-*.json"))
-    if not paths:
-        raise FileNotFoundError("nothing recorded yet: run python -m bench.steps")
-    return paths[-1]
+    """Return bench/results/cpu-steps-<date>.json."""
+    return environment.RESULTS / f"cpu-steps-{date.today().isoformat()}.json"
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.steps", description=__doc__)
-    parser.add_argument("--models", nargs="+", choices=list(MODELS))
-    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES))
-    parser.add_argument("--budgets", nargs="+", type=int)
-    parser.add_argument("--quotas", nargs="+", type=int)
-    parser.add_argument("--rounds", "--repeats", type=int, help="timed calls of each subject")
+    parser = console.parser("steps", __doc__)
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), help="models to measure")
+    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), help="dtypes of parameters")
+    parser.add_argument("--budgets", nargs="+", type=int, help="budgets of our step, in entries")
+    parser.add_argument("--quotas", nargs="+", type=int, help="entries unmasked per step")
+    parser.add_argument("--rounds", type=int, help="timed calls of each subject")
     parser.add_argument("--runs", type=int, help="processes per model and dtype")
-    parser.add_argument("--threads", type=int, help="torch threads (default: torch's choice)")
+    parser.add_argument("--threads", type=int, help="torch threads (default: torch's default)")
     parser.add_argument("--quick", action="store_true", help="MiniLM, one run of three rounds")
-    parser.add_argument("--check", action="store_true", help="print the goals and what was reached")
-    parser.add_argument("--no-run", action="store_true", help="with --check: use the newest file")
+    parser.add_argument("--check", action="store_true", help="report which goals are reached")
+    parser.add_argument("--no-run", action="store_true", help="with --check, use the newest file")
     parser.add_argument("--out", type=Path, help="default: bench/results/cpu-steps-<date>.json")
     return parser.parse_args()
 
@@ -164,10 +150,10 @@ def _settings(arguments: argparse.Namespace) -> Settings:
 
 
 def main() -> None:
-    """Measure, write the results file, and say which goals were reached."""
+    """Measure, write the results file, and report the goals."""
     arguments = _arguments()
     if arguments.no_run:
-        results = Results.load(arguments.out or newest())
+        results = Results.load(arguments.out)
     else:
         path = arguments.out or default_path()
         results = measure_all(_settings(arguments), path)

@@ -1,4 +1,4 @@
-"""Subjects of the step benchmark: our step and its scan, AdamW as users run it, plain reads."""
+"""Build the subjects of bench.steps: our step and its scan, AdamW as users run it, plain reads."""
 
 from __future__ import annotations
 
@@ -18,21 +18,23 @@ from bench.shapes import random_positions
 from bench.timing import Subject
 from sparse_optim import D3, IncrementalMaskedAdamW
 from sparse_optim.delta import _fingerprint as fingerprint
-from sparse_optim.optim.groups import readable_grads
 
-LR = 1e-9  # so small that the parameters stay what they are, however many steps are timed
+D3_EPS = 1.0
+LR = 1e-9  # so small that the timed steps do not change the parameters
+NEVER_REACHED = 1e9  # norm to clip to: torch still multiplies the gradients by 1
+METHODS = {"prepare": "begin"}  # of the engine, where a stage has another name in the records
 STAGES = ("prepare", "scan", "cut", "append", "clip", "update")
 NUMPY_CHUNK = 1 << 20  # int32 values that one call of numpy reduces
 
 
 def reads(grads: Sequence[Tensor]) -> list[Subject]:
-    """Plain reads of all gradients, three ways; "the read" is the fastest of them in a run.
+    """Read all gradients in three ways; "the read" is the fastest of them in a run.
 
-    torch.linalg.vector_norm of float32 views, torch.max of int32 views, and, as a check that does
-    not depend on torch, numpy.max of int32 views in as many threads as torch uses. Views, since
-    reductions of bfloat16 itself convert, and are slower than the memory.
+    The ways are torch.linalg.vector_norm of float32 views, torch.max of int32 views and, as a check
+    independent of torch, numpy.max of int32 views with torch's number of threads. They use views
+    because reductions of bfloat16 convert each value, which is slower than the memory.
     """
-    words = [_words(grad) for grad in grads]
+    words = [as_words(grad) for grad in grads]
     floats = [view.view(torch.float32) for view in words]
     threads = torch.get_num_threads()
     chunks = [chunk.numpy() for view in words for chunk in view.split(NUMPY_CHUNK)]
@@ -53,31 +55,19 @@ def reads(grads: Sequence[Tensor]) -> list[Subject]:
     ]
 
 
-def _words(grad: Tensor) -> Tensor:
-    """The gradient as int32 words (of bfloat16, pairs; an odd last entry is left out)."""
+def as_words(grad: Tensor) -> Tensor:
+    """View a gradient as int32 (bfloat16 in pairs, without an odd last entry)."""
     flat = grad.view(-1)
     even = flat.numel() * flat.element_size() // 4 * 4 // flat.element_size()
     return flat[:even].view(torch.int32)
 
 
 def adamw(params: Sequence[Tensor]) -> list[Subject]:
-    """torch.optim.AdamW, fused and foreach, each alone and after clip_grad_norm_.
+    """Build torch.optim.AdamW, fused and foreach, each alone and after clip_grad_norm_.
 
-    Moved per parameter: 7 values by AdamW (three of them written), 3 by clipping.
+    AdamW moves 7 values per parameter (and writes three of them), clipping 3.
     """
     size = sum(param.nbytes for param in params)
-
-    def clip() -> None:
-        # A norm that is never reached; torch multiplies the gradients by 1 all the same.
-        torch.nn.utils.clip_grad_norm_(params, 1e9)
-
-    def clipped(step: Callable[[], object]) -> Callable[[], object]:
-        def run() -> None:
-            clip()
-            step()
-
-        return run
-
     subjects = []
     for kind in ("fused", "foreach"):
         optimizer = torch.optim.AdamW(
@@ -85,71 +75,89 @@ def adamw(params: Sequence[Tensor]) -> list[Subject]:
         )
         subjects += [
             Subject({"name": kind}, optimizer.step, moved_bytes=7 * size),
-            Subject({"name": f"clip+{kind}"}, clipped(optimizer.step), moved_bytes=10 * size),
+            Subject({"name": f"clip+{kind}"}, clipped_step(optimizer, params), 10 * size),
         ]
     return subjects
 
 
-def ours(params: Sequence[Tensor], budget: int, quota: int, exp: float) -> Subject:
-    """Our step, clipping included, in the middle of its run: half of the budget is active.
+def clipped_step(
+    optimizer: torch.optim.Optimizer, params: Sequence[Tensor]
+) -> Callable[[], object]:
+    """Return a function that calls `clip_grad_norm_`, then the optimizer's step."""
 
-    Each step unmasks exactly `quota` entries; then the active set is put back as it was.
-    Active entries lie at random over the model, which is what costs the update most.
+    def run() -> None:
+        torch.nn.utils.clip_grad_norm_(params, NEVER_REACHED)
+        optimizer.step()
+
+    return run
+
+
+def ours(params: Sequence[Tensor], budget: int, quota: int, exp: float) -> Subject:
+    """Build our step, clipping included, with half of the budget active.
+
+    Each step unmasks exactly `quota` entries; then the active set is restored. Active entries are
+    spread at random over the model, the most expensive case for the update.
     """
     optimizer = midway(params, budget, quota, exp)
     restore = snapshot(optimizer)
-    active = int(optimizer._active.progress[1])
-
-    def check() -> None:
-        grown = int(optimizer._active.progress[1]) - active
-        if grown != quota:
-            raise RuntimeError(f"the step unmasked {grown} entries, expected {quota}")
-
+    active = int(optimizer.engine.active.progress[1])
     return Subject(
         {"name": "ours", "budget": budget, "quota": quota, "exp": exp, "active": active},
         optimizer.step,
         moved_bytes=_step_bytes(params, active, exp),
         prepare=restore,
-        check=check,
+        check=unmasks(optimizer, quota),
         stages=_time_stages(optimizer),
     )
 
 
+def unmasks(optimizer: IncrementalMaskedAdamW, quota: int) -> Callable[[], None]:
+    """Return a check that raises an error unless the step unmasked `quota` entries."""
+    active = int(optimizer.engine.active.progress[1])
+
+    def check() -> None:
+        grown = int(optimizer.engine.active.progress[1]) - active
+        if grown != quota:
+            raise RuntimeError(f"the step unmasked {grown} entries, expected {quota}")
+
+    return check
+
+
 def scan_alone(params: Sequence[Tensor], budget: int, quota: int) -> Subject:
-    """The first operation of our step, the one that reads the gradients."""
+    """Build the first operation of our step, which reads the gradients."""
     optimizer = midway(params, budget, quota, exp=0.0)
-    grads = readable_grads(optimizer._pool, optimizer._names)
-    bound = optimizer._ops.bind(grads, optimizer._pool, optimizer._work.table)
-    active = int(optimizer._active.progress[1])
+    engine = optimizer.engine
+    grads = engine.bind([])
+    active = int(engine.active.progress[1])
     return Subject(
         {"name": "scan", "budget": budget, "active": active},
-        lambda: optimizer._scan(bound, []),
+        lambda: engine.scan(grads),
         moved_bytes=scan_bytes(params, active),
     )
 
 
 def scan_bytes(params: Sequence[Tensor], active: int, tile: int = 512) -> int:
-    """Gradients read, a maximum written per tile, position and gradient of each active entry."""
+    """Count gradients, a maximum per tile, and position and gradient of each active entry."""
     tiles = sum(-(-param.numel() // tile) for param in params)
     return sum(param.nbytes for param in params) + 4 * tiles + 8 * active
 
 
 def _step_bytes(params: Sequence[Tensor], active: int, exp: float) -> int:
-    """The scan, tile maxima read again, and the update's streams and parameters."""
+    """Count the scan, a second read of tile maxima, and the update."""
     tiles = sum(-(-param.numel() // 512) for param in params)
     tile_bytes = (8 if exp else 4) * tiles
     return scan_bytes(params, active) + tile_bytes + update_bytes(params, active)
 
 
 def update_bytes(params: Sequence[Tensor], active: int) -> int:
-    """Position, age and gradient read; moments, and the value or its master, read and written."""
+    """Count position, age and gradient, and moments and value (or master) read and written."""
     value = 8 if params[0].dtype == torch.float32 else 8 + params[0].element_size()
     return (4 + 4 + 4 + 16 + value) * active
 
 
 @contextmanager
 def unhashed() -> Iterator[None]:
-    """Optimizers built here do not hash the base: no part of a step, and seconds for gigabytes."""
+    """Build optimizers without hashing the base model, which takes seconds per gigabyte."""
     with mock.patch.object(fingerprint, "fingerprint", return_value="not taken"):
         yield
 
@@ -162,7 +170,7 @@ def midway(
     max_grad_norm: float | None = 1.0,
     **options: Any,
 ) -> IncrementalMaskedAdamW:
-    """An optimizer after half of its steps, each of which unmasks exactly `quota` entries."""
+    """Build an optimizer after half of its steps; each step unmasks exactly `quota` entries."""
     steps = math.ceil(budget / quota)
     taken = steps // 2
     with unhashed():
@@ -171,7 +179,7 @@ def midway(
             lr=LR,
             budget=budget,
             total_steps=steps,
-            importance=D3(exp=exp, eps=1.0),
+            importance=D3(exp=exp, eps=D3_EPS),
             schedule=lambda step: min(quota * step, budget),
             max_grad_norm=max_grad_norm,
             **options,
@@ -192,29 +200,31 @@ def midway(
             params, random_positions([tuple(param.shape) for param in params], count), strict=True
         )
     ]
-    optimizer._active.fill(segments, torch.tensor([taken, count, 0]))
+    optimizer.engine.active.fill(segments, torch.tensor([taken, count, 0]))
     return optimizer
 
 
 def snapshot(optimizer: IncrementalMaskedAdamW) -> Callable[[], None]:
-    """A function that puts the active set back as it is now."""
-    active = optimizer._active
+    """Return a function that restores the current active set."""
+    active = optimizer.engine.active
     kept = {item.name: getattr(active, item.name).clone() for item in fields(active)}
 
     def restore() -> None:
         for name, values in kept.items():
             getattr(active, name).copy_(values)
-        # In real use nobody else writes the parameters: let the step see no writes from outside.
-        optimizer._versions = [param._version for param in optimizer._pool]
+        # Hide the writes from the step: in real use nothing else writes the parameters.
+        optimizer.engine.accept_values()
 
     return restore
 
 
 def _time_stages(optimizer: IncrementalMaskedAdamW) -> dict[str, list[int]]:
-    """Let the optimizer note the nanoseconds that its stages take: two clock readings each."""
+    """Make the optimizer record the nanoseconds of its stages, with two clock readings each."""
+    engine = optimizer.engine
     stages: dict[str, list[int]] = {name: [] for name in STAGES}
     for name, calls in stages.items():
-        setattr(optimizer, f"_{name}", _timed(getattr(optimizer, f"_{name}"), calls))
+        method = METHODS.get(name, name)
+        setattr(engine, method, _timed(getattr(engine, method), calls))
     return stages
 
 

@@ -1,7 +1,8 @@
-"""The four operations alone, on MiniLM shapes: python -m pytest bench/test_kernels.py
+"""Time each operation alone, on MiniLM shapes: python -m pytest bench/test_kernels.py
 
-Not part of the test suite. Each call starts from the same half-filled active set. The summary shows
-unavoidable bytes over the median time, and as a share of a plain read in the same session.
+This is not part of the test suite. Each call starts from the same half-filled active set. The
+summary shows unavoidable bytes over the median time, and the share of a plain read in the same
+session.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from torch import Tensor
 from bench.clocks import FLUSH_BYTES
 from bench.shapes import DTYPES, MODELS, grads_of, make_params
 from bench.subjects import midway, reads, snapshot
-from sparse_optim.optim.groups import readable_grads
 
 ROUNDS, WARMUP = 30, 3
 BUDGET = 320_000
@@ -26,13 +26,13 @@ EXPS = (0.0, 2.0)
 
 @pytest.fixture(scope="module", params=list(DTYPES))
 def params(request: pytest.FixtureRequest) -> list[Tensor]:
-    """MiniLM with gradients."""
+    """Draw parameters of MiniLM, with gradients."""
     return make_params(MODELS["MiniLM"], DTYPES[request.param])
 
 
 @pytest.fixture(scope="module")
 def flush() -> Tensor:
-    """Written before each call, so that caches are cold."""
+    """Allocate the bytes that are written before each call to evict the caches."""
     return torch.zeros(FLUSH_BYTES // 4)
 
 
@@ -43,39 +43,36 @@ def _no_grad() -> Any:
 
 
 def cool(flush: Tensor) -> None:
-    """Evict from the caches what a step would not find there."""
+    """Evict the caches."""
     flush.add_(1.0)
 
 
 class Step:
-    """An optimizer in the middle of its run, to be taken through a step operation by operation."""
+    """An optimizer with half of its budget active, which runs a step operation by operation."""
 
     operations = ("scan", "cut", "append", "clip", "update")
 
     def __init__(self, params: list[Tensor], quota: int, exp: float, flush: Tensor) -> None:
         self.optimizer = midway(params, BUDGET, quota, exp)
-        self.grads = readable_grads(self.optimizer._pool, self.optimizer._names)
-        self.bound = self.optimizer._ops.bind(
-            self.grads, self.optimizer._pool, self.optimizer._work.table
-        )
+        self.engine = self.optimizer.engine
+        self.grads = self.engine.bind([])
         self.flush = flush
         self.restore = snapshot(self.optimizer)
-        self.active = int(self.optimizer._active.progress[1])
-        self.grad_bytes = sum(grad.nbytes for grad in self.grads)
-        self.tiles = self.optimizer._work.tile_max.numel()
+        self.active = int(self.engine.active.progress[1])
+        self.grad_bytes = sum(grad.nbytes for grad in self.grads.pool)
+        self.tiles = self.engine.work.tiles.max.numel()
 
     def call(self, name: str) -> None:
         """Run one operation."""
-        bound = self.bound
-        arguments = {"scan": [bound, []], "cut": [bound, self.grads], "clip": []}
-        getattr(self.optimizer, f"_{name}")(*arguments.get(name, [bound]))
+        argument = self.optimizer.max_grad_norm if name == "clip" else self.grads
+        getattr(self.engine, name)(argument)
 
     def before(self, name: str) -> Callable[[], None]:
-        """What must have happened before `name` can run, from the start of the step."""
+        """Return a function that runs the operations before `name`, from the start of the step."""
 
         def run() -> None:
             self.restore()
-            self.optimizer._prepare()
+            self.engine.begin(self.optimizer.param_groups)
             for earlier in self.operations[: self.operations.index(name)]:
                 self.call(earlier)
             cool(self.flush)
@@ -92,14 +89,14 @@ class Step:
 
 @pytest.mark.parametrize("by", range(3), ids=["norm", "max", "numpy"])
 def test_read(benchmark: Any, params: list[Tensor], flush: Tensor, by: int) -> None:
-    """What the memory gives: gradients read by a reduction."""
+    """Read the gradients by a reduction, to measure the bandwidth of the memory."""
     subject = reads(grads_of(params))[by]
     benchmark.extra_info["moved_bytes"] = subject.moved_bytes
     benchmark.pedantic(subject.run, setup=lambda: cool(flush), rounds=ROUNDS, warmup_rounds=WARMUP)
 
 
 def test_scan(benchmark: Any, params: list[Tensor], flush: Tensor) -> None:
-    """Gradients, positions and gradients of active entries, a maximum per tile."""
+    """Count gradients, positions and gradients of active entries, and a maximum per tile."""
     step = Step(params, QUOTAS[0], EXPS[0], flush)
     step.time(benchmark, "scan", step.grad_bytes + 8 * step.active + 4 * step.tiles)
 
@@ -107,23 +104,23 @@ def test_scan(benchmark: Any, params: list[Tensor], flush: Tensor) -> None:
 @pytest.mark.parametrize("exp", EXPS)
 @pytest.mark.parametrize("quota", QUOTAS)
 def test_cut(benchmark: Any, params: list[Tensor], flush: Tensor, quota: int, exp: float) -> None:
-    """Tile maxima; the tiles that are opened are not counted."""
+    """Count tile maxima, without the tiles that the cut opens."""
     step = Step(params, quota, exp, flush)
     step.time(benchmark, "cut", 4 * step.tiles)
-    assert int(step.optimizer._work.new_count) == quota
+    assert int(step.engine.work.new.count) == quota
 
 
 @pytest.mark.parametrize("quota", QUOTAS)
 def test_append(benchmark: Any, params: list[Tensor], flush: Tensor, quota: int) -> None:
-    """Position, moments, age and gradient moved up by one place, half of the entries on average."""
+    """Count position, moments, age and gradient, of half of the entries on average."""
     step = Step(params, quota, EXPS[0], flush)
     arrays = 5 if params[0].dtype == torch.float32 else 6
     step.time(benchmark, "append", arrays * 4 * step.active)
-    assert int(step.optimizer._active.progress[1]) == step.active + quota
+    assert int(step.engine.active.progress[1]) == step.active + quota
 
 
 def test_update(benchmark: Any, params: list[Tensor], flush: Tensor) -> None:
-    """28 bytes of state of each active entry, and its value or master read and written."""
+    """Count 28 bytes of state per active entry, and its value or master read and written."""
     step = Step(params, QUOTAS[0], EXPS[0], flush)
     value = 8 if params[0].dtype == torch.float32 else 10
     step.time(benchmark, "update", (28 + value) * step.active)

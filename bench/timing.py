@@ -1,4 +1,4 @@
-"""Interleaved timing: every subject once a round, in a shuffled order, each on cold caches."""
+"""Time subjects interleaved: each once a round, in a shuffled order, on cold caches."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from bench.clocks import Clock, CpuClock, Spent
 
 
 def nothing() -> None:
-    """Prepare or check nothing."""
+    """Do nothing."""
 
 
 @dataclass
 class Subject:
-    """Something to time, with what must happen around it.
+    """A function to time, with preparation and check.
 
     Attributes:
-        labels: what it is, for the results file; `name` at least.
-        run: timed.
-        moved_bytes: memory traffic that it cannot avoid, counted by hand; 0 if unknown.
-        prepare: before each call, not timed.
-        check: after each call, not timed; raises if the call did not do what it should.
-        stages: name -> nanoseconds of each call, which `run` adds to.
+        labels: identify the subject in the results file; at least `name`.
+        run: the function to time.
+        moved_bytes: memory traffic that the function cannot avoid, counted by hand; 0 if unknown.
+        prepare: runs before each call, untimed.
+        check: runs after each call, untimed; raises an error if the call did the wrong thing.
+        stages: name -> nanoseconds of each call; `run` appends to them.
     """
 
     labels: dict[str, Any]
@@ -39,11 +39,11 @@ class Subject:
 def interleave(
     subjects: Sequence[Subject], rounds: int, warmup: int, clock: Clock | None = None
 ) -> list[dict[str, Any]]:
-    """Time all subjects, `rounds` times each, by the CPU's clock unless another is given.
+    """Time all subjects, `rounds` times each; use the CPU's clock by default.
 
     Returns:
-        For each subject its labels and raw times in microseconds ("us"), the time its threads
-        waited for a core ("delay_us"), stages, unavoidable bytes and peak bytes of one call.
+        For each subject: labels, raw times in microseconds ("us"), the time that its threads waited
+        for a core ("delay_us"), stages, unavoidable bytes and peak bytes of one call.
     """
     clock = clock or CpuClock()
     timings: list[list[Spent]] = [[] for _ in subjects]

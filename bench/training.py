@@ -1,13 +1,13 @@
-"""What a whole training step takes: python -m bench.memory --training [MODEL ...]
+"""Measure memory and time of whole training steps: python -m bench.memory --training [MODEL ...]
 
     weights, gradients, state   bytes held, counted from tensors
-    step                        greatest bytes on top of weights and state, within one step:
+    step                        maximum bytes within one step in addition to weights and state:
                                 activations, gradients, temporaries
-    resident                    high-water mark of the process's resident memory (CPU), or of
-                                torch's allocator (CUDA)
-    ms                          a step, median of TIMED
+    resident                    maximum resident memory of the process (CPU), or maximum of torch's
+                                allocator (CUDA)
+    ms                          time of a step, median of TIMED
 
-Each model and optimizer runs in a process of its own, on the GPU where there is one.
+Each model and optimizer runs in a separate process, on the GPU if there is one.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ TIMED = 5
 
 
 def kinds() -> list[str]:
-    """Those of `bench.backward`, and 8-bit AdamW on a GPU where it is installed."""
+    """Return the kinds of `bench.backward` and, on a GPU, the installed 8-bit optimizers."""
     absent = gpu_subjects.absent_kinds() if torch.cuda.is_available() else gpu_subjects.EIGHT_BIT
     return [*backward.KINDS, *(name for name in gpu_subjects.EIGHT_BIT if name not in absent)]
 
 
 def rows(models: Sequence[str], snapshots: Path | None = None) -> list[dict[str, Any]]:
-    """`measure` of every model and kind of optimizer, one after the other.
+    """Measure every model and kind of optimizer, one after the other.
 
     Args:
         models: names in `bench.models`.
-        snapshots: folder for torch's CUDA memory snapshots; None takes none.
+        snapshots: folder for torch's CUDA memory snapshots, or None.
     """
     return [row for name in models for row in of_model(name, snapshots)]
 
@@ -48,20 +48,20 @@ def rows(models: Sequence[str], snapshots: Path | None = None) -> list[dict[str,
 def of_model(
     name: str, snapshots: Path | None = None, budget: int = backward.BUDGET
 ) -> Iterator[dict[str, Any]]:
-    """`measure` of every kind; where it cannot be measured, why."""
+    """Measure every kind; a row of one that does not fit names the reason."""
     context = multiprocessing.get_context("spawn")
     for kind in kinds():
         with ProcessPoolExecutor(max_workers=1, mp_context=context) as process:
             try:
                 yield process.submit(measure, name, kind, snapshots, budget).result()
             except torch.OutOfMemoryError:
-                yield {"model": name, "kind": kind, "failed": "memory does not hold it"}
+                yield {"model": name, "kind": kind, "failed": "out of memory"}
 
 
 def measure(
     name: str, kind: str, snapshots: Path | None = None, budget: int = backward.BUDGET
 ) -> dict[str, Any]:
-    """Bytes of one model under one kind of optimizer, in this process."""
+    """Measure one model with one kind of optimizer, in this process."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = MODELS[name].build(device)
     if snapshots is not None and device.type == "cuda":
@@ -87,7 +87,7 @@ def measure(
 
 
 def microseconds(call: Callable[[], object], device: torch.device) -> float:
-    """Of one call, from its start to the end of the device's work."""
+    """Return the time of one call, until the device has finished."""
     begin = time.perf_counter()
     call()
     if device.type == "cuda":
@@ -96,7 +96,7 @@ def microseconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:
-    """Megabytes and milliseconds, as Markdown; without what could not be measured."""
+    """Show megabytes and milliseconds as Markdown, without rows that were not measured."""
     lines = [
         [row["model"], row["kind"], *(f"{row[column] / 1e6:.1f}" for column in COLUMNS),
          f"{statistics.median(row['us']) / 1e3:.1f}"]

@@ -208,7 +208,7 @@ class Engine:
         """Scan, cut, append; see `Source`."""
         with self._fresh_set():
             self.scan(grads)
-            self._cut(grads)
+            self.cut(grads)
             self.append(grads)
 
     def clip(self, max_grad_norm: float | None) -> None:
@@ -225,7 +225,7 @@ class Engine:
         # Compiled operators write behind autograd's back: bump the versions that it checks.
         torch.autograd.graph.increment_version(self.pool.params)
         if self._keeps_values:
-            self._versions = [param._version for param in self.pool.params]
+            self.accept_values()
 
     def end(self) -> None:
         """Nothing is left to do where gradients stay in `.grad`; see `Source`."""
@@ -240,6 +240,28 @@ class Engine:
         work = self.work
         self.ops.scan(
             grads.bound, grads.dense, work.tiles, self.active, work.norms, work.scalars.found_inf,
+            work.scratch,
+        )  # fmt: skip
+
+    def cut(self, grads: Gradients) -> None:
+        """`reference.cut` over the whole pool, or what is needed to rank by dense scores.
+
+        Dense scores read counts from the device: one synchronisation.
+        """
+        work, ranking, tiles, bound = self.work, self.ranking, self.work.tiles, grads.bound
+        if ranking.scored:
+            if not self.unmasks() or bool(work.scalars.found_inf):
+                work.new.count.zero_()
+                return
+            importance, tiles = self.method.importance, ranking.tiles
+            ranking.set_step(self.active.progress[0])
+            # A name keeps the scores alive: the kernels hold their addresses.
+            scores = scores_of(importance, self.pool.names, self.pool.params, grads.pool)
+            bound = self.ops.bind(scores, self.pool.params, ranking.table)
+            self.ops.rank(bound, tiles, self.active, ranking.rule.noise, work.scratch)
+            warn_of_scores(importance, self.pool, grads.pool, any_left=bool(tiles.max.any()))
+        self.ops.cut(
+            bound, tiles, self.active, ranking.rule, self.targets, work.scalars.found_inf, work.new,
             work.scratch,
         )  # fmt: skip
 
@@ -277,6 +299,10 @@ class Engine:
                 value = param.view(-1)[state["position"].long()]
                 stale = state["master"].to(param.dtype) != value
                 state["master"][stale] = value[stale].float()
+        self.accept_values()
+
+    def accept_values(self) -> None:
+        """Take the values that parameters have now for known: the next step does not look."""
         self._versions = [param._version for param in self.pool.params]
 
     def invalidate(self) -> None:
@@ -342,28 +368,6 @@ class Engine:
     def _keeps_values(self) -> bool:
         """Whether anything here was computed from parameter values that others may overwrite."""
         return bool(self.work.tiles.param_bound.numel() or self.active.master.numel())
-
-    def _cut(self, grads: Gradients) -> None:
-        """Find this step's new entries.
-
-        Dense scores read counts from the device: one synchronisation.
-        """
-        work, ranking, tiles, bound = self.work, self.ranking, self.work.tiles, grads.bound
-        if ranking.scored:
-            if not self.unmasks() or bool(work.scalars.found_inf):
-                work.new.count.zero_()
-                return
-            importance, tiles = self.method.importance, ranking.tiles
-            ranking.set_step(self.active.progress[0])
-            # A name keeps the scores alive: the kernels hold their addresses.
-            scores = scores_of(importance, self.pool.names, self.pool.params, grads.pool)
-            bound = self.ops.bind(scores, self.pool.params, ranking.table)
-            self.ops.rank(bound, tiles, self.active, ranking.rule.noise, work.scratch)
-            warn_of_scores(importance, self.pool, grads.pool, any_left=bool(tiles.max.any()))
-        self.ops.cut(
-            bound, tiles, self.active, ranking.rule, self.targets, work.scalars.found_inf, work.new,
-            work.scratch,
-        )  # fmt: skip
 
     @contextmanager
     def _fresh_set(self) -> Iterator[None]:

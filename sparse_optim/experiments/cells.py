@@ -1,27 +1,32 @@
-"""Cells of an experiment, and the one file that each leaves."""
+"""Cells of an experiment, and the file that keeps the finished ones."""
 
 from __future__ import annotations
 
+import fcntl
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from sparse_optim.experiments.presets import ExperimentError, Row, TaskPreset
 from sparse_optim.finetune.config import FinetuneConfig
-from sparse_optim.finetune.report import jsonable, write_json
+from sparse_optim.finetune.report import jsonable
 
-Outcome = dict[str, Any]  # what a cell's file holds
+Outcome = dict[str, Any]  # the result of a finished cell
+
+_order = itemgetter("task", "row", "stage", "seed", "lr")  # of the lines in a file of cells
 
 
 @dataclass(frozen=True)
 class Cell:
     """One run: `stage` is "run", or "tune" for a run that only chooses a learning rate.
 
-    `lr` is None where an unfinished tuning has yet to say.
+    `lr` is None until tuning has chosen a rate.
     """
 
     task: TaskPreset
@@ -32,61 +37,111 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Of the file, and for `--only`."""
-        lr = "tuned" if self.lr is None else f"{self.lr:g}"
-        tail = "-tune" if self.stage == "tune" else ""
-        return f"{self.task.name}-{self.row.label}-seed{self.seed}-lr{lr}{tail}"
+        """Unique within an experiment; `--only` matches it."""
+        return cell_name(self.task.name, self.row.label, self.stage, self.lr, self.seed)
+
+
+def cell_name(task: str, row: str, stage: str, lr: float | None, seed: int) -> str:
+    """Name a cell by its labels, as `Outcome["cell"]` records them."""
+    rate = "tuned" if lr is None else f"{lr:g}"
+    return f"{task}-{row}-seed{seed}-lr{rate}{'-tune' if stage == 'tune' else ''}"
 
 
 class CellStore:
-    """The finished cells of a folder, a JSON file each."""
+    """Keep finished cells in a JSON Lines file, one cell a line, sorted.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._known: dict[Path, Outcome] = {}
+    Several processes may share the file: each write locks it, reads the lines of the others, and
+    replaces the file as a whole. A process that is killed leaves the file as it was.
+    """
 
-    def path(self, cell: Cell) -> Path:
-        """Where the cell's file lies once it is finished."""
-        return self.folder / f"{cell.name}.json"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._known: dict[str, Outcome] = {}
+        self._version: tuple[int, ...] | None = None  # of the file that was read last
 
     def read(self, cell: Cell) -> Outcome | None:
-        """What the cell left, None if it is not finished.
+        """Return the cell's outcome, or None if it is not finished.
 
         Raises:
-            ExperimentError: if the file cannot be read.
+            ExperimentError: if the file holds a line that is not a cell.
         """
-        path = self.path(cell)
-        if cell.lr is None or not path.exists():
-            return None
-        if path not in self._known:
-            try:
-                self._known[path] = json.loads(path.read_text())
-            except (OSError, ValueError) as error:
-                raise ExperimentError(f"{path} is no cell ({error}); remove it") from None
-        return self._known[path]
+        return None if cell.lr is None else self._outcomes().get(cell.name)
 
     def write(self, cell: Cell, outcome: Outcome) -> None:
-        """Write the cell's file."""
-        with in_one_piece(self.path(cell)) as unfinished:
-            write_json(outcome, unfinished)
+        """Add the outcome of a cell, or replace the one that is there."""
+        with _locked(self.path):
+            outcomes = {**self._outcomes(), cell.name: outcome}
+            lines = sorted(outcomes.values(), key=lambda each: _order(each["cell"]))
+            with in_one_piece(self.path) as unfinished:
+                unfinished.write_text("".join(map(_line, lines)))
+
+    def _outcomes(self) -> dict[str, Outcome]:
+        """Return the file's cells by name; parse it only if it changed."""
+        try:
+            found = self.path.stat()
+        except FileNotFoundError:
+            return {}
+        version = (found.st_ino, found.st_size, found.st_mtime_ns)
+        if version != self._version:
+            lines = self.path.read_text().splitlines()
+            self._known = dict(self._parse(number, line) for number, line in enumerate(lines, 1))
+            self._version = version
+        return self._known
+
+    def _parse(self, number: int, line: str) -> tuple[str, Outcome]:
+        try:
+            outcome = json.loads(line)
+            return cell_name(**outcome["cell"]), outcome
+        except (ValueError, TypeError, KeyError) as error:
+            raise ExperimentError(
+                f"{self.path}, line {number}: not a cell ({error!r}); remove the line"
+            ) from None
+
+
+def _line(outcome: Outcome) -> str:
+    return json.dumps(plain(outcome), allow_nan=False, separators=(",", ":")) + "\n"
+
+
+def plain(value: Any) -> Any:
+    """Prepare a value for strict JSON: a number that is not finite (diverged) becomes null."""
+    if isinstance(value, Mapping):
+        return {name: plain(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Wait until no other process is inside this context for the same path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with path.open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            # Another process may have replaced the file between open and flock.
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                yield
+                return
 
 
 @contextmanager
 def in_one_piece(path: Path) -> Iterator[Path]:
-    """Where to write a file that appears whole or not at all, whoever else writes it."""
+    """Yield a path to write to; its content then replaces `path` in one step, or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         yield unfinished
+        with unfinished.open("rb+") as file:  # on disk before it replaces what is there
+            os.fsync(file.fileno())
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
 
 
 def differing_settings(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that a finished cell ran with, where they differ from what is asked for.
+    """Return the settings of a finished cell that differ from the requested ones.
 
-    A setting that the cell does not know came after it: it ran with the default.
+    A cell from before a setting existed ran with that setting's default.
     """
     defaults = {field.name: jsonable(field.default) for field in fields(FinetuneConfig)}
     known = defaults | dict(stored)
@@ -94,11 +149,11 @@ def differing_settings(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> 
 
 
 def check_same(cell: Cell, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raise ExperimentError where a finished cell ran with other settings than are asked for."""
+    """Raise ExperimentError if a finished cell ran with other settings than the requested ones."""
     differing = differing_settings(stored, wanted)
     if differing:
         name, ran_with = next(iter(differing.items()))
         raise ExperimentError(
             f"cell {cell.name} ran with {name}={ran_with!r}, now {wanted[name]!r} is asked "
-            "for; use another --output, or remove the cell's file"
+            "for; use another --output, or remove the cell's line from cells.jsonl"
         )

@@ -175,7 +175,7 @@ class Runner:
         self.console = console
         self.resolve = resolve
         self.measure = measure
-        self.store = CellStore(options.output / "cells")
+        self.store = CellStore(options.output / "cells.jsonl")
         self.load = ModelCache()
         self.inputs: tuple[Any, Inputs] | None = None
 
@@ -332,7 +332,7 @@ def describe(
     values: Mapping[str, Any],
     seconds: float,
 ) -> Outcome:
-    """The content of a cell's file."""
+    """Build the record of a finished cell."""
     metrics = trained.metrics
     kept = ("steps", "active_entries", "state_bytes", "step_ms", "update_ms", "train_seconds")
     return {

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sparse_optim.experiments.cells import Outcome, in_one_piece
+from sparse_optim.experiments.cells import Outcome, in_one_piece, plain
 from sparse_optim.experiments.plan import value_of
 from sparse_optim.experiments.presets import Experiment, Row
 
@@ -187,12 +187,3 @@ def write_table(experiment: Experiment, outcomes: Sequence[Outcome], folder: Pat
     with in_one_piece(folder / "table.json") as path:
         path.write_text(json.dumps(plain(summaries), indent=2) + "\n")
     return summaries
-
-
-def plain(value: Any) -> Any:
-    """For strict JSON: infinity (diverged) as null."""
-    if isinstance(value, Mapping):
-        return {name: plain(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

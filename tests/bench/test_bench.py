@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -10,7 +11,18 @@ import pytest
 import torch
 from repository import ROOT
 
-from bench import backward, goals, memory, models, report, results, sampling, shapes, training
+from bench import (
+    backward,
+    goals,
+    memory,
+    models,
+    quality,
+    report,
+    results,
+    sampling,
+    shapes,
+    training,
+)
 
 
 @pytest.fixture(scope="module")
@@ -113,14 +125,44 @@ def test_goals_that_were_not_measured_say_so(recorded):
     assert lines[-2].startswith("reached")  # memory
 
 
-def test_the_readme_block_is_replaced_and_the_rest_kept():
-    text = f"above\n{report.BEGIN}\nold\n{report.END}\nbelow\n"
-    changed = report.insert(text, "new")
-    assert changed == f"above\n{report.BEGIN}\n\nnew\n\n{report.END}\nbelow\n"
-    assert report.insert(changed, "new") == changed
-    assert report.insert("text\n", "new").startswith("text\n\n" + report.BEGIN)
-    with pytest.raises(ValueError, match="both once"):
-        report.insert(f"{report.END}{report.BEGIN}", "new")
+def test_a_generated_block_is_replaced_and_the_rest_kept():
+    begin, end = "<!-- bench:begin -->", "<!-- bench:end -->"
+    text = f"above\n{begin}\nold\n{end}\nbelow\n<!-- quality:begin --><!-- quality:end -->\n"
+    changed = report.insert(text, "bench", "new")
+    assert changed == text.replace("\nold\n", "\n\nnew\n\n")
+    assert report.insert(changed, "bench", "new") == changed
+    for wrong in ("text\n", f"{end}{begin}", f"{begin}{end}{end}", f"{begin}{begin}{end}"):
+        with pytest.raises(ValueError, match="both once"):
+            report.insert(wrong, "bench", "new")
+
+
+def test_the_recorded_results_are_what_the_documents_show():
+    """README, docs and tables.md are generated: writing them again changes nothing."""
+    written = {
+        ROOT / "README.md": (report.headline, quality.headline),
+        ROOT / "docs" / "benchmarks.md": (report.main_tables, quality.full_table),
+    }
+    measured = results.Results.load()
+    for path, (speed, scores) in written.items():
+        text = path.read_text()
+        with_speed = report.insert(text, "bench", speed(measured))
+        assert report.insert(with_speed, "quality", scores()) == text
+    assert (ROOT / "bench" / "results" / "tables.md").read_text() == report.full_report(measured)
+
+
+def test_pictures_and_links_of_the_documents_exist():
+    for path in (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "bench" / "README.md"):
+        links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text())
+        assert [link for link in links if not (path.parent / link).exists()] == []
+
+
+def test_scores_show_deviation_and_missing_seeds(tmp_path):
+    row = {"mean": 0.8, "deviation": 0.0123, "runs": 3}
+    columns = {"conll2003": row, "trec50": {**row, "deviation": None, "runs": 1}, "stsb": row}
+    summaries = [{"row": label, "entries": 1000, "columns": columns} for label in quality.ROWS]
+    (tmp_path / "table.json").write_text(json.dumps(summaries))
+    shown = quality.full_table(tmp_path).splitlines()[2]
+    assert shown == "| full fine-tuning | 1,000 | 80.0 ± 1.2 | 80.0 (n = 1) | 80.0 ± 1.2 |"
 
 
 def test_results_of_another_schema_are_refused():

@@ -89,7 +89,7 @@ def test_a_training_step_that_memory_does_not_hold_is_told(monkeypatch):
     monkeypatch.setattr(training, "measure", measure)
     rows = list(gpu_phases.whole_training(TINY, torch.device("cpu")))
     assert [each["name"] for each in rows] == ["ordinary", "fused", "AdamW", "LoRA"]
-    assert [each.get("failed") for each in rows] == [None, None, "memory does not hold it", None]
+    assert [each.get("failed") for each in rows] == [None, None, "out of memory", None]
 
 
 def test_every_subject_is_measured(data):

@@ -144,7 +144,7 @@ def test_a_subject_that_fails_says_why():
     records = gpu_phases.timed(map(failing, errors), clocks.CpuClock())
     assert list(records) == [
         {"name": "fused", "mode": "alone", "failed": "no kernel"},
-        {"name": "fused", "mode": "alone", "failed": "memory does not hold it"},
+        {"name": "fused", "mode": "alone", "failed": "out of memory"},
     ]
 
 

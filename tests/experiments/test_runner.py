@@ -1,14 +1,16 @@
-"""Cells: run once, resumed after a kill at any point, stopped by time, refused when they differ."""
+"""Cells run once, resume after a kill, stop in time; cells with other settings raise an error."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from repository import ROOT
 from tiny_models import save_decoder
 
 from sparse_optim.experiments import runner as module
-from sparse_optim.experiments.cells import CellStore
+from sparse_optim.experiments.cells import Cell, CellStore, cell_name
 from sparse_optim.experiments.overrides import Choice, choose, whole
 from sparse_optim.experiments.presets import Block, ExperimentError, Row
 
@@ -44,12 +46,18 @@ NAMES = [
 ]
 
 
-def test_a_grid_leaves_one_file_a_cell_and_runs_nothing_twice(tmp_path):
+def recorded(folder: Path) -> dict[str, dict[str, object]]:
+    """The file's cells by name, in the order of the lines."""
+    lines = (folder / "out" / "cells.jsonl").read_text().splitlines()
+    return {cell_name(**line["cell"]): line for line in map(json.loads, lines)}
+
+
+def test_a_grid_leaves_one_line_a_cell_and_runs_nothing_twice(tmp_path):
     experiment = tiny_experiment(tmp_path)
     outcomes = list(runner(experiment, tmp_path).run())
-    files = sorted(path.name for path in (tmp_path / "out" / "cells").iterdir())
-    assert files == sorted(f"{name}.json" for name in NAMES)
-    first = json.loads((tmp_path / "out" / "cells" / f"{NAMES[0]}.json").read_text())
+    lines = recorded(tmp_path)
+    assert list(lines) == [NAMES[1], NAMES[0], NAMES[2]]  # sorted, whatever ran first
+    first = lines[NAMES[0]]
     assert first["active_entries"] - first["fresh_entries"] == 200
     assert first["cell"] == {
         "task": "letters",
@@ -66,7 +74,7 @@ def test_a_grid_leaves_one_file_a_cell_and_runs_nothing_twice(tmp_path):
     assert {"torch", "transformers", "sparse_optim"} <= first["versions"].keys()
     assert [step["step"] for step in first["evaluations"]] == [2]  # the split is seen once
     assert outcomes[0] == first
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["cells"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["cells.jsonl"]
     again = runner(experiment, tmp_path)
     assert list(again.run()) == []
     assert again.is_finished()
@@ -87,15 +95,14 @@ def test_cells_do_not_depend_on_those_before_them(tmp_path):
         tmp_path, model=str(tmp_path / "decoder"), blocks=(Block((task,), (row,)),)
     )
     together = list(runner(experiment, tmp_path).run())
-    last = (tmp_path / "out" / "cells" / "words-id3-200-seed7-lr0.01.json").rename(
-        tmp_path / "last.json"
-    )
+    last = recorded(tmp_path)["words-id3-200-seed7-lr0.01"]
+    (tmp_path / "out" / "cells.jsonl").write_text(json.dumps(together[0]) + "\n")
     (alone,) = runner(experiment, tmp_path).run()
-    assert alone["values"] == together[1]["values"] == json.loads(last.read_text())["values"]
+    assert alone["values"] == together[1]["values"] == last["values"]
     assert together[0]["values"] != together[1]["values"]
 
 
-def test_a_failure_inside_a_cell_leaves_the_others_and_no_half_file(tmp_path, monkeypatch):
+def test_a_failure_inside_a_cell_leaves_the_others(tmp_path, monkeypatch):
     experiment = tiny_experiment(tmp_path)
     real = module.train_model
     calls = []
@@ -109,25 +116,70 @@ def test_a_failure_inside_a_cell_leaves_the_others_and_no_half_file(tmp_path, mo
     monkeypatch.setattr(module, "train_model", fails_in_the_second)
     with pytest.raises(KeyboardInterrupt):
         list(runner(experiment, tmp_path).run())
-    assert [path.stem for path in (tmp_path / "out" / "cells").iterdir()] == NAMES[:1]
+    assert list(recorded(tmp_path)) == NAMES[:1]
     assert len(list(runner(experiment, tmp_path).run())) == 2
     assert len(calls) == 4
 
 
-def test_a_write_that_breaks_off_leaves_no_cell(tmp_path, monkeypatch):
-    experiment = tiny_experiment(tmp_path)
-    run = runner(experiment, tmp_path)
-    cell = next(run.wanted())
+def made_up(name: str, lr: float = 1e-3, **more: object) -> tuple[Cell, dict[str, object]]:
+    """A cell of a task, and an outcome."""
+    cell = Cell(tiny_task(name), Row("id3", (lr,), "200"), lr, 0)
+    labels = {"task": name, "row": "id3-200", "stage": "run", "lr": lr, "seed": 0}
+    return cell, {"cell": labels, **more}
 
-    def breaks_off(outcome, path: Path) -> None:
-        path.write_text('{"cell": ')
+
+def test_a_write_that_breaks_off_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+    store = CellStore(tmp_path / "cells.jsonl")
+    store.write(*made_up("one"))
+
+    def breaks_off(path: Path, text: str) -> None:
+        with path.open("w") as file:
+            file.write(text[: len(text) // 2])
         raise OSError("disk full")
 
-    monkeypatch.setattr("sparse_optim.experiments.cells.write_json", breaks_off)
-    with pytest.raises(OSError, match="disk full"):
-        run.store.write(cell, {})
-    assert list((tmp_path / "out" / "cells").iterdir()) == []
-    assert run.store.read(cell) is None
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.write_text", breaks_off)
+        with pytest.raises(OSError, match="disk full"):
+            store.write(*made_up("two"))
+    assert [path.name for path in tmp_path.iterdir()] == ["cells.jsonl"]
+    assert store.read(made_up("one")[0]) == made_up("one")[1]
+    assert store.read(made_up("two")[0]) is None
+
+
+def test_cells_that_processes_write_at_once_are_all_kept(tmp_path):
+    """Threads stand in for processes: each has its own store, and the lock is per open file."""
+    path = tmp_path / "cells.jsonl"
+
+    def write(task: str) -> None:
+        store = CellStore(path)
+        for number in range(20):
+            store.write(*made_up(task, lr=1.0 + number))
+
+    tasks = [f"task{number}" for number in range(8)]
+    with ThreadPoolExecutor(len(tasks)) as pool:
+        list(pool.map(write, tasks))
+    found = [json.loads(line)["cell"] for line in path.read_text().splitlines()]
+    assert [(one["task"], one["lr"]) for one in found] == [
+        (task, 1.0 + number) for task in tasks for number in range(20)
+    ]
+
+
+def test_a_store_sees_what_others_write_and_replaces_a_cell_that_ran_again(tmp_path):
+    mine, other = (CellStore(tmp_path / "cells.jsonl") for _ in range(2))
+    cell, outcome = made_up("one", seconds=1.0)
+    assert mine.read(cell) is None
+    other.write(cell, outcome)
+    assert mine.read(cell) == outcome
+    other.write(*made_up("one", seconds=2.0))
+    assert mine.read(cell) == made_up("one", seconds=2.0)[1]
+    assert len(mine.path.read_text().splitlines()) == 1
+
+
+def test_diverged_values_are_null(tmp_path):
+    store = CellStore(tmp_path / "cells.jsonl")
+    cell, outcome = made_up("one", values={"one": float("nan")}, evaluations=[{"loss": math.inf}])
+    store.write(cell, outcome)
+    assert store.read(cell) == {**outcome, "values": {"one": None}, "evaluations": [{"loss": None}]}
 
 
 KILLED = """
@@ -159,7 +211,7 @@ def test_a_killed_process_goes_on_where_it_was(tmp_path):
             assert time.monotonic() < deadline
             time.sleep(0.05)
         os.kill(process.pid, signal.SIGKILL)
-    assert [path.stem for path in (tmp_path / "out" / "cells").iterdir()] == NAMES[:1]
+    assert list(recorded(tmp_path)) == NAMES[:1]
     assert [outcome["cell"]["row"] for outcome in runner(experiment, tmp_path).run()] == [
         "frozen",
         "id3-200",
@@ -240,7 +292,9 @@ def test_estimates_come_from_finished_cells_of_the_task(tmp_path):
     first, second, _ = run.wanted()
     assert run.estimates() == {"letters": None}
     for cell, seconds in ((first, 10.0), (second, 30.0)):
-        run.store.write(cell, {"cell": {"task": "letters"}, "seconds": seconds})
+        labels = {"task": "letters", "row": cell.row.label, "stage": "run"}
+        labels |= {"lr": cell.lr, "seed": cell.seed}
+        run.store.write(cell, {"cell": labels, "seconds": seconds})
     assert run.estimates() == {"letters": 20.0}
 
 
@@ -304,10 +358,11 @@ def test_an_error_in_a_cell_names_the_cell(tmp_path):
         list(runner(experiment, tmp_path).run())
 
 
-def test_a_damaged_cell_is_named(tmp_path):
-    run = runner(tiny_experiment(tmp_path), tmp_path)
-    cell = next(run.wanted())
-    run.store.write(cell, {})
-    run.store.path(cell).write_text("{")
-    with pytest.raises(ExperimentError, match=r"seed6-lr0.001.json is no cell.*remove it"):
-        CellStore(run.store.folder).read(cell)
+@pytest.mark.parametrize("line", ["{", "[]", "{}", '{"cell": {"task": "letters"}}'])
+def test_a_damaged_line_is_named(tmp_path, line):
+    store = CellStore(tmp_path / "cells.jsonl")
+    store.write(*made_up("one"))
+    with store.path.open("a") as file:
+        file.write(line)
+    with pytest.raises(ExperimentError, match=r"cells.jsonl, line 2: not a cell.*remove the line"):
+        store.read(made_up("one")[0])
