@@ -6,6 +6,7 @@
 
 #include "checks.h"
 #include "core/clip.h"
+#include "core/schedule.h"
 #include "cpu/kernels.h"
 
 namespace sparse_optim {
@@ -129,13 +130,8 @@ void cut(Tensor bound, Tensor position, Tensor offsets, Tensor tile_offsets, Ten
   check_noise(kCpu, noise, exp);
   NewEntries found = check_new(kCpu, new_tensor, new_position, new_count);
 
-  const int64_t* counts = data<int64_t>(progress);
-  const int64_t last = targets.numel() - 1;
-  const int64_t target = data<int64_t>(targets)[counts[0] < last ? counts[0] + 1 : last];
-  int64_t quota = target > counts[1] ? target - counts[1] : 0;
-  quota = quota < found.capacity ? quota : found.capacity;
-  if (scalar<float>(found_inf) != 0.f) quota = 0;
-
+  const int64_t quota = step_quota(data<int64_t>(targets), targets.numel(), data<int64_t>(progress),
+                                   scalar<float>(found_inf), found.capacity);
   Active active{};
   active.position = data<int32_t>(position);
   active.offsets = data<int64_t>(offsets);

@@ -16,6 +16,7 @@
 //
 // Bytes: 4 per tile some five times; listed tiles (about quota to 3 quota of 16 KB, with their
 // parameters unless exp = 0) five or six times, mostly from L2.
+#include "core/schedule.h"
 #include "cuda/compact.h"
 #include "cuda/open_tile.h"
 #include "cuda/select.h"
@@ -54,10 +55,8 @@ __global__ void __launch_bounds__(kThreads, kResident)
     prepare_kernel(CutInput in, int64_t capacity, Selection* state, int64_t* new_count) {
   for (int b = int(threadIdx.x); b < kBins; b += kThreads) state->bins[b] = 0;
   if (threadIdx.x != 0) return;
-  const int64_t step = in.progress[0], last = in.num_targets - 1;
-  const int64_t missing = in.targets[step < last ? step + 1 : last] - in.progress[1];
-  int64_t quota = missing < capacity ? missing : capacity;
-  if (quota < 0 || *in.found_inf != 0.f) quota = 0;
+  const int64_t quota =
+      step_quota(in.targets, in.num_targets, in.progress, *in.found_inf, capacity);
   state->quota = state->wanted = quota;
   state->ties = state->num_listed = 0;
   state->prefix = state->exhausted = 0;

@@ -271,12 +271,11 @@ class Engine:
 
     def unmasks(self) -> bool:
         """Whether the next step is to unmask anything; reads counts from the device."""
-        step, active, _ = self.active.progress.tolist()
+        progress = self.active.progress
         # A static set of fixed scores is complete after one step, even if it found too few above 0.
-        if self.method.selection.one_step and is_fixed(self.method.importance) and step > 0:
+        if self.method.selection.one_step and is_fixed(self.method.importance) and progress[0] > 0:
             return False
-        target = int(self.targets[min(step + 1, self.targets.numel() - 1)])
-        return target > int(active)
+        return bool(scoring.step_quota(self.targets, progress, max_quota=1))
 
     def notice_writes(self) -> None:
         """Take over parameter values that others have written since the last step."""
