@@ -41,6 +41,7 @@ from bench import gpu_subjects, memory, models, training
 from bench.clocks import Clock, clock_of
 from bench.shapes import DTYPES, MODELS, make_params, num_entries
 from bench.timing import interleave
+from sparse_optim.backends.registry import BackendName
 from sparse_optim.engine.choose import choose
 
 Records = Iterator[dict[str, Any]]
@@ -127,7 +128,7 @@ DRY_PHASES = (
 )
 
 
-def our_backends(device: torch.device) -> list[str]:
+def our_backends(device: torch.device) -> list[BackendName]:
     """Return the compiled backends that are installed for this device (on the CPU: C++)."""
     absent = absent_backends(device)
     return [name for name in _compiled(device) if name not in absent]
@@ -144,7 +145,7 @@ def absent_backends(device: torch.device) -> dict[str, str]:
     return absent
 
 
-def _compiled(device: torch.device) -> tuple[str, ...]:
+def _compiled(device: torch.device) -> tuple[BackendName, ...]:
     return ("cpp",) if device.type == "cpu" else ("cuda", "triton")
 
 

@@ -24,6 +24,7 @@ from bench.shapes import DTYPES, MEASURED, MODELS, Shape, num_entries
 from bench.subjects import LR, unhashed
 from sparse_optim import D3, IncrementalMaskedAdamW
 from sparse_optim.backends.operands import num_bytes
+from sparse_optim.backends.registry import BackendName
 
 ENTRY_LIMIT, TILE_LIMIT, CONSTANT_LIMIT = 24, 8, 1 << 16  # bytes
 BUDGETS = (320_000, 3_500_000)
@@ -79,7 +80,7 @@ def rows(
 
 
 def of_optimizers(
-    params: Sequence[Tensor], backends: Sequence[str], budget: int, quota: int
+    params: Sequence[Tensor], backends: Sequence[BackendName], budget: int, quota: int
 ) -> list[dict[str, Any]]:
     """Measure what AdamW and our step on each backend hold after two steps, and their peak.
 

@@ -10,7 +10,7 @@ print a line each; everything that pip says goes to set-up.log in the venv.
 
 Third-party packages come as wheels with the hashes of lock.txt, so nothing but this package is ever
 built. torch, Triton and nvidia-* are not locked: a python that has torch lends it to the venv
-(its other packages, too, where lock.txt does not bring a version of its own), and nothing in that
+(and its other packages, unless lock.txt pins another version), and nothing in that
 python is changed. --unlocked installs the newest version of everything that pyproject.toml allows.
 """
 
@@ -224,7 +224,7 @@ def build(venv: Venv, unlocked: bool) -> None:
     os.environ.setdefault("SPARSE_OPTIM_CPP", "1")  # without a compiler, setup.py would go on
     package = ["--no-build-isolation", "-e", f"{ROOT}[{','.join(EXTRAS)}]"]
     if unlocked:
-        # A source distribution of a third party is refused: it would be built without isolation.
+        # Third-party packages come as wheels: a source would be built without isolation.
         (kept := venv.folder / "torch.txt").write_text(f"torch=={torch_version(str(venv.python))}")
         newest = ["--upgrade", "--upgrade-strategy", "eager", "--only-binary", ":all:"]
         venv.pip("sparse-optim and the newest packages", *newest, "-c", str(kept), *package)

@@ -36,7 +36,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(autouse=True)
 def _nan_in_empty_tensors(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Fill what `torch.empty` returns with NaN (integers: the greatest), so that reads show.
+    """Fill what `torch.empty` returns with NaN (integers: the largest), so that reads show.
 
     Not on a GPU, where cuBLAS would refuse to be deterministic without an environment variable.
     """

@@ -7,7 +7,7 @@
     out[j]       <- new entry i where insert_at[i] = j, else active entry j - (new entries before j)
 
 Every program reads what others would overwrite, so the merged arrays are staged in scratch, three
-at a time (12 bytes an entry of capacity), and copied back. Only what stands behind the first
+at a time (12 bytes an entry of capacity), and copied back. Only what comes after the first
 insertion moves: 16 bytes per array and entry. Bitwise equal to the reference.
 Not run on a GPU yet: compiled ahead of time and interpreted.
 """

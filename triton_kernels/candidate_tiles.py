@@ -1,10 +1,10 @@
 """Which tiles can hold a winner: what `cut` opens.
 
-    floor   <- about the quota-th greatest bound, and unless exp = 0 then of the exact maxima of the
+    floor   <- about the quota-th largest bound, and unless exp = 0 then of the exact maxima of the
                tiles that reach it: at least `quota` entries reach the floor, or it is the least
     tiles   <- those whose bound reaches the floor, ascending
 
-Floors come from a histogram of the upper bits: the lower edge of the bin of the quota-th greatest.
+Floors come from a histogram of the upper bits: the lower edge of the bin of the quota-th largest.
 They need not be exact, as a lower one only opens more tiles.
 
 Bytes: 4 per tile three times (six times unless exp = 0; twice that where exp < 0), and unless
@@ -46,7 +46,7 @@ LISTED = tl.constexpr(1)
 
 @triton.jit
 def find_bin(histogram_ptr, wanted, BINS: tl.constexpr):
-    """The bin of the wanted-th greatest (-1 if there are fewer); how many greater bins hold."""
+    """The bin of the wanted-th largest (-1 if there are fewer); how many greater bins hold."""
     bins = tl.arange(0, BINS)
     counts = tl.load(histogram_ptr + bins).to(tl.int64)
     reaching = tl.sum(counts, axis=0) - tl.cumsum(counts, axis=0) + counts
@@ -164,9 +164,9 @@ def maxima_kernel(
             table_ptr, noise_ptr, position_ptr, tile_offsets_ptr, tile_tensor_ptr,
             tile_start_ptr, tl.load(list_ptr + i), eps, EXP, False, TILE,
         )  # fmt: skip
-        greatest = tl.max(key, axis=0)
-        if greatest > 0:
-            tl.atomic_add(histogram_ptr + (greatest >> FLOOR_SHIFT), 1, sem="relaxed")
+        largest = tl.max(key, axis=0)
+        if largest > 0:
+            tl.atomic_add(histogram_ptr + (largest >> FLOOR_SHIFT), 1, sem="relaxed")
 
 
 def list_tiles(

@@ -1,9 +1,9 @@
-"""cut: the `quota` frozen entries of greatest importance, exactly, ties to the lower global index.
+"""cut: the `quota` frozen entries of largest importance, exactly, ties to the lower global index.
 
     key(entry)  = bits of |grad| / (|param| + eps)^exp     (0: active, or never unmasked),
                   or of score / sqrt(E) where entries are sampled
-    bound(tile) = key of (its greatest |grad|, the most favourable |param|) >= key of its entries
-    threshold   = the quota-th greatest key;  new = all above it, and the first that tie
+    bound(tile) = key of (its largest |grad|, the most favourable |param|) >= key of its entries
+    threshold   = the quota-th largest key;  new = all above it, and the first that tie
 
     1. Tiles that can hold a winner are listed (listing.py): no other has a bound that reaches the
        floor, which at least `quota` entries reach.

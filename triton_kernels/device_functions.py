@@ -186,7 +186,7 @@ def importance_key(grad, param, eps, EXP: tl.constexpr):
 
 @triton.jit
 def bound_key(tile_max, param_bound, eps, EXP: tl.constexpr):
-    """Key that no frozen entry of a tile exceeds, from its greatest |grad| and |param|.
+    """Key that no frozen entry of a tile exceeds, from its largest |grad| and |param|.
 
     Every operation of an exact exponent is monotone, so that no margin is needed. For exp > 0 the
     most favourable param is 0; `param_bound` is ignored.

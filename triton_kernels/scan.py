@@ -41,7 +41,7 @@ from .tiles import locate, location_pieces
 SCAN_WARPS = 8
 # Active entries gathered at once; a tile of 4096 holds some ten of them. Unmeasured.
 GATHER_BLOCK = 128
-# Tiles whose squares are added at once, by one program a tensor: the greatest of a 7B model has
+# Tiles whose squares are added at once, by one program a tensor: the largest of a 7B model has
 # 32,000 tiles, 128 KB that the scan has left in L2. Unmeasured.
 SUM_BLOCK = 2048
 # Programs that read a dense gradient at most, and gradients whose sums are kept at a time.

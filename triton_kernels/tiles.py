@@ -1,11 +1,11 @@
-"""Where each tile lies, and the importance of its entries.
+"""Locate tiles, and compute the importance of their entries.
 
     tile_tensor[j] <- tensor of tile j
     tile_start[j]  <- place in the active set of the first active entry in or behind tile j
 
 so that the active entries of tile j are tile_start[j]:tile_start[j + 1]. Integers, exact.
-Bytes: 12 per tile written; the searches read log2(S) + log2(capacity) words per tile, in a kernel
-of its own where thousands of them overlap, instead of holding up each tile's program.
+Bytes: 12 per tile written; the searches read log2(S) + log2(capacity) words per tile, in a
+separate kernel where thousands of them overlap, instead of holding up each tile's program.
 Not run on a GPU yet: compiled ahead of time and interpreted.
 """
 
@@ -99,8 +99,8 @@ def open_tile(
 ):
     """Keys of all entries of a tile (0 where active), its tensor, and its first position.
 
-    With SAMPLES gradients stand for scores, noise is in the keys, and EXP is 0. LOAD is `load_run`
-    where nothing is scattered afterwards.
+    With SAMPLES, scores take the place of gradients, noise is in the keys, and EXP is 0. LOAD is
+    `load_run` where nothing is scattered afterwards.
     """
     tensor = tl.load(tile_tensor_ptr + tile_index)
     row_ptr = table_ptr + tensor * COLUMNS

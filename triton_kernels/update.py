@@ -133,7 +133,7 @@ def update_kernel(
 
 @triton.jit
 def count_step_kernel(found_inf_ptr, progress_ptr):
-    """One more applied step, or skipped. A kernel of its own: all programs read the step."""
+    """Count one more applied or skipped step. A separate kernel: all programs read the step."""
     counter_ptr = progress_ptr + tl.where(tl.load(found_inf_ptr) != 0.0, 2, 0)
     tl.store(counter_ptr, tl.load(counter_ptr) + 1)
 

@@ -1,5 +1,5 @@
 // The clip factor, from the squares of all gradients: one copy for the C++ and CUDA backends
-// (norm.clip in Python).
+// (backends/clip.py in Python).
 //
 //   grad_norm   <- sqrt(sum of squares) / grad_scale
 //   grad_factor <- min(1, max_grad_norm / (grad_norm + 1e-6)) / grad_scale

@@ -3,7 +3,7 @@
 //   importance = |grad| / (|param| + eps)^exp,  float32
 //
 // Only correctly rounded operations, so that every backend gets the same bits; compile without
-// contraction to fused multiply-add. Each of them is monotone, so the importance of (greatest
+// contraction to fused multiply-add. Each of them is monotone, so the importance of (largest
 // |grad|, extreme |param|) bounds that of every entry between, without a margin. `pow` is neither
 // exact nor monotone: general exponents get a margin and promise no equality across backends.
 #pragma once
@@ -79,7 +79,7 @@ SPARSE_OPTIM_INLINE int32_t raised_by_margin(int32_t key) {
   return key < kInfinityBits - kPowMargin ? key + kPowMargin : kInfinityBits;
 }
 
-// The key of a tile's greatest |grad| with the param that favours it most. No entry of the tile
+// The key of a tile's largest |grad| with the param that favours it most. No entry of the tile
 // has a greater key.
 template <class Importance>
 SPARSE_OPTIM_INLINE int32_t bound_key(Importance importance, float grad, float param) {

@@ -1,10 +1,10 @@
-// cut: the `quota` frozen entries of greatest importance, exactly, ties to the lower global index.
+// cut: the `quota` frozen entries of largest importance, exactly, ties to the lower global index.
 //
-// Few tiles can hold a winner. A tile whose bound (importance of its greatest |grad| with the most
+// Few tiles can hold a winner. A tile whose bound (importance of its largest |grad| with the most
 // favourable |param|) is below the quota-th best entry holds none; that threshold is approached
 // from below:
-//   1. The tiles with the greatest bounds are scored: as many as the quota, or an eighth of it.
-//   2. floor: the quota-th greatest of the maxima of their runs of 16 entries. At least `quota`
+//   1. The tiles with the largest bounds are scored: as many as the quota, or an eighth of it.
+//   2. floor: the quota-th largest of the maxima of their runs of 16 entries. At least `quota`
 //      entries reach it. (Maxima of whole tiles make a poor floor where gradients have many
 //      scales, since one tile then holds many winners: 6.1 ms at quota 3200, 1.8 so.)
 //   3. Every tile with a bound at or above the floor is opened, no other can hold a winner. The
@@ -85,7 +85,7 @@ struct Bin {
   int64_t above;  // entries in greater bins
 };
 
-// The bin that holds the wanted-th greatest.
+// The bin that holds the wanted-th largest.
 Bin find_bin(const std::vector<int64_t>& counts, int64_t wanted) {
   int64_t above = 0;
   for (int64_t b = int64_t(counts.size()) - 1; b >= 0; --b) {
@@ -95,7 +95,7 @@ Bin find_bin(const std::vector<int64_t>& counts, int64_t wanted) {
   return {-1, above};
 }
 
-// Values with the greatest of each run of 16, which narrows searches for the great ones.
+// Values with the largest of each run of 16, which narrows searches for the great ones.
 class Ranked {
  public:
   Ranked(const int32_t* values, int64_t count)
@@ -120,9 +120,9 @@ class Ranked {
     return found;
   }
 
-  // The k-th greatest value; 1, the least positive key, if fewer than k are above 0. The k-th
-  // greatest maximum of a run is not above it.
-  int32_t kth_greatest(int64_t k) const {
+  // The k-th largest value; 1, the least positive key, if fewer than k are above 0. The k-th
+  // largest maximum of a run is not above it.
+  int32_t kth_largest(int64_t k) const {
     int32_t least = 1;
     if (k <= int64_t(blocks_.size())) least = std::max(kth(blocks_, k), 1);
     std::vector<int32_t> great;
@@ -151,7 +151,7 @@ bool ranks_by_magnitude(double exp) {
   return exp == 0.0 || (exp > 0.0 && is_exact(exp));
 }
 
-// Importance of each tile's greatest |grad| with the param that favours it most.
+// Importance of each tile's largest |grad| with the param that favours it most.
 std::vector<int32_t> bounds_of(const Problem& problem, const int32_t* tile_max,
                                const float* param_bound) {
   std::vector<int32_t> bounds(problem.num_tiles);
@@ -188,11 +188,11 @@ struct Opening {
   int32_t floor;               // that at least `quota` entries reach, or 1
 };
 
-// Scores the tiles that promise most. The quota-th greatest of the maxima of their runs of 16
+// Scores the tiles that promise most. The quota-th largest of the maxima of their runs of 16
 // entries is the floor: each stands for an entry of its own.
 Opening open_by_bound(const Problem& problem, const Ranked& ranked) {
   const int64_t most = std::min(problem.quota, std::max(kScoredTiles, problem.quota / 8));
-  auto promising = ranked.reaching(ranked.kth_greatest(most));
+  auto promising = ranked.reaching(ranked.kth_largest(most));
   const int64_t count = std::min(int64_t(promising.size()), most),
                 runs = tiles_of(problem.tile, 16);
   promising.resize(count);  // tied tiles beyond that many are not needed for a floor
@@ -201,11 +201,11 @@ Opening open_by_bound(const Problem& problem, const Ranked& ranked) {
     int32_t opened[kMaxTile + 16];
     for (int64_t i = task * kTilesPerTask; i < std::min(count, (task + 1) * kTilesPerTask); ++i) {
       block_maxima(opened, open_tile(problem, promising[i], opened).count, &run_maxima[i * runs]);
-      maxima[i] = greatest(&run_maxima[i * runs], runs);
+      maxima[i] = largest(&run_maxima[i * runs], runs);
     }
   });
   Opening opening;
-  opening.floor = Ranked(run_maxima.data(), count * runs).kth_greatest(problem.quota);
+  opening.floor = Ranked(run_maxima.data(), count * runs).kth_largest(problem.quota);
   const int32_t limit =
       ranks_by_magnitude(problem.exp) ? least_magnitude(problem, opening.floor) : opening.floor;
   int64_t scored = 0;
@@ -221,7 +221,7 @@ struct Candidate {
   int32_t tensor, position, key;
 };
 
-// Keeps the `quota` greatest, in order, of ties the first; returns the least key among them.
+// Keeps the `quota` largest, in order, of ties the first; returns the least key among them.
 int32_t trim(std::vector<Candidate>& candidates, int64_t quota) {
   std::vector<int32_t> keys(candidates.size());
   std::transform(candidates.begin(), candidates.end(), keys.begin(),

@@ -81,14 +81,14 @@ void importance_keys(double exp, float eps, const float* grad, const float* para
   visit_importance(exp, eps, [&](auto importance) { keys(importance, grad, param, count, out); });
 }
 
-SPARSE_OPTIM_VECTORIZED int32_t greatest(const int32_t* values, int64_t count) {
+SPARSE_OPTIM_VECTORIZED int32_t largest(const int32_t* values, int64_t count) {
   int32_t most = 0;
 #pragma omp simd reduction(max : most)
   for (int64_t i = 0; i < count; ++i) most = values[i] > most ? values[i] : most;
   return most;
 }
 
-// The greatest of each run of 16 values.
+// The largest of each run of 16 values.
 SPARSE_OPTIM_VECTORIZED void block_maxima(const int32_t* values, int64_t count, int32_t* maxima) {
   const int64_t whole = count / 16;
   for (int64_t b = 0; b < whole; ++b) {
@@ -97,7 +97,7 @@ SPARSE_OPTIM_VECTORIZED void block_maxima(const int32_t* values, int64_t count, 
     for (int64_t i = 0; i < 16; ++i) most = values[16 * b + i] > most ? values[16 * b + i] : most;
     maxima[b] = most;
   }
-  if (whole * 16 < count) maxima[whole] = greatest(values + 16 * whole, count - 16 * whole);
+  if (whole * 16 < count) maxima[whole] = largest(values + 16 * whole, count - 16 * whole);
 }
 
 SPARSE_OPTIM_VECTORIZED void count_reaching(const int32_t* values, int64_t blocks, int32_t limit,

@@ -18,9 +18,9 @@ Opened open_tile(const Problem& problem, int64_t tile_index, int32_t* out);
 void importance_keys(double exp, float eps, const float* grad, const float* param, int64_t count,
                      int32_t* keys);
 
-int32_t greatest(const int32_t* values, int64_t count);
+int32_t largest(const int32_t* values, int64_t count);
 
-// The greatest of each run of 16 values.
+// The largest of each run of 16 values.
 void block_maxima(const int32_t* values, int64_t count, int32_t* maxima);
 
 // counts[b] = how many of the 16 values from 16 b on reach the limit.

@@ -1,4 +1,4 @@
-// The greatest magnitude and the sum of squares of tiles of a gradient: the pass of `scan` that is
+// The largest magnitude and the sum of squares of tiles of a gradient: the pass of `scan` that is
 // bound by memory.
 #pragma once
 #include "cpu/support.h"
@@ -11,12 +11,12 @@ struct Peaks {
   int32_t bits = 0;
 };
 
-// tile_max[j] = the greatest magnitude_bits(grad) of the j-th tile of `tile` entries.
+// tile_max[j] = the largest magnitude_bits(grad) of the j-th tile of `tile` entries.
 Peaks peaks(const float* grad, int64_t count, int64_t tile, int32_t* tile_max);
 Peaks peaks(const BFloat16* grad, int64_t count, int64_t tile, int32_t* tile_max);
 Peaks peaks(const Float16* grad, int64_t count, int64_t tile, int32_t* tile_max);
 
-// The greatest magnitude_bits(grad[i]) & keep[i].
+// The largest magnitude_bits(grad[i]) & keep[i].
 int32_t kept_peak(const float* grad, const int32_t* keep, int64_t count);
 int32_t kept_peak(const BFloat16* grad, const int32_t* keep, int64_t count);
 int32_t kept_peak(const Float16* grad, const int32_t* keep, int64_t count);

@@ -14,7 +14,7 @@ void rank(const Problem& problem, int32_t* tile_max) {
     int32_t keys[kMaxTile + 16];
     const int64_t end = std::min(problem.num_tiles, (task + 1) * kTilesPerTask);
     for (int64_t i = task * kTilesPerTask; i < end; ++i)
-      tile_max[i] = greatest(keys, open_tile(problem, i, keys).count);
+      tile_max[i] = largest(keys, open_tile(problem, i, keys).count);
   });
 }
 

@@ -36,7 +36,7 @@ struct Stretch {
   int32_t* tile_max;
 };
 
-// The greatest of a tile without its active entries, which are among those from `next` to `end`.
+// The largest of a tile without its active entries, which are among those from `next` to `end`.
 template <class T>
 int32_t frozen_peak(const Stretch<T>& stretch, int64_t index, const int32_t* next,
                     const int32_t* end) {
@@ -50,7 +50,7 @@ int32_t frozen_peak(const Stretch<T>& stretch, int64_t index, const int32_t* nex
   return kept_peak(stretch.grad + begin, keep, count);
 }
 
-// Copies the gradients of the active entries from `next` on. The greatest of a tile is looked for
+// Copies the gradients of the active entries from `next` on. The largest of a tile is looked for
 // again only where an active entry may have been it.
 //
 // After the whole stretch, not after each tile: how many entries a tile holds cannot be predicted.
@@ -124,13 +124,13 @@ bool scan(const Threads& threads, const std::vector<PoolTensor>& pool,
 
   const int64_t num_grads = num_pool + int64_t(dense.size());
   std::fill_n(norms, num_grads, 0.0);
-  int32_t greatest = 0;
+  int32_t largest = 0;
   for (size_t i = 0; i < tasks.size(); ++i) {
     norms[tasks[i].tensor] += partials[i].squares;
-    greatest = std::max(greatest, partials[i].bits);
+    largest = std::max(largest, partials[i].bits);
   }
   for (int64_t i = 0; i < num_grads; ++i) norms[i] = std::sqrt(norms[i]);
-  return greatest < kInfinityBits;
+  return largest < kInfinityBits;
 }
 
 }  // namespace sparse_optim::cpu

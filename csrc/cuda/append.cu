@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
   }
 }
 
-// A launch of its own: the kernels before read what it writes.
+// A separate launch: the kernels before it read what it writes.
 __global__ void __launch_bounds__(kThreads, kResident)
     count_kernel(NewEntries found, int64_t num_tensors, int64_t* offsets, int64_t* progress) {
   const int64_t count = *found.count;

@@ -1,11 +1,11 @@
-// cut: the `quota` frozen entries of greatest importance, exactly, ties to the lower global index.
+// cut: the `quota` frozen entries of largest importance, exactly, ties to the lower global index.
 //
 //   1. bound[j] of each tile (with exp = 0, tile_max itself, perturbed already where entries are
-//      sampled); the quota-th greatest is the limit.
-//   2. Unless exp = 0: the tiles that reach it are opened, the quota-th greatest of their exact
+//      sampled); the quota-th largest is the limit.
+//   2. Unless exp = 0: the tiles that reach it are opened, the quota-th largest of their exact
 //      maxima is the limit.
 //   3. Every tile with a bound at or above the limit is listed; no other can hold a winner.
-//   4. The quota-th greatest key among the entries of listed tiles, and how many of its equals
+//   4. The quota-th largest key among the entries of listed tiles, and how many of its equals
 //      belong, by radix selection: three readings of the listed tiles. No candidate is stored, so
 //      that no buffer grows with how many there are.
 //   5. Winners are counted by tile, the counts added up in tile order, the winners written.
@@ -81,17 +81,17 @@ template <class Importance>
 __global__ void __launch_bounds__(kThreads, kResident)
     score_kernel(Importance importance, Entries entries, Scratch at) {
   __shared__ uint32_t marks[kTileWords];
-  __shared__ int32_t greatest;
+  __shared__ int32_t largest;
   if (at.selection->quota == 0) return;
   for (int64_t i = blockIdx.x; i < at.selection->num_listed; i += gridDim.x) {
-    if (threadIdx.x == 0) greatest = 0;
+    if (threadIdx.x == 0) largest = 0;
     int32_t most = 0;
     visit_tile(entries, importance, at.list[i], marks,
                [&](int, int32_t key) { most = max(most, key); });
     most = __reduce_max_sync(kAllLanes, most);
-    if (lane() == 0) atomicMax(&greatest, most);
+    if (lane() == 0) atomicMax(&largest, most);
     __syncthreads();
-    if (threadIdx.x == 0) at.maxima[i] = at.bound[at.list[i]] = greatest;
+    if (threadIdx.x == 0) at.maxima[i] = at.bound[at.list[i]] = largest;
   }
 }
 

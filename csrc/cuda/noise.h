@@ -1,4 +1,4 @@
-// Noise on a GPU: what stands in the place of an importance where entries are sampled.
+// Noise on a GPU: what replaces an importance where entries are sampled.
 #pragma once
 #include "core/importance.h"
 #include "core/noise.h"

@@ -35,11 +35,11 @@ __device__ inline void load_four(const T* data, int64_t first, int64_t begin, in
   }
 }
 
-// The greatest key that this thread sees of a tile. Threads take groups of four entries as the
+// The largest key that this thread sees of a tile. Threads take groups of four entries as the
 // noise does, which need not begin where the tile does.
 template <class Importance, class T>
-__device__ inline int32_t greatest_key(const Importance& importance, const T* scores,
-                                       const Tile& tile, const uint32_t (&marks)[kTileWords]) {
+__device__ inline int32_t largest_key(const Importance& importance, const T* scores,
+                                      const Tile& tile, const uint32_t (&marks)[kTileWords]) {
   const int64_t end = tile.first + tile.count;
   int32_t most = 0;
   for (int64_t group = tile.first / 4 + threadIdx.x; 4 * group < end; group += kThreads) {
@@ -61,19 +61,19 @@ template <class Importance>
 __global__ void __launch_bounds__(kThreads, kResident)
     rank_kernel(Importance importance, Entries entries, int32_t* tile_max) {
   __shared__ uint32_t marks[kTileWords];
-  __shared__ int32_t greatest;
+  __shared__ int32_t largest;
   for (int64_t j = blockIdx.x; j < entries.pool.num_tiles; j += gridDim.x) {
-    if (threadIdx.x == 0) greatest = 0;
+    if (threadIdx.x == 0) largest = 0;
     const Tile tile = mark_tile(entries, j, marks);
     int32_t most = 0;
     if (tile.row.grad) {
       visit_dtype(tile.row.grad_dtype, tile.row.grad,
-                  [&](auto* scores) { most = greatest_key(importance, scores, tile, marks); });
+                  [&](auto* scores) { most = largest_key(importance, scores, tile, marks); });
     }
     most = __reduce_max_sync(kAllLanes, most);
-    if (lane() == 0) atomicMax(&greatest, most);
+    if (lane() == 0) atomicMax(&largest, most);
     __syncthreads();
-    if (threadIdx.x == 0) tile_max[j] = greatest;
+    if (threadIdx.x == 0) tile_max[j] = largest;
   }
 }
 

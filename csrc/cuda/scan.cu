@@ -26,7 +26,7 @@ constexpr int kBitmapWords = kMaxTile / kWarp + 1;  // one more: entries of a lo
 
 // What the warp has seen of a tile, lane by lane until `reduce`.
 struct Peak {
-  int32_t all = 0;     // greatest |grad| as bits
+  int32_t all = 0;     // largest |grad| as bits
   int32_t frozen = 0;  // among frozen entries
   float squares = 0.f;
 
@@ -163,7 +163,7 @@ __device__ inline double norm_of(const T* squares, int64_t first, int64_t last) 
 }
 
 // One block a tensor: the partition is the tensor's own, whatever else is scanned with it. The
-// greatest of a 7B model has 32,000 tiles, 128 KB that `scan_kernel` has left in L2: 8 rounds of
+// largest of a 7B model has 32,000 tiles, 128 KB that `scan_kernel` has left in L2: 8 rounds of
 // 16 loads in flight a thread, for the sake of one launch less for each tensor scanned alone.
 __global__ void __launch_bounds__(kThreads, kResident)
     norms_kernel(Pool pool, const float* tile_squares, double* norms) {

@@ -1,8 +1,8 @@
-// Radix selection: the k-th greatest of many 31-bit keys, and how many of its equals belong.
+// Radix selection: the k-th largest of many 31-bit keys, and how many of its equals belong.
 //
 // Three passes over the keys, 11 + 11 + 9 bits from the top: each counts the digit of the keys that
 // agree with the prefix found so far; the last block to finish finds the digit's bin that holds the
-// k-th greatest. Counts are integers, so that the order of the additions does not matter. A key of
+// k-th largest. Counts are integers, so that the order of the additions does not matter. A key of
 // 0 never counts.
 //
 // Not by cub: CUDA 13.0 has no device-wide selection of the k-th, and its sorts take the number of
@@ -30,18 +30,18 @@ struct Selection {
   int64_t ties;        // result: how many of the keys equal to `limit` belong
   int64_t num_listed;  // tiles that `compact` listed
   int32_t prefix;
-  int32_t limit;      // result: the k-th greatest key; the least that counts, if fewer than k do
+  int32_t limit;      // result: the k-th largest key; the least that counts, if fewer than k do
   int32_t exhausted;  // fewer than k
   int32_t least;      // least key among the new entries
   unsigned arrived;   // blocks of the running kernel
 };
 
-// Finds the bin of the wanted-th greatest and moves on to it; by one whole block.
+// Finds the bin of the wanted-th largest and moves on to it; by one whole block.
 __device__ inline void take_digit(Selection& state, Digit digit) {
   constexpr int kEach = kBins / kThreads;
   unsigned long long counts[kEach];
   int64_t sum = 0;
-  const int first = kBins - 1 - int(threadIdx.x) * kEach;  // threads begin with the greatest bins
+  const int first = kBins - 1 - int(threadIdx.x) * kEach;  // threads begin with the largest bins
 #pragma unroll
   for (int i = 0; i < kEach; ++i) {
     counts[i] = atomicExch(&state.bins[first - i], 0ull);

@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
   }
 }
 
-// A launch of its own: the blocks of update_kernel read the count.
+// A separate launch: the blocks of update_kernel read the count.
 __global__ void count_step_kernel(const float* found_inf, int64_t* progress) {
   ++progress[*found_inf != 0.f ? 2 : 0];
 }

@@ -8,7 +8,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sparse_optim.backends.operands import ActiveSet, NewEntries, Rule, StepScalars, Tiles
+from sparse_optim.backends.operands import (
+    ActiveSet,
+    BiasCorrection,
+    NewEntries,
+    Rule,
+    StepScalars,
+    Tiles,
+)
 
 importlib.import_module("sparse_optim._C")  # registers torch.ops.sparse_optim
 _ops = torch.ops.sparse_optim
@@ -80,7 +87,9 @@ def append(bound: Tensor, new: NewEntries, active: ActiveSet, scratch: Tensor) -
     )  # fmt: skip
 
 
-def update(bound: Tensor, active: ActiveSet, scalars: StepScalars, bias_correction: str) -> None:
+def update(
+    bound: Tensor, active: ActiveSet, scalars: StepScalars, bias_correction: BiasCorrection
+) -> None:
     """See `reference.update`."""
     _ops.update.default(
         bound, active.position, active.offsets, active.grad, scalars.grad_factor,

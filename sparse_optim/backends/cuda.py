@@ -21,7 +21,7 @@ _kernels = importlib.import_module("sparse_optim._C_cuda")
 
 # 4096 entries: 128 for each lane of the warp that reads a tile, so that searching the active
 # entries and reducing over the warp cost little beside; tile maxima are 4 bytes in 16 KB.
-# Greater ones would make `cut` read more around each winner. Not yet measured on a GPU.
+# Larger ones would make `cut` read more around each winner. Not yet measured on a GPU.
 TILE = 4096
 
 

@@ -4,7 +4,7 @@
     E = -log(1 - v),  v = (u + f) / 2^32        exponentially distributed, float32
     f = 0.5, or where u < 2^16 the fraction (u' + 0.5) / 2^32 of a second draw u'
 
-The k entries of greatest score / sqrt(E) are a sample of k without replacement with probabilities
+The k entries of largest score / sqrt(E) are a sample of k without replacement with probabilities
 proportional to score^2: the order is that of log(score^2) + Gumbel noise, as Gumbel = -log(E).
 The second draw keeps small E, which win, fine-grained in pools of billions of entries.
 

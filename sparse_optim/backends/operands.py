@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+# How an entry's age is counted; see `reference.update`.
+BiasCorrection = Literal["entry", "global"]
 
 # Per-entry state, in the order in which it is stored in checkpoints.
 ENTRY_FIELDS = ("position", "exp_avg", "exp_avg_sq", "unmask_step", "master")

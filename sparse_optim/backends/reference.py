@@ -5,7 +5,7 @@
     clip    what `update` multiplies gradients by, from the norms of all of them
     rank    tile_max[j] <- max score over the frozen entries of tile j, for importances that give
             dense scores, and for sampling; D3 needs it not
-    cut     the `quota` frozen entries of greatest importance |grad| / (|param| + eps)^exp
+    cut     the `quota` frozen entries of largest importance |grad| / (|param| + eps)^exp
     append  those entries join the active set, with zero moments
     update  AdamW over the active entries alone
 
@@ -35,7 +35,14 @@ from torch import Tensor
 
 from sparse_optim.backends.clip import clip as clip
 from sparse_optim.backends.clip import tensor_norm
-from sparse_optim.backends.operands import ActiveSet, NewEntries, Rule, StepScalars, Tiles
+from sparse_optim.backends.operands import (
+    ActiveSet,
+    BiasCorrection,
+    NewEntries,
+    Rule,
+    StepScalars,
+    Tiles,
+)
 from sparse_optim.backends.scoring import (
     importance,
     importance_key,
@@ -258,7 +265,9 @@ def append(bound: Bound, new: NewEntries, active: ActiveSet, scratch: Tensor) ->
     active.progress[1] = total
 
 
-def update(bound: Bound, active: ActiveSet, scalars: StepScalars, bias_correction: str) -> None:
+def update(
+    bound: Bound, active: ActiveSet, scalars: StepScalars, bias_correction: BiasCorrection
+) -> None:
     """Take one AdamW step on the active entries; count the step, or count it as skipped.
 
         grad       <- sign * grad_factor * active.grad

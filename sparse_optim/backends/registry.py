@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 from torch import Tensor
 
-from sparse_optim.backends.operands import ActiveSet, NewEntries, Rule, StepScalars, Tiles
+from sparse_optim.backends.operands import (
+    ActiveSet,
+    BiasCorrection,
+    NewEntries,
+    Rule,
+    StepScalars,
+    Tiles,
+)
 
 
 class Backend(Protocol):
@@ -42,9 +49,11 @@ class Backend(Protocol):
     def append(self, bound: Any, new: NewEntries, active: ActiveSet, scratch: Tensor) -> None: ...
 
     def update(
-        self, bound: Any, active: ActiveSet, scalars: StepScalars, bias_correction: str
+        self, bound: Any, active: ActiveSet, scalars: StepScalars, bias_correction: BiasCorrection
     ) -> None: ...
 
+
+BackendName = Literal["auto", "cpp", "cuda", "triton", "reference"]  # "auto": see `engine.choose`
 
 # name -> (module, device type it runs on or None for any), fastest first.
 BACKENDS: dict[str, tuple[str, str | None]] = {

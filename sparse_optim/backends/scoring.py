@@ -87,7 +87,7 @@ def importance_key(score: Tensor) -> Tensor:
 
 
 def tile_abs_max(param: Tensor, tile: int) -> Tensor:
-    """Greatest |param| of each tile, float32; what bounds the importance where exp < 0.
+    """Largest |param| of each tile, float32; what bounds the importance where exp < 0.
 
     NaN counts as 0: such entries are never unmasked, and must not hide the others of their tile.
     """

@@ -27,6 +27,7 @@ from torch import Tensor
 from sparse_optim.backends import scoring
 from sparse_optim.backends.operands import (
     ActiveSet,
+    BiasCorrection,
     NewEntries,
     StepScalars,
     Tiles,
@@ -54,7 +55,7 @@ class Method:
 
     importance: Importance
     selection: Selection
-    bias_correction: str = "entry"
+    bias_correction: BiasCorrection = "entry"
 
 
 class Source(Protocol):

@@ -65,7 +65,7 @@ class FusedBackward:
 
     Args:
         engine: whose pool gets hooks, and whose buffers are written.
-        dense: parameters trained densely beside the pool; their gradients are consumed, too.
+        dense: parameters trained densely beside the pool; a step also consumes their gradients.
 
     Raises:
         ValueError: another source takes the gradients of a parameter already.
@@ -165,8 +165,8 @@ class FusedBackward:
         """Take gradients that came without a hook, and rank what waits; see `Source`.
 
         Returns:
-            what stands for the gradients of the pool in `append` and `update`: each parameter
-            itself where there is a gradient in this step, else an empty tensor.
+            in place of the pool's gradients, for `append` and `update`: the parameter itself where
+            there is a gradient in this step, else an empty tensor.
 
         Raises:
             RuntimeError: a gradient was written after it had been taken, or none has come since

@@ -1,4 +1,4 @@
-"""The step's few numbers on their way to the device, without ever waiting for it.
+"""Copy per-step scalars to the device without synchronising.
 
 Hyper-parameters are copied only when they have changed, from pinned memory; what is on the device
 already (a learning rate that is a tensor, the loss scale) is copied there. A step in which nothing

@@ -35,7 +35,7 @@ HYPER = {"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01, "
 COUNTS = ("progress", "offsets")
 SELECTED = ("position", "unmask_step")
 ROUNDED = ("exp_avg", "exp_avg_sq", "master")
-# A handful of float32 roundings, of values up to the greatest; values that are rounded to 16 bits
+# A handful of float32 roundings, of values up to the largest; values that are rounded to 16 bits
 # may end a unit apart.
 TOLERANCE = 1e-5
 
@@ -57,13 +57,13 @@ def first_mismatch(backend: str, device: torch.device) -> str | None:
     _log.info("checking backend %r on %s (Triton compiles its kernels the first time)",
               backend, device)  # fmt: skip
     try:
-        with torch.device("cpu"):  # whatever the user's default is
+        with torch.device("cpu"):  # not the user's default device
             for importance, selection in METHODS:
                 if found := _first_difference(backend, device, importance, selection):
                     return found
     except torch.OutOfMemoryError:
         raise  # says nothing of the backend, and is not remembered
-    except Exception as error:  # whatever a compiler, a driver or a kernel raises
+    except Exception as error:  # a compiler, a driver or a kernel may raise anything
         first_line = next(iter(str(error).splitlines()), "")
         return f"it raised {type(error).__name__}: {first_line}"
     return None
@@ -148,8 +148,8 @@ def _near(ours: Tensor, theirs: Tensor) -> bool:
     relative = TOLERANCE
     if theirs.dtype not in (torch.float32, torch.float64):
         relative = 2 * torch.finfo(theirs.dtype).eps
-    greatest = float(theirs.abs().max())
-    return torch.allclose(ours.cpu(), theirs, rtol=relative, atol=TOLERANCE * greatest)
+    largest = float(theirs.abs().max())
+    return torch.allclose(ours.cpu(), theirs, rtol=relative, atol=TOLERANCE * largest)
 
 
 def _values(kind: str, generator: torch.Generator) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Loss scaling without a pass of its own over the gradients."""
+"""Loss scaling without an extra pass over the gradients."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class GradScaler(torch.amp.GradScaler):
     """torch.amp.GradScaler, but for our optimizers without its inspection of the gradients.
 
     Before the step of an optimizer that unscales by itself, torch reads and writes every gradient
-    to look for infinities. The scan of `MaskedAdamW.step` reads them anyway: here its finding alone
-    decides whether the step is skipped, and `update()` then lowers or raises the scale by it.
+    to look for infinities. The scan of `MaskedAdamW.step` reads them anyway: its result decides
+    whether the step is skipped, and `update()` adjusts the scale accordingly.
     Steps, scales and weights are those of torch's scaler bit for bit. Other optimizers in the same
     loop are handled as by torch.
 
@@ -41,7 +41,7 @@ class GradScaler(torch.amp.GradScaler):
     """
 
     def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> dict[Any, Any]:
-        """Called by torch before the step: for ours, a flag that the step will set."""
+        """Called by torch before the step: for ours, return a flag that the step will set."""
         if not (isinstance(optimizer, MaskedAdamW) and optimizer.holds_gradients):
             return super()._check_inf_per_device(optimizer)
         device = optimizer.engine.pool.device

@@ -12,12 +12,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from sparse_optim.backends.operands import BiasCorrection
 from sparse_optim.engine.pool import Pool, check_param, check_together
 from sparse_optim.policy.importance import Importance
 from sparse_optim.policy.selection import Selection
 from sparse_optim.warn import warn_user
 
-BiasCorrection = Literal["entry", "global"]
 Unmask = Literal["rank", "all", "none"]
 BIAS_CORRECTIONS = get_args(BiasCorrection)
 UNMASK_MODES = get_args(Unmask)
@@ -130,7 +130,8 @@ def check_rejected(
 ) -> None:
     """Raise ValueError for options of torch.optim.AdamW that cannot be honoured.
 
-    `waits` tells of a method whose steps read the device.
+    Args:
+        waits: whether steps of the method read the device.
     """
     if differentiable:
         raise ValueError("differentiable=True is not supported: the step runs in fused kernels")

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from sparse_optim.optim.groups import BiasCorrection
+from sparse_optim.backends.operands import BiasCorrection
+from sparse_optim.backends.registry import BackendName
 from sparse_optim.optim.masked_adamw import MaskedAdamW
 from sparse_optim.policy.importance import D3
 from sparse_optim.policy.schedule import Schedule, Uniform
@@ -20,7 +21,7 @@ class IncrementalMaskedAdamW(MaskedAdamW):
         importance D3 = |grad| / (|param| + eps)^exp, ranked over the whole model at each step;
         the most important frozen entries become active until `budget` is spent at `total_steps`.
 
-    ID3 wants learning rates about ten times those of full fine-tuning: 1e-4 to 7e-4.
+    Use learning rates of 1e-4 to 7e-4, about ten times those of full fine-tuning.
 
     Args:
         params, lr, betas, eps, weight_decay, amsgrad: as in torch.optim.AdamW; see `MaskedAdamW`
@@ -30,7 +31,7 @@ class IncrementalMaskedAdamW(MaskedAdamW):
         importance: exp and eps of D3.
         schedule: `Uniform()`, `Linear()`, `Warmup(share, steps)`, or a function that maps a step to
             the number of entries unmasked so far.
-        unmask_steps: spend the budget in so many steps instead of `total_steps`.
+        unmask_steps: spend the budget in this many steps (default: `total_steps`).
         max_grad_norm, bias_correction, backend, maximize: as in `MaskedAdamW`.
         foreach, capturable, differentiable, fused, fuse_backward: as in `MaskedAdamW`.
 
@@ -66,7 +67,7 @@ class IncrementalMaskedAdamW(MaskedAdamW):
         unmask_steps: int | None = None,
         max_grad_norm: float | None = None,
         bias_correction: BiasCorrection = "entry",
-        backend: str = "auto",
+        backend: BackendName = "auto",
         maximize: bool = False,
         foreach: bool | None = None,
         capturable: bool = False,

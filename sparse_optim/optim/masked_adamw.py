@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_optim.backends.operands import BiasCorrection
+from sparse_optim.backends.registry import BackendName
 from sparse_optim.delta import Delta
 from sparse_optim.delta._fingerprint import BaseFingerprints
 from sparse_optim.engine.choose import choose
@@ -20,7 +22,6 @@ from sparse_optim.optim import checkpoint
 from sparse_optim.optim.dense_groups import plan_dense_step, take_dense_step
 from sparse_optim.optim.gradient_watch import GradientWatch
 from sparse_optim.optim.groups import (
-    BiasCorrection,
     check_fusable,
     check_method,
     check_new_group,
@@ -36,40 +37,41 @@ from sparse_optim.policy.selection import Selection, resolve_budget
 class MaskedAdamW(torch.optim.Optimizer):
     """AdamW that moves only the entries which an importance and a selection unmask.
 
-    Each step ranks all still-frozen entries of the pool together, unmasks the most important ones,
-    and updates the active entries. Frozen entries keep their initial bits, whatever the weight
-    decay. Moments (and float32 master values of 16-bit parameters) exist for active entries only.
+    Each step ranks all frozen entries of the pool together, unmasks the most important ones, and
+    updates the active entries. Frozen entries keep their initial bits; weight decay does not touch
+    them. Moments (and float32 master values of 16-bit parameters) exist for active entries only.
 
     Args:
         params: parameters, named parameters, or param groups. A group may set `lr`, `betas`, `eps`,
             `weight_decay`, `maximize`, and `unmask`:
             "rank" (default): its entries compete for the budget;
-            "all": trained densely as by torch.optim.AdamW, outside the budget (a fresh head);
+            "all": trained densely, outside the budget, as torch.optim.AdamW does (a fresh head);
             "none": stays frozen, and counts in no norm.
         lr: float or one-element tensor, parameter units per step.
-        betas, eps, weight_decay: as in torch.optim.AdamW; amsgrad, differentiable: only False.
-        importance: ranks the entries: `D3`, another of `sparse_optim.policy.importance`, or a
-            function of (name, param, grad). Only D3 is ranked without a pass and scores of its own.
+        betas, eps, weight_decay: as in torch.optim.AdamW.
+        amsgrad, differentiable: only False.
+        importance: ranks the entries: `D3`, another class of `sparse_optim.policy.importance`, or
+            a function of (name, param, grad). D3 alone needs no extra pass and no dense scores.
         selection: `Increment`, `Static`, `Repeat` or `Stochastic`.
-        max_grad_norm: clip gradients to this global norm, within the step and without touching
-            `.grad`. Use it instead of `clip_grad_norm_`; with both, gradients are clipped twice.
-        bias_correction: "entry" counts Adam's step from the entry's own unmasking; "global" from
-            the first step, as dense AdamW under a mask does.
-        backend: "cpp", "cuda", "triton", "reference", or "auto": the fastest that is installed and
-            agrees with the reference on the device.
+        max_grad_norm: clip gradients to this global norm, within the step and without writing
+            `.grad`; None does not clip. Use it instead of `clip_grad_norm_`.
+        bias_correction: "entry" counts Adam's step from the entry's unmasking; "global" from the
+            first step, as dense AdamW under a mask does.
+        backend: "cpp", "cuda", "triton", "reference", or "auto": the fastest one that is installed
+            and agrees with the reference on the device.
         maximize: ascend instead of descend.
-        capturable: allow `step()` to be captured in a CUDA graph, by the backends that never wait
+        capturable: allow `step()` to be captured in a CUDA graph, with the backends that never wait
             for the device ("cuda", "triton"). Take a step before the capture. A replay reads an lr
             that is a tensor on the device; other hyper-parameters stay. Unmasking goes on.
-        foreach, fused: accepted as arguments of AdamW; the step is always fused.
+        foreach, fused: accepted for compatibility with AdamW; the step is always fused.
         fuse_backward: take each gradient when the backward pass has produced it, and free it: no
-            gradient buffer (see `engine.fused_backward`). `clip_grad_norm_` then sees no gradients,
-            clips nothing and returns 0: clip by `max_grad_norm` (`math.inf` for no clipping). The
-            same results bit for bit; no gradient accumulation. Any importance, `Increment` or
-            `Static`, one process.
+            gradient buffer (see `sparse_optim.engine.fused_backward`). `clip_grad_norm_` then sees
+            no gradients, clips nothing and returns 0: use `max_grad_norm`. The results are the
+            same bit for bit. Works with any importance, with `Increment` or `Static`, in a single
+            process, without gradient accumulation.
 
     Raises:
-        ValueError, TypeError: names the argument or parameter, what arrived, what to do.
+        ValueError, TypeError: names the argument or parameter, what arrived and what to do.
 
     Reference: Agarwal et al. 2025, Step-by-Step Unmasking, TACL 13:1767-1788.
     """
@@ -92,7 +94,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         selection: Selection,
         max_grad_norm: float | None = None,
         bias_correction: BiasCorrection = "entry",
-        backend: str = "auto",
+        backend: BackendName = "auto",
         maximize: bool = False,
         foreach: bool | None = None,
         capturable: bool = False,
@@ -144,7 +146,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         return self._engine.method.selection
 
     @property
-    def bias_correction(self) -> str:
+    def bias_correction(self) -> BiasCorrection:
         """How an entry's age is counted: "entry" or "global"."""
         return self._engine.method.bias_correction
 

@@ -4,8 +4,8 @@ An importance is a function of one parameter and its gradient,
 
     importance(name, param, grad) -> score of every entry, >= 0; 0 is never unmasked
 
-so that a function of the user's own will do. `D3` alone is ranked by the kernels as they read the
-gradients. Every other one costs a pass of its own and a score of every entry while a step lasts
+so any function will do. `D3` alone is ranked by the kernels as they read the
+gradients. Every other one costs an extra pass, and a score of every entry while a step lasts
 (2 or 4 bytes an entry), in steps that unmask something.
 """
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from sparse_optim.backends import scoring
 from sparse_optim.warn import warn_user
 
-GREATEST_FINITE_BITS = 0x7F7FFFFF
+LARGEST_FINITE_BITS = 0x7F7FFFFF
 
 
 class Importance(Protocol):
@@ -52,7 +52,7 @@ def in_kernel(importance: Importance) -> tuple[float, float] | None:
 
 
 def is_fixed(importance: Importance) -> bool:
-    """Whether scores stay the same, whatever the gradients are."""
+    """Whether scores do not depend on the gradients."""
     return bool(getattr(importance, "fixed", False))
 
 
@@ -99,7 +99,7 @@ class D3:
 class Magnitude:
     """Rank the smallest |param| first; needs no data (PaFi).
 
-    The score is the greatest float32 less |param|, counted in units in the last place, so that the
+    The score is the largest float32 less |param|, counted in units in the last place, so that the
     order is exact. Entries that are zero come first (with a warning, where they fill a matrix); NaN
     and infinity never.
 
@@ -124,14 +124,14 @@ class Magnitude:
     def __call__(self, name: str, param: Tensor, grad: Tensor) -> Tensor:
         """Scores, float32, of the parameter's shape."""
         magnitude = param.detach().float().abs()
-        bits = GREATEST_FINITE_BITS - magnitude.view(torch.int32)
+        bits = LARGEST_FINITE_BITS - magnitude.view(torch.int32)
         return bits.clamp(min=0).view(torch.float32)
 
 
 @dataclass(frozen=True)
 class Random:
-    """Every entry alike, in an order of chance: a random mask (R-Mask), or with `Repeat` a fresh
-    one at each step.
+    """Rank entries in random order: a random mask (R-Mask), or with `Repeat` a fresh one at each
+    step.
 
     Args:
         seed: of the order, 64 bits. The order is the same on every backend.

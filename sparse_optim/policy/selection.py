@@ -84,7 +84,7 @@ class Increment:
         budget: entries (int) or share of the pool (float) that may ever be active.
         total_steps: optimizer steps of the whole run.
         schedule: how the budget is spread over the steps.
-        unmask_steps: spend the budget within the first so many steps (default: all of them).
+        unmask_steps: spend the budget within this many first steps (default: all of them).
 
     Raises:
         ValueError: if a number of steps is out of range.

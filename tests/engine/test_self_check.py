@@ -106,7 +106,7 @@ def update_that_rounds_otherwise(bound, active, scalars, bias_correction):
 
 
 def update_that_moves_frozen_entries(bound, active, scalars, bias_correction):
-    """By the last bit: those of the greatest tensor that have no place in the active set."""
+    """By the last bit: those of the largest tensor that have no place in the active set."""
     reference.update(bound, active, scalars, bias_correction)
     frozen = torch.ones(bound.params[0].numel(), dtype=torch.bool)
     frozen[active.segment(0)["position"].long()] = False
@@ -128,7 +128,11 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "faulty", "message"), FAULTS, ids=lambda each: str(each)[:40])
+@pytest.mark.parametrize(
+    ("name", "faulty", "message"),
+    FAULTS,
+    ids=lambda each: getattr(each, "__name__", str(each)[:40]),
+)
 def test_faults_are_found(backend_with, name, faulty, message):
     backend_with(**{name: faulty})
     fault = self_check.first_mismatch("tried", CPU)

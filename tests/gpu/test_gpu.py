@@ -130,7 +130,7 @@ def test_scores_are_ranked_and_sampled(target, kind, noise):
 
 
 def test_a_large_sample_has_second_draws(target):
-    """One entry in 65536 has one, and the greatest keys: some 23 of these."""
+    """One entry in 65536 has one, and the largest keys: some 23 of these."""
     case = make_case([1_500_000], kind="equal", quota=5000, tile=tile_of(target))
     case.noise = torch.tensor([8, 1])
     assert_same_sample(case, ops_of(target), target[1])

@@ -219,7 +219,7 @@ def test_values_loaded_in_mid_run_replace_master_values():
 @pytest.mark.parametrize("how", ["in place", "data and refresh"])
 @pytest.mark.parametrize("exp", [-1.0, -0.5])
 def test_bounds_follow_weights_written_from_outside(exp, how, backend):
-    """exp < 0 keeps the greatest |param| of each tile; a stale one would hide the new winner."""
+    """exp < 0 keeps the largest |param| of each tile; a stale one would hide the new winner."""
     params = new_params((4000,))
     optimizer = IncrementalMaskedAdamW(
         params, budget=4, total_steps=4, importance=D3(exp), backend=backend

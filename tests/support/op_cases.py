@@ -306,7 +306,7 @@ def make_case(
 
 
 def fill_bounds(case: Case) -> None:
-    """Greatest |param| of each tile, which exp < 0 needs; by hand."""
+    """Largest |param| of each tile, which exp < 0 needs; by hand."""
     if case.work.tiles.param_bound.numel():
         bounds = [
             part.float().abs().max() for param in case.params for part in param.split(case.tile)

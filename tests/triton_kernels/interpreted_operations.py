@@ -9,7 +9,7 @@ needs no exception. Tiles are small, as the interpreter takes some ten milliseco
 Faults planted by hand, once each, and what failed:
     locate: a tile begins one entry later           test_scan, 23 tests in all
     is_listed: the last active entry is missed      test_scan[everything active], 24 in all
-    ties go to the greatest index in a tile         test_cut[all equal], [ties], 3 tests
+    ties go to the largest index in a tile         test_cut[all equal], [ties], 3 tests
     ties are counted anew by each program           test_cut[all equal], 17 in all
     floor: upper edge of the bin                    test_cut[fewer winners than tiles]
     floor of maxima: one bin too high               test_cut[tight bounds]
@@ -108,7 +108,7 @@ def test_non_finite_gradients_are_found(place: str, value: float) -> None:
     assert_bits(got, want, "tile_max", "found_inf", "new_count")
 
 
-def test_found_inf_stays_and_greatest_finite_is_finite() -> None:
+def test_found_inf_stays_and_largest_finite_is_finite() -> None:
     case = make_case((3,), positions=[[]])
     case.grads[0][1] = torch.finfo(F32).max
     with np.errstate(over="ignore"):  # the sum of squares does, which is no gradient's fault

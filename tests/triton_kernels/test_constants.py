@@ -45,7 +45,7 @@ def test_keys() -> None:
 
 
 def test_tile() -> None:
-    """The plan of `estimate` counts the tiles that both GPU backends have, the greatest allowed."""
+    """The plan of `estimate` counts the tiles that both GPU backends have, the largest allowed."""
     cuda = (ROOT / "sparse_optim" / "backends" / "cuda.py").read_text()  # imports only when built
     assert re.findall(r"^TILE = (\d+)$", cuda, re.MULTILINE) == [str(kernels.TILE)]
     assert kernels.TILE == estimate.TILE == constant("kMaxTile", "pool.h")

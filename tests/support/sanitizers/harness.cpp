@@ -95,7 +95,7 @@ struct Buffer {
       const int drop = std::max(exponent - 11, -24);
       const double kept = std::ldexp(std::trunc(std::ldexp(fraction, exponent - drop)), drop);
       uint16_t half = 0;
-      for (uint16_t bit = 0x4000; bit; bit >>= 1)  // the greatest pattern that is not above
+      for (uint16_t bit = 0x4000; bit; bit >>= 1)  // the largest pattern that is not above
         if (double(value_of(uint16_t(half | bit), dtype)) <= kept) half |= bit;
       if (std::signbit(value)) half |= 0x8000;
       std::memcpy(at(i), &half, 2);
