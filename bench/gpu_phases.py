@@ -136,7 +136,7 @@ def our_backends(device: torch.device) -> list[BackendName]:
 
 def absent_backends(device: torch.device) -> dict[str, str]:
     """Return the backends that are not installed, and why."""
-    absent = {}
+    absent: dict[str, str] = {}
     for name in _compiled(device):
         try:
             choose(name, device)
