@@ -6,7 +6,6 @@ time.
 
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from torch import Tensor
 from sparse_optim.delta._apply import merge
 from sparse_optim.delta._format import write_safetensors
 from sparse_optim.delta._types import Delta, DeltaError
+from sparse_optim.files import replacing
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -101,8 +101,7 @@ def merge_folder(
     added = tuple(name for name in delta.dense if name not in where)
     where |= dict.fromkeys(added, shards[-1])
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{secrets.token_hex(8)}.tmp")
-    try:
+    with replacing(out) as temporary:
         shutil.copytree(base, temporary, ignore=lambda at, names: _ignored(base, at, names))
         total = sum(
             _merge_shard(base / file, temporary / file, delta, naming.base, where)
@@ -111,10 +110,6 @@ def merge_folder(
         if len(shards) > 1 or (base / INDEX).exists():
             index = {"metadata": {"total_size": total}, "weight_map": where}
             (temporary / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-        os.replace(temporary, out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return MergedFolder(files=tuple(shards), prefix=naming.prefix, added=added)
 
 
@@ -143,8 +138,6 @@ def _merge_shard(
     merged = merge(part, tensors)
     with open(target, "xb") as file:
         write_safetensors(file, merged, {"format": "pt"})
-        file.flush()
-        os.fsync(file.fileno())
     return sum(tensor.nbytes for tensor in merged.values())
 
 

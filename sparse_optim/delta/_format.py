@@ -18,10 +18,8 @@ The same delta always gives the same bytes.
 
 import json
 import os
-import secrets
 import struct
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,6 +31,7 @@ from torch import Tensor
 from sparse_optim.delta._fingerprint import raw_bytes
 from sparse_optim.delta._tensors import DTYPE_CODES, DTYPES
 from sparse_optim.delta._types import Delta, DeltaError, SparseValues, check_shape
+from sparse_optim.files import replacing
 
 FORMAT = "sparse_optim.delta"
 FORMAT_VERSION = "1"
@@ -51,7 +50,7 @@ def save_delta(delta: Delta, path: str | os.PathLike[str]) -> None:
     Raises:
         OSError: the folder is missing, not writable, or full.
     """
-    with _atomic_write(Path(path)) as file:
+    with replacing(path) as temporary, open(temporary, "xb") as file:
         write_safetensors(file, _columns(delta), _metadata(delta))
 
 
@@ -119,27 +118,6 @@ def write_safetensors(
     for name in order:
         for piece in raw_bytes(tensors[name]):
             file.write(piece)
-
-
-@contextmanager
-def _atomic_write(path: Path) -> Iterator[BinaryIO]:
-    path = Path(os.path.realpath(path))  # Through a link, not over it.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    if hasattr(os, "O_DIRECTORY"):  # Elsewhere a folder cannot be synced.
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def _columns(delta: Delta) -> dict[str, Tensor]:

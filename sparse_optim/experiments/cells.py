@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from sparse_optim.experiments.presets import ExperimentError, Row, TaskPreset
+from sparse_optim.files import replacing
 from sparse_optim.finetune.config import FinetuneConfig
 from sparse_optim.finetune.report import jsonable, write_json
 
@@ -67,20 +66,9 @@ class CellStore:
 
     def write(self, cell: Cell, outcome: Outcome) -> None:
         """Write the cell's file."""
-        with in_one_piece(self.path(cell)) as unfinished:
-            write_json(outcome, unfinished)
-
-
-@contextmanager
-def in_one_piece(path: Path) -> Iterator[Path]:
-    """Where to write a file that appears whole or not at all, whoever else writes it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        yield unfinished
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with replacing(self.path(cell)) as temporary:
+            write_json(outcome, temporary)
 
 
 def differing_settings(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,9 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sparse_optim.experiments.cells import Outcome, in_one_piece
+from sparse_optim.experiments.cells import Outcome
 from sparse_optim.experiments.plan import value_of
 from sparse_optim.experiments.presets import Experiment, Row
+from sparse_optim.files import replacing
 
 Summary = dict[str, Any]
 
@@ -182,9 +183,10 @@ def legend(experiment: Experiment) -> str:
 def write_table(experiment: Experiment, outcomes: Sequence[Outcome], folder: Path) -> list[Summary]:
     """Write table.md and table.json; return the summaries."""
     summaries = summarise(experiment, outcomes)
-    with in_one_piece(folder / "table.md") as path:
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / "table.md") as path:
         path.write_text(markdown(experiment, summaries))
-    with in_one_piece(folder / "table.json") as path:
+    with replacing(folder / "table.json") as path:
         path.write_text(json.dumps(plain(summaries), indent=2) + "\n")
     return summaries
 

@@ -13,8 +13,6 @@ Reference: Bhardwaj et al. 2024, Sparse High Rank Adapters, NeurIPS; peft's Shir
 from __future__ import annotations
 
 import os
-import secrets
-import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sparse_optim.delta import Delta, DeltaError, SparseValues, merge
+from sparse_optim.files import replacing
 from sparse_optim.integrations.peft_package import import_peft
 
 WEIGHTS = "adapter_model.safetensors"
@@ -259,11 +258,6 @@ def _shira_tensors(name: str, values: SparseValues, weight: Tensor, r: int) -> d
 
 def _write(config: Any, tensors: dict[str, Tensor], out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{secrets.token_hex(8)}.tmp")
-    try:
+    with replacing(out) as temporary:
         config.save_pretrained(str(temporary))
         save_file(tensors, temporary / WEIGHTS, {"format": "pt"})
-        os.replace(temporary, out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
