@@ -12,12 +12,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from sparse_optim.analysis.measures import sparsity_entropy, tensor_sparsity
+from sparse_optim.errors import SparseOptimError
 
 ALLOCATION_FILE = "allocation.jsonl"
 FORMAT = 1
 
 
-class RecordError(ValueError):
+class RecordError(SparseOptimError):
     """No record, or one that cannot be read: one line that says what is wrong and what to do."""
 
 

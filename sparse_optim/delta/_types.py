@@ -19,6 +19,7 @@ from sparse_optim.delta._tensors import (
     same_bits,
     storage_key,
 )
+from sparse_optim.errors import SparseOptimError
 
 MAX_NUMEL = 2**63 - 1  # Positions are int64.
 MAX_DIMS = 64  # torch's own limit for indexing and copies.
@@ -26,8 +27,8 @@ UINT32_NUMEL = 2**32  # Up to this size every position fits in uint32.
 FINGERPRINT_DIGITS = 32
 
 
-class DeltaError(ValueError):
-    """A delta, its file, or the model that it is applied to is not as it must be."""
+class DeltaError(SparseOptimError):
+    """A delta, its file, or the model that it is applied to is invalid."""
 
 
 def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
