@@ -7,7 +7,6 @@ from their modules: they need the extra "finetune".
 from sparse_optim.analysis.measures import (
     AllocationGrid,
     allocation_grid,
-    entry_counts,
     sparsity_entropy,
     tensor_sparsity,
 )
@@ -27,7 +26,6 @@ __all__ = [
     "RecordError",
     "Snapshot",
     "allocation_grid",
-    "entry_counts",
     "load_record",
     "save_record",
     "sparsity_entropy",

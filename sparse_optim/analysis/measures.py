@@ -8,14 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor
 
 LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
-
-
-def entry_counts(active: Mapping[str, Tensor]) -> dict[str, int]:
-    """Active entries of each tensor, from their positions (`optimizer.active_entries()`)."""
-    return {name: position.numel() for name, position in active.items()}
 
 
 def tensor_sparsity(counts: Mapping[str, int]) -> float:

@@ -216,11 +216,6 @@ def fresh_parameters(model: PreTrainedModel, info: dict[str, Any]) -> frozenset[
     return frozenset(name for name, _ in model.named_parameters() if name in names)
 
 
-def choose_device(cpu: bool) -> str:
-    """'cuda' where there is one, unless the user wants the CPU."""
-    return "cpu" if cpu or not torch.cuda.is_available() else "cuda"
-
-
 def set_threads(threads: int | None) -> None:
     """Limit torch's CPU threads; tokenizers' own pool would compete with them."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

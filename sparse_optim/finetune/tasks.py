@@ -39,7 +39,6 @@ class Task:
     collator: Callable[[PreTrainedTokenizerBase], Any]
     compute: Metrics
     metrics: tuple[str, ...]
-    lower_is_better: tuple[str, ...] = ()
     preprocess_logits: Callable[[Any, Tensor], Tensor] | None = None
 
     def check_metric(self, metric: str | None) -> str:
@@ -280,7 +279,6 @@ TASKS = {
         pad_text,
         regression_metrics,
         ("pearson_spearman", "pearson", "spearman", "rmse"),
-        lower_is_better=("rmse",),
     ),
     "token-classification": Task(
         "AutoModelForTokenClassification",
@@ -295,7 +293,6 @@ TASKS = {
         pad_tokens,
         generation_metrics,
         ("perplexity", "token_loss"),
-        lower_is_better=("perplexity", "token_loss"),
         preprocess_logits=token_losses,
     ),
 }

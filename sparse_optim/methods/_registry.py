@@ -25,7 +25,6 @@ class Method:
         about: for the help.
         budget: "given", "biases" (as many entries as BitFit trains, unless given) or "none".
         clips: whether the optimizer clips by itself (else the training loop does).
-        calibrates: whether it needs batches before the first step.
         adam_eps: AdamW's eps in the source, where it is not 1e-8.
     """
 
@@ -34,7 +33,6 @@ class Method:
     about: str
     budget: str = "given"
     clips: bool = True
-    calibrates: bool = False
     adam_eps: float = 1e-8
 
     @property
@@ -56,10 +54,8 @@ METHODS = {
     "static-d3": Method(builders.static_d3, 5e-4, "top budget of D3 at step 1, then fixed"),
     "repeat-d3": Method(builders.repeat_d3, 5e-4, "top budget of D3, anew at each step"),
     "pafi": Method(builders.pafi, 5e-4, "smallest magnitudes, fixed"),
-    "fish": Method(calibrated.fish, 5e-4, "greatest Fisher information, fixed", calibrates=True),
-    "child-tuning-d": Method(
-        calibrated.child_tuning, 5e-4, "squared batch gradients, fixed", calibrates=True
-    ),
+    "fish": Method(calibrated.fish, 5e-4, "largest Fisher information, fixed"),
+    "child-tuning-d": Method(calibrated.child_tuning, 5e-4, "squared batch gradients, fixed"),
     "r-mask": Method(builders.r_mask, 5e-4, "random entries, fixed"),
     "sparse-adapter": Method(
         calibrated.sparse_adapter, 5e-4, "SNIP or another pruning score of an adapter, fixed"

@@ -57,7 +57,7 @@ def build(name: str, model: nn.Module, **options: object) -> torch.optim.Optimiz
     options = {"fresh": ["classifier"], "total_steps": 4} | options
     if METHODS[name].budget == "given":
         options.setdefault("budget", 40)
-    if METHODS[name].calibrates:
+    if name in ("fish", "child-tuning-d"):
         options.setdefault("calibration", lambda: [make_batch(9), make_batch(10)])
     return methods.build(name, model, **options)
 
