@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from sparse_optim.experiments.presets import Block, Experiment, ExperimentError, Row, TaskPreset
-from sparse_optim.finetune.adapters import ADAPTERS
+from sparse_optim.finetune.adapter_kinds import ADAPTERS
 from sparse_optim.finetune.config import parse_budget
 from sparse_optim.finetune.hub import did_you_mean
 from sparse_optim.methods import METHODS

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from sparse_optim.finetune.adapter_kinds import ADAPTERS
 from sparse_optim.finetune.errors import FinetuneError
 from sparse_optim.integrations.adapters import adapter_groups
 from sparse_optim.integrations.bottleneck import add_bottlenecks, save_bottlenecks
 from sparse_optim.integrations.peft_package import import_peft
-
-DEFAULT_RATE = 5e-4  # dense adapters, too, want ten times the rate of full fine-tuning
 
 
 @dataclass(frozen=True)
@@ -33,23 +31,6 @@ class AdapterRequest:
     whole: list[str]
     alpha: float | None = None
     targets: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """A kind of adapter.
-
-    Args:
-        attach: makes the adapted model.
-        rank: the default; None where there is no rank.
-        about: for the help.
-        places: whether alpha and targets mean anything to it.
-    """
-
-    attach: Callable[[nn.Module, AdapterRequest], nn.Module]
-    rank: int | None
-    about: str
-    places: bool = False
 
 
 def lora(model: nn.Module, request: AdapterRequest, **options: Any) -> nn.Module:
@@ -105,14 +86,6 @@ def pfeiffer(model: nn.Module, request: AdapterRequest) -> nn.Module:
     for name in request.whole:
         model.get_submodule(name).requires_grad_(True)
     return model
-
-
-ADAPTERS = {
-    "lora": Adapter(lora, 8, "LoRA on all Linear modules, alpha = 2 rank", places=True),
-    "dora": Adapter(dora, 8, "LoRA with magnitudes (DoRA)", places=True),
-    "ia3": Adapter(ia3, None, "(IA)3 scaling vectors"),
-    "pfeiffer": Adapter(pfeiffer, 64, "bottleneck after each feed-forward block"),
-}
 
 
 def attach_adapter(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from sparse_optim.finetune.errors import FinetuneError
 
@@ -29,7 +30,8 @@ PROMPTS = (
     ("input", "output"),
 )
 
-TASK_NAMES = ("sequence-classification", "regression", "token-classification", "causal-lm")
+TaskName = Literal["sequence-classification", "regression", "token-classification", "causal-lm"]
+TASK_NAMES: tuple[str, ...] = get_args(TaskName)
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,11 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArgum
 
 from sparse_optim.analysis import ALLOCATION_FILE
 from sparse_optim.delta import Delta, apply_delta, load_delta, save_delta
-from sparse_optim.finetune.adapters import DEFAULT_RATE, attach_adapter, save_adapter
+from sparse_optim.finetune.adapter_kinds import DEFAULT_RATE
+from sparse_optim.finetune.adapters import attach_adapter, save_adapter
 from sparse_optim.finetune.columns import Columns
 from sparse_optim.finetune.config import DEFAULT_BUDGET, FinetuneConfig
+from sparse_optim.finetune.config_file import CONFIG_FILE, write_config
 from sparse_optim.finetune.data import DataRequest, TaskData, load_data
 from sparse_optim.finetune.errors import FinetuneError
 from sparse_optim.finetune.models import (
@@ -62,7 +64,7 @@ class FinetuneResult:
 
 
 def run(config: FinetuneConfig, console: Console | None = None) -> FinetuneResult:
-    """Fine-tune, and write delta, metrics, curves.png, allocation.jsonl and the adapter, if any.
+    """Fine-tune; write delta, metrics, config.yaml, curves.png, allocation.jsonl, and the adapter.
 
     Args:
         config: what to do.
@@ -160,6 +162,7 @@ def write_results(config: FinetuneConfig, inputs: Inputs, trained: Trained) -> F
         "verified": None if differing is None else not differing,
     }
     write_json(metrics, config.output / METRICS_FILE)
+    write_config(resolved(config), config.output / CONFIG_FILE)
     trained.trainer.recorder.save(config.output, config.method, metrics["metric"]["name"])
     draw_curves(metrics, config.output / PLOT_FILE)
     if differing:
@@ -178,7 +181,7 @@ def remove_if_empty(folder: Path) -> None:
 def prepare_output(config: FinetuneConfig) -> None:
     """Make the folder, without the results of an earlier job."""
     config.output.mkdir(parents=True, exist_ok=True)
-    for name in (DELTA_FILE, METRICS_FILE, PLOT_FILE, ALLOCATION_FILE):
+    for name in (DELTA_FILE, METRICS_FILE, CONFIG_FILE, PLOT_FILE, ALLOCATION_FILE):
         (config.output / name).unlink(missing_ok=True)
     for name in ("model", ADAPTER_FOLDER):
         shutil.rmtree(config.output / name, ignore_errors=True)
@@ -253,7 +256,7 @@ def training_arguments(config: FinetuneConfig, train_size: int) -> TrainingArgum
         lr_scheduler_type=config.schedule,
         warmup_steps=config.warmup,
         weight_decay=config.weight_decay,
-        max_grad_norm=0.0 if method.clips else config.max_grad_norm,
+        max_grad_norm=0.0 if method.clips else config.max_grad_norm or 0.0,
         bf16=config.amp == "bf16",
         train_sampling_strategy="group_by_length" if config.group_by_length else "random",
         logging_steps=config.log_every or max(1, steps // 100),
@@ -275,6 +278,17 @@ def learning_rate(config: FinetuneConfig) -> float:
     return config.lr or (default if config.adapter is None else max(default, DEFAULT_RATE))
 
 
+def resolved(config: FinetuneConfig) -> FinetuneConfig:
+    """The configuration with the method's defaults filled in."""
+    method = METHODS[config.method]
+    return dataclasses.replace(
+        config,
+        lr=learning_rate(config),
+        adam_eps=config.adam_eps or method.adam_eps,
+        budget=config.budget or (DEFAULT_BUDGET if method.budget == "given" else None),
+    )
+
+
 def build_optimizer(
     config: FinetuneConfig,
     loaded: LoadedModel,
@@ -285,8 +299,8 @@ def build_optimizer(
     """The method's optimizer; its complaints become FinetuneError."""
     named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
     method = METHODS[config.method]
+    config = resolved(config)
     lr = learning_rate(config)
-    own_budget = None if method.budget == "biases" else DEFAULT_BUDGET
     request = MethodRequest(
         model=model,
         named=named,
@@ -297,7 +311,7 @@ def build_optimizer(
         betas=(0.9, 0.999),
         adam_eps=config.adam_eps or method.adam_eps,
         weight_decay=config.weight_decay,
-        budget=config.budget or own_budget,
+        budget=config.budget,
         total_steps=total_steps,
         d3_exp=config.d3_exp,
         d3_eps=config.d3_eps,

@@ -29,7 +29,6 @@ from sparse_optim.finetune.tasks import TASKS, model_arguments
 
 logger = logging.getLogger(__name__)
 
-POOLINGS = ("auto", "cls", "mean")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -105,10 +104,6 @@ def load_model(
     Raises:
         FinetuneError: if the model cannot be loaded, or does not generate text for causal-lm.
     """
-    if dtype not in DTYPES:
-        raise FinetuneError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
-    if pooling not in POOLINGS:
-        raise FinetuneError(f"unknown pooling {pooling!r}; known: {', '.join(POOLINGS)}")
     try:
         if data.task == "causal-lm":
             check_generates(source)

@@ -1,22 +1,21 @@
-"""What can be told of a configuration before anything is loaded."""
+"""Check a configuration before anything is loaded."""
 
 from __future__ import annotations
 
 from transformers.integrations import get_available_reporting_integrations
 
-from sparse_optim.finetune.adapters import ADAPTERS
+from sparse_optim.finetune.adapter_kinds import ADAPTERS
 from sparse_optim.finetune.config import FinetuneConfig
 from sparse_optim.finetune.errors import FinetuneError
 from sparse_optim.finetune.hub import did_you_mean
-from sparse_optim.methods import METHODS, SPARSE_SCORES
+from sparse_optim.methods import METHODS
 
 
 def check_method(config: FinetuneConfig) -> None:
-    """Raise FinetuneError for an unknown method, adapter or score, or what an adapter lacks."""
+    """Raise FinetuneError for an unknown method or adapter, or an option the adapter lacks."""
     for kind, name, known in (
         ("method", config.method, METHODS),
         ("adapter", config.adapter, ADAPTERS),
-        ("sparse-score", config.sparse_score, SPARSE_SCORES),
     ):
         if name is not None and name not in known:
             hint = did_you_mean(name, known)

@@ -6,8 +6,22 @@ A method is an importance x a selection, or a structural mask (whole tensors, tr
 densely); DPS, dense and sparse in turn, is a baseline beside them.
 """
 
-from sparse_optim.methods._calibrated import SPARSE_SCORES
+from typing import TYPE_CHECKING
+
+from sparse_optim._lazy import on_access
 from sparse_optim.methods._registry import METHODS, Method, build
-from sparse_optim.methods._request import MethodRequest
+
+if TYPE_CHECKING:
+    from sparse_optim.methods._calibrated import SPARSE_SCORES
+    from sparse_optim.methods._request import MethodRequest
 
 __all__ = ["METHODS", "SPARSE_SCORES", "Method", "MethodRequest", "build"]
+
+# These import torch; the names of the methods, for help texts, must not.
+__getattr__ = on_access(
+    __name__,
+    {
+        "MethodRequest": "sparse_optim.methods._request",
+        "SPARSE_SCORES": "sparse_optim.methods._calibrated",
+    },
+)

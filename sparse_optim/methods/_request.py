@@ -31,7 +31,7 @@ class MethodRequest:
         schedule, unmask_share: of methods that unmask step by step: how the budget is spread over
             the steps, and in which share of the run it is spent.
         bias_correction: as in `MaskedAdamW`.
-        max_grad_norm: clip at this norm; 0 leaves gradients alone.
+        max_grad_norm: clip gradients to this norm; None: no clipping.
         calibration: gives batches, for methods that score entries before training.
         sparse_score: of "sparse-adapter", a key of `SPARSE_SCORES`.
         fuse_backward: as in `MaskedAdamW`.
@@ -54,7 +54,7 @@ class MethodRequest:
     schedule: Schedule = field(default_factory=Uniform)
     unmask_share: float = 1.0
     bias_correction: str = "entry"
-    max_grad_norm: float = 0.0
+    max_grad_norm: float | None = None
     backend: str = "auto"
     calibration: Callable[[], Iterable[Any]] | None = None
     sparse_score: str = "snip"
@@ -105,11 +105,18 @@ def masked_adamw(
         request.weight_decay,
         importance=importance,
         selection=selection,
-        max_grad_norm=request.max_grad_norm or (math.inf if request.fuse_backward else None),
+        max_grad_norm=_clip_norm(request),
         bias_correction=request.bias_correction,
         backend=request.backend,
         fuse_backward=request.fuse_backward,
     )
+
+
+def _clip_norm(request: MethodRequest) -> float | None:
+    """The norm to clip to; inf says that no clipping is intended, where None would warn."""
+    if request.max_grad_norm is None and request.fuse_backward:
+        return math.inf
+    return request.max_grad_norm
 
 
 def check_whole_gradients(request: MethodRequest) -> None:

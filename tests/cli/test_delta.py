@@ -35,7 +35,7 @@ def run(monkeypatch):
         assert result.exit_code == code, result.output
         if code == 1:
             assert result.stdout == ""
-            assert result.stderr.startswith("error: ")
+            assert result.stderr.startswith("Error: ")
             assert result.stderr.count("\n") == 1
             return result.stderr
         return result.stdout
@@ -261,7 +261,7 @@ def test_diff_of_two_deltas_shows_the_overlap(tmp_path, run):
     assert rows["only in A"] == "12"
     assert rows["only in B"] == "0"
     assert rows["Jaccard"] == "0.3333"
-    assert rows["of both, equal bits"] == "6"
+    assert rows["in both, equal bits"] == "6"
     assert rows["dense in both"] == "1"
     assert rows["same base"] == "yes"
 
