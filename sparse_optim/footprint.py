@@ -54,7 +54,8 @@ def _free_grad(param: Tensor) -> None:
 
 def _step_bytes(model: torch.nn.Module, inputs: dict[str, Tensor]) -> int:
     """The most that a forward and a backward pass hold at once."""
-    with _Live([*model.parameters(), *model.buffers(), *inputs.values()]) as live:
+    live = _Live([*model.parameters(), *model.buffers(), *inputs.values()])
+    with live:
         model(**inputs).loss.backward()
     return live.peak
 
@@ -63,7 +64,7 @@ class _Live(TorchDispatchMode):
     """Count the bytes of the storages that operations return, while these live."""
 
     def __init__(self, known: Sequence[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.peak = self._now = 0
         # By address: storages known before live longer, and others leave as they die.
         self._known = {tensor.untyped_storage()._cdata for tensor in known}

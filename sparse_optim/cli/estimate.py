@@ -81,7 +81,7 @@ def read_footprint(
     config.use_cache = False
 
     def build() -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
-        model = kind.from_config(config, dtype=getattr(torch, dtype)).train()
+        model = kind.from_config(config, dtype=getattr(torch, dtype)).train()  # type: ignore[no-untyped-call]
         if checkpointing:
             with warnings.catch_warnings():  # transformers renames the method
                 warnings.simplefilter("ignore", FutureWarning)

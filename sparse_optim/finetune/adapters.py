@@ -43,7 +43,8 @@ def lora(model: nn.Module, request: AdapterRequest, **options: Any) -> nn.Module
         modules_to_save=request.whole or None,
         **options,
     )
-    return peft.get_peft_model(model, config)
+    adapted: nn.Module = peft.get_peft_model(model, config)
+    return adapted
 
 
 def lora_targets(model: nn.Module, request: AdapterRequest) -> list[str]:
@@ -77,7 +78,9 @@ def dora(model: nn.Module, request: AdapterRequest) -> nn.Module:
 def ia3(model: nn.Module, request: AdapterRequest) -> nn.Module:
     """(IA)3 where peft places it in this architecture."""
     peft = import_peft()
-    return peft.get_peft_model(model, peft.IA3Config(modules_to_save=request.whole or None))
+    config = peft.IA3Config(modules_to_save=request.whole or None)
+    adapted: nn.Module = peft.get_peft_model(model, config)
+    return adapted
 
 
 def pfeiffer(model: nn.Module, request: AdapterRequest) -> nn.Module:

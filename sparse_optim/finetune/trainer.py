@@ -60,7 +60,7 @@ class SelectiveTrainer(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The norm that clipping found. Without clipping, Trainer would read every gradient again
         for the log alone; our optimizers know the norm from their own pass."""
-        return None if grad_norm is None else super()._get_grad_norm(model, grad_norm)
+        return None if grad_norm is None else super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what the optimizer knows to the training and evaluation logs."""

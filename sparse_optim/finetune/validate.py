@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from sparse_optim.finetune.adapter_kinds import ADAPTERS
 from sparse_optim.finetune.config import FinetuneConfig

@@ -114,7 +114,8 @@ def _logits_of_ones(model: nn.Module) -> Tensor:
     hook = embeddings.register_forward_hook(lambda module, inputs, output: torch.ones_like(output))
     tokens = torch.zeros(1, SYNFLOW_TOKENS, dtype=torch.int64, device=embeddings.weight.device)
     try:
-        return model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
+        logits: Tensor = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
+        return logits
     finally:
         hook.remove()
 
