@@ -1,4 +1,4 @@
-"""What all commands share: errors in one line, and lines that are not wrapped."""
+"""Shared by all commands: errors in one line, and lines that are not wrapped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a fine-tuning job is asked to do: every setting, with its help, once."""
+"""The settings of a fine-tuning job, each with its type, default and help."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class FinetuneConfig:
     budget: int | float | None = _selection(
         None,
         "Number of entries to unmask (320K, 103000) or share of the ranked entries (1%, 0.01). "
-        "Default: 1%; methods that choose anew at each step: the number of biases.",
+        "Default: 1%; for methods that choose a new set at each step, the number of biases.",
         written=str,
         read=parse_budget,
     )

@@ -14,7 +14,7 @@ from sparse_optim.finetune.settings import convert
 
 CONFIG_FILE = "config.yaml"
 
-# A run that is repeated from its file must not replace the results that lie beside it.
+# Repeating a run from its file must not replace the results beside the file.
 NOT_WRITTEN = ("overwrite",)
 
 HEADER = "# Repeat this run: sparse-optim finetune --config {} --output ANOTHER_FOLDER\n"

@@ -15,7 +15,7 @@ KEY = "setting"  # in the metadata of a field
 
 @dataclass(frozen=True)
 class Setting:
-    """What the command line and the configuration file need to know of a field.
+    """Describes a field to the command line and the configuration file.
 
     Args:
         help: description, for `--help`.
@@ -96,7 +96,7 @@ def convert(value: Any, hint: Any) -> Any:
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Whether a value from a file is of one kind."""
+    """Whether a value from a file has this type."""
     if kind in (None, types.NoneType):
         return value is None
     if typing.get_origin(kind) is Literal:
@@ -110,7 +110,7 @@ def fits(value: Any, kind: Any) -> bool:
 
 
 def describe(kind: Any) -> str:
-    """A kind in words, for messages."""
+    """The name of a kind, for messages."""
     if typing.get_origin(kind) is Literal:
         return ", ".join(typing.get_args(kind))
     if typing.get_origin(kind) is tuple:

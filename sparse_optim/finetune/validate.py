@@ -27,7 +27,7 @@ def check_method(config: FinetuneConfig) -> None:
     if not ADAPTERS[config.adapter].places and (config.adapter_alpha or config.adapter_targets):
         raise FinetuneError(
             "--adapter-alpha and --adapter-targets are for lora and dora, not for "
-            f"{config.adapter}; leave them out"
+            f"{config.adapter}: drop them"
         )
 
 
@@ -37,15 +37,15 @@ def check_tracker(name: str) -> None:
     if name not in ("none", "all", *installed):
         raise FinetuneError(
             f"--report-to: {name!r} is unknown or not installed; "
-            f"there are: {', '.join(['none', *sorted(installed)])}"
+            f"known: {', '.join(['none', *sorted(installed)])}"
         )
 
 
 def check_output(config: FinetuneConfig) -> None:
-    """Raise FinetuneError for an output folder in use, or a checkpoint that is not there."""
+    """Raise FinetuneError for an output folder in use, or a missing checkpoint."""
     if config.resume is not None:
         if not (config.resume / "trainer_state.json").is_file():
-            raise FinetuneError(f"--resume: {config.resume} is no Trainer checkpoint")
+            raise FinetuneError(f"--resume: {config.resume} is not a Trainer checkpoint")
         return
     output = config.output
     if output.exists() and not output.is_dir():

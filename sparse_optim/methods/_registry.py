@@ -60,7 +60,7 @@ def _dense(name: str, lr: float, about: str) -> Method:
 METHODS = {
     "id3": _simple("id3", 5e-4, "ID3: budget unmasked step by step"),
     "static-d3": _simple("static_d3", 5e-4, "top budget of D3 at step 1, then fixed"),
-    "repeat-d3": _simple("repeat_d3", 5e-4, "top budget of D3, chosen anew at each step"),
+    "repeat-d3": _simple("repeat_d3", 5e-4, "top budget of D3, a new set at each step"),
     "pafi": _simple("pafi", 5e-4, "smallest magnitudes, fixed"),
     "fish": _calibrated("fish", 5e-4, "largest Fisher information, fixed"),
     "child-tuning-d": _calibrated("child_tuning", 5e-4, "squared batch gradients, fixed"),
@@ -71,10 +71,8 @@ METHODS = {
     "stochastic-tuning": _fresh_each_step(
         "stochastic_tuning", "a sample weighted by |mu param grad|, drawn at each step"
     ),
-    "top-tuning": _fresh_each_step(
-        "top_tuning", "top of |mu param grad|, chosen anew at each step"
-    ),
-    "random-tuning": _fresh_each_step("random_tuning", "random entries, drawn anew at each step"),
+    "top-tuning": _fresh_each_step("top_tuning", "top of |mu param grad|, a new set at each step"),
+    "random-tuning": _fresh_each_step("random_tuning", "random entries, a new set at each step"),
     "dps": Method(
         on_call("sparse_optim.methods._dps", "dps"),
         1e-4,

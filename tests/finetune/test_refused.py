@@ -35,11 +35,11 @@ def folders(tmp_path_factory) -> dict[str, str]:
         ({"unmask_schedule": "cosine"}, "--unmask-schedule must be one of uniform, linear"),
         ({"unmask_share": 0.0}, "--unmask-share must be above 0 and at most 1"),
         ({"bias_correction": "none"}, "--bias-correction must be one of entry, global"),
-        ({"report_to": "paper"}, "'paper' is unknown or not installed; there are: none"),
+        ({"report_to": "paper"}, "'paper' is unknown or not installed; known: none"),
         ({"task": "causal-lm", "text_column": "text"}, "does not generate text"),
         ({"dense": ("head",)}, "no parameter's name begins with 'head'"),
         ({"backend": "fortran"}, "--backend must be one of auto, cpp, cuda"),
-        ({"resume": Path("nowhere")}, "no Trainer checkpoint"),
+        ({"resume": Path("nowhere")}, "is not a Trainer checkpoint"),
     ],
 )
 def test_bad_settings_are_one_line_and_leave_nothing(folders, tmp_path, settings, message):
