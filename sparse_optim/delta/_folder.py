@@ -23,7 +23,7 @@ from sparse_optim.files import replacing
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# Other formats of the same weights (they would go on holding the base), and training leftovers.
+# Other formats of the same weights (they would still be the base), and leftovers of training.
 _NOT_COPIED = (
     *("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.ot"),
     *("*.onnx", "*.gguf", "*.tflite", "checkpoint-*", ".*"),
@@ -32,7 +32,7 @@ _NOT_COPIED = (
 
 @dataclass(frozen=True)
 class MergedFolder:
-    """What `merge_folder` did.
+    """The result of `merge_folder`.
 
     Attributes:
         files: weight files written.
@@ -47,7 +47,7 @@ class MergedFolder:
 
 @dataclass(frozen=True)
 class _Naming:
-    """How the delta's names and the base's names become those of the result."""
+    """Maps names of the delta and of the base to names of the result."""
 
     delta: Mapping[str, str]
     base: Mapping[str, str]
@@ -73,19 +73,19 @@ def merge_folder(
 ) -> MergedFolder:
     """Write base + delta as a full model folder: same shards, all other files copied.
 
-    Names. A checkpoint of a bare encoder has "x" where the model with a head has "bert.x". When
-    the delta's sparse names are not in the base as they are, one prefix is looked for that, put
-    before or taken off all those that miss, makes them fit; the fingerprints then prove it. The
-    result has the base's names; but where the delta adds tensors (a head) to a bare encoder, the
-    model's names ("bert.x"), so that the class with the head loads it. config.json remains the
-    base's: number of labels and the like are not in a delta.
+    Names. A checkpoint of a bare encoder has "x" where the model with a head has "bert.x". If the
+    base lacks some of the delta's sparse names, this looks for one prefix that fits when added to
+    or removed from all of them; the fingerprints then prove it. The result has the base's names,
+    except when the delta adds tensors (a head) to a bare encoder: then it has the model's names
+    ("bert.x"), so that the class with the head can load it. config.json is copied from the base: a
+    delta does not contain the number of labels and the like.
 
     Args:
         out_folder: must not exist, or be empty. It appears whole or not at all.
 
     Raises:
-        DeltaError: the base is no such folder, names do not fit or fit in several ways, or `merge`
-            refuses.
+        DeltaError: the base is not such a folder, names do not fit or fit in several ways, or
+            `merge` raises an error.
         OSError: `out_folder` cannot be written.
     """
     base, out = Path(base_folder), Path(out_folder)
@@ -167,7 +167,7 @@ def _locate(folder: Path, shards: list[str]) -> dict[str, str]:
 def _shards(folder: Path) -> list[str]:
     """The weight files of a model folder, in order."""
     if not folder.is_dir():
-        raise DeltaError(f"{folder}: expected a local model folder, there is none")
+        raise DeltaError(f"{folder}: expected a local model folder, found none")
     if (folder / WEIGHTS).exists():
         return [WEIGHTS]
     if not (folder / INDEX).exists():

@@ -1,4 +1,4 @@
-"""The delta file: safetensors, with a header that says what it must be applied to.
+"""The delta file: safetensors, with a header that identifies the base.
 
 Tensors, for every sparse parameter NAME and every dense tensor NAME:
 
@@ -59,7 +59,7 @@ def load_delta(path: str | os.PathLike[str]) -> Delta:
 
     Raises:
         DeltaError: the file is missing, cut, damaged, of another kind or a newer version, or its
-            contents contradict one another; the message names what.
+            contents contradict each other; the message says which.
     """
     path = Path(path)
     try:
@@ -233,7 +233,7 @@ def _parse(metadata: Mapping[str, str], tensors: dict[str, Tensor]) -> Delta:
             raise DeltaError("metadata 'sparse': expected name, shape, dtype and fingerprint each")
         name = entry["name"]
         if not isinstance(name, str) or name in sparse:
-            raise DeltaError(f"metadata 'sparse': {str(name)[:80]!r} is no name, or there twice")
+            raise DeltaError(f"metadata 'sparse': {str(name)[:80]!r} is no name, or appears twice")
         try:
             sparse[name] = _sparse_values(entry, tensors)
         except DeltaError as error:
@@ -245,7 +245,7 @@ def _parse(metadata: Mapping[str, str], tensors: dict[str, Tensor]) -> Delta:
     dense_original: dict[str, Tensor] = {}
     for name in _json(metadata, "dense", list):
         if not isinstance(name, str) or name in dense:
-            raise DeltaError(f"metadata 'dense': {str(name)[:80]!r} is no name, or there twice")
+            raise DeltaError(f"metadata 'dense': {str(name)[:80]!r} is no name, or appears twice")
         dense[name] = _pop(tensors, f"dense/{name}")
         if f"dense_original/{name}" in tensors:
             dense_original[name] = tensors.pop(f"dense_original/{name}")
