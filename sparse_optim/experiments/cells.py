@@ -1,4 +1,4 @@
-"""Cells of an experiment, and the one file that each leaves."""
+"""Cells of an experiment, and the file that each writes."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from sparse_optim.files import replacing
 from sparse_optim.finetune.config import FinetuneConfig
 from sparse_optim.finetune.report import jsonable, write_json
 
-Outcome = dict[str, Any]  # what a cell's file holds
+Outcome = dict[str, Any]  # the content of a cell's file
 
 
 @dataclass(frozen=True)
 class Cell:
     """One run: `stage` is "run", or "tune" for a run that only chooses a learning rate.
 
-    `lr` is None where an unfinished tuning has yet to say.
+    `lr` is None until the tuning that chooses it has finished.
     """
 
     task: TaskPreset
@@ -31,7 +31,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Of the file, and for `--only`."""
+        """The name of the file; `--only` selects by it."""
         lr = "tuned" if self.lr is None else f"{self.lr:g}"
         tail = "-tune" if self.stage == "tune" else ""
         return f"{self.task.name}-{self.row.label}-seed{self.seed}-lr{lr}{tail}"
@@ -45,14 +45,14 @@ class CellStore:
         self._known: dict[Path, Outcome] = {}
 
     def path(self, cell: Cell) -> Path:
-        """Where the cell's file lies once it is finished."""
+        """The path of the cell's file."""
         return self.folder / f"{cell.name}.json"
 
     def read(self, cell: Cell) -> Outcome | None:
-        """What the cell left, None if it is not finished.
+        """The content of the cell's file; None if the cell is not finished.
 
         Raises:
-            ExperimentError: if the file cannot be read.
+            ExperimentError: the file cannot be read.
         """
         path = self.path(cell)
         if cell.lr is None or not path.exists():
@@ -61,7 +61,7 @@ class CellStore:
             try:
                 self._known[path] = json.loads(path.read_text())
             except (OSError, ValueError) as error:
-                raise ExperimentError(f"{path} is no cell ({error}); remove it") from None
+                raise ExperimentError(f"{path} is not a cell ({error}); remove it") from None
         return self._known[path]
 
     def write(self, cell: Cell, outcome: Outcome) -> None:
@@ -72,9 +72,9 @@ class CellStore:
 
 
 def differing_settings(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that a finished cell ran with, where they differ from what is asked for.
+    """The settings of a finished cell that differ from those asked for now.
 
-    A setting that the cell does not know came after it: it ran with the default.
+    A setting that its file lacks is newer than the cell, which ran with the default.
     """
     defaults = {field.name: jsonable(field.default) for field in fields(FinetuneConfig)}
     known = defaults | dict(stored)
@@ -82,7 +82,7 @@ def differing_settings(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> 
 
 
 def check_same(cell: Cell, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raise ExperimentError where a finished cell ran with other settings than are asked for."""
+    """Raise ExperimentError if a finished cell ran with other settings than those asked for."""
     differing = differing_settings(stored, wanted)
     if differing:
         name, ran_with = next(iter(differing.items()))

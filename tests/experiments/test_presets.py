@@ -138,7 +138,7 @@ def test_stochastic_budgets_follow_the_model():
         **dict.fromkeys(("stochastic-tuning", "top-tuning", "random-tuning"), "500"),
         **dict.fromkeys(("bitfit", "full", "multi-head", "frozen"), ""),
     }
-    with pytest.raises(ExperimentError, match=r"id3 needs a budget.*give --budgets"):
+    with pytest.raises(ExperimentError, match=r"id3 needs a budget.*add --budgets"):
         choose(STOCHASTIC, Choice(methods="id3"))
     chosen, _ = choose(STOCHASTIC, Choice(methods="id3", budgets="1%"))
     assert [row.label for row in chosen.rows] == ["id3-1%"]

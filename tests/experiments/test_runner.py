@@ -309,5 +309,5 @@ def test_a_damaged_cell_is_named(tmp_path):
     cell = next(run.wanted())
     run.store.write(cell, {})
     run.store.path(cell).write_text("{")
-    with pytest.raises(ExperimentError, match=r"seed6-lr0.001.json is no cell.*remove it"):
+    with pytest.raises(ExperimentError, match=r"seed6-lr0.001.json is not a cell.*remove it"):
         CellStore(run.store.folder).read(cell)
