@@ -1,4 +1,4 @@
-"""Where a run spent its budget: the analyses of the ID3 paper's section 6 (Figures 5 to 9).
+"""Analyse where a run spent its budget, as in section 6 of the ID3 paper (Figures 5 to 9).
 
 `sparse_optim.analysis.recorder` (a transformers callback) and `.plots` (matplotlib) are imported
 from their modules: they need the extra "finetune".

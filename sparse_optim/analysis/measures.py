@@ -48,7 +48,7 @@ def sparsity_entropy(counts: Mapping[str, int], sizes: Mapping[str, int]) -> flo
         sizes: entries of each tensor.
 
     Raises:
-        ValueError: other tensors than in counts, or more active entries than a tensor has.
+        ValueError: counts and sizes have different names, or a count exceeds its size.
 
     Example:
         >>> round(sparsity_entropy({"a": 2, "b": 4}, {"a": 10, "b": 20}), 6)

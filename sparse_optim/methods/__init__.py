@@ -2,8 +2,8 @@
 
     optimizer = methods.build("pafi", model, lr=5e-4, budget=0.005, total_steps=1000)
 
-A method is an importance x a selection, or a structural mask (whole tensors, trained
-densely); DPS, dense and sparse in turn, is a baseline beside them.
+A method is an importance and a selection, or a structural mask (whole tensors, trained densely);
+DPS, which alternates dense and sparse windows of steps, is an additional baseline.
 """
 
 from typing import TYPE_CHECKING

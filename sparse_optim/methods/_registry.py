@@ -21,11 +21,11 @@ class Method:
 
     Args:
         build: makes the optimizer.
-        lr: learning rate that suits it, for a user who gives none.
-        about: for the help.
+        lr: default learning rate.
+        about: description for the help.
         budget: "given", "biases" (as many entries as BitFit trains, unless given) or "none".
-        clips: whether the optimizer clips by itself (else the training loop does).
-        adam_eps: AdamW's eps in the source, where it is not 1e-8.
+        clips: whether the optimizer clips gradients (if not, the training loop does).
+        adam_eps: AdamW's eps in the source of the method.
     """
 
     build: Callable[[MethodRequest], torch.optim.Optimizer]
@@ -37,7 +37,7 @@ class Method:
 
     @property
     def has_budget(self) -> bool:
-        """Whether a budget means anything to it."""
+        """Whether the method uses a budget."""
         return self.budget != "none"
 
 
@@ -98,13 +98,13 @@ def build(
 
     Args:
         name: a key of `METHODS`.
-        model: whose parameters that require gradients are trained, or ranked.
-        fresh: names, or beginnings of names, of parameters trained densely.
-        lr: default: the method's.
+        model: the model; its parameters that require gradients are trained, or ranked.
+        fresh: names, or beginnings of names, of parameters to train densely.
+        lr: learning rate (default: the method's).
         options: further fields of `MethodRequest`: budget, total_steps, calibration, ...
 
     Raises:
-        ValueError: an unknown method, or what the method cannot work with.
+        ValueError: an unknown method, or input that the method cannot use.
 
     Example:
         >>> from torch import nn

@@ -214,7 +214,7 @@ def test_export_peft_computes_the_same(folder, tmp_path):
     refused = invoke(*command)
     assert refused.exit_code == 1
     assert refused.stdout == ""
-    assert refused.stderr.startswith("Error: SHiRA holds changed entries of Linear weights only")
+    assert refused.stderr.startswith("Error: SHiRA stores only changed entries of Linear weights")
     assert refused.stderr.count("\n") == 1
     written = invoke(*command, "--whole")
     assert written.exit_code == 0, written.output
