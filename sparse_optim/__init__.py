@@ -58,7 +58,9 @@ _NAMES = {
     "sparse_optim.policy.schedule": ("Linear", "Uniform", "Warmup"),
     "sparse_optim.policy.selection": ("Increment", "Repeat", "Static", "Stochastic"),
 }
-__getattr__ = on_access(__name__, {name: home for home, names in _NAMES.items() for name in names})
+if not TYPE_CHECKING:  # type checkers read the imports above
+    _homes = {name: home for home, names in _NAMES.items() for name in names}
+    __getattr__ = on_access(__name__, _homes)
 
 
 def __dir__() -> list[str]:

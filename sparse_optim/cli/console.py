@@ -27,6 +27,8 @@ def one_line_errors(
     """
     try:
         yield
+    except BrokenPipeError:  # `| head`: typer ends quietly
+        raise
     except (SparseOptimError, OSError, ModuleNotFoundError) as error:
         if debug or _is_ours(error):
             raise

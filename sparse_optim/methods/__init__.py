@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 __all__ = ["METHODS", "SPARSE_SCORES", "Method", "MethodRequest", "build"]
 
 # These import torch; the names of the methods, for help texts, must not.
-__getattr__ = on_access(
-    __name__,
-    {
-        "MethodRequest": "sparse_optim.methods._request",
-        "SPARSE_SCORES": "sparse_optim.methods._calibrated",
-    },
-)
+if not TYPE_CHECKING:
+    __getattr__ = on_access(
+        __name__,
+        {
+            "MethodRequest": "sparse_optim.methods._request",
+            "SPARSE_SCORES": "sparse_optim.methods._calibrated",
+        },
+    )
