@@ -19,6 +19,7 @@ from sparse_optim.cli.estimate import read_footprint
 from sparse_optim.cli.main import app
 from sparse_optim.finetune.errors import FinetuneError
 from sparse_optim.finetune.models import find_model
+from sparse_optim.footprint import footprint_of
 
 BATCH, SEQUENCE, BUDGET = 8, 64, 100_000
 
@@ -139,7 +140,7 @@ def test_frozen_and_tied_weights():
         def forward(self, x: torch.Tensor) -> SimpleNamespace:
             return SimpleNamespace(loss=self.layers(x).sum())
 
-    footprint = estimate.footprint_of(lambda: (Model(), {"x": torch.zeros(7, 10)}))
+    footprint = footprint_of(lambda: (Model(), {"x": torch.zeros(7, 10)}))
     assert (footprint.weights, footprint.entries, footprint.tensors) == (800, 100, 1)
     # The inputs of the two that are trained, while the tied weight's gradients are added up.
     inputs, loss_and_its_gradient, gradient = 2 * 7 * 10 * 4, 8, 400

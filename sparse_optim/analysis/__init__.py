@@ -1,4 +1,4 @@
-"""Where a run spent its budget: the analyses of the ID3 paper's section 6 (Figures 5 to 9).
+"""Analyse where a run spent its budget, as in section 6 of the ID3 paper (Figures 5 to 9).
 
 `sparse_optim.analysis.recorder` (a transformers callback) and `.plots` (matplotlib) are imported
 from their modules: they need the extra "finetune".
@@ -7,7 +7,6 @@ from their modules: they need the extra "finetune".
 from sparse_optim.analysis.measures import (
     AllocationGrid,
     allocation_grid,
-    entry_counts,
     sparsity_entropy,
     tensor_sparsity,
 )
@@ -27,7 +26,6 @@ __all__ = [
     "RecordError",
     "Snapshot",
     "allocation_grid",
-    "entry_counts",
     "load_record",
     "save_record",
     "sparsity_entropy",

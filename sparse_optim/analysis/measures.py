@@ -8,14 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor
 
 LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
-
-
-def entry_counts(active: Mapping[str, Tensor]) -> dict[str, int]:
-    """Active entries of each tensor, from their positions (`optimizer.active_entries()`)."""
-    return {name: position.numel() for name, position in active.items()}
 
 
 def tensor_sparsity(counts: Mapping[str, int]) -> float:
@@ -54,7 +48,7 @@ def sparsity_entropy(counts: Mapping[str, int], sizes: Mapping[str, int]) -> flo
         sizes: entries of each tensor.
 
     Raises:
-        ValueError: other tensors than in counts, or more active entries than a tensor has.
+        ValueError: counts and sizes have different names, or a count exceeds its size.
 
     Example:
         >>> round(sparsity_entropy({"a": 2, "b": 4}, {"a": 10, "b": 20}), 6)

@@ -1,4 +1,4 @@
-"""How our pictures look: colours, plain axes, a title, no display needed."""
+"""The style of the pictures: colours, plain axes, a title; no display is needed."""
 
 from __future__ import annotations
 

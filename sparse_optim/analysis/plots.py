@@ -23,21 +23,21 @@ LABELLED_LAYERS = 16  # with more, numbers in the cells would not be legible
 
 
 def draw_sparsity(records: Records, path: Path) -> None:
-    """Tensor sparsity and sparsity entropy against the step (Figures 8 and 9), a line a run."""
-    figure = new_figure(7.2, 6.2, _title("Where active entries lie", records))
+    """Tensor sparsity and sparsity entropy against the step (Figures 8 and 9), one line a run."""
+    figure = new_figure(7.2, 6.2, _title("Where the active entries are", records))
     sparsity_axes, entropy_axes = figure.subplots(2, 1, sharex=True)
     for colour, (name, record) in zip(_colours(records), records.items(), strict=True):
         style = {"color": colour, "linewidth": 1.8, "label": name}
         sparsity_axes.plot(record.steps, record.tensor_sparsity(), **style)
-        # Before the first entry is unmasked there is nothing whose entropy could be drawn.
+        # Before the first entry is unmasked there is no entropy to draw.
         drawn = [
             (snapshot.step, entropy)
             for snapshot, entropy in zip(record.snapshots, record.sparsity_entropy(), strict=True)
             if any(snapshot.active)
         ]
         entropy_axes.plot([step for step, _ in drawn], [value for _, value in drawn], **style)
-        greatest = float(np.log(len(record.tensors)))
-        entropy_axes.axhline(greatest, color=colour, linewidth=0.9, linestyle=":")
+        maximum = float(np.log(len(record.tensors)))
+        entropy_axes.axhline(maximum, color=colour, linewidth=0.9, linestyle=":")
     entropy_axes.annotate(
         "dotted: all tensors alike", (0.99, 0.03), xycoords="axes fraction", ha="right",
         color=GREY, fontsize=8.5,
@@ -55,10 +55,10 @@ def draw_sparsity(records: Records, path: Path) -> None:
 
 
 def draw_metric(records: Records, metric: str, path: Path) -> None:
-    """Evaluation metric against the entries unmasked so far (Figure 5), a line a run.
+    """Evaluation metric against the entries unmasked so far (Figure 5), one line for each run.
 
-    A run whose active entries stay the same in number (static, repeat) is a horizontal line at its
-    last value. Runs with different budgets add the last value against the budget (Figure 6).
+    A run with a constant number of active entries (static, repeat) is a horizontal line at its last
+    value. Runs with different budgets add the last value against the budget (Figure 6).
     """
     compared = len({record.budget for record in records.values()}) > 1
     title = _title(f"{metric.replace('_', ' / ')} and unmasked entries", records)
@@ -92,7 +92,7 @@ def draw_metric(records: Records, metric: str, path: Path) -> None:
 def _note_steps(axes: Axes, found: Sequence[tuple[int, int, float]], colour: str) -> None:
     """Name the first and the last step of those that share the last number of active entries.
 
-    Once the budget is spent, points lie above one another; the line does not tell their order.
+    Once the budget is spent, points are above one another, and the line does not show their order.
     """
     spent = [row for row in found if row[1] == found[-1][1]]
     for step, active, value in (spent[0], spent[-1]) if len(spent) > 1 else ():
@@ -101,7 +101,7 @@ def _note_steps(axes: Axes, found: Sequence[tuple[int, int, float]], colour: str
 
 
 def _draw_budgets(axes: Axes, records: Records, metric: str) -> None:
-    """Last value of the metric against the budget, a line a method."""
+    """Last value of the metric against the budget, one line for each method."""
     methods: dict[str, list[tuple[int, float]]] = {}
     for record in records.values():
         found = record.evaluations(metric)
@@ -180,7 +180,7 @@ def draw_growth(record: AllocationRecord, title: str, path: Path) -> None:
     by_layer = np.stack([np.nansum(grid, axis=0) for grid in grids], axis=1)
     figure = new_figure(9.0, 6.6, f"Growth: {title}")
     module_axes, layer_axes = figure.subplots(2, 1, sharex=True)
-    modules, bands = _greatest(last.modules, by_module)
+    modules, bands = _largest(last.modules, by_module)
     colours = [*COLOURS[:SHOWN_MODULES], OTHERS][: len(modules)]
     module_axes.stackplot(record.steps, bands, labels=modules, colors=colours)
     layers = ["no layer" if layer is None else f"layer {layer}" for layer in last.layers]
@@ -199,8 +199,8 @@ def draw_growth(record: AllocationRecord, title: str, path: Path) -> None:
     save(figure, path)
 
 
-def _greatest(modules: list[str], by_module: np.ndarray) -> tuple[list[str], np.ndarray]:
-    """The modules with most entries at the end, greatest first, and the sum of the others."""
+def _largest(modules: list[str], by_module: np.ndarray) -> tuple[list[str], np.ndarray]:
+    """The modules with the most entries at the end, largest first, and the sum of the others."""
     order = np.argsort(-by_module[:, -1], kind="stable")
     shown, others = order[:SHOWN_MODULES], order[SHOWN_MODULES:]
     names, bands = [modules[at] for at in shown], by_module[shown]
@@ -211,20 +211,20 @@ def _greatest(modules: list[str], by_module: np.ndarray) -> tuple[list[str], np.
 
 
 def _layer_colours(layers: list[int | None]) -> list[object]:
-    """Grey for what is in no layer, then light to dark."""
+    """Grey for tensors outside the layers, then light to dark."""
     numbered = [layer for layer in layers if layer is not None]
     shades = colormaps["YlGnBu"](np.linspace(0.25, 0.95, max(1, len(numbered))))
     return [*[OTHERS] * (len(layers) - len(numbered)), *shades[: len(numbered)]]
 
 
 def _first_and_last(record: AllocationRecord) -> list[Snapshot]:
-    """The first snapshot with active entries and the last one; one where they are the same."""
+    """The first snapshot with active entries and the last one; only one if they are the same."""
     active = [snapshot for snapshot in record.snapshots if any(snapshot.active)]
     return list({snapshot.step: snapshot for snapshot in active[:1] + active[-1:]}.values())
 
 
 def _title(text: str, records: Records) -> str:
-    """With the run's name where there is one run, and so no legend."""
+    """The title, with the name of the run if there is only one, and so no legend."""
     return f"{text}: {next(iter(records))}" if len(records) == 1 else text
 
 

@@ -1,4 +1,4 @@
-"""The record of a run, `allocation.jsonl`: how many entries of each tensor were active when.
+"""The record of a run, `allocation.jsonl`: the active entries of each tensor over the steps.
 
 The first line is {"format", "method", "metric", "budget", "tensors": {name: shape}}, each further
 line {"step", "active": [entries of each tensor, in that order], "metrics": {name: value}}.
@@ -12,13 +12,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from sparse_optim.analysis.measures import sparsity_entropy, tensor_sparsity
+from sparse_optim.errors import SparseOptimError
 
 ALLOCATION_FILE = "allocation.jsonl"
 FORMAT = 1
 
 
-class RecordError(ValueError):
-    """No record, or one that cannot be read: one line that says what is wrong and what to do."""
+class RecordError(SparseOptimError):
+    """A record is missing or cannot be read: one line that says what is wrong and what to do."""
 
 
 @dataclass
@@ -32,10 +33,10 @@ class Snapshot:
 
 @dataclass
 class AllocationRecord:
-    """What a run recorded.
+    """The record of a run.
 
     Attributes:
-        method, metric: name of the method; name of the metric that counts.
+        method, metric: names of the method and of the reported metric.
         budget: entries that may be active.
         tensors: name -> shape of every tensor that competes for the budget.
         snapshots: in ascending order of their steps.
@@ -108,11 +109,11 @@ def load_record(folder: Path) -> AllocationRecord:
         record = AllocationRecord(**header, snapshots=[])
         sizes = list(record.sizes.values())
     except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise RecordError(f"{path}: line 1 is no header of a record; run the job again") from error
+        raise RecordError(f"{path}: line 1 is not a record's header; run the job again") from error
     for number, line in enumerate(filter(None, rest), start=2):
         record.snapshots.append(_snapshot(line, sizes, f"{path}: line {number}"))
     if not record.snapshots:
-        raise RecordError(f"{path} holds no step; run the job again")
+        raise RecordError(f"{path} has no steps; run the job again")
     return record
 
 

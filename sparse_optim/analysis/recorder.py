@@ -17,10 +17,10 @@ class AllocationRecorder(TrainerCallback):
     """Record the active entries of each tensor whenever the trainer logs or evaluates.
 
     To the training logs it adds `tensor_sparsity` and `sparsity_entropy` (nats), so that they reach
-    TensorBoard or whatever tracker the trainer reports to. The cost is one read of M + 1 counts;
+    TensorBoard or another tracker of the trainer. The cost is one read of M + 1 counts;
     positions are not read. Where a selection replaces entries (`Repeat`, `Stochastic`) the counts
-    are of that step's set, not of all that ever moved. With an optimizer that is no `MaskedAdamW`
-    it records nothing.
+    are those of that step's set, not of all entries that ever changed. With an optimizer other than
+    `MaskedAdamW` it records nothing.
 
     Example:
         recorder = AllocationRecorder()
@@ -35,7 +35,7 @@ class AllocationRecorder(TrainerCallback):
         self.snapshots: list[Snapshot] = []
 
     def attach(self, trainer: Trainer) -> None:
-        """Add this callback before all others: trackers then see what it adds to the logs."""
+        """Add this callback before all others, so that trackers see what it adds to the logs."""
         trainer.callback_handler.callbacks.insert(0, self)
 
     def on_train_begin(
@@ -80,7 +80,7 @@ class AllocationRecorder(TrainerCallback):
             logs["sparsity_entropy"] = sparsity_entropy(counts, sizes)
 
     def _take(self, optimizer: MaskedAdamW, step: int) -> Snapshot:
-        """The snapshot of this step: a new one, or the one that is there."""
+        """The snapshot of this step: the existing one, or a new one."""
         if not self.snapshots or self.snapshots[-1].step != step:
             metrics = optimizer.metrics()
             self.budget = int(metrics["budget"])
@@ -94,7 +94,7 @@ class AllocationRecorder(TrainerCallback):
         Args:
             folder: an existing folder.
             method: name of the method, for legends.
-            metric: the evaluation metric that counts, without its "eval_" prefix.
+            metric: the reported evaluation metric, without its "eval_" prefix.
         """
         if not self.snapshots:
             return None

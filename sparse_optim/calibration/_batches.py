@@ -1,4 +1,4 @@
-"""Batches: to the model's device, split into single samples, counted on a progress bar."""
+"""Move batches to the model's device, split them into samples, show a progress bar."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def on_device(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
     """The batches, on the device.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there are none.
     """
     empty = True
     for batch in batches:
@@ -34,15 +34,15 @@ def on_device(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
         yield map_tensors(batch, lambda tensor: tensor.to(device))
     if empty:
         raise ValueError(
-            "batches is empty: a calibration pass needs data (an iterator that was read before "
-            "is empty, too; give a DataLoader or a list)"
+            "batches is empty: a calibration pass needs data (an iterator that has been read is "
+            "empty as well; give a DataLoader or a list)"
         )
 
 
 def single_samples(batch: Any) -> Iterator[Any]:
     """The samples of a batch, each as a batch of one.
 
-    Every tensor with dimensions is cut along its first one; what is not a tensor is kept whole.
+    Tensors are cut along their first dimension; 0-dim tensors and other values are kept whole.
 
     Raises:
         ValueError: the tensors have different numbers of samples, or there is no tensor.
@@ -57,7 +57,7 @@ def single_samples(batch: Any) -> Iterator[Any]:
     if len(sizes) != 1:
         raise ValueError(
             "cannot split a batch into samples: the first dimensions of its tensors are "
-            f"{sorted(sizes)}; expected one and the same number, that of the samples"
+            f"{sorted(sizes)}; expected the number of samples in each"
         )
     for row in range(sizes.pop()):
         yield map_tensors(batch, partial(_cut, row))
@@ -68,7 +68,7 @@ def _cut(row: int, tensor: Tensor) -> Tensor:
 
 
 def tracked(items: Iterable[Any], total: int | None, title: str, show: bool) -> Iterator[Any]:
-    """The items, with a bar on the terminal where there is one (and rich is installed)."""
+    """Yield the items; show a bar if stderr is a terminal and rich is installed."""
     if not (show and sys.stderr.isatty()):
         yield from items
         return

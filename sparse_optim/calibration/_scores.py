@@ -35,22 +35,22 @@ def fisher(
         "label":   score = sum_samples (d loss / d theta)^2
         "expect":  score = sum_samples sum_classes p_c (d log p_c / d theta)^2
 
-    Batches are split into single samples: squares of the gradients of batches are another thing
+    Batches are split into single samples, because squared gradients of batches are another score
     (see `child_tuning_d`). "expect" needs no labels and takes one backward per class.
 
     Args:
         model: any module; for transformers models, batches are dicts that hold `labels`.
         batches: a DataLoader or any iterable of batches, on any device.
-        samples: take so many, or all there are.
-        sample_type: "label" takes the true labels, "expect" the model's own probabilities
+        samples: use this number of samples, or all if there are fewer.
+        sample_type: "label" uses the true labels, "expect" the model's own probabilities
             (sequence classification: `model(**batch).logits` of shape (1, classes)).
         loss: loss(model, batch) -> 0-dim tensor; default `model(**batch).loss`.
         params: names to score; default all that require gradients.
         progress: show a bar on a terminal.
 
     Returns:
-        float32 scores by parameter name, shaped as the parameter, on its device. They and one
-        gradient at a time are all that is held.
+        float32 scores by parameter name, shaped as the parameter, on its device. Memory: the scores
+        and one gradient at a time.
 
     Raises:
         ValueError: no data, no loss or logits, a loss without gradient, scores that are not finite.
@@ -63,7 +63,7 @@ def fisher(
     if sample_type not in SAMPLE_TYPES:
         raise ValueError(f"sample_type must be one of {SAMPLE_TYPES}, got {sample_type!r}")
     if sample_type == "expect" and loss is not None:
-        raise ValueError('sample_type="expect" takes the model\'s logits: give no loss')
+        raise ValueError('sample_type="expect" uses the model\'s logits: give no loss')
     with calibrating(model, params) as chosen:
         scores, weight = zero_scores(chosen), 1.0
 
@@ -95,7 +95,7 @@ def child_tuning_d(
 
         score = mean_batches (d loss(batch) / d theta)^2
 
-    Batches are taken as they come. The method's mask covers encoder entries: name them in `params`.
+    Batches are not split. The method's mask covers encoder entries: name them in `params`.
     Arguments, result and errors as for `fisher`.
 
     Reference: Xu et al. 2021, Raise a Child in Large Language Model (arXiv:2109.05687).
@@ -121,11 +121,11 @@ def snip(
     params: Collection[str] | None = None,
     progress: bool = True,
 ) -> dict[str, Tensor]:
-    """Connection sensitivity: what removing an entry would change, to first order.
+    """Connection sensitivity: the change of the loss if an entry is removed, to first order.
 
         score = |theta * g|,  g = mean_batches d loss(batch) / d theta
 
-    Give one batch or several: all of them are read. Arguments, result and errors as for `fisher`.
+    All batches are read: give one or several. Arguments, result and errors as for `fisher`.
 
     Reference: Lee et al. 2019, SNIP (arXiv:1810.02340); its normalisation, which changes no rank,
     is left out. Used by He et al. 2022, SparseAdapter (arXiv:2210.04284).
@@ -146,7 +146,7 @@ def grasp(
     params: Collection[str] | None = None,
     progress: bool = True,
 ) -> dict[str, Tensor]:
-    """Gradient signal preservation: how much of the gradient's norm an entry upholds.
+    """Gradient signal preservation: how much an entry contributes to the gradient's norm.
 
         score = max(theta * (H g), 0),  g and H of the mean loss over the batches
 
@@ -200,7 +200,7 @@ def synflow(
         score = | |theta| * dR / d|theta| |,  R = sum(output for an input of ones, under |theta|)
 
     Meant for networks without normalisation layers, where each score is a sum over paths; through
-    a LayerNorm it is still computed, but is no such sum.
+    a LayerNorm it is still computed, but is not such a sum.
 
     Args:
         model: any module.
@@ -230,7 +230,7 @@ def synflow(
 
 @contextmanager
 def absolute_parameters(model: nn.Module) -> Iterator[None]:
-    """Every parameter is its absolute value within, and gets its sign bits back."""
+    """Replace every parameter by its absolute value inside the block; restore signs at the end."""
     negative = [(param, torch.signbit(param)) for param in model.parameters()]
     with torch.no_grad():
         for param, _ in negative:

@@ -1,4 +1,4 @@
-"""What surrounds a calibration pass: a model that is put back, gradients that are not kept."""
+"""The frame of a calibration pass: restore the model afterwards, keep no gradients."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 def calibrating(
     model: nn.Module, params: Collection[str] | None
 ) -> Iterator[dict[str, nn.Parameter]]:
-    """Yield the parameters to score, by name, while only they get gradients.
+    """Yield the parameters to score, by name; inside the block only they get gradients.
 
-    The model is in eval mode meanwhile: without dropout, scores are repeatable. Afterwards, error
-    or not, modes, `requires_grad`, `.grad` and torch's random state are what they were before.
+    Inside, the model is in eval mode: without dropout, scores are repeatable. At the end, also
+    after an error, modes, `requires_grad`, `.grad` and torch's random state are restored.
 
     Raises:
         ValueError: a name that the model does not have, or nothing to score.
@@ -42,7 +42,7 @@ def calibrating(
 
 
 def chosen_params(model: nn.Module, params: Collection[str] | None) -> dict[str, nn.Parameter]:
-    """The parameters that require gradients: all of them, or those named."""
+    """The parameters that require gradients: all, or those in `params`."""
     trainable = {name: param for name, param in model.named_parameters() if param.requires_grad}
     if params is not None:
         unknown = sorted(set(params) - trainable.keys())
@@ -61,10 +61,10 @@ def chosen_params(model: nn.Module, params: Collection[str] | None) -> dict[str,
 def gradients(
     params: dict[str, nn.Parameter], receive: Callable[[str, Tensor], object]
 ) -> Iterator[None]:
-    """Within, each backward hands its gradients to receive(name, grad), one at a time, float32.
+    """Inside the block, each backward calls receive(name, grad), one float32 gradient at a time.
 
-    A gradient is freed as soon as it has been received: no two of them are held. A tied weight's
-    gradient comes once, summed over its uses.
+    A gradient is freed as soon as it has been received: no two exist at once. The gradient of a
+    tied weight comes once, summed over its uses.
     """
 
     def hook(name: str) -> Callable[[Tensor], None]:
@@ -86,7 +86,7 @@ def gradients(
 
 
 def zero_scores(params: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """A float32 score for every entry, 0: never unmasked."""
+    """A float32 score of 0 for every entry."""
     return {
         name: torch.zeros_like(param, dtype=torch.float32, requires_grad=False)
         for name, param in params.items()
@@ -94,7 +94,7 @@ def zero_scores(params: dict[str, nn.Parameter]) -> dict[str, Tensor]:
 
 
 def check_finite(scores: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The scores, once it is known that all are numbers.
+    """Check that all scores are finite, and return them.
 
     Raises:
         ValueError: names the first parameter with NaN or infinite scores.

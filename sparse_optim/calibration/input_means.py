@@ -18,20 +18,20 @@ class InputMeans:
 
         mean[j] = 1 / rows * sum_rows input[row, j]        float32, (in_features,)
 
-    Rows are all positions of all inputs since the last `reset`: of every sample, token and micro
-    batch, and of every call where a layer or a weight is used more than once. Padded positions
-    are left out where the model is called with an `attention_mask` of shape (batch, length) and
-    the layer's input is (batch, length, in_features); elsewhere every row counts.
+    Rows are all positions of all inputs since the last `reset`: every sample, token and micro
+    batch, and every call if a layer or a weight is used more than once. Padded positions do not
+    count if the model is called with an `attention_mask` of shape (batch, length) and the layer's
+    input is (batch, length, in_features); otherwise every row counts.
 
-    Recorded are the inputs of `nn.Linear` and transformers' `Conv1D` whose weight requires a
-    gradient, while the model trains with gradients enabled and within its forward (so that
-    a recomputation by activation checkpointing counts no row twice). A weight that is an embedding
-    table as well is recorded as the linear layer's. Everything else (biases, norms, embeddings,
+    The inputs of `nn.Linear` and transformers' `Conv1D` are recorded if the weight requires a
+    gradient, while the model trains with gradients enabled and inside its forward (so that a
+    recomputation by activation checkpointing counts no row twice). A weight that is also an
+    embedding table is recorded as a linear layer's. Everything else (biases, norms, embeddings,
     layers that are not called as modules) has no entry: its factor is 1.
 
-    Each process of a data-parallel run sees rows of its own. Where torch.distributed runs, sums and
+    Each process of a data-parallel run sees different rows. If torch.distributed runs, sums and
     counts are added up over all processes when they are first read after a forward pass (a
-    collective: every process must read them), so that all of them rank alike.
+    collective: every process must read them), so that all processes rank alike.
 
     Args:
         model: the module that the training loop calls.
@@ -68,7 +68,7 @@ class InputMeans:
         return {name: mean for name, mean in found.items() if mean is not None}
 
     def get(self, name: str) -> tuple[Tensor, int] | None:
-        """What `means` holds of one parameter; None where the factor is 1."""
+        """The entry of `means` for one parameter; None if the factor is 1."""
         if self._totals is None:
             self._totals = self._added_up()
         param = self._model.get_parameter(name)
@@ -78,12 +78,12 @@ class InputMeans:
         return total / count.clamp(min=1), dim
 
     def reset(self) -> None:
-        """Forget what was recorded: a new step begins."""
+        """Discard what was recorded, for a new step."""
         self._sums.clear()
         self._totals = None
 
     def remove(self) -> None:
-        """Take all hooks off the model; the means stay readable."""
+        """Remove all hooks from the model; the means stay readable."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -116,7 +116,7 @@ class InputMeans:
             self._sums.get(weight, (weight.new_zeros(weight.size(dim)), weight.new_zeros(()), dim))
             for weight, dim in dims.items()
         )
-        # float64: counts, too, stay exact.
+        # float64: counts stay exact.
         flat = torch.cat(
             [torch.hstack((total.double(), count.double())) for total, count, _ in own]
         )

@@ -1,4 +1,4 @@
-"""`sparse-optim analyse`: pictures and a table of what runs recorded."""
+"""`sparse-optim analyse`: draw and tabulate what runs recorded."""
 
 from __future__ import annotations
 
@@ -6,23 +6,28 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from sparse_optim.analysis.measures import allocation_grid
-from sparse_optim.analysis.record import AllocationRecord, RecordError, load_record
+from sparse_optim.cli.console import one_line_errors, print_line
+
+if TYPE_CHECKING:
+    from sparse_optim.analysis.record import AllocationRecord
 
 Runs = Annotated[list[Path], typer.Argument(help="Output folders of `sparse-optim finetune`.")]
 Output = Annotated[
     Path | None,
-    typer.Option("--output", "-o", help="Folder for the pictures. Default: RUN/analysis."),
+    typer.Option(
+        "--output", "-o", help="Write the pictures to this folder (default: RUN/analysis)."
+    ),
 ]
 MetricName = Annotated[
-    str | None, typer.Option(help="Evaluation metric to draw. Default: the first run's own.")
+    str | None,
+    typer.Option(help="Draw this evaluation metric (default: the metric of the first run)."),
 ]
 
 
@@ -34,27 +39,25 @@ def register(app: typer.Typer) -> None:
 def analyse(runs: Runs, output: Output = None, metric: MetricName = None) -> None:
     """Show where runs spent their budget: by tensor, layer and module, step by step.
 
-    Several runs (increment and repeat, or budgets) are drawn together, into the first one's folder.
+    Draws several runs (increment and repeat, or several budgets) together, into the folder of the
+    first run.
     """
-    try:
+    with one_line_errors():
         records = load_records(runs)
         metric = check_metric(records, metric)
         folder = runs[0] / "analysis" if output is None else output
         folder.mkdir(parents=True, exist_ok=True)
         written = draw(records, metric, folder)
-    except (RecordError, OSError) as error:
-        Console(stderr=True).print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True)
-        raise typer.Exit(1) from None
-    console = Console()
-    console.print(summary(records, metric))
-    for name, record in records.items():
-        line = f"{name}: most entries in {', '.join(top_modules(record))}"
-        console.print(escape(line), highlight=False, soft_wrap=True)
-    console.print(f"{folder}: {', '.join(written)}", highlight=False, soft_wrap=True)
+        Console().print(summary(records, metric))
+        for name, record in records.items():
+            print_line(f"{name}: most entries in {', '.join(top_modules(record))}")
+        print_line(f"{folder}: {', '.join(written)}")
 
 
 def load_records(runs: Sequence[Path]) -> dict[str, AllocationRecord]:
-    """The records by the folders' names; by their paths where names are the same."""
+    """The records by the names of their folders, or by path where two names are equal."""
+    from sparse_optim.analysis.record import RecordError, load_record
+
     found = {}
     names = Counter(run.resolve().name for run in runs)
     for run in runs:
@@ -70,8 +73,10 @@ def check_metric(records: dict[str, AllocationRecord], metric: str | None) -> st
     """The metric to draw.
 
     Raises:
-        RecordError: no run has it.
+        RecordError: no run recorded it.
     """
+    from sparse_optim.analysis.record import RecordError
+
     chosen = metric or next(iter(records.values())).metric
     known = {
         name
@@ -87,7 +92,7 @@ def check_metric(records: dict[str, AllocationRecord], metric: str | None) -> st
 
 
 def draw(records: dict[str, AllocationRecord], metric: str, folder: Path) -> list[str]:
-    """Draw all pictures; return their names."""
+    """Draw all pictures; return the names of the files."""
     from sparse_optim.analysis import plots  # matplotlib: not needed for --help
 
     written = ["sparsity.png"]
@@ -108,16 +113,16 @@ def draw(records: dict[str, AllocationRecord], metric: str, folder: Path) -> lis
 
 
 def summary(records: dict[str, AllocationRecord], metric: str) -> Table:
-    """A row for each run, as it ended."""
+    """One row for each run: its state at the end."""
     table = Table(box=None, pad_edge=False)
     for heading in ("run", "method"):
         table.add_column(heading, overflow="fold")
-    for heading in ("step", "active", "tensors\nreached", "entropy\n(greatest)", metric):
+    for heading in ("step", "active", "tensors\nreached", "entropy\n(maximum)", metric):
         table.add_column(heading, justify="right")
     for name, record in records.items():
         last = record.snapshots[-1]
         reached = sum(count > 0 for count in last.active)
-        entropy, greatest = record.sparsity_entropy()[-1], math.log(len(record.tensors))
+        entropy, maximum = record.sparsity_entropy()[-1], math.log(len(record.tensors))
         values = [value for _, _, value in record.evaluations(metric)]
         table.add_row(
             escape(name),
@@ -125,14 +130,16 @@ def summary(records: dict[str, AllocationRecord], metric: str) -> Table:
             str(last.step),
             f"{sum(last.active):,}",
             f"{reached} of {len(record.tensors)}",
-            f"{entropy:.2f} ({greatest:.2f})",
+            f"{entropy:.2f} ({maximum:.2f})",
             f"{values[-1]:.4f}" if values else "-",
         )
     return table
 
 
 def top_modules(record: AllocationRecord, number: int = 3) -> list[str]:
-    """The modules with most active entries at the end, each with its share of them."""
+    """The modules with the most active entries at the end, each with its share of all of them."""
+    from sparse_optim.analysis.measures import allocation_grid
+
     last = record.snapshots[-1]
     grid = allocation_grid(record.counts(last), record.sizes)
     totals = [

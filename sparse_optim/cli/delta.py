@@ -1,25 +1,19 @@
-"""The commands on delta files: `inspect`, `apply`, `diff`. `register` puts them on an app."""
+"""The commands on delta files: `inspect`, `apply`, `diff`."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sparse_optim.delta import (
-    Delta,
-    DeltaError,
-    content_fingerprint,
-    folder_tensors,
-    load_delta,
-    merge_folder,
-    overlap,
-    save_delta,
-)
+from sparse_optim.cli.console import one_line_errors, print_line
+
+if TYPE_CHECKING:
+    from sparse_optim.delta import Delta  # torch: the commands import it, --help does not
 
 
 def register(app: typer.Typer) -> None:
@@ -30,8 +24,10 @@ def register(app: typer.Typer) -> None:
 
 
 def inspect(delta_file: Annotated[Path, typer.Argument(help="A delta file.")]) -> None:
-    """Show what a delta file holds."""
+    """Show the contents of a delta file."""
     with one_line_errors():
+        from sparse_optim.delta import load_delta
+
         delta = load_delta(delta_file)
         console = Console()
         console.print(_summary(delta_file, delta))
@@ -42,37 +38,41 @@ def inspect(delta_file: Annotated[Path, typer.Argument(help="A delta file.")]) -
 
 
 def apply(
-    base_folder: Annotated[Path, typer.Argument(help="Model folder that was fine-tuned.")],
+    base_folder: Annotated[Path, typer.Argument(help="Folder of the model that was fine-tuned.")],
     delta_file: Annotated[Path, typer.Argument(help="A delta file.")],
-    out_folder: Annotated[Path, typer.Argument(help="Folder to write; new or empty.")],
+    out_folder: Annotated[Path, typer.Argument(help="Folder to write: new or empty.")],
 ) -> None:
     """Merge a delta into a model folder: base + delta as a full checkpoint."""
     with one_line_errors():
+        from sparse_optim.delta import load_delta, merge_folder
+
         delta = load_delta(delta_file)
         merged = merge_folder(base_folder, delta, out_folder)
         entries = f"{delta.num_entries:,} entries and {len(delta.dense)} dense tensors"
-        say(f"{out_folder}: {entries} merged into {', '.join(merged.files)}")
+        print_line(f"{out_folder}: {entries} merged into {', '.join(merged.files)}")
         if merged.prefix:
-            say(f"names matched across the prefix {merged.prefix!r}")
+            print_line(f"names matched across the prefix {merged.prefix!r}")
         if merged.added:
-            say(
+            print_line(
                 f"added {', '.join(merged.added)}; config.json is the base's: set its number of "
                 "labels and architecture to match"
             )
 
 
 def diff(
-    a: Annotated[Path, typer.Argument(help="A delta file, or the base's model folder.")],
-    b: Annotated[Path, typer.Argument(help="A delta file, or the tuned model folder.")],
+    a: Annotated[Path, typer.Argument(help="A delta file, or the folder of the base model.")],
+    b: Annotated[Path, typer.Argument(help="A delta file, or the folder of the tuned model.")],
     out: Annotated[
-        Path | None, typer.Option(help="Two folders: write what changed from A to B here.")
+        Path | None, typer.Option(help="Two folders: write the changes from A to B to this file.")
     ] = None,
     originals: Annotated[
-        bool, typer.Option(help="Two folders: store the base's values too, for reverting.")
+        bool, typer.Option(help="Two folders: also store the base's values, for reverting.")
     ] = False,
 ) -> None:
-    """Compare two deltas, or make a delta of two model folders."""
+    """Compare two deltas, or make a delta from two model folders."""
     with one_line_errors():
+        from sparse_optim.delta import Delta, DeltaError, folder_tensors, load_delta, save_delta
+
         if a.is_dir() != b.is_dir():
             raise DeltaError("expected two delta files or two model folders, got one of each")
         if not a.is_dir():
@@ -85,24 +85,7 @@ def diff(
             save_delta(delta, out)
         Console().print(_summary(b, delta))
         if out is not None:
-            say(f"{out}: {out.stat().st_size:,} bytes")
-
-
-@contextmanager
-def one_line_errors(*errors: type[Exception]) -> Iterator[None]:
-    """Turn DeltaError, OSError and `errors` into a line on stderr and exit code 1."""
-    caught: tuple[type[Exception], ...] = (DeltaError, OSError, *errors)
-    try:
-        yield
-    except caught as error:
-        line = " ".join(str(error).split())
-        Console(stderr=True).print(Text(f"error: {line}"), soft_wrap=True)
-        raise typer.Exit(1) from None
-
-
-def say(line: str) -> None:
-    """Print a line, not wrapped."""
-    Console().print(Text(line), soft_wrap=True)
+            print_line(f"{out}: {out.stat().st_size:,} bytes")
 
 
 def _facts(title: str) -> Table:
@@ -113,6 +96,8 @@ def _facts(title: str) -> Table:
 
 
 def _summary(path: Path, delta: Delta) -> Table:
+    from sparse_optim.delta import content_fingerprint
+
     table = _facts(str(path))
     arguments = {key: value for key, value in delta.method.items() if key != "name"}
     table.add_row("method", Text(str(delta.method.get("name", "unknown"))))
@@ -176,14 +161,16 @@ def _dense_table(delta: Delta) -> Table:
 
 
 def _show_overlap(delta_a: Delta, delta_b: Delta) -> None:
+    from sparse_optim.delta import overlap
+
     found = overlap(delta_a, delta_b)
     table = _facts("A and B")
     table.add_row("entries in both", f"{found.both:,}")
     table.add_row("only in A", f"{found.only_a:,}")
     table.add_row("only in B", f"{found.only_b:,}")
     table.add_row("Jaccard", f"{found.jaccard:.4f}")
-    table.add_row("of both, equal bits", f"{found.equal:,}")
-    table.add_row("greatest |a - b|", f"{found.max_difference:.6g}")
+    table.add_row("in both, equal bits", f"{found.equal:,}")
+    table.add_row("largest |a - b|", f"{found.max_difference:.6g}")
     table.add_row("mean |a - b|", f"{found.mean_difference:.6g}")
     table.add_row("dense in both", f"{len(delta_a.dense.keys() & delta_b.dense.keys()):,}")
     table.add_row("same base", "yes" if found.same_base else "no, where they overlap")

@@ -3,7 +3,7 @@
     python -m sparse_optim.cli.demo --output demo-output
 
 Fine-tunes the built-in MiniLM encoder on the built-in TREC questions with ID3, with full AdamW and
-with the encoder frozen, and prints what each reaches and costs.
+with the encoder frozen, and prints the quality and the cost of each.
 """
 
 from __future__ import annotations
@@ -17,12 +17,10 @@ from typing import Annotated, Any
 import typer
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from sparse_optim.cli.finetune import quiet_libraries
+from sparse_optim.cli.console import one_line_errors, print_line, quiet_libraries
 from sparse_optim.finetune.config import FinetuneConfig
-from sparse_optim.finetune.errors import FinetuneError
 
 MODEL, DATASET = "minilm", "trec6"
 COLUMNS = (
@@ -43,7 +41,7 @@ KEPT = (
 
 @dataclass(frozen=True)
 class Contender:
-    """A row of the table: its settings were chosen on a part of train, never on test."""
+    """A row of the table; its settings were chosen on a part of train, never on test."""
 
     title: str
     method: str
@@ -77,7 +75,7 @@ def configuration(contender: Contender, output: Path, steps: int) -> FinetuneCon
 
 
 def announce(output: Path, steps: int, console: Console) -> None:
-    """Say what will happen, and how long it takes."""
+    """Print what will happen and how long it takes."""
     titles = ", ".join(contender.title for contender in CONTENDERS)
     minutes = max(1, round(steps / 50))  # 3 minutes for 150 steps on 2 idle cores
     lines = (
@@ -126,28 +124,25 @@ def main(
     steps: Annotated[int, typer.Option(help="Optimizer steps of each run.")] = 150,
 ) -> None:
     """Fine-tune MiniLM on TREC questions three ways and compare."""
-    quiet_libraries()
-    from sparse_optim.finetune.job import run
+    with one_line_errors(interrupted=f"Finished runs are in {output}/."):
+        quiet_libraries()
+        from sparse_optim.finetune.job import run
 
-    console = Console()
-    announce(output, steps, console)
-    results: dict[str, Any] = {}
-    rows = []
-    try:
+        console = Console()
+        announce(output, steps, console)
+        results: dict[str, Any] = {}
+        rows = []
         for contender in CONTENDERS:
             metrics = run(configuration(contender, output, steps), console).metrics
             results[contender.method] = {name: metrics[name] for name in KEPT}
             rows.append(row(contender.title, metrics))
-    except FinetuneError as error:
-        Console(stderr=True).print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True)
-        raise typer.Exit(1) from None
-    show(rows, console)
-    write(results, rows, output)
-    console.print(
-        "state: the optimizer's. update: clip and optimizer step, within the step. exact: base + "
-        "delta == trained model, bit for bit, from the file and a base loaded afresh.",
-    )
-    console.print(f"Deltas, metrics and curves are in {output}/.", highlight=False)
+        show(rows, console)
+        write(results, rows, output)
+        console.print(
+            "state: optimizer state. update: the part of a step that clips and updates. exact: "
+            "base + delta == trained model, bit for bit, from the file and a newly loaded base.",
+        )
+        print_line(f"Deltas, metrics and curves are in {output}/.")
 
 
 if __name__ == "__main__":

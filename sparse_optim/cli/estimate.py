@@ -1,4 +1,4 @@
-"""`sparse-optim estimate`: memory of fine-tuning a model, and which GPU holds it."""
+"""`sparse-optim estimate`: the memory of fine-tuning a model, and whether a GPU has enough."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from sparse_optim.estimate import GIB, GPUS, OPTIMIZERS, Estimate, Footprint
+from sparse_optim.cli.console import one_line_errors
+from sparse_optim.estimate import GIB, GPUS, OPTIMIZERS, Estimate, Footprint, estimates
+from sparse_optim.finetune.config import parse_budget
+from sparse_optim.finetune.errors import FinetuneError
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -21,57 +24,48 @@ def register(app: typer.Typer) -> None:
 
 def estimate(
     model: Annotated[str, typer.Option("--model", "-m", help="Built-in name, folder or hub id.")],
-    budget: Annotated[str, typer.Option(help="Entries, or a share such as 1%.")] = "1%",
-    dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = "bfloat16",
-    gpu: Annotated[str, typer.Option(help=f"One of {', '.join(GPUS)}.")] = "a100",
-    sequence: Annotated[int, typer.Option(min=1, help="Tokens of an example.")] = 512,
-    batch: Annotated[int, typer.Option(min=1, help="Examples in a forward pass.")] = 8,
+    budget: Annotated[str, typer.Option(help="Number of entries, or a share such as 1%.")] = "1%",
+    dtype: Annotated[str, typer.Option(help=f"Weights: {', '.join(DTYPES)}.")] = "bfloat16",
+    gpu: Annotated[str, typer.Option(help=f"GPU to compare with: {', '.join(GPUS)}.")] = "a100",
+    sequence: Annotated[int, typer.Option(min=1, help="Sequence length in tokens.")] = 512,
+    batch: Annotated[int, typer.Option(min=1, help="Batch size of a forward pass.")] = 8,
     checkpointing: Annotated[bool, typer.Option(help="Recompute activations.")] = False,
     optimizer: Annotated[
-        str | None, typer.Option(help=f"One of {', '.join(OPTIMIZERS)}; default: all.")
+        str | None, typer.Option(help=f"Optimizer: {', '.join(OPTIMIZERS)} (default: all).")
     ] = None,
 ) -> None:
-    """Estimate memory from the model's config alone; no weights are read.
+    """Estimate memory from the model's config alone, without reading weights.
 
-    adamw holds moments in the model's dtype, adamw-fp32 in float32 with master values, adamw-8bit
-    in a byte each, sparse is this package's, in-backward the same with fuse_backward=True.
-    Step: gradients, activations and temporaries, the most at once; counted on fake tensors. The
-    CUDA context, work space within kernels and fragmentation come on top: "tight" fits without
-    them (1 GiB and 5%), "yes" with them.
+    Optimizers: adamw keeps moments in the model's dtype, adamw-fp32 in float32 with master values,
+    adamw-8bit in one byte each; sparse is this package, in-backward the same with
+    fuse_backward=True. Column step: gradients, activations and temporaries at their peak, counted
+    on fake tensors. The CUDA context, work space within kernels and fragmentation come on top (1
+    GiB and 5%): "yes" fits with them, "tight" only without them.
     """
-    from sparse_optim.finetune.config import parse_budget
-    from sparse_optim.finetune.errors import FinetuneError
-
-    try:
+    with one_line_errors():
         _check("gpu", gpu, tuple(GPUS))
         _check("dtype", dtype, DTYPES)
         _check("optimizer", optimizer or OPTIMIZERS[0], OPTIMIZERS)
         share = parse_budget(budget)
         footprint, itemsize = read_footprint(model, dtype, batch, sequence, checkpointing)
-    except FinetuneError as error:
-        Console(stderr=True).print(f"[bold red]Error:[/] {error}", soft_wrap=True, markup=True)
-        raise typer.Exit(1) from None
-    from sparse_optim.estimate import estimates
-
-    entries = share if isinstance(share, int) else round(share * footprint.entries)
-    wanted = OPTIMIZERS if optimizer is None else (optimizer,)
-    Console().print(_table(estimates(footprint, itemsize, entries, wanted), gpu))
+        entries = share if isinstance(share, int) else round(share * footprint.entries)
+        wanted = OPTIMIZERS if optimizer is None else (optimizer,)
+        Console().print(_table(estimates(footprint, itemsize, entries, wanted), gpu))
 
 
 def read_footprint(
     name: str, dtype: str, batch: int, sequence: int, checkpointing: bool
 ) -> tuple[Footprint, int]:
-    """(what the model takes, bytes of an entry), from its config.
+    """Count a model's memory from its config; return it with the bytes of one entry.
 
     Raises:
-        FinetuneError: the model is not found, or takes no so long sequence.
+        FinetuneError: the model is not found, or has fewer positions than `sequence`.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    from sparse_optim.estimate import footprint_of
-    from sparse_optim.finetune.errors import FinetuneError
     from sparse_optim.finetune.models import check_generates, find_model
+    from sparse_optim.footprint import footprint_of
 
     source = find_model(name)
     config = AutoConfig.from_pretrained(source.location, **source.gguf)
@@ -87,7 +81,7 @@ def read_footprint(
     config.use_cache = False
 
     def build() -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
-        model = kind.from_config(config, dtype=getattr(torch, dtype)).train()
+        model = kind.from_config(config, dtype=getattr(torch, dtype)).train()  # type: ignore[no-untyped-call]
         if checkpointing:
             with warnings.catch_warnings():  # transformers renames the method
                 warnings.simplefilter("ignore", FutureWarning)
@@ -100,14 +94,12 @@ def read_footprint(
 
 
 def _check(option: str, value: str, known: tuple[str, ...]) -> None:
-    from sparse_optim.finetune.errors import FinetuneError
-
     if value not in known:
         raise FinetuneError(f"unknown --{option} {value!r}; known: {', '.join(known)}")
 
 
 def _table(found: list[Estimate], gpu: str) -> Table:
-    """GiB by optimizer, and what fits."""
+    """One row for each optimizer: sizes in GiB, and whether the GPU has enough."""
     table = Table(title=f"GiB; {gpu} has {GPUS[gpu] / GIB:.0f}")
     for column in ("optimizer", "weights", "state", "step", "peak", "fits"):
         table.add_column(column, justify="left" if column == "optimizer" else "right")

@@ -1,4 +1,4 @@
-"""`sparse-optim experiment NAME`: choose, list or run the cells, and write the table."""
+"""`sparse-optim experiment NAME`: list or run the cells, and write the table."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
-from sparse_optim.cli.finetune import quiet_libraries
+from sparse_optim.cli.console import one_line_errors, print_line, quiet_libraries
 from sparse_optim.experiments.ablation import ABLATION
 from sparse_optim.experiments.arithmetic import MATH
 from sparse_optim.experiments.glue import ADAPTERS, GLUE, NER
@@ -20,53 +19,61 @@ from sparse_optim.experiments.overrides import Choice, choose, whole
 from sparse_optim.experiments.presets import Experiment
 from sparse_optim.experiments.quality import QUALITY
 from sparse_optim.experiments.stochastic import STOCHASTIC
-from sparse_optim.finetune.errors import FinetuneError
 
 EXPERIMENTS = (GLUE, NER, ADAPTERS, MATH, STOCHASTIC, QUALITY, ABLATION)
 
-Output = Annotated[Path | None, typer.Option("--output", "-o", help="Folder (default: runs/NAME).")]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Output folder (default: runs/NAME).")
+]
 DataFolder = Annotated[
     Path | None,
-    typer.Option(help="Read the data here, not from the hub: TASK/{train,validation}.jsonl."),
+    typer.Option(help="Read TASK/{train,validation}.jsonl from this folder, not from the hub."),
 ]
-Model = Annotated[str | None, typer.Option("--model", "-m", help="In place of the preset's.")]
-Names = Annotated[str | None, typer.Option(help="Of the preset's, separated by commas.")]
-Rates = Annotated[str | None, typer.Option(help="Learning rates of all methods: 1e-4,3e-4.")]
-Budgets = Annotated[str | None, typer.Option(help="In place of the preset's: 320K,1%.")]
-Seeds = Annotated[str | None, typer.Option(help="In place of the preset's: 0,1,2.")]
+Model = Annotated[str | None, typer.Option("--model", "-m", help="Model (default: the preset's).")]
+Tasks = Annotated[str | None, typer.Option(help="Run only these tasks, separated by commas.")]
+Methods = Annotated[
+    str | None, typer.Option(help="Run only these rows or other methods, separated by commas.")
+]
+Rates = Annotated[str | None, typer.Option(help="Learning rates for all methods: 1e-4,3e-4.")]
+Budgets = Annotated[str | None, typer.Option(help="Budgets (default: the preset's): 320K,1%.")]
+Seeds = Annotated[str | None, typer.Option(help="Seeds (default: the preset's): 0,1,2.")]
 Targets = Annotated[
     str | None,
-    typer.Option(help="LoRA on Linear modules whose names end so, in place of the preset's."),
+    typer.Option(help="Put LoRA on Linear modules with names that end in these (a,b)."),
 ]
-Steps = Annotated[int | None, typer.Option(help="Optimizer steps of a cell.")]
-BatchSize = Annotated[int | None, typer.Option(help="Examples of a step.")]
-Limit = Annotated[int | None, typer.Option(help="At most so many examples of each split.")]
+Steps = Annotated[int | None, typer.Option(help="Optimizer steps of each cell.")]
+BatchSize = Annotated[int | None, typer.Option(help="Batch size.")]
+Limit = Annotated[int | None, typer.Option(help="Maximum number of examples of each split.")]
 MaxMinutes = Annotated[
-    float | None, typer.Option(help="Begin no cell that would end later; go on another time.")
+    float | None,
+    typer.Option(help="Start no cell that would end later than this; resume by the same command."),
 ]
 Only = Annotated[
-    list[str] | None, typer.Option(help="Only cells whose name contains this. Repeatable.")
+    list[str] | None, typer.Option(help="Run only cells with this in their name. Repeatable.")
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="List the cells and their time.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="List the cells and the time they take.")]
 Keep = Annotated[bool, typer.Option("--keep", help="Keep delta, metrics and curves of each run.")]
 Record = Annotated[
-    Path | None, typer.Option(help="Also write table and cells to NAME-DATE.json in this folder.")
+    Path | None,
+    typer.Option(help="Also write table and cells to NAME-DATE.json in this folder."),
 ]
-Beams = Annotated[int, typer.Option(help="math: of the search for an answer.")]
-NewTokens = Annotated[int, typer.Option(help="math: greatest length of an answer.")]
+Beams = Annotated[int, typer.Option(help="math: beams of the search for an answer.")]
+NewTokens = Annotated[int, typer.Option(help="math: maximum number of tokens of an answer.")]
 Dtype = Annotated[
-    str | None, typer.Option(help="Of the weights: float32 (default), bfloat16 or float16.")
+    str | None, typer.Option(help="dtype of the weights: float32 (default), bfloat16 or float16.")
 ]
 Amp = Annotated[str | None, typer.Option(help="Autocast: none or bf16 (default: the preset's).")]
-Cpu = Annotated[bool, typer.Option("--cpu", help="Leave the GPU alone.")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads of torch.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and libraries' warnings.")]
+Cpu = Annotated[bool, typer.Option("--cpu", help="Use the CPU.")]
+Threads = Annotated[int | None, typer.Option(help="Number of CPU threads.")]
+Debug = Annotated[
+    bool, typer.Option("--debug", help="Show tracebacks and the libraries' warnings.")
+]
 
 
 def register(app: typer.Typer) -> None:
     """Add `experiment`, with a command for each experiment, to `app`."""
     group = typer.Typer(
-        help="Run an experiment of the papers, or the quality table; resumable.",
+        help="Run an experiment of the papers, or the quality table. Resumable.",
         no_args_is_help=True,
         rich_markup_mode="rich",
     )
@@ -80,9 +87,9 @@ def about(experiment: Experiment) -> str:
     tasks = ", ".join(task.name for task in experiment.tasks)
     rows = ", ".join(row.label for row in experiment.rows)
     return (
-        f"{experiment.about}\n\nFinished cells are skipped, so a stopped run goes on where it was. "
-        "Several processes may share an output folder, each with tasks or methods of its own. "
-        f"Writes cells/*.json, table.md and table.json.\n\nModel: {experiment.model}. "
+        f"{experiment.about}\n\nSkips finished cells: to resume a stopped run, repeat the command. "
+        "Several processes may share an output folder if each runs other tasks or methods. "
+        f"Writes cells.jsonl, table.md and table.json.\n\nModel: {experiment.model}. "
         f"Tasks: {tasks}. Rows: {rows}."
     )
 
@@ -94,8 +101,8 @@ def command(experiment: Experiment) -> Callable[..., None]:
         output: Output = None,
         data_folder: DataFolder = None,
         model: Model = None,
-        tasks: Names = None,
-        methods: Names = None,
+        tasks: Tasks = None,
+        methods: Methods = None,
         budgets: Budgets = None,
         lrs: Rates = None,
         seeds: Seeds = None,
@@ -130,16 +137,9 @@ def command(experiment: Experiment) -> Callable[..., None]:
             "decoding": {"beams": beams, "new_tokens": new_tokens},
             "extra": {"cpu": cpu, "threads": threads} | given,
         }
-        try:
+        kept = "Finished cells are kept: repeat the command to resume."
+        with one_line_errors(debug=debug, interrupted=kept):
             run_and_show(experiment, choice, arguments, dry_run, record, debug)
-        except FinetuneError as error:
-            if debug:
-                raise
-            Console(stderr=True).print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True)
-            raise typer.Exit(1) from None
-        except KeyboardInterrupt:
-            Console(stderr=True).print("Interrupted: finished cells stay; run it again to go on.")
-            raise typer.Exit(130) from None
 
     return run
 
@@ -152,7 +152,7 @@ def run_and_show(
     record: Path | None,
     debug: bool,
 ) -> None:
-    """List the cells, or run them and write the table of all that are finished."""
+    """List the cells, or run them and write the table of all finished cells."""
     if not debug:
         quiet_libraries()
     # transformers: not needed for --help
@@ -163,7 +163,7 @@ def run_and_show(
     console = Console()
     chosen, left_out = choose(experiment, choice)
     if left_out:
-        console.print(f"left out: {', '.join(left_out)}", highlight=False, soft_wrap=True)
+        print_line(f"left out: {', '.join(left_out)}")
     arguments["decoding"] = Decoding(**arguments["decoding"])
     runner = make_runner(chosen, RunOptions(**arguments), console)
     if dry_run:
@@ -175,8 +175,8 @@ def run_and_show(
     outcomes = runner.finished(every)
     summaries = write_table(every, outcomes, output)
     console.print(markdown(every, summaries), markup=False, highlight=False, soft_wrap=True)
-    ending = "Complete" if runner.is_finished() else "Out of time; run it again to go on"
-    console.print(f"{ending}: {output}/table.md", highlight=False, soft_wrap=True)
+    ending = "Complete" if runner.is_finished() else "Out of time; repeat the command to resume"
+    print_line(f"{ending}: {output}/table.md")
     if record is not None:
         write_record(chosen.name, summaries, outcomes, record)
 
@@ -184,8 +184,8 @@ def run_and_show(
 def write_record(
     name: str, summaries: Sequence[Any], outcomes: Sequence[Any], folder: Path
 ) -> Path:
-    """Table and cells in one file, named by the experiment and the day."""
-    from sparse_optim.experiments.table import plain
+    """Write table and cells to one file, named after the experiment and the day."""
+    from sparse_optim.experiments.cells import plain
 
     now = datetime.now(timezone.utc)
     folder.mkdir(parents=True, exist_ok=True)

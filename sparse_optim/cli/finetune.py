@@ -1,19 +1,21 @@
-"""`sparse-optim finetune`: read the options, run the job, show the result."""
+"""`sparse-optim finetune`: build the options from FinetuneConfig, run the job, show the result."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from sparse_optim.cli import finetune_options as options
-from sparse_optim.finetune.adapters import ADAPTERS
+from sparse_optim.cli.console import one_line_errors, quiet_libraries
+from sparse_optim.finetune.adapter_kinds import ADAPTERS
 from sparse_optim.finetune.builtin_data import DATASETS, MODELS
-from sparse_optim.finetune.config import DEFAULT_UNMASK_SHARE, FinetuneConfig, parse_budget
+from sparse_optim.finetune.config import FinetuneConfig, field_types, option, settings
 from sparse_optim.finetune.errors import FinetuneError
 from sparse_optim.methods import METHODS
 
@@ -24,16 +26,18 @@ def listing(title: str, known: Mapping[str, Any]) -> str:
     return "\n".join(["\b", title, *lines])
 
 
-HELP = f"""Fine-tune a model on labelled text, and keep what changed as a small delta.
+HELP = f"""Fine-tune a model on labelled text, and save what changed as a small delta.
 
-Writes delta.safetensors, metrics.json, curves.png, allocation.jsonl (for `analyse`) and adapter/
-to the output folder, and checks that base + delta is the trained model, bit for bit.
-Parameters that the checkpoint lacks (a fresh head) are found and trained densely, outside the
+Writes delta.safetensors, metrics.json, config.yaml, curves.png, allocation.jsonl (for `analyse`)
+and adapter/ to the output folder, and checks that base + delta is the trained model, bit for bit.
+Finds parameters that the checkpoint lacks (a fresh head) and trains them densely, outside the
 budget.
 
-[bold]ID3 wants learning rates of 1e-4 to 7e-4, ten times those of full fine-tuning.[/]
+[bold]ID3 needs learning rates of 1e-4 to 7e-4, ten times those of full fine-tuning.[/]
 
     sparse-optim finetune -m minilm -d trec6 -o out --steps 150 --budget 1%
+
+    sparse-optim finetune --config out/config.yaml -o out2
 
 {listing("Built-in models, from PyPI packages (no hub needed):", MODELS)}
 
@@ -41,90 +45,126 @@ budget.
 
 {listing("Methods:", METHODS)}
 
-{listing("Adapters (--adapter; the method then trains their entries alone):", ADAPTERS)}
+{listing("Adapters (--adapter; the method then trains only their entries):", ADAPTERS)}
 """
+
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        "-c",
+        help="Read settings from this YAML file; its keys are the options' names with _ for -. "
+        "Options on the command line win.",
+    ),
+]
+Debug = Annotated[
+    bool, typer.Option("--debug", help="Show tracebacks and the libraries' warnings.")
+]
 
 
 def register(app: typer.Typer) -> None:
     """Add the command to `app`."""
-    app.command("finetune", help=HELP)(finetune)
+    app.command("finetune", help=HELP)(build_command())
 
 
-def finetune(
-    model: options.Model,
-    dataset: options.DataSet,
-    output: options.Output,
-    method: options.MethodName = "id3",
-    adapter: options.AdapterName = None,
-    adapter_rank: options.AdapterRank = None,
-    adapter_alpha: options.AdapterAlpha = None,
-    adapter_targets: options.AdapterTargets = None,
-    budget: options.Budget = None,
-    d3_exp: options.D3Exp = 0.0,
-    d3_eps: options.D3Eps = 1.0,
-    unmask_schedule: options.UnmaskSchedule = "uniform",
-    unmask_share: options.UnmaskShare = DEFAULT_UNMASK_SHARE,
-    bias_correction: options.BiasCorrection = "entry",
-    sparse_score: options.SparseScore = "snip",
-    dense: options.DensePrefixes = None,
-    backend: options.Backend = "auto",
-    steps: options.Steps = None,
-    epochs: options.Epochs = 3.0,
-    batch_size: options.BatchSize = 16,
-    eval_batch_size: options.EvalBatchSize = 64,
-    accumulation: options.Accumulation = 1,
-    lr: options.LearningRate = None,
-    head_lr: options.HeadLearningRate = None,
-    schedule: options.LrSchedule = "linear",
-    warmup: options.Warmup = 0.0,
-    weight_decay: options.WeightDecay = 0.0,
-    adam_eps: options.AdamEps = None,
-    max_grad_norm: options.MaxGradNorm = 1.0,
-    group_by_length: options.GroupByLength = False,
-    fuse_backward: options.FuseBackward = False,
-    seed: options.Seed = 0,
-    pooling: options.Pooling = "auto",
-    resume: options.Resume = None,
-    task: options.TaskName = None,
-    dataset_config: options.DatasetConfig = None,
-    text_column: options.TextColumn = None,
-    text_pair_column: options.TextPairColumn = None,
-    label_column: options.LabelColumn = None,
-    train_split: options.TrainSplit = "train",
-    eval_split: options.EvalSplit = None,
-    eval_fraction: options.EvalFraction = None,
-    max_train_examples: options.MaxTrainExamples = None,
-    max_eval_examples: options.MaxEvalExamples = None,
-    max_length: options.MaxLength = 128,
-    metric: options.MetricName = None,
-    eval_every: options.EvalEvery = None,
-    log_every: options.LogEvery = None,
-    save_every: options.SaveEvery = None,
-    save_model: options.SaveModel = False,
-    report_to: options.ReportTo = "none",
-    overwrite: options.Overwrite = False,
-    verify: options.Verify = True,
-    dtype: options.Dtype = "float32",
-    amp: options.Amp = "none",
-    cpu: options.Cpu = False,
-    threads: options.Threads = None,
-    debug: options.Debug = False,
-) -> None:
-    """Turn the options into a FinetuneConfig (the names are its fields) and run it."""
-    given = {name: value for name, value in locals().items() if name != "debug"}
+def build_command() -> Callable[..., None]:
+    """The command's function: one option for each field of FinetuneConfig, `config` and `debug`."""
+
+    def finetune(context: typer.Context, **values: Any) -> None:
+        config_file, debug = values.pop("config"), values.pop("debug")
+        with one_line_errors(debug=debug, interrupted="No results were written."):
+            given = {name: values[name] for name in values if is_given(context, name)}
+            stored = read_file(config_file)
+            check_required({**stored, **given}, context)
+            run_and_show(make_config(stored, given, config_file), Console(), debug)
+
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters = [
+        inspect.Parameter(
+            "context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context
+        ),
+        inspect.Parameter("config", keyword, default=None, annotation=ConfigFile),
+        *(parameter(field) for field in fields(FinetuneConfig)),
+        inspect.Parameter("debug", keyword, default=False, annotation=Debug),
+    ]
+    finetune.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    finetune.__annotations__ = {each.name: each.annotation for each in parameters}
+    return finetune
+
+
+def parameter(field: Field[Any]) -> inspect.Parameter:
+    """The option of a field, for typer."""
+    about, kind = settings()[field.name], field_types()[field.name]
+    is_required = field.default is MISSING
+    default = None if is_required or field.default == () else field.default
+    if kind == tuple[str, ...]:
+        kind = list[str]
+    if default is None or about.written:
+        kind = (about.written or kind) | None
+    name = option(field.name)
+    flags = [f"{name}/--no-{name[2:]}" if kind is bool else name]
+    made = typer.Option(
+        *flags,
+        *([about.short] if about.short else []),
+        help=f"{about.help} Required, here or in --config." if is_required else about.help,
+        rich_help_panel=about.panel,
+        show_default=default is not None and default is not False,
+    )
+    return inspect.Parameter(
+        field.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=default,
+        annotation=Annotated[kind, made],
+    )
+
+
+def is_given(context: typer.Context, name: str) -> bool:
+    """Whether an option is on the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
+
+
+def read_file(file: Path | None) -> dict[str, Any]:
+    """The settings in the file of --config, if there is one."""
+    if file is None:
+        return {}
+    from sparse_optim.finetune.config_file import read_config
+
+    return read_config(file)
+
+
+def check_required(values: Mapping[str, Any], context: typer.Context) -> None:
+    """Raise a usage error if neither the command line nor the file sets what has no default."""
+    for field in fields(FinetuneConfig):
+        if field.default is MISSING and field.name not in values:
+            hint = f"'{option(field.name)}' / '{settings()[field.name].short}'"
+            message = "required: give it here or in the file of --config"
+            raise typer.BadParameter(message, context, param_hint=hint)
+
+
+def make_config(
+    stored: Mapping[str, Any], given: Mapping[str, Any], file: Path | None
+) -> FinetuneConfig:
+    """The job: the settings of the file, replaced by those of the command line.
+
+    Raises:
+        FinetuneError: a value is wrong.
+    """
+    values = {name: read_option(name, value) for name, value in given.items()}
     try:
-        entries = None if budget is None else parse_budget(budget)
-        given |= {"budget": entries, "dense": tuple(dense or ())}
-        given |= {"adapter_targets": tuple(adapter_targets or ())}
-        run_and_show(FinetuneConfig(**given), Console(), debug)
+        return FinetuneConfig(**{**stored, **values})
     except FinetuneError as error:
-        if debug:
+        if file is None:
             raise
-        Console(stderr=True).print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        Console(stderr=True).print("Interrupted: no results written.")
-        raise typer.Exit(130) from None
+        raise FinetuneError(f"{error} (with the settings in {file})") from None
+
+
+def read_option(name: str, value: Any) -> Any:
+    """A value from the command line as the value of its field."""
+    read = settings()[name].read
+    if read is not None:
+        return read(value)
+    return tuple(value) if isinstance(value, list) else value
 
 
 def run_and_show(config: FinetuneConfig, console: Console, debug: bool) -> None:
@@ -149,14 +189,3 @@ def run_and_show(config: FinetuneConfig, console: Console, debug: bool) -> None:
     ):
         table.add_row(f"[bold]{label}[/]", text)
     console.print(table, highlight=False)
-
-
-def quiet_libraries() -> None:
-    """Leave the terminal to our own progress: no bars, reports and hints of the libraries."""
-    import datasets
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.utils.logging.set_verbosity_error()
-    datasets.disable_progress_bars()

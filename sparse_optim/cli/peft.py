@@ -1,15 +1,18 @@
-"""The command `export-peft`: a delta as a SHiRA adapter. `register` puts it on an app."""
+"""The command `export-peft`: write a delta as a SHiRA adapter."""
+
+from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from torch import nn
 
-from sparse_optim.cli.delta import one_line_errors, say
-from sparse_optim.delta import Delta, load_delta
-from sparse_optim.finetune.errors import FinetuneError
-from sparse_optim.integrations.shira import export_shira
+from sparse_optim.cli.console import one_line_errors, print_line, quiet_libraries
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from sparse_optim.delta import Delta
 
 
 def register(app: typer.Typer) -> None:
@@ -21,39 +24,42 @@ def export_peft(
     delta_file: Annotated[Path, typer.Argument(help="A delta file.")],
     base: Annotated[
         str,
-        typer.Option("--base", help="The model that was fine-tuned: built-in, folder or hub id."),
+        typer.Option("--base", help="Model that was fine-tuned: built-in name, folder or hub id."),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; new or empty.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write: new or empty.")],
     r: Annotated[
-        int | None, typer.Option(help="Of the ShiraConfig (default: the least that fits).")
+        int | None, typer.Option(help="r of the ShiraConfig (default: the smallest that fits).")
     ] = None,
     whole: Annotated[
         bool,
-        typer.Option("--whole", help="Store modules that SHiRA cannot express whole."),
+        typer.Option("--whole", help="Store the whole of each module that SHiRA cannot express."),
     ] = False,
     task: Annotated[
-        str | None, typer.Option(help="Task that the model was built for (default: the delta's).")
+        str | None,
+        typer.Option(help="Task that the model was built for (default: see the delta)."),
     ] = None,
 ) -> None:
     """Write a delta as an adapter folder for peft (SHiRA)."""
-    with one_line_errors(FinetuneError, ModuleNotFoundError):
+    with one_line_errors():
+        from sparse_optim.delta import load_delta
+        from sparse_optim.integrations.shira import export_shira
+
         delta = load_delta(delta_file)
         written = export_shira(delta, _load_base(base, delta, task), output, r=r, allow_whole=whole)
-        say(
+        print_line(
             f"{output}: {written.entries:,} entries in {len(written.layers)} layers, r={written.r} "
             f"({written.stored:,} stored, zeros included)"
         )
         if written.whole:
-            say(f"stored whole: {', '.join(written.whole)}")
-        say(
-            "load it with peft.PeftModel.from_pretrained(model, folder), where model is of the "
-            "class that was fine-tuned (and has as many labels)"
+            print_line(f"stored whole: {', '.join(written.whole)}")
+        print_line(
+            "load it with peft.PeftModel.from_pretrained(model, folder); the model needs the class "
+            "and the number of labels that were fine-tuned"
         )
 
 
 def _load_base(name: str, delta: Delta, task: str | None) -> nn.Module:
-    """The base model, of the class that `finetune` used, or the one in its config.json."""
-    from sparse_optim.cli.finetune import quiet_libraries
+    """Load the base model as the class that `finetune` used, or the class in its config.json."""
     from sparse_optim.finetune.models import DTYPES, find_model, load_bare_model
 
     quiet_libraries()

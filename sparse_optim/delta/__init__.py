@@ -1,9 +1,9 @@
-"""The delta: what fine-tuning changed, as a file of a few megabytes.
+"""The delta: the changes of a fine-tuning, as a file of a few megabytes.
 
     base + delta == the trained model        bit for bit
 
-`Delta` holds it in memory; `save_delta` and `load_delta` its file; `apply_delta` puts it into a
-live model and takes it out again; `merge` and `merge_folder` make a full checkpoint.
+`Delta` holds it in memory; `save_delta` and `load_delta` write and read its file; `apply_delta`
+writes it to a live model and can revert it; `merge` and `merge_folder` make a full checkpoint.
 """
 
 from sparse_optim.delta._apply import (

@@ -1,4 +1,4 @@
-"""Put a delta into a live model and take it out again, or merge it into a state dict.
+"""Write a delta to a live model and revert it, or merge it into a state dict.
 
 Everything is checked before the first write; a write that fails is rolled back. So either the
 whole delta is in the model or the model is untouched.
@@ -36,9 +36,9 @@ class Write:
 
 
 class AppliedDelta:
-    """A delta that is in a model now, with the originals that it replaced.
+    """A delta that has been written to a model, and the original values that it replaced.
 
-    As a context manager it reverts at exit, unless that was done inside.
+    As a context manager it reverts at exit, unless it has been reverted inside.
 
     Attributes:
         skipped: names of the delta that the model lacks (`strict=False` only).
@@ -100,10 +100,10 @@ class DeltaSwitcher:
         self._handle: AppliedDelta | None = None
 
     def use(self, name: str | None) -> None:
-        """Put delta `name` (None: the base alone) in place of the one that is there.
+        """Replace the current delta by delta `name` (None: the base alone).
 
         Raises:
-            DeltaError: no such name, or it does not fit the model. The model is as before.
+            DeltaError: no such name, or it does not fit the model. The model is unchanged.
         """
         if name is not None and name not in self._deltas:
             raise DeltaError(f"no delta {name!r}: expected one of {sorted(self._deltas)}")
@@ -134,7 +134,7 @@ def apply_delta(model: Model, delta: Delta, strict: bool = True) -> AppliedDelta
     Args:
         model: a module, or a mapping of tensors; it must hold the base's values.
         strict: whether the model must have every name. With False, names that it lacks are
-            skipped (an encoder without the delta's head); all else is checked as ever.
+            skipped (an encoder without the delta's head); everything else is checked.
 
     Returns:
         A handle that holds the originals: `revert()`, or use it in a `with`.
@@ -157,7 +157,7 @@ def apply_delta(model: Model, delta: Delta, strict: bool = True) -> AppliedDelta
 
 
 def revert_delta(model: Model, delta: Delta, strict: bool = True) -> None:
-    """Take a delta out of a model with the originals that the delta itself stores.
+    """Revert a delta with the original values that the delta itself stores.
 
     Args:
         model: a module, or a mapping of tensors, with the delta in it.
@@ -166,7 +166,7 @@ def revert_delta(model: Model, delta: Delta, strict: bool = True) -> None:
 
     Raises:
         DeltaError: an original is not stored, the delta is not in the model, or the result would
-            not be the base (its fingerprints tell). The model is untouched.
+            not be the base (by its fingerprints). The model is untouched.
     """
     tensors = named_tensors(model)
     skipped = _missing(tensors, delta, strict)
@@ -191,7 +191,7 @@ def merge(delta: Delta, state_dict: Tensors) -> dict[str, Tensor]:
 
     Args:
         state_dict: the base. It is not changed; the result shares its untouched tensors. Dense
-            tensors replace those of the same name whatever their shape, or are added. Names tied
+            tensors replace those of the same name, of any shape, or are added. Names tied
             in the base stay tied.
 
     Raises:
@@ -341,7 +341,7 @@ def _write_all(tensors: Tensors, writes: list[Write], undo: list[Write]) -> None
         for write, now in zip(writes, _read_all(tensors, writes), strict=True):
             if not same_bits(write.value, now.value):
                 raise DeltaError(
-                    f"{write.name!r} shares memory with another tensor of the delta that wants "
+                    f"{write.name!r} shares memory with another tensor of the delta that has "
                     "other values there: untie them first"
                 )
     except BaseException:  # Also an interrupt: never leave half a delta.

@@ -2,8 +2,8 @@
 
     fingerprint(tensor) = xxh3_128(raw bytes of tensor, C order), 32 hex digits
 
-Shape and dtype are not part of it. xxh3 finds accidents (another checkpoint, a damaged file), it
-is no protection against a forger.
+Shape and dtype are not part of it. xxh3 detects accidents (another checkpoint, a damaged file); it
+does not protect against forgery.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def raw_bytes(tensor: Tensor, piece_bytes: int = PIECE_BYTES) -> Iterator[memory
 
     Args:
         tensor: any shape, dtype, strides and device. A non-contiguous one is copied on its device.
-        piece_bytes: greatest size of a piece, bytes.
+        piece_bytes: maximum size of a piece, bytes.
 
     Raises:
         ValueError: the tensor is not strided or is on the meta device.
@@ -57,16 +57,16 @@ def fingerprint(tensor: Tensor) -> str:
 
 
 class BaseFingerprints:
-    """Fingerprints of an optimizer's pool as it was before the first step.
+    """Fingerprints of the tensors in an optimizer's pool before the first step.
 
     Taken when the optimizer is built, so that its steps copy no weights to the host. A tensor that
     was written between then and the first step, in a way that autograd sees, is hashed again there.
 
     Args:
-        values: of a run that is resumed after its first step; none for a new one.
+        values: fingerprints of a run that is resumed after its first step; empty for a new run.
 
     Attributes:
-        values: of each tensor of the pool, 32 hex digits.
+        values: fingerprint of each tensor of the pool, 32 hex digits.
         final: whether a step has been taken.
     """
 
@@ -77,7 +77,7 @@ class BaseFingerprints:
         self._marks: dict[int, tuple[int, int] | None] = {}
 
     def extended(self, pool: Sequence[Tensor]) -> BaseFingerprints:
-        """With those of the tensors at the end of `pool` that are not among these.
+        """A copy with the fingerprints of further tensors at the end of `pool`.
 
         Raises:
             ValueError: as `fingerprint`.
@@ -90,18 +90,18 @@ class BaseFingerprints:
         return grown
 
     def finalize(self, pool: Sequence[Tensor]) -> None:
-        """Before a step: hash again what was written since, for the last time."""
+        """Hash the tensors that were written since, for the last time. Call it before a step."""
         for index, mark in self._marks.items():
             if mark != _mark(pool[index]):
                 self.values[index] = fingerprint(pool[index])
         self._marks, self.final = {}, True
 
     def invalidate(self) -> None:
-        """Have the next step hash again what may have been written unseen."""
+        """Make the next step hash again the tensors that may have changed unseen."""
         self._marks = dict.fromkeys(self._marks)
 
     def __getstate__(self) -> dict[str, object]:
-        """Copies belong to tensors that count their versions anew."""
+        """Without the marks: the tensors of a copy count their versions from the start."""
         return {**vars(self), "_marks": dict.fromkeys(self._marks)}
 
 

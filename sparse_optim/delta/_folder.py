@@ -6,7 +6,6 @@ time.
 
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,10 +19,11 @@ from torch import Tensor
 from sparse_optim.delta._apply import merge
 from sparse_optim.delta._format import write_safetensors
 from sparse_optim.delta._types import Delta, DeltaError
+from sparse_optim.files import replacing
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# Other formats of the same weights (they would go on holding the base), and training leftovers.
+# Other formats of the same weights (they would still be the base), and leftovers of training.
 _NOT_COPIED = (
     *("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.ot"),
     *("*.onnx", "*.gguf", "*.tflite", "checkpoint-*", ".*"),
@@ -32,7 +32,7 @@ _NOT_COPIED = (
 
 @dataclass(frozen=True)
 class MergedFolder:
-    """What `merge_folder` did.
+    """The result of `merge_folder`.
 
     Attributes:
         files: weight files written.
@@ -47,7 +47,7 @@ class MergedFolder:
 
 @dataclass(frozen=True)
 class _Naming:
-    """How the delta's names and the base's names become those of the result."""
+    """Maps names of the delta and of the base to names of the result."""
 
     delta: Mapping[str, str]
     base: Mapping[str, str]
@@ -73,19 +73,19 @@ def merge_folder(
 ) -> MergedFolder:
     """Write base + delta as a full model folder: same shards, all other files copied.
 
-    Names. A checkpoint of a bare encoder has "x" where the model with a head has "bert.x". When
-    the delta's sparse names are not in the base as they are, one prefix is looked for that, put
-    before or taken off all those that miss, makes them fit; the fingerprints then prove it. The
-    result has the base's names; but where the delta adds tensors (a head) to a bare encoder, the
-    model's names ("bert.x"), so that the class with the head loads it. config.json remains the
-    base's: number of labels and the like are not in a delta.
+    Names. A checkpoint of a bare encoder has "x" where the model with a head has "bert.x". If the
+    base lacks some of the delta's sparse names, this looks for one prefix that fits when added to
+    or removed from all of them; the fingerprints then prove it. The result has the base's names,
+    except when the delta adds tensors (a head) to a bare encoder: then it has the model's names
+    ("bert.x"), so that the class with the head can load it. config.json is copied from the base: a
+    delta does not contain the number of labels and the like.
 
     Args:
         out_folder: must not exist, or be empty. It appears whole or not at all.
 
     Raises:
-        DeltaError: the base is no such folder, names do not fit or fit in several ways, or `merge`
-            refuses.
+        DeltaError: the base is not such a folder, names do not fit or fit in several ways, or
+            `merge` raises an error.
         OSError: `out_folder` cannot be written.
     """
     base, out = Path(base_folder), Path(out_folder)
@@ -101,8 +101,7 @@ def merge_folder(
     added = tuple(name for name in delta.dense if name not in where)
     where |= dict.fromkeys(added, shards[-1])
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{secrets.token_hex(8)}.tmp")
-    try:
+    with replacing(out) as temporary:
         shutil.copytree(base, temporary, ignore=lambda at, names: _ignored(base, at, names))
         total = sum(
             _merge_shard(base / file, temporary / file, delta, naming.base, where)
@@ -111,10 +110,6 @@ def merge_folder(
         if len(shards) > 1 or (base / INDEX).exists():
             index = {"metadata": {"total_size": total}, "weight_map": where}
             (temporary / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-        os.replace(temporary, out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return MergedFolder(files=tuple(shards), prefix=naming.prefix, added=added)
 
 
@@ -143,8 +138,6 @@ def _merge_shard(
     merged = merge(part, tensors)
     with open(target, "xb") as file:
         write_safetensors(file, merged, {"format": "pt"})
-        file.flush()
-        os.fsync(file.fileno())
     return sum(tensor.nbytes for tensor in merged.values())
 
 
@@ -174,7 +167,7 @@ def _locate(folder: Path, shards: list[str]) -> dict[str, str]:
 def _shards(folder: Path) -> list[str]:
     """The weight files of a model folder, in order."""
     if not folder.is_dir():
-        raise DeltaError(f"{folder}: expected a local model folder, there is none")
+        raise DeltaError(f"{folder}: expected a local model folder, found none")
     if (folder / WEIGHTS).exists():
         return [WEIGHTS]
     if not (folder / INDEX).exists():

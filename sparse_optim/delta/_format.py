@@ -1,4 +1,4 @@
-"""The delta file: safetensors, with a header that says what it must be applied to.
+"""The delta file: safetensors, with a header that identifies the base.
 
 Tensors, for every sparse parameter NAME and every dense tensor NAME:
 
@@ -18,10 +18,8 @@ The same delta always gives the same bytes.
 
 import json
 import os
-import secrets
 import struct
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,6 +31,7 @@ from torch import Tensor
 from sparse_optim.delta._fingerprint import raw_bytes
 from sparse_optim.delta._tensors import DTYPE_CODES, DTYPES
 from sparse_optim.delta._types import Delta, DeltaError, SparseValues, check_shape
+from sparse_optim.files import replacing
 
 FORMAT = "sparse_optim.delta"
 FORMAT_VERSION = "1"
@@ -51,7 +50,7 @@ def save_delta(delta: Delta, path: str | os.PathLike[str]) -> None:
     Raises:
         OSError: the folder is missing, not writable, or full.
     """
-    with _atomic_write(Path(path)) as file:
+    with replacing(path) as temporary, open(temporary, "xb") as file:
         write_safetensors(file, _columns(delta), _metadata(delta))
 
 
@@ -60,7 +59,7 @@ def load_delta(path: str | os.PathLike[str]) -> Delta:
 
     Raises:
         DeltaError: the file is missing, cut, damaged, of another kind or a newer version, or its
-            contents contradict one another; the message names what.
+            contents contradict each other; the message says which.
     """
     path = Path(path)
     try:
@@ -119,27 +118,6 @@ def write_safetensors(
     for name in order:
         for piece in raw_bytes(tensors[name]):
             file.write(piece)
-
-
-@contextmanager
-def _atomic_write(path: Path) -> Iterator[BinaryIO]:
-    path = Path(os.path.realpath(path))  # Through a link, not over it.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    if hasattr(os, "O_DIRECTORY"):  # Elsewhere a folder cannot be synced.
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def _columns(delta: Delta) -> dict[str, Tensor]:
@@ -255,7 +233,7 @@ def _parse(metadata: Mapping[str, str], tensors: dict[str, Tensor]) -> Delta:
             raise DeltaError("metadata 'sparse': expected name, shape, dtype and fingerprint each")
         name = entry["name"]
         if not isinstance(name, str) or name in sparse:
-            raise DeltaError(f"metadata 'sparse': {str(name)[:80]!r} is no name, or there twice")
+            raise DeltaError(f"metadata 'sparse': {str(name)[:80]!r} is no name, or appears twice")
         try:
             sparse[name] = _sparse_values(entry, tensors)
         except DeltaError as error:
@@ -267,7 +245,7 @@ def _parse(metadata: Mapping[str, str], tensors: dict[str, Tensor]) -> Delta:
     dense_original: dict[str, Tensor] = {}
     for name in _json(metadata, "dense", list):
         if not isinstance(name, str) or name in dense:
-            raise DeltaError(f"metadata 'dense': {str(name)[:80]!r} is no name, or there twice")
+            raise DeltaError(f"metadata 'dense': {str(name)[:80]!r} is no name, or appears twice")
         dense[name] = _pop(tensors, f"dense/{name}")
         if f"dense_original/{name}" in tensors:
             dense_original[name] = tensors.pop(f"dense_original/{name}")

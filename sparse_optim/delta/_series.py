@@ -12,14 +12,14 @@ from sparse_optim.delta._types import Delta, DeltaError, SparseValues
 
 @dataclass(frozen=True)
 class Overlap:
-    """How the sparse entries of two deltas compare. Dense tensors are not counted.
+    """Compares the sparse entries of two deltas; dense tensors are not counted.
 
     Attributes:
-        both, only_a, only_b: entries.
-        equal: of `both`, entries with the same bits.
-        max_difference, mean_difference: of |value_a - value_b| over entries in both that are
-            finite in both, in float64; 0 when there are none.
-        same_base: whether every parameter in both has one fingerprint.
+        both, only_a, only_b: number of entries.
+        equal: number of entries in both with the same bits.
+        max_difference, mean_difference: maximum and mean of |value_a - value_b| over entries that
+            are finite in both, in float64; 0 if there are none.
+        same_base: whether every parameter in both has the same fingerprint.
     """
 
     both: int
@@ -38,7 +38,7 @@ class Overlap:
 
 
 def increment(delta: Delta, parent: Delta) -> Delta:
-    """What of `delta` is new or different against an earlier delta over the same base.
+    """The entries of `delta` that differ from an earlier delta over the same base.
 
         compose(parent, increment(delta, parent)) == delta        bit for bit
 
@@ -69,7 +69,7 @@ def compose(parent: Delta, increment: Delta) -> Delta:
     """parent + increment = the whole delta, bit for bit as it was given to `increment`.
 
     Raises:
-        DeltaError: `increment` is none, or was made over another delta than `parent`.
+        DeltaError: `increment` is not an increment, or was made over another delta than `parent`.
     """
     _require_whole(parent=parent)
     if increment.parent is None:
@@ -94,7 +94,7 @@ def overlap(delta_a: Delta, delta_b: Delta) -> Overlap:
     """
     _require_whole(a=delta_a, b=delta_b)
     both = equal = finite = 0
-    total = greatest = 0.0
+    total = largest = 0.0
     same_base = True
     for name in delta_a.sparse.keys() & delta_b.sparse.keys():
         first, second = delta_a.sparse[name], delta_b.sparse[name]
@@ -114,13 +114,13 @@ def overlap(delta_a: Delta, delta_b: Delta) -> Overlap:
         distance = distance[distance.isfinite()]
         finite += distance.numel()
         total += float(distance.sum())
-        greatest = max(greatest, float(distance.max()) if distance.numel() else 0.0)
+        largest = max(largest, float(distance.max()) if distance.numel() else 0.0)
     return Overlap(
         both=both,
         only_a=delta_a.num_entries - both,
         only_b=delta_b.num_entries - both,
         equal=equal,
-        max_difference=greatest,
+        max_difference=largest,
         mean_difference=total / finite if finite else 0.0,
         same_base=same_base,
     )

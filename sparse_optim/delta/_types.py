@@ -1,4 +1,4 @@
-"""What fine-tuning changed, in memory: tensors only, no optimizer, no model, no file."""
+"""The changes of a fine-tuning in memory: tensors only, no optimizer, no model, no file."""
 
 import json
 import math
@@ -19,6 +19,7 @@ from sparse_optim.delta._tensors import (
     same_bits,
     storage_key,
 )
+from sparse_optim.errors import SparseOptimError
 
 MAX_NUMEL = 2**63 - 1  # Positions are int64.
 MAX_DIMS = 64  # torch's own limit for indexing and copies.
@@ -26,8 +27,8 @@ UINT32_NUMEL = 2**32  # Up to this size every position fits in uint32.
 FINGERPRINT_DIGITS = 32
 
 
-class DeltaError(ValueError):
-    """A delta, its file, or the model that it is applied to is not as it must be."""
+class DeltaError(SparseOptimError):
+    """A delta, its file, or the model that it is applied to is invalid."""
 
 
 def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
@@ -71,13 +72,13 @@ def _check_column(label: str, column: Tensor, dtype: torch.dtype, count: int) ->
 class SparseValues:
     """The changed entries of one parameter.
 
-        param.flat[position] = value        (flat: C order, whatever the strides)
+        param.flat[position] = value        (flat: C order, for any strides)
 
-    Tensors are copied to the host: later changes of the arguments change nothing here.
+    Tensors are copied to the host: changing the arguments later has no effect here.
 
     Args:
-        shape: of the parameter.
-        dtype: of the parameter.
+        shape: shape of the parameter.
+        dtype: dtype of the parameter.
         position: (n,), int64, strictly ascending, 0 <= position < numel.
         value: (n,), dtype. Absolute final values, not differences.
         unmask_step: (n,), int32, >= 0. Optimizer step at which each entry was unmasked.
@@ -118,7 +119,7 @@ class SparseValues:
 
     @property
     def position_dtype(self) -> torch.dtype:
-        """uint32 where every position of the parameter fits, else int64: what a file holds."""
+        """dtype of the positions in a file: uint32 if every position fits, else int64."""
         return torch.uint32 if self.numel <= UINT32_NUMEL else torch.int64
 
     @property
@@ -166,16 +167,16 @@ def _check_name(name: object) -> None:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Delta:
-    """What fine-tuning changed in a model.
+    """The changes that fine-tuning made to a model.
 
-        base with .flat[position] = value for `sparse`, and `dense` put whole == the trained model
+        base with .flat[position] = value for `sparse`, and `dense` whole == the trained model
 
     bit for bit. The order of `sparse` is the parameter order (it breaks ties in `prefix`).
     Tensors are copied to the host; `method` is normalised to what JSON gives back.
 
     Args:
         sparse: changed entries by parameter name.
-        dense: whole tensors by name: a fresh head, or one that changed so much that this is less.
+        dense: whole tensors by name: a fresh head, or a tensor that takes less space whole.
         fingerprints: `fingerprint` of the BASE's tensor, for every name in `sparse`.
         method: JSON values: the method's name and arguments.
         dense_original: the base's tensors for names in `dense`, so that they can be reverted.
@@ -311,13 +312,13 @@ class Delta:
         store_original: bool = False,
         method: Mapping[str, object] | None = None,
     ) -> "Delta":
-        """What differs between two models, bit by bit (NaN payloads and -0.0 count).
+        """The difference between two models, bit by bit (NaN payloads and -0.0 count).
 
             sparse while changed * (position bytes + width) < numel * width, else dense
 
         that is, up to half of the entries in float32 and a third in bfloat16. (With originals:
         width counts twice on both sides.) A tensor that only `tuned` has, or that has another
-        shape there, is dense. One that only `base` has is left alone. Tensors tied in both models
+        shape there, is dense. A tensor that only `base` has is ignored. Tensors tied in both models
         are stored once, under their first name.
 
         Args:

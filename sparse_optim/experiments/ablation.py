@@ -1,7 +1,7 @@
-"""Which settings serve ID3 best: one changed at a time, compared on a part of train.
+"""Compare settings of ID3 on a part of train, with one setting changed at a time.
 
-The papers conflict (exp = 2, 0 or -1; eps = 1, 0.5 or 1e-3), and say nothing of the bias correction
-or of when the budget should be spent. Each setting gets the same learning rates; its best run
+The papers conflict (exp = 2, 0 or -1; eps = 1, 0.5 or 1e-3), and mention neither the bias
+correction nor when to spend the budget. Each setting gets the same learning rates; its best run
 counts. The test splits are not read.
 """
 

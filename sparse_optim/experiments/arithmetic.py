@@ -5,8 +5,8 @@ projections, batches of 4, learning rate 3e-4, 3 epochs, seed 42, exp 0 (Table 7
 format are those of LLM-Adapters (Hu et al. 2023): a clone of that repository is a data folder. The
 six sets are decoded there with 4 beams.
 
-All training files that the data folder holds are read (MAWPS as well, whose rows have equations in
-place of solutions). Training questions that occur in a test set are dropped.
+All training files in the data folder are read (also MAWPS, which has equations in place of
+solutions). Training questions that occur in a test set are dropped.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ PROMPT = (
 
 TOLERANCE = 1e-3  # of numbers, as in the benchmark
 
-# Table 7a (as in LLM-Adapters), whose alpha is twice the rank: 1.75M entries a rank of Llama-7B, so
-# that ranks 2 and 4 have the budgets 3.5M and 7M.
+# Table 7a (as in LLM-Adapters), with alpha twice the rank: a rank of Llama-7B has 1.75M entries, so
+# ranks 2 and 4 have the budgets 3.5M and 7M.
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 
 MATH10K = TaskPreset(
@@ -100,7 +100,7 @@ def number_in(text: str) -> float | None:
 
 
 def letter_in(text: str) -> str | None:
-    """The option after "answer is", else the last option letter that stands alone.
+    """The option after "answer is", else the last single option letter.
 
     The benchmark takes the first capital A to E of a response, be it the article "A".
 
@@ -127,7 +127,7 @@ def normalised(question: str) -> str:
 
 
 def without_leaks(rows: Iterable[dict[str, str]], tested: Iterable[str]) -> list[dict[str, str]]:
-    """The training rows whose question is in no test set."""
+    """The training rows with questions that are in no test set."""
     seen = {normalised(question) for question in tested}
     return [row for row in rows if normalised(row["instruction"]) not in seen]
 
@@ -136,7 +136,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     """The questions of a JSON list.
 
     Raises:
-        ExperimentError: if the file is something else.
+        ExperimentError: the file has other content.
     """
     try:
         return [with_solution(row) for row in json.loads(path.read_text(encoding="utf-8"))]
@@ -160,10 +160,10 @@ def with_solution(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def present(folder: Path, names: Iterable[str], about: str) -> list[Path]:
-    """The files of these names that are there.
+    """The files with these names that exist.
 
     Raises:
-        ExperimentError: if there is none.
+        ExperimentError: none exists.
     """
     names = list(names)
     paths = [folder / name for name in names if (folder / name).is_file()]
@@ -186,7 +186,7 @@ def write_training_set(folder: Path, target: Path) -> tuple[int, int]:
     """Write prompts and responses as JSON lines, without leaks; return how many were read and kept.
 
     Raises:
-        ExperimentError: if a file is missing, or every training question is in a test set.
+        ExperimentError: a file is missing, or every training question is in a test set.
     """
     files = present(folder, TRAIN_FILES, "training set")
     rows = [row for file in files for row in read_rows(file)]

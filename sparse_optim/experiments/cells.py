@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_optim.experiments.presets import ExperimentError, Row, TaskPreset
+from sparse_optim.files import replacing
 from sparse_optim.finetune.config import FinetuneConfig
 from sparse_optim.finetune.report import jsonable
 
@@ -72,7 +73,7 @@ class CellStore:
         with _locked(self.path):
             outcomes = {**self._outcomes(), cell.name: outcome}
             lines = sorted(outcomes.values(), key=lambda each: _order(each["cell"]))
-            with in_one_piece(self.path) as unfinished:
+            with replacing(self.path) as unfinished:
                 unfinished.write_text("".join(map(_line, lines)))
 
     def _outcomes(self) -> dict[str, Outcome]:
@@ -122,20 +123,6 @@ def _locked(path: Path) -> Iterator[None]:
             if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 yield
                 return
-
-
-@contextmanager
-def in_one_piece(path: Path) -> Iterator[Path]:
-    """Yield a path to write to; its content then replaces `path` in one step, or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        yield unfinished
-        with unfinished.open("rb+") as file:  # on disk before it replaces what is there
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def differing_settings(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:

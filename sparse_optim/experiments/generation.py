@@ -19,14 +19,14 @@ from sparse_optim.finetune.job import Inputs, Trained
 
 logger = logging.getLogger(__name__)
 
-SAMPLE_SEED = 0  # of the questions that `--limit` leaves
+SAMPLE_SEED = 0  # selects the questions that `--limit` keeps
 
 
 def locate_training(task: TaskPreset, options: RunOptions) -> str:
-    """The training set as prompts and responses, written once into the output folder.
+    """Write the training set as prompts and responses to the output folder, once.
 
     Raises:
-        ExperimentError: if there is no data folder, or a file is missing there.
+        ExperimentError: there is no data folder, or it lacks a file.
     """
     if options.data_folder is None:
         raise ExperimentError(
@@ -72,7 +72,7 @@ def generate(
     batch_size: int,
     decoding: Decoding,
 ) -> list[str]:
-    """What the model writes after each prompt, by beam search; prompts are batched by length."""
+    """The model's text after each prompt, by beam search; prompts are batched by length."""
     left = copy.deepcopy(tokenizer)
     left.padding_side = "left"
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))

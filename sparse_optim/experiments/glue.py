@@ -1,7 +1,7 @@
 """ID3 on GLUE and CoNLL-2003: Tables 1 to 4 of the paper, settings of its Tables 7a and 7b.
 
 What the paper leaves open, and what is done here: it does not say which evaluation of a run is
-reported (here: the last; all stand in the cell's file), nor whether seeds 6, 7, 8, 9 go with the
+reported (here: the last; the cell's file has all), nor whether seeds 6, 7, 8, 9 go with the
 four learning rates in order (here: they do), nor a warm-up (here: none, linear decay). A fresh
 head is trained densely, outside the budget.
 """

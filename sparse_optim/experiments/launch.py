@@ -1,4 +1,4 @@
-"""Put an experiment's runner together, and show what it would do."""
+"""Make the runner of an experiment, and show its plan."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from sparse_optim.experiments.runner import Runner, RunOptions
 
 
 def make_runner(experiment: Experiment, options: RunOptions, console: Console) -> Runner:
-    """The runner with the experiment's way to find data and to measure."""
+    """The runner, with the experiment's functions that find data and measure."""
     if experiment.name == MATH.name:
         return Runner(experiment, options, console, locate_training, measure_exact_match)
     return Runner(experiment, options, console)
 
 
 def show_plan(runner: Runner, console: Console) -> None:
-    """One line a cell, done or its estimated seconds; then the sum of what is left."""
+    """Print one line for each cell with its state or estimated time, then the remaining time."""
     left, unknown = 0.0, 0
     planned, estimates = list(runner.wanted()), runner.estimates()
     for position, cell in enumerate(planned, 1):
         done = runner.store.read(cell) is not None
         estimate = None if done else estimates[cell.task.name]
         if not done:
-            runner.config(cell)  # data folder, budget and method are checked here
+            runner.config(cell)  # checks data folder, budget and method
             left += estimate or 0.0
             unknown += estimate is None
         state = "done" if done else "?" if estimate is None else f"{estimate:.0f} s"

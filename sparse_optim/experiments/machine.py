@@ -1,4 +1,4 @@
-"""What a recorded result was computed on."""
+"""Describe the machine that computed a result."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 
 
 def machine() -> dict[str, Any]:
-    """Processor, threads, and GPU where there is one."""
+    """Processor, threads, and GPU (None without one)."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"cpu": cpu_model(), "threads": torch.get_num_threads(), "gpu": gpu}
 
 
 def cpu_model() -> str:
-    """As Linux names it, else what the platform says."""
+    """The processor's name from Linux, else from the platform module."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

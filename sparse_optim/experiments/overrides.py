@@ -1,4 +1,4 @@
-"""Narrow or change an experiment as the user asks."""
+"""Apply a user's options to an experiment: narrow it, or change its settings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from sparse_optim.experiments.presets import Block, Experiment, ExperimentError, Row, TaskPreset
-from sparse_optim.finetune.adapters import ADAPTERS
+from sparse_optim.finetune.adapter_kinds import ADAPTERS
 from sparse_optim.finetune.config import parse_budget
 from sparse_optim.finetune.hub import did_you_mean
 from sparse_optim.methods import METHODS
@@ -19,7 +19,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Choice:
-    """Options as typed; None where nothing was said. Lists are separated by commas."""
+    """Options as typed; None: not given. Lists are separated by commas."""
 
     model: str | None = None
     tasks: str | None = None
@@ -33,12 +33,12 @@ class Choice:
 
 
 def choose(experiment: Experiment, choice: Choice) -> tuple[Experiment, list[str]]:
-    """The experiment that is asked for, and names of rows that cannot run here.
+    """The experiment with the options applied, and the names of rows that cannot run here.
 
-    Such rows are left out of a preset; one that the user names is an error.
+    Such rows are left out of a preset; naming one of them is an error.
 
     Raises:
-        ExperimentError: unknown task or method (lists the known ones), or a list out of form.
+        ExperimentError: an unknown task or method (lists the known ones), or a malformed list.
     """
     budgets = split(choice.budgets)
     for budget in budgets:
@@ -68,7 +68,7 @@ def choose(experiment: Experiment, choice: Choice) -> tuple[Experiment, list[str
 
 
 def with_model(experiment: Experiment, model: str) -> Experiment:
-    """The experiment with a model, named in its table where it is not the preset's."""
+    """The experiment with a model, which its table names if it is not the preset's."""
     if model == experiment.model:
         return experiment
     note = experiment.paper_note
@@ -79,9 +79,9 @@ def with_model(experiment: Experiment, model: str) -> Experiment:
 
 
 def whole(experiment: Experiment, choice: Choice) -> Experiment:
-    """All of the experiment of which `choice` runs a part: what its table covers.
+    """The whole experiment of which `choice` runs a part; its table covers all of it.
 
-    Every task, the preset's rows and the choice's, in one block, as the choice would run them.
+    One block with every task, the rows of the preset and the rows of the choice.
     """
     part, _ = choose(experiment, choice)
     every, _ = choose(experiment, replace(choice, tasks=None, methods=None, budgets=None))
@@ -95,7 +95,7 @@ def new_blocks(
     rows: Mapping[str, Row],
     flat: bool,
 ) -> tuple[Block, ...]:
-    """The preset's blocks, narrowed; one block where the user chose the rows."""
+    """The preset's blocks, narrowed; a single block if the user chose the rows."""
     if flat:
         return (Block(tuple(tasks.values()), tuple(rows.values())),)
     return tuple(
@@ -108,7 +108,7 @@ def new_blocks(
 
 
 def change_tasks(experiment: Experiment, choice: Choice) -> dict[str, TaskPreset]:
-    """The tasks that are asked for, by name, with other steps and batches where these are given."""
+    """The chosen tasks by name, with the given steps and batch size."""
     known = {task.name: task for task in experiment.tasks}
     wanted = split(choice.tasks) or list(known)
     for name in wanted:
@@ -127,7 +127,7 @@ def change_tasks(experiment: Experiment, choice: Choice) -> dict[str, TaskPreset
 
 
 def named_rows(experiment: Experiment, names: Sequence[str], budgets: Sequence[str]) -> list[Row]:
-    """The preset's rows of these names; for other methods new ones with the preset's rates."""
+    """The preset's rows with these names; for other methods new rows with the preset's rates."""
     if not names:
         return list(experiment.rows)
     pattern = next((row for row in experiment.rows if row.budget), experiment.rows[0])
@@ -149,29 +149,29 @@ def named_rows(experiment: Experiment, names: Sequence[str], budgets: Sequence[s
 
 
 def budgets_of(method: str, known: Sequence[str]) -> Sequence[str]:
-    """The budgets that a method runs with; "" where it has none, or sizes itself by the biases.
+    """The budgets for a method; "" if it has none, or if the number of biases sets it.
 
     Raises:
-        ExperimentError: it needs one, and neither the preset nor the user names any.
+        ExperimentError: it needs a budget, and neither the preset nor the user gives one.
     """
     if not METHODS[method].has_budget:
         return [""]
     if not known and METHODS[method].budget == "given":
         raise ExperimentError(
-            f"--methods: {method} needs a budget, which the preset lacks: give --budgets"
+            f"--methods: {method} needs a budget, which the preset does not have: add --budgets"
         )
     return known or [""]
 
 
 def with_targets(row: Row, targets: tuple[str, ...]) -> Row:
-    """The row, its LoRA on other modules."""
+    """The row with its LoRA on other modules."""
     if row.adapter not in ADAPTERS or not ADAPTERS[row.adapter].places:
         return row
     return replace(row, settings={**row.settings, "adapter_targets": targets})
 
 
 def change_budgets(rows: Iterable[Row], budgets: Sequence[str]) -> list[Row]:
-    """Rows whose method has a budget, once for each of `budgets`; the others as they are."""
+    """Rows of methods with a budget, once for each of `budgets`; the others unchanged."""
     changed: dict[str, Row] = {}
     for row in rows:
         has_budget = row.method in METHODS and METHODS[row.method].has_budget
@@ -182,7 +182,7 @@ def change_budgets(rows: Iterable[Row], budgets: Sequence[str]) -> list[Row]:
 
 
 def available(row: Row) -> bool:
-    """Whether the row's method, and its adapter where it has one, can run here."""
+    """Whether the row's method and adapter can run here."""
     if row.method not in METHODS:
         return False
     if row.adapter in (None, "pfeiffer"):  # our own

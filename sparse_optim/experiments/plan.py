@@ -1,4 +1,4 @@
-"""Which cells an experiment has, in the order in which they matter."""
+"""The cells of an experiment, the most important first."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ Lookup = Callable[[Cell], Outcome | None]
 
 
 def cells(experiment: Experiment, finished: Lookup) -> Iterator[Cell]:
-    """The cells in order: in each block, every task and method once before any a second time.
+    """The cells in order: in each block, every task and method once before any for a second time.
 
     Args:
         experiment: what to run.
-        finished: outcome of a cell, None if it has none yet; asked as late as possible, so that a
-            caller who runs each cell before taking the next gets tuned learning rates.
+        finished: returns the outcome of a cell, or None. It is called as late as possible: a caller
+            that runs each cell before taking the next one gets tuned learning rates.
     """
     for block in experiment.blocks:
         if experiment.protocol == "grid":
@@ -27,7 +27,7 @@ def cells(experiment: Experiment, finished: Lookup) -> Iterator[Cell]:
 
 
 def grid(block: Block, seeds: Sequence[int]) -> Iterator[Cell]:
-    """One cell a learning rate; the i-th rate goes with the i-th seed."""
+    """One cell for each learning rate; the i-th rate goes with the i-th seed."""
     for position in range(max((len(row.lrs) for row in block.rows), default=0)):
         for task in block.tasks:
             for row in block.rows:
@@ -36,7 +36,7 @@ def grid(block: Block, seeds: Sequence[int]) -> Iterator[Cell]:
 
 
 def tuned(block: Block, seeds: Sequence[int], finished: Lookup) -> Iterator[Cell]:
-    """Before a row's first run on a task, one tuning cell a learning rate; then one run a seed."""
+    """One tuning cell for each learning rate before a row's first run; one run for each seed."""
     for seed in seeds:
         for task in block.tasks:
             for row in block.rows:
@@ -47,14 +47,14 @@ def tuned(block: Block, seeds: Sequence[int], finished: Lookup) -> Iterator[Cell
 
 
 def tuning_cells(task: TaskPreset, row: Row, seed: int) -> list[Cell]:
-    """The cells that choose the row's learning rate on a task; none where there is one rate."""
+    """The cells that choose the row's learning rate on a task; none if there is only one rate."""
     if len(row.lrs) == 1:
         return []
     return [Cell(task, row, lr, seed, "tune") for lr in row.lrs]
 
 
 def best_lr(row: Row, trials: list[Cell], finished: Lookup) -> float | None:
-    """The rate with the greatest value (the first of equals), None while a trial is missing."""
+    """The rate with the highest value (the first of equals), None while a trial is missing."""
     if not trials:
         return row.lrs[0]
     outcomes = [finished(trial) for trial in trials]

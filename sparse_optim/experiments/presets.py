@@ -1,4 +1,4 @@
-"""What an experiment is: tasks, methods, learning rates, seeds, and the paper's figures."""
+"""The parts of an experiment: tasks, methods, learning rates, seeds, the paper's figures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sparse_optim.finetune.errors import FinetuneError
 
 
 class ExperimentError(FinetuneError):
-    """Bad input to an experiment: one line that says what is wrong and what to do."""
+    """Wrong input to an experiment: one line that says what is wrong and what to do."""
 
 
 @dataclass(frozen=True)
@@ -18,19 +18,19 @@ class TaskPreset:
     """One task of an experiment.
 
     Args:
-        name: of the task; of its folder in a data folder; of its column in the table.
-        dataset: hub id or built-in name, where no data folder is given.
+        name: name of the task, of its folder in a data folder, and of its column in the table.
+        dataset: hub id or built-in name, for runs without a data folder.
         task: a key of `sparse_optim.finetune.tasks.TASKS`.
-        metric: reported metric, between 0 and 1, greater is better (printed in percent).
-        max_length: tokens of an example.
+        metric: reported metric, between 0 and 1, higher is better (printed in percent).
+        max_length: maximum number of tokens of an example.
         config: configuration of the hub set.
-        split: evaluated by runs; None holds out a part of train.
-        further_splits: column of the table -> split, evaluated as well.
-        epochs: passes over the training examples; steps: optimizer steps instead.
-        eval_every: steps (None: at the end alone, so that the split is used once).
-        batch_size: examples of a step.
-        columns: of the table, where they are not the task and its further splits.
-        seconds: of a cell, a first guess for `--dry-run`; None where there is none.
+        split: split that runs evaluate on; None holds out a part of train.
+        further_splits: column of the table -> further split to evaluate on.
+        epochs: passes over the training examples. steps: optimizer steps instead.
+        eval_every: steps between evaluations (None: only at the end, to use the split once).
+        batch_size: examples in a step.
+        columns: columns of the table, if they are not the task and its further splits.
+        seconds: a first guess of the time of a cell, for `--dry-run`; None if there is none.
     """
 
     name: str
@@ -61,10 +61,10 @@ class Row:
     Args:
         method: a key of `sparse_optim.methods.METHODS`.
         lrs: learning rates to try.
-        budget: entries or a share, as `--budget` reads it; "" where it means nothing.
-        adapter, rank: additive modules, trained in place of the model's own parameters.
+        budget: entries or a share, as `--budget` reads it; "" for methods without a budget.
+        adapter, rank: additive modules to train instead of the model's own parameters.
         settings: further fields of `FinetuneConfig`.
-        variant: tells rows of one method and budget apart, in a few characters.
+        variant: a few characters that distinguish rows with the same method and budget.
     """
 
     method: str
@@ -77,7 +77,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """As users name it: 'id3', 'id3@exp=2', 'lora-r8' (trained whole), 'id3+lora-r8'."""
+        """The name for users: 'id3', 'id3@exp=2', 'lora-r8' (trained whole), 'id3+lora-r8'."""
         name = self.method
         if self.adapter is not None:
             adapter = f"{self.adapter}-r{self.rank}"
@@ -106,15 +106,15 @@ class Experiment:
     """A table to fill.
 
     Args:
-        name: of the command. title: of the table. about: for the help.
+        name: name of the command. title: title of the table. about: description for the help.
         model: built-in name, folder or hub id.
-        blocks: what to fill, the most important first.
-        seeds: one a learning rate for "grid", one a run for "tuned".
-        protocol: "grid": one run a learning rate, the best `kept` of them are averaged. "tuned":
-            the learning rate is chosen by one run each on a part of train (the first seed), then
-            one run a seed, all averaged.
+        blocks: the parts of the table, the most important first.
+        seeds: for "grid" one for each learning rate, for "tuned" one for each run.
+        protocol: "grid": one run for each learning rate; the best `kept` are averaged. "tuned": one
+            run for each learning rate on a part of train (the first seed) chooses the rate; then
+            one run for each seed, all averaged.
         settings: further fields of `FinetuneConfig`, for all runs.
-        paper: the paper's own figures; paper_note: where they stand, or why there are none.
+        paper: the paper's figures. paper_note: where the paper has them, or why there are none.
     """
 
     name: str
@@ -131,12 +131,12 @@ class Experiment:
 
     @property
     def tasks(self) -> tuple[TaskPreset, ...]:
-        """Of all blocks, each once."""
+        """The tasks of all blocks, each once."""
         return tuple({task.name: task for block in self.blocks for task in block.tasks}.values())
 
     @property
     def rows(self) -> tuple[Row, ...]:
-        """Of all blocks, each once."""
+        """The rows of all blocks, each once."""
         return tuple({row.label: row for block in self.blocks for row in block.rows}.values())
 
     @property

@@ -11,7 +11,7 @@ from __future__ import annotations
 from sparse_optim.experiments.presets import Block, Experiment, Row, TaskPreset
 
 MODEL = "minilm"
-HEAD_LR = 5e-3  # of all methods but "frozen", whose learning rate is the head's
+HEAD_LR = 5e-3  # for all methods but "frozen", which trains the head with its learning rate
 
 # Seconds of a cell until one has been timed: 300 steps of TREC-50 at 0.1 s on one core.
 FIRST_GUESS = 30.0
@@ -29,12 +29,12 @@ SETTINGS = {"head_lr": HEAD_LR, "amp": "bf16", "group_by_length": True}
 
 
 def selective(methods: tuple[str, ...], budget: str) -> tuple[Row, ...]:
-    """Rows of methods that have a budget."""
+    """Rows for methods with a budget."""
     return tuple(Row(method, SELECTIVE_LRS, budget) for method in methods)
 
 
 def lora(budget: str) -> Row:
-    """LoRA of about as many entries, trained whole."""
+    """LoRA with about the same number of entries, trained whole."""
     return Row("full", SELECTIVE_LRS, adapter="lora", rank=LORA_RANKS[budget])
 
 

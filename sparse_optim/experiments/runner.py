@@ -44,13 +44,13 @@ DATA_FIELDS = (
     *("max_train_examples", "max_eval_examples", "max_length"),
 )
 
-# Base models above this are loaded anew for each cell, not kept beside the one that is trained.
+# Larger base models are loaded again for each cell, not kept beside the one that is trained.
 KEPT_MODEL_BYTES = 2 * 2**30
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How a language model writes its answers: 4 beams as in LLM-Adapters, length of Table 7b."""
+    """Settings for the answers of a language model: 4 beams (LLM-Adapters), length of Table 7b."""
 
     beams: int = 4
     new_tokens: int = 256
@@ -58,17 +58,17 @@ class Decoding:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What a user may say about a run of an experiment.
+    """A user's settings for a run of an experiment.
 
     Args:
         output: folder for cells and table.
-        data_folder: holds the tasks' data instead of the hub.
-        limit: greatest number of examples of each split.
-        max_minutes: begin no cell that would end later, by the cells so far.
-        only: run cells whose names contain one of these.
-        keep: write delta, metrics and curves of each run, too.
-        decoding: of answers, where a task has any.
-        extra: further fields of `FinetuneConfig`, stronger than the experiment's.
+        data_folder: folder with the tasks' data; None: the hub.
+        limit: maximum number of examples of each split.
+        max_minutes: start no cell that would end later, judged by the cells so far.
+        only: run only cells with one of these in their names.
+        keep: also write delta, metrics and curves of each run.
+        decoding: settings for answers, for tasks that have them.
+        extra: further fields of `FinetuneConfig`, which override the experiment's.
     """
 
     output: Path
@@ -89,7 +89,7 @@ def locate(task: TaskPreset, options: RunOptions) -> str:
     """The task's data set: its folder in the data folder, or the built-in name or hub id.
 
     Raises:
-        ExperimentError: if the folder of a set that is not built in is missing; lists what is.
+        ExperimentError: the folder of a set that is not built in is missing; lists the folders.
     """
     if options.data_folder is None:
         return task.dataset
@@ -112,7 +112,7 @@ def measure_splits(
     task: TaskPreset,
     options: RunOptions,
 ) -> dict[str, Any]:
-    """The task's metric on its split, and on further splits where it has some."""
+    """The task's metric on its split and its further splits."""
     values = {task.name: trained.metrics["metric"]["value"]}
     for column, split in task.further_splits.items():
         other = {"eval_split": split, "max_train_examples": 1}  # train has been read already
@@ -123,9 +123,9 @@ def measure_splits(
 
 
 class ModelCache:
-    """Serves a base model from memory where the checkpoint holds all of it.
+    """Keep a base model in memory if its checkpoint has all parameters.
 
-    A fresh head is drawn by the seed of the run, so such a model is loaded anew.
+    A fresh head depends on the seed of the run, so a model with one is loaded again.
     """
 
     def __init__(self) -> None:
@@ -139,7 +139,7 @@ class ModelCache:
         dtype: str,
         pooling: str,
     ) -> LoadedModel:
-        """As `load_model`."""
+        """Same as `load_model`."""
         key = (source, data.task, dtype, pooling)
         if key not in self.kept:
             loaded = load_model(source, data, tokenizer, dtype, pooling)
@@ -156,10 +156,10 @@ class Runner:
 
     Args:
         experiment: what to run.
-        options: how.
-        console: where progress is shown.
-        resolve: where a task's data lies.
-        measure: the values of a finished run, by column.
+        options: the user's settings.
+        console: shows progress.
+        resolve: returns the place of a task's data.
+        measure: returns the values of a finished run, by column.
     """
 
     def __init__(
@@ -180,13 +180,13 @@ class Runner:
         self.inputs: tuple[Any, Inputs] | None = None
 
     def wanted(self) -> Iterator[Cell]:
-        """The cells that `--only` leaves, in order."""
+        """The cells that `--only` selects, in order."""
         for cell in cells(self.experiment, self.store.read):
             if not self.options.only or any(text in cell.name for text in self.options.only):
                 yield cell
 
     def outcomes(self) -> list[Outcome]:
-        """Of the finished cells."""
+        """The outcomes of the finished cells."""
         found = (self.store.read(cell) for cell in self.wanted())
         return [outcome for outcome in found if outcome is not None]
 
@@ -204,16 +204,16 @@ class Runner:
         return not differing_settings(outcome["config"], wanted)
 
     def run(self) -> Iterator[Outcome]:
-        """Run what is not finished, until there is nothing left or no time; yields each outcome.
+        """Run the unfinished cells until none is left or time is up; yield each outcome.
 
         Raises:
-            FinetuneError: from a cell, with its name; the others stay.
+            FinetuneError: a cell failed; the message has its name. Finished cells are kept.
         """
         set_threads((self.options.extra or {}).get("threads"))
         begin, planned = time.perf_counter(), len(list(self.wanted()))
         for position, cell in enumerate(self.wanted(), 1):
             if cell.lr is None:
-                raise ExperimentError(f"--only leaves out the tuning of {cell.name}; widen it")
+                raise ExperimentError(f"--only leaves out the tuning of {cell.name}: add it")
             config = self.config(cell)
             stored = self.store.read(cell)
             if stored is not None:
@@ -228,11 +228,11 @@ class Runner:
             yield outcome
 
     def is_finished(self) -> bool:
-        """Whether no cell is left."""
+        """Whether all cells are finished."""
         return all(self.store.read(cell) is not None for cell in self.wanted())
 
     def show(self, cell: Cell, outcome: Outcome, position: str) -> None:
-        """One line for a finished cell."""
+        """Print one line for a finished cell."""
         values = ", ".join(f"{name} {percent(value)}" for name, value in outcome["values"].items())
         self.console.print(
             f"{position}  {cell.name}: {values}  ({outcome['seconds']:.0f} s)",
@@ -241,7 +241,7 @@ class Runner:
         )
 
     def run_cell(self, cell: Cell, config: FinetuneConfig) -> Outcome:
-        """Train, measure, and say what came out; leaves no file."""
+        """Train and measure; return the outcome without writing it."""
         begin = time.perf_counter()
         try:
             inputs = self.inputs_of(config)
@@ -262,15 +262,15 @@ class Runner:
         return describe(cell, self.settings(config), trained, values, seconds)
 
     def settings(self, config: FinetuneConfig) -> dict[str, Any]:
-        """What decides a cell's result: everything but where it is computed and written."""
+        """The settings that affect a cell's result: not those of the machine and the output."""
         places = ("output", "overwrite", "verify", "save_model", "report_to", "cpu", "threads")
         kept = {name: jsonable(value) for name, value in vars(config).items() if name not in places}
-        if self.options.data_folder is not None:  # wherever that lies
+        if self.options.data_folder is not None:  # wherever that folder is
             kept["dataset"] = config.dataset.removeprefix(f"{self.options.data_folder}/")
         return kept | vars(self.options.decoding)
 
     def inputs_of(self, config: FinetuneConfig) -> Inputs:
-        """Tokenised data, kept as long as the cells ask for the same."""
+        """Tokenised data, kept while the cells use the same."""
         key = tuple(getattr(config, name) for name in DATA_FIELDS)
         if self.inputs is None or self.inputs[0] != key:
             self.inputs = (key, load_inputs(config))

@@ -10,20 +10,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sparse_optim.experiments.cells import Outcome, in_one_piece, plain
+from sparse_optim.experiments.cells import Outcome, plain
 from sparse_optim.experiments.plan import value_of
 from sparse_optim.experiments.presets import Experiment, Row
+from sparse_optim.files import replacing
 
 Summary = dict[str, Any]
 
 
 def top_mean(values: Sequence[float], kept: int) -> tuple[float, float | None, int]:
-    """Mean and sample deviation of the greatest `kept` values, and how many there were.
+    """Mean and sample deviation of the `kept` highest values, and how many there were.
 
         mean = sum(top) / n,  deviation = sqrt(sum((top - mean)^2) / (n - 1))
 
-    The deviation is None where there is one value. Diverged runs are -inf: they fall out of the
-    top as long as there are `kept` others; otherwise the mean is -inf as well.
+    The deviation is None for a single value. Diverged runs are -inf: they do not count if there are
+    `kept` others; otherwise the mean is -inf.
 
     Example:
         >>> top_mean([0.5, 0.9, 0.7, 0.8], 3)
@@ -40,7 +41,7 @@ def top_mean(values: Sequence[float], kept: int) -> tuple[float, float | None, i
 
 
 def summarise(experiment: Experiment, outcomes: Iterable[Outcome]) -> list[Summary]:
-    """One summary a row of the experiment that has finished runs."""
+    """One summary for each row of the experiment that has finished runs."""
     runs = [outcome for outcome in outcomes if outcome["cell"]["stage"] == "run"]
     shown = shown_columns(experiment, runs)
     found = []
@@ -60,7 +61,7 @@ def shown_columns(experiment: Experiment, runs: Sequence[Outcome]) -> tuple[str,
 def summarise_row(
     experiment: Experiment, row: Row, runs: list[Outcome], shown: Sequence[str]
 ) -> Summary:
-    """Means by column, their average where the row fills all that are shown, medians of costs.
+    """Means by column, their average if the row fills all shown columns, and medians of costs.
 
     "lr" is the rate of the best run (the first of equals) by task.
     """
@@ -91,14 +92,14 @@ def summarise_row(
 
 
 def number(value: float | None, scale: float = 100.0) -> str:
-    """Two decimals, empty where there is nothing."""
+    """The value with two decimals; empty for None."""
     if value is None:
         return ""
     return "diverged" if math.isinf(value) else f"{scale * value:.2f}"
 
 
 def measured(entry: Mapping[str, Any] | None, kept: int) -> str:
-    """'88.13 ± 0.21', and how many runs where some are missing."""
+    """'88.13 ± 0.21', with the number of runs if some are missing."""
     if entry is None:
         return ""
     deviation = "" if entry["deviation"] is None else f" ± {number(entry['deviation'])}"
@@ -107,7 +108,7 @@ def measured(entry: Mapping[str, Any] | None, kept: int) -> str:
 
 
 def rate(value: float) -> str:
-    """As the papers write rates.
+    """A learning rate as the papers write it.
 
     Example:
         >>> rate(0.015), rate(5e-4)
@@ -118,7 +119,7 @@ def rate(value: float) -> str:
 
 
 def rates(found: Mapping[str, float], tasks: Sequence[str]) -> str:
-    """The rate, or where tasks differ one a task in their order, '-' where a task has no run.
+    """The rate; if tasks differ, one for each task in order, '-' for a task without a run.
 
     Example:
         >>> rates({"a": 5e-3, "c": 1.5e-2}, ["a", "b", "c"])
@@ -130,7 +131,7 @@ def rates(found: Mapping[str, float], tasks: Sequence[str]) -> str:
 
 
 def markdown(experiment: Experiment, summaries: Sequence[Summary]) -> str:
-    """The table as Markdown: a line of ours, and below it the paper's where it has one."""
+    """The table as Markdown: our line, and below it the paper's if it has one."""
     filled = {column for summary in summaries for column in summary["columns"]}
     shown = [column for column in experiment.columns if column in filled]
     average = ["average"] if len(shown) > 1 else []
@@ -152,7 +153,7 @@ def markdown(experiment: Experiment, summaries: Sequence[Summary]) -> str:
 
 
 def our_figures(summary: Summary, shown: Sequence[str], average: bool, kept: int) -> list[str]:
-    """What was measured of one row."""
+    """Our figures for one row."""
     columns = [measured(summary["columns"].get(name), kept) for name in shown]
     columns += [number(summary["average"])] if average else []
     entries, state = f"{summary['entries']:,.0f}", f"{summary['state_bytes'] / 1e6:.2f}"
@@ -160,9 +161,9 @@ def our_figures(summary: Summary, shown: Sequence[str], average: bool, kept: int
 
 
 def legend(experiment: Experiment) -> str:
-    """How to read the table."""
+    """The text below the table."""
     how = {
-        "grid": "one run a learning rate; "
+        "grid": "one run for each learning rate; "
         + (
             "the best one."
             if experiment.kept == 1
@@ -171,10 +172,10 @@ def legend(experiment: Experiment) -> str:
         "tuned": "mean and sample deviation over seeds; the learning rate of each method and task "
         "was chosen on a part of train with one seed.",
     }[experiment.protocol]
-    lr = "lr: of the best run; where tasks differ, in their order."
+    lr = "lr: rate of the best run; if tasks differ, in their order."
     entries = (
         "Entries: active at the end, less the fresh head, which every method trains densely; "
-        "methods that choose anew at each step have touched more."
+        "methods that choose a new set at each step have touched more."
     )
     return f"Per cent; {how} {lr} {entries} {experiment.paper_note}".strip()
 
@@ -182,8 +183,9 @@ def legend(experiment: Experiment) -> str:
 def write_table(experiment: Experiment, outcomes: Sequence[Outcome], folder: Path) -> list[Summary]:
     """Write table.md and table.json; return the summaries."""
     summaries = summarise(experiment, outcomes)
-    with in_one_piece(folder / "table.md") as path:
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / "table.md") as path:
         path.write_text(markdown(experiment, summaries))
-    with in_one_piece(folder / "table.json") as path:
+    with replacing(folder / "table.json") as path:
         path.write_text(json.dumps(plain(summaries), indent=2) + "\n")
     return summaries

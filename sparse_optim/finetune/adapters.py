@@ -1,32 +1,30 @@
-"""Adapters of a job: put one on the base model, save it as what it is."""
+"""Put an adapter on the base model, and save it in its own format."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from sparse_optim.finetune.adapter_kinds import ADAPTERS
 from sparse_optim.finetune.errors import FinetuneError
 from sparse_optim.integrations.adapters import adapter_groups
 from sparse_optim.integrations.bottleneck import add_bottlenecks, save_bottlenecks
 from sparse_optim.integrations.peft_package import import_peft
 
-DEFAULT_RATE = 5e-4  # dense adapters, too, want ten times the rate of full fine-tuning
-
 
 @dataclass(frozen=True)
 class AdapterRequest:
-    """What an adapter is asked for.
+    """What to attach to a model.
 
     Args:
-        rank: of LoRA, DoRA or the bottleneck; 0 where there is none.
+        rank: rank of LoRA or DoRA, width of the bottleneck; 0 for kinds without a rank.
         whole: names of modules to train whole.
-        alpha: of LoRA and DoRA: the product of A and B is scaled by alpha / rank. None: 2 rank.
-        targets: Linear modules that LoRA or DoRA is put on, by names or how these end. Empty: all.
+        alpha: LoRA and DoRA scale the product of A and B by alpha / rank. None: 2 rank.
+        targets: names, or ends of names, of the Linear modules for LoRA or DoRA. Empty: all.
     """
 
     rank: int
@@ -35,25 +33,8 @@ class AdapterRequest:
     targets: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """A kind of adapter.
-
-    Args:
-        attach: makes the adapted model.
-        rank: the default; None where there is no rank.
-        about: for the help.
-        places: whether alpha and targets mean anything to it.
-    """
-
-    attach: Callable[[nn.Module, AdapterRequest], nn.Module]
-    rank: int | None
-    about: str
-    places: bool = False
-
-
 def lora(model: nn.Module, request: AdapterRequest, **options: Any) -> nn.Module:
-    """LoRA on every Linear that is not trained whole, or on those that are asked for."""
+    """Put LoRA on the requested Linear modules, or on all that are not trained whole."""
     peft = import_peft()
     config = peft.LoraConfig(
         r=request.rank,
@@ -62,14 +43,15 @@ def lora(model: nn.Module, request: AdapterRequest, **options: Any) -> nn.Module
         modules_to_save=request.whole or None,
         **options,
     )
-    return peft.get_peft_model(model, config)
+    adapted: nn.Module = peft.get_peft_model(model, config)
+    return adapted
 
 
 def lora_targets(model: nn.Module, request: AdapterRequest) -> list[str]:
     """Names of the Linear modules that get an adapter.
 
     Raises:
-        ValueError: a target is the end of no such module's name.
+        ValueError: no Linear module's name ends in a target.
     """
     # The output layer of a language model is as large as its embeddings, and often tied to them.
     output = getattr(model, "get_output_embeddings", lambda: None)()
@@ -89,30 +71,24 @@ def lora_targets(model: nn.Module, request: AdapterRequest) -> list[str]:
 
 
 def dora(model: nn.Module, request: AdapterRequest) -> nn.Module:
-    """LoRA, and a magnitude for each row of the base's weights."""
+    """Put DoRA on the model: LoRA, and a magnitude for each row of the base's weights."""
     return lora(model, request, use_dora=True)
 
 
 def ia3(model: nn.Module, request: AdapterRequest) -> nn.Module:
-    """(IA)3 where peft places it in this architecture."""
+    """Put (IA)3 where peft places it in this architecture."""
     peft = import_peft()
-    return peft.get_peft_model(model, peft.IA3Config(modules_to_save=request.whole or None))
+    config = peft.IA3Config(modules_to_save=request.whole or None)
+    adapted: nn.Module = peft.get_peft_model(model, config)
+    return adapted
 
 
 def pfeiffer(model: nn.Module, request: AdapterRequest) -> nn.Module:
-    """A bottleneck after each feed-forward block."""
+    """Put a bottleneck after each feed-forward block."""
     add_bottlenecks(model, request.rank)
     for name in request.whole:
         model.get_submodule(name).requires_grad_(True)
     return model
-
-
-ADAPTERS = {
-    "lora": Adapter(lora, 8, "LoRA on all Linear modules, alpha = 2 rank", places=True),
-    "dora": Adapter(dora, 8, "LoRA with magnitudes (DoRA)", places=True),
-    "ia3": Adapter(ia3, None, "(IA)3 scaling vectors"),
-    "pfeiffer": Adapter(pfeiffer, 64, "bottleneck after each feed-forward block"),
-}
 
 
 def attach_adapter(
@@ -123,17 +99,19 @@ def attach_adapter(
     alpha: float | None = None,
     targets: tuple[str, ...] = (),
 ) -> tuple[Any, frozenset[str]]:
-    """The adapted model, its base frozen, and the names of parameters to train densely.
+    """Adapt a model and freeze its base; return it with the names of parameters to train densely.
 
-    The model is a PeftModel, or with bottlenecks the one given. Modules that own a fresh
-    parameter are trained whole.
+    Returns a PeftModel, or for bottlenecks the given model. Modules that own a fresh parameter are
+    trained whole.
 
     Raises:
-        FinetuneError: peft is missing, or has no place for this adapter in the architecture.
+        FinetuneError: peft is missing, or does not know where to put the adapter in this model.
     """
     whole = sorted({name.rpartition(".")[0] for name in fresh})
     if "" in whole:
-        raise FinetuneError("--adapter cannot train a parameter of the model itself: see --dense")
+        raise FinetuneError(
+            "--adapter cannot train a parameter that the model itself owns: change --dense"
+        )
     try:
         with warnings.catch_warnings():
             # peft asks transformers for a name that transformers deprecates.
@@ -147,7 +125,7 @@ def attach_adapter(
 
 
 def save_adapter(model: nn.Module, folder: Path) -> None:
-    """Write the adapter: peft's own files, or those of `save_bottlenecks`."""
+    """Write the adapter with peft, or with `save_bottlenecks`."""
     if hasattr(model, "peft_config"):
         # Embeddings are trained only as modules_to_save; "auto" would ask the hub about them.
         model.save_pretrained(str(folder), save_embedding_layers=False)  # type: ignore[operator]

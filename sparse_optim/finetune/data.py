@@ -28,12 +28,12 @@ logger = logging.getLogger(__name__)
 
 EVALUATION_SPLITS = ("validation", "validation_matched", "dev", "valid", "eval", "test")
 SPLIT_NAME = re.compile("(train|validation|test)(_[a-z]+)?")  # with MNLI's validation_matched
-HOLD_OUT_SEED = 0  # of the evaluation part of a set that has none, whatever the seed of the run
+HOLD_OUT_SEED = 0  # selects the held-out part of train; does not depend on the seed of the run
 
 
 @dataclass(frozen=True)
 class DataRequest:
-    """What the user said about the data; None where nothing was said."""
+    """The data settings of a job; None: choose a default."""
 
     dataset: str
     config: str | None = None
@@ -66,7 +66,7 @@ def load_data(request: DataRequest) -> TaskData:
     """Load, split and bring into canonical columns.
 
     Raises:
-        FinetuneError: unknown data set, no network, wrong columns, empty splits, bad labels.
+        FinetuneError: unknown data set, no network, wrong columns, empty splits, wrong labels.
     """
     if request.task is not None and request.task not in TASK_NAMES:
         raise FinetuneError(f"unknown task {request.task!r}; known: {', '.join(TASK_NAMES)}")
@@ -87,7 +87,7 @@ def load_data(request: DataRequest) -> TaskData:
 
 
 def load_splits(request: DataRequest) -> DatasetDict:
-    """Every split of a built-in set, a file, a folder or a hub set."""
+    """Load all splits of a built-in set, a file, a folder or a hub set."""
     name = request.dataset
     if name in DATASETS:
         return DatasetDict({k: Dataset.from_dict(v) for k, v in load_builtin(name).items()})
@@ -107,17 +107,19 @@ def load_splits(request: DataRequest) -> DatasetDict:
 
 
 def load_file(path: Path) -> DatasetDict:
-    """One CSV, TSV, JSON, JSON lines or parquet file: a train split."""
+    """Load one CSV, TSV, JSON, JSON lines or parquet file as a train split."""
     if path.suffix not in DATA_SUFFIXES:
         known = ", ".join(sorted(DATA_SUFFIXES))
-        raise FinetuneError(f"{path}: cannot read {path.suffix or 'no suffix'}; known: {known}")
+        raise FinetuneError(
+            f"{path}: cannot read files with suffix {path.suffix!r}; known: {known}"
+        )
     if path.stat().st_size == 0:
         raise FinetuneError(f"{path} is empty")
     return read_files({"train": str(path)}, path.suffix)
 
 
 def read_files(files: dict[str, str], suffix: str) -> DatasetDict:
-    """Files of one kind, by split."""
+    """Load files of one kind, by split."""
     if suffix == ".parquet":
         return load_dataset("parquet", data_files=files)
     if suffix in (".json", ".jsonl"):
@@ -126,13 +128,13 @@ def read_files(files: dict[str, str], suffix: str) -> DatasetDict:
 
 
 def load_folder(path: Path) -> DatasetDict:
-    """A folder written by `save_to_disk`, or data files named after their splits."""
+    """Load a folder written by `save_to_disk`, or data files named after their splits."""
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         loaded = load_from_disk(str(path))
         return loaded if isinstance(loaded, DatasetDict) else DatasetDict({"train": loaded})
     if not any(file.suffix in DATA_SUFFIXES for file in path.rglob("*")):
         known = ", ".join(sorted(DATA_SUFFIXES))
-        raise FinetuneError(f"{path} holds no data file ({known})")
+        raise FinetuneError(f"{path} has no data file ({known})")
     # `load_dataset` would take validation_matched and validation_mismatched for one split.
     files = {file.stem: file for file in sorted(path.iterdir()) if file.suffix in DATA_SUFFIXES}
     suffixes = {file.suffix for file in files.values()}
@@ -142,10 +144,10 @@ def load_folder(path: Path) -> DatasetDict:
 
 
 def choose_splits(splits: DatasetDict, request: DataRequest) -> tuple[Dataset, Dataset, str]:
-    """Train and evaluation examples, and the name of the latter's split.
+    """Train examples, evaluation examples, and the name of the evaluation split.
 
-    With `eval_fraction`, or where the set has no evaluation split, a part of train is held out,
-    always the same one.
+    With `eval_fraction`, or if the set has no evaluation split, a part of train is held out: always
+    the same part.
     """
     names = list(splits)
     train = pick_split(splits, request.train_split, "--train-split")
@@ -153,13 +155,13 @@ def choose_splits(splits: DatasetDict, request: DataRequest) -> tuple[Dataset, D
     if eval_split is None and request.eval_fraction is None:
         eval_split = next((name for name in EVALUATION_SPLITS if name in names), None)
     if eval_split is not None and request.eval_fraction is not None:
-        raise FinetuneError("--eval-split and --eval-fraction exclude each other; give one")
+        raise FinetuneError("--eval-split and --eval-fraction exclude each other: drop one of them")
     if eval_split is not None:
         evaluation = pick_split(splits, eval_split, "--eval-split")
     else:
         fraction = 0.1 if request.eval_fraction is None else request.eval_fraction
         if not 0 < fraction < 1:
-            raise FinetuneError(f"--eval-fraction must lie between 0 and 1, got {fraction}")
+            raise FinetuneError(f"--eval-fraction must be between 0 and 1, got {fraction}")
         if len(train) < 2:
             raise FinetuneError(f"{request.dataset}: {len(train)} examples are too few to split")
         eval_size = min(len(train) - 1, max(1, round(len(train) * fraction)))
@@ -173,7 +175,7 @@ def choose_splits(splits: DatasetDict, request: DataRequest) -> tuple[Dataset, D
 
 
 def pick_split(splits: DatasetDict, name: str, option: str) -> Dataset:
-    """A split by name, or a FinetuneError that lists them."""
+    """A split by name; a FinetuneError lists the splits that exist."""
     if name not in splits:
         raise FinetuneError(f"{option}: no split {name!r}; the data set has {', '.join(splits)}")
     return splits[name]
@@ -189,7 +191,7 @@ def take_some(split: Dataset, count: int | None) -> Dataset:
 
 
 def infer_task(train: Dataset, request: DataRequest) -> str:
-    """The task of a built-in set, or the one that the columns speak of."""
+    """The task of a built-in set, or a guess from the columns."""
     if request.dataset in DATASETS:
         return DATASETS[request.dataset].task
     found = train.column_names
@@ -207,18 +209,18 @@ def label_kind(split: Dataset, column: str) -> str:
 
 
 def canonical(split: Dataset, columns: Columns) -> Dataset:
-    """Keep the columns of the task, under their canonical names."""
+    """Keep the columns of the task, and give them canonical names."""
     names = {"text": columns.text, "text_pair": columns.text_pair, "label": columns.label}
     wanted = {source: target for target, source in names.items() if source is not None}
     missing = [name for name in wanted if name not in split.column_names]
     if missing:
-        raise FinetuneError(f"the evaluation split lacks column {missing[0]!r}")
+        raise FinetuneError(f"the evaluation split has no column {missing[0]!r}")
     split = split.select_columns(list(wanted))
     return split.rename_columns({old: new for old, new in wanted.items() if old != new})
 
 
 def check_values(split: Dataset, name: str, columns: Columns) -> None:
-    """Raise FinetuneError where a text or a label is missing."""
+    """Raise FinetuneError if a text or a label is missing."""
     for column, source in (("text", columns.text), ("label", columns.label)):
         if source is None:
             continue
@@ -231,15 +233,15 @@ def check_values(split: Dataset, name: str, columns: Columns) -> None:
 
 
 def is_missing(value: Any) -> bool:
-    """None, or the NaN that a CSV reader makes of an empty cell."""
+    """Whether a value is None, or the NaN that a CSV reader returns for an empty cell."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def find_label_names(train: Dataset, evaluation: Dataset) -> list[str]:
-    """The classes in order: those that the data set declares, or the sorted values of both splits.
+    """The classes in order: as the data set declares them, or the sorted values of both splits.
 
     Raises:
-        FinetuneError: if there are fewer than two, or examples without a label (-1).
+        FinetuneError: fewer than two classes, or examples without a label (-1).
     """
     feature = train.features["label"]
     inner = feature.feature if isinstance(feature, List) else feature
@@ -264,12 +266,12 @@ def flat(labels: Sequence[Any]) -> list[Any]:
 
 
 def label_name(value: Any) -> str:
-    """'3' for 3 and for 3.0: CSV readers make floats of integer columns."""
+    """'3' for 3 and for 3.0: CSV readers turn integer columns into floats."""
     return str(int(value)) if isinstance(value, float) else str(value)
 
 
 def index_labels(split: Dataset, names: list[str]) -> Dataset:
-    """Class names to indices; a declared ClassLabel holds indices already."""
+    """Replace class names by indices; a declared ClassLabel has indices already."""
     feature = split.features["label"]
     if isinstance(feature.feature if isinstance(feature, List) else feature, ClassLabel):
         return split
@@ -284,7 +286,7 @@ def index_labels(split: Dataset, names: list[str]) -> Dataset:
 
 
 def float_labels(split: Dataset, source: str | None) -> Dataset:
-    """Labels as floats, for regression."""
+    """Convert labels to floats, for regression."""
     try:
         labels = [float(label) for label in split["label"]]
     except (TypeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Reaching the Hugging Face hub, or saying in one line that it cannot be reached."""
+"""Check that the Hugging Face hub can be reached; otherwise explain in one line what to do."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sparse_optim.finetune.errors import FinetuneError
 
 @lru_cache(maxsize=1)
 def hub_is_reachable(timeout: float = 5.0) -> bool:
-    """One request. The libraries' own retries take about 25 s a file when there is no network."""
+    """Send one request: without a network, the libraries retry for about 25 s for each file."""
     from huggingface_hub import constants
 
     request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
@@ -35,7 +35,7 @@ def require_hub(kind: str, name: str, builtins: Iterable[str]) -> None:
     """Check that a hub id can be looked up; in offline mode the libraries serve their cache.
 
     Raises:
-        FinetuneError: if the hub is out of reach, or the name is a path that does not exist.
+        FinetuneError: the hub cannot be reached, or the name is a path that does not exist.
     """
     from huggingface_hub import is_offline_mode
 
@@ -44,8 +44,8 @@ def require_hub(kind: str, name: str, builtins: Iterable[str]) -> None:
         raise FinetuneError(f"no such file or folder: {name} (built-in {kind}s: {known})")
     if not is_offline_mode() and not hub_is_reachable():
         raise FinetuneError(
-            f"{kind} {name!r} is no local path{did_you_mean(name, builtins)}, and the Hugging Face "
-            f"hub is unreachable; give a local folder or a built-in {kind} ({known}), or set "
+            f"{kind} {name!r} is not a local path{did_you_mean(name, builtins)}, and the Hugging "
+            f"Face hub is unreachable; give a local folder or a built-in {kind} ({known}), or set "
             "HF_HUB_OFFLINE=1 to use a copy in the hub cache"
         )
 
@@ -54,12 +54,12 @@ DATA_SUFFIXES = {".csv", ".tsv", ".json", ".jsonl", ".parquet"}
 
 
 def hub_error(kind: str, name: str, builtins: Iterable[str], error: Exception) -> FinetuneError:
-    """What a library raised, as one line with what to do."""
+    """Turn what a library raised into one line that says what to do."""
     from huggingface_hub import is_offline_mode
 
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if is_offline_mode() and not Path(name).exists():
-        reason = "it is not in the hub cache, and HF_HUB_OFFLINE keeps the hub from being asked"
+        reason = "it is not in the hub cache, and HF_HUB_OFFLINE prevents a download"
     return FinetuneError(
         f"cannot load {kind} {name!r}{did_you_mean(name, builtins)}: {reason} "
         f"(built-in {kind}s: {', '.join(builtins)}; or a local folder, or a hub id)"
@@ -67,6 +67,6 @@ def hub_error(kind: str, name: str, builtins: Iterable[str], error: Exception) -
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A hint at the nearest known name, or nothing."""
+    """A hint with the nearest known name, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,4 +1,4 @@
-"""One fine-tuning job, from names to a delta, metrics and a plot."""
+"""Run a fine-tuning job: load, train, evaluate, and write the delta, metrics and a plot."""
 
 from __future__ import annotations
 
@@ -21,9 +21,11 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArgum
 
 from sparse_optim.analysis import ALLOCATION_FILE
 from sparse_optim.delta import Delta, apply_delta, load_delta, save_delta
-from sparse_optim.finetune.adapters import DEFAULT_RATE, attach_adapter, save_adapter
+from sparse_optim.finetune.adapter_kinds import DEFAULT_RATE
+from sparse_optim.finetune.adapters import attach_adapter, save_adapter
 from sparse_optim.finetune.columns import Columns
 from sparse_optim.finetune.config import DEFAULT_BUDGET, FinetuneConfig
+from sparse_optim.finetune.config_file import CONFIG_FILE, write_config
 from sparse_optim.finetune.data import DataRequest, TaskData, load_data
 from sparse_optim.finetune.errors import FinetuneError
 from sparse_optim.finetune.models import (
@@ -54,7 +56,7 @@ ADAPTER_FOLDER = "adapter"
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """What a job leaves: its metrics (as in metrics.json), its files, and the trained model."""
+    """The result of a job: metrics (as in metrics.json), output folder, and trained model."""
 
     metrics: dict[str, Any]
     output: Path
@@ -62,14 +64,14 @@ class FinetuneResult:
 
 
 def run(config: FinetuneConfig, console: Console | None = None) -> FinetuneResult:
-    """Fine-tune, and write delta, metrics, curves.png, allocation.jsonl and the adapter, if any.
+    """Fine-tune; write delta, metrics, config.yaml, curves.png, allocation.jsonl, and the adapter.
 
     Args:
-        config: what to do.
-        console: where progress is shown; None shows none.
+        config: the job.
+        console: shows progress; None: no progress is shown.
 
     Raises:
-        FinetuneError: bad input, in one line.
+        FinetuneError: wrong input, in one line.
     """
     check_method(config)
     check_tracker(config.report_to)
@@ -83,14 +85,14 @@ def run(config: FinetuneConfig, console: Console | None = None) -> FinetuneResul
 
 
 def run_checked(config: FinetuneConfig, console: Console | None) -> FinetuneResult:
-    """`run`, once method and output folder are known to be right."""
+    """`run`, after method and output folder have been checked."""
     inputs = load_inputs(config)
     return write_results(config, inputs, train_model(config, inputs, console))
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a job reads, tokenised; jobs that differ in method, rate or seed share it."""
+    """The tokenised data of a job; jobs that differ in method, rate or seed share it."""
 
     source: ModelSource
     data: TaskData
@@ -104,7 +106,7 @@ def load_inputs(config: FinetuneConfig) -> Inputs:
     """Find the model, load and tokenise the data.
 
     Raises:
-        FinetuneError: bad input, in one line.
+        FinetuneError: wrong input, in one line.
     """
     source = find_model(config.model)
     data = load_data(data_request(config))
@@ -119,7 +121,7 @@ def load_inputs(config: FinetuneConfig) -> Inputs:
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained model, in memory: nothing has been written."""
+    """A trained model in memory, before anything is written."""
 
     loaded: LoadedModel
     trainer: SelectiveTrainer
@@ -130,7 +132,7 @@ class Trained:
 def train_model(
     config: FinetuneConfig, inputs: Inputs, console: Console | None, load: LoadModel = load_model
 ) -> Trained:
-    """Train and evaluate; `load` may serve the base model from memory."""
+    """Train and evaluate; `load` may take the base model from memory."""
     check_method(config)
     loaded = load_base(config, inputs, load)
     trainer = make_trainer(config, inputs, loaded)
@@ -160,6 +162,7 @@ def write_results(config: FinetuneConfig, inputs: Inputs, trained: Trained) -> F
         "verified": None if differing is None else not differing,
     }
     write_json(metrics, config.output / METRICS_FILE)
+    write_config(resolved(config), config.output / CONFIG_FILE)
     trained.trainer.recorder.save(config.output, config.method, metrics["metric"]["name"])
     draw_curves(metrics, config.output / PLOT_FILE)
     if differing:
@@ -170,22 +173,22 @@ def write_results(config: FinetuneConfig, inputs: Inputs, trained: Trained) -> F
 
 
 def remove_if_empty(folder: Path) -> None:
-    """Remove a folder that the trainer made and nothing was written to."""
+    """Remove a folder that the trainer made, if it is still empty."""
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
 
 
 def prepare_output(config: FinetuneConfig) -> None:
-    """Make the folder, without the results of an earlier job."""
+    """Make the output folder and remove the results of an earlier job."""
     config.output.mkdir(parents=True, exist_ok=True)
-    for name in (DELTA_FILE, METRICS_FILE, PLOT_FILE, ALLOCATION_FILE):
+    for name in (DELTA_FILE, METRICS_FILE, CONFIG_FILE, PLOT_FILE, ALLOCATION_FILE):
         (config.output / name).unlink(missing_ok=True)
     for name in ("model", ADAPTER_FOLDER):
         shutil.rmtree(config.output / name, ignore_errors=True)
 
 
 def data_request(config: FinetuneConfig) -> DataRequest:
-    """The part of the configuration that speaks of data."""
+    """The data settings of the configuration."""
     return DataRequest(
         dataset=config.dataset,
         config=config.dataset_config,
@@ -200,9 +203,9 @@ def data_request(config: FinetuneConfig) -> DataRequest:
 
 
 def load_base(config: FinetuneConfig, inputs: Inputs, load: LoadModel = load_model) -> LoadedModel:
-    """The base model, adapted if asked; parameters that the user named count as fresh.
+    """Load the base model, with its adapter if there is one; `--dense` parameters count as fresh.
 
-    Fresh values depend on the seed alone: a second call gives the same model.
+    Fresh values depend only on the seed: a second call returns the same model.
     """
     set_seed(config.seed)
     loaded = load(inputs.source, inputs.data, inputs.tokenizer, config.dtype, config.pooling)
@@ -220,7 +223,7 @@ def load_base(config: FinetuneConfig, inputs: Inputs, load: LoadModel = load_mod
 
 
 def make_trainer(config: FinetuneConfig, inputs: Inputs, loaded: LoadedModel) -> SelectiveTrainer:
-    """A trainer over tokenised examples."""
+    """Make the trainer for the tokenised examples."""
     task, names = inputs.task, inputs.data.label_names or []
     trainer = SelectiveTrainer(
         partial(build_optimizer, config, loaded),
@@ -238,7 +241,7 @@ def make_trainer(config: FinetuneConfig, inputs: Inputs, loaded: LoadedModel) ->
 
 
 def training_arguments(config: FinetuneConfig, train_size: int) -> TrainingArguments:
-    """Trainer's arguments. Where the optimizer clips, the trainer must not clip again."""
+    """Arguments of the Trainer, which must not clip if the optimizer already does."""
     method = METHODS[config.method]
     per_step = config.batch_size * config.accumulation
     steps = config.steps or max(1, math.ceil(train_size / per_step * config.epochs))
@@ -253,7 +256,7 @@ def training_arguments(config: FinetuneConfig, train_size: int) -> TrainingArgum
         lr_scheduler_type=config.schedule,
         warmup_steps=config.warmup,
         weight_decay=config.weight_decay,
-        max_grad_norm=0.0 if method.clips else config.max_grad_norm,
+        max_grad_norm=0.0 if method.clips else config.max_grad_norm or 0.0,
         bf16=config.amp == "bf16",
         train_sampling_strategy="group_by_length" if config.group_by_length else "random",
         logging_steps=config.log_every or max(1, steps // 100),
@@ -270,9 +273,20 @@ def training_arguments(config: FinetuneConfig, train_size: int) -> TrainingArgum
 
 
 def learning_rate(config: FinetuneConfig) -> float:
-    """The user's, else the method's; dense methods take more on an adapter."""
+    """The user's learning rate, else the method's; on an adapter at least DEFAULT_RATE."""
     default = METHODS[config.method].lr
     return config.lr or (default if config.adapter is None else max(default, DEFAULT_RATE))
+
+
+def resolved(config: FinetuneConfig) -> FinetuneConfig:
+    """The configuration with the method's defaults filled in."""
+    method = METHODS[config.method]
+    return dataclasses.replace(
+        config,
+        lr=learning_rate(config),
+        adam_eps=config.adam_eps or method.adam_eps,
+        budget=config.budget or (DEFAULT_BUDGET if method.budget == "given" else None),
+    )
 
 
 def build_optimizer(
@@ -282,11 +296,11 @@ def build_optimizer(
     total_steps: int,
     batches: Callable[[], Iterable[Any]],
 ) -> torch.optim.Optimizer:
-    """The method's optimizer; its complaints become FinetuneError."""
+    """Build the method's optimizer; a ValueError of its becomes a FinetuneError."""
     named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
     method = METHODS[config.method]
+    config = resolved(config)
     lr = learning_rate(config)
-    own_budget = None if method.budget == "biases" else DEFAULT_BUDGET
     request = MethodRequest(
         model=model,
         named=named,
@@ -297,7 +311,7 @@ def build_optimizer(
         betas=(0.9, 0.999),
         adam_eps=config.adam_eps or method.adam_eps,
         weight_decay=config.weight_decay,
-        budget=config.budget or own_budget,
+        budget=config.budget,
         total_steps=total_steps,
         d3_exp=config.d3_exp,
         d3_eps=config.d3_eps,
@@ -320,7 +334,7 @@ def build_optimizer(
 def train(
     trainer: SelectiveTrainer, config: FinetuneConfig, metric: str, console: Console | None
 ) -> float:
-    """Train and evaluate at the end; return the seconds it took."""
+    """Train, evaluate at the end, and return the seconds that took."""
     progress = None
     if console is not None:
         progress = ConsoleProgress(console, metric, f"{config.method} on {config.dataset}")
@@ -345,7 +359,7 @@ def evaluated_at(trainer: SelectiveTrainer) -> float | None:
 def describe_delta(
     trainer: SelectiveTrainer, loaded: LoadedModel, config: FinetuneConfig, task: str
 ) -> Delta:
-    """What training changed, with a note of how."""
+    """The delta of the training, with a note of method, base and data."""
     delta = make_delta(trainer.raw_optimizer, loaded.model)
     note = {"name": config.method, "base": config.model, "dataset": config.dataset, "task": task}
     if config.adapter is not None:
@@ -354,7 +368,7 @@ def describe_delta(
 
 
 def differing_tensors(base: nn.Module, trained: nn.Module, delta_path: Path) -> list[str]:
-    """Apply the delta FILE to a base loaded afresh; names of the tensors that differ in a bit."""
+    """Apply the delta file to a newly loaded base; return the names of tensors that differ."""
     apply_delta(base, load_delta(delta_path))
     rebuilt, expected = base.state_dict(), trained.state_dict()
     if rebuilt.keys() != expected.keys():
@@ -363,7 +377,7 @@ def differing_tensors(base: nn.Module, trained: nn.Module, delta_path: Path) -> 
 
 
 def same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Equal in shape, dtype and every bit (NaN and signed zeros included)."""
+    """Whether two tensors agree in shape, dtype and every bit (NaN and signed zeros included)."""
     if first.shape != second.shape or first.dtype != second.dtype:
         return False
     pair = (tensor.detach().cpu().contiguous().view(-1) for tensor in (first, second))

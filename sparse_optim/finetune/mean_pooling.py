@@ -26,7 +26,7 @@ class MeanPooledBert(BertForSequenceClassification):
         super().__init__(config)
         self.bert = BertModel(config, add_pooling_layer=False)
         config.classifier_pooling = "mean"
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def forward(
         self,
@@ -53,4 +53,4 @@ class MeanPooledBert(BertForSequenceClassification):
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
 
-MeanPooledBert.register_for_auto_class("AutoModelForSequenceClassification")
+MeanPooledBert.register_for_auto_class("AutoModelForSequenceClassification")  # type: ignore[no-untyped-call]

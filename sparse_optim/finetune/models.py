@@ -1,4 +1,4 @@
-"""Load a base model, and tell which of its parameters the checkpoint did not hold."""
+"""Load a base model, and find the parameters that its checkpoint lacks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from sparse_optim.finetune.builtin_data import MODELS
 from sparse_optim.finetune.data import TaskData
@@ -29,13 +29,12 @@ from sparse_optim.finetune.tasks import TASKS, model_arguments
 
 logger = logging.getLogger(__name__)
 
-POOLINGS = ("auto", "cls", "mean")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a base model is loaded from: a folder or hub id, and a GGUF file in it."""
+    """The place of a base model: a folder or hub id, and perhaps a GGUF file in it."""
 
     name: str
     location: str
@@ -43,23 +42,23 @@ class ModelSource:
 
     @property
     def gguf(self) -> dict[str, str]:
-        """Arguments for `from_pretrained`; without a GGUF file the argument must not be there."""
+        """Arguments for `from_pretrained`: empty if there is no GGUF file."""
         return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model, and the names of its parameters that no checkpoint held (a fresh head)."""
+    """A model, and the names of the parameters that its checkpoint lacks (a fresh head)."""
 
     model: PreTrainedModel
     fresh: frozenset[str]
 
 
 def find_model(name: str) -> ModelSource:
-    """A built-in name, a local folder, a local GGUF file or a hub id.
+    """Find a model by built-in name, local folder, local GGUF file or hub id.
 
     Raises:
-        FinetuneError: if the package, the folder or the network is missing.
+        FinetuneError: the package, the folder or the network is missing.
     """
     if name in MODELS:
         source = MODELS[name]
@@ -70,21 +69,23 @@ def find_model(name: str) -> ModelSource:
         return ModelSource(name, str(path.parent), path.name)
     if path.is_dir():
         if not (path / "config.json").exists():
-            raise FinetuneError(f"{name} holds no config.json: not a transformers model folder")
+            raise FinetuneError(f"{name} has no config.json: not a transformers model folder")
         return ModelSource(name, str(path))
     require_hub("model", name, MODELS)
     return ModelSource(name, name)
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with a padding token (the end token where it has none)."""
+    """Load the model's tokenizer; without a padding token, pad with the end token."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.location, **source.gguf)
     except (OSError, ValueError) as error:
         raise hub_error("model", source.name, MODELS, error) from error
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
-            raise FinetuneError(f"the tokenizer of {source.name} has no padding and no end token")
+            raise FinetuneError(
+                f"the tokenizer of {source.name} has neither a padding token nor an end token"
+            )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -96,19 +97,15 @@ def load_model(
     dtype: str,
     pooling: str = "auto",
 ) -> LoadedModel:
-    """The base model with the head that the task needs.
+    """Load the base model with the head that the task needs.
 
-    A parameter is fresh if `from_pretrained` reports it missing from the checkpoint, or of another
-    shape there (a head for other classes). Where the checkpoint holds everything, a head included,
-    nothing is fresh and the head is ranked within the budget like the rest.
+    A parameter is fresh if `from_pretrained` reports that the checkpoint lacks it or has it in
+    another shape (a head for other classes). If the checkpoint has everything, including a head,
+    nothing is fresh, and the head is ranked within the budget like the rest.
 
     Raises:
-        FinetuneError: if the model cannot be loaded, or does not generate text for causal-lm.
+        FinetuneError: the model cannot be loaded, or the task is causal-lm and it is an encoder.
     """
-    if dtype not in DTYPES:
-        raise FinetuneError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
-    if pooling not in POOLINGS:
-        raise FinetuneError(f"unknown pooling {pooling!r}; known: {', '.join(POOLINGS)}")
     try:
         if data.task == "causal-lm":
             check_generates(source)
@@ -134,7 +131,7 @@ def load_model(
 
 
 def load_bare_model(source: ModelSource, task: str | None, dtype: str) -> PreTrainedModel:
-    """The base model with the head of a task, or without one as its own config.json says.
+    """Load the base model with the head of a task; without a task, as its config.json says.
 
     Raises:
         FinetuneError: an unknown task, or the model cannot be loaded.
@@ -158,8 +155,8 @@ def load_bare_model(source: ModelSource, task: str | None, dtype: str) -> PreTra
 def choose_class(source: ModelSource, task: str, pooling: str) -> Any:
     """The standard class for the task, or `MeanPooledBert` for a BERT trained with mean pooling.
 
-    "auto" looks for what an earlier job noted in config.json, then for the file in which
-    sentence-transformers models say how they pool.
+    "auto" reads the note of an earlier job in config.json, then the file in which
+    sentence-transformers models declare how they pool.
     """
     standard = getattr(transformers, TASKS[task].model_class)
     if pooling == "cls" or TASKS[task].model_class != "AutoModelForSequenceClassification":
@@ -181,8 +178,8 @@ def choose_class(source: ModelSource, task: str, pooling: str) -> Any:
 
 
 def without_quantizer(model: PreTrainedModel) -> PreTrainedModel:
-    """The same weights in a plain model: one read from GGUF stays marked as quantized though its
-    weights are not, so that Trainer and `save_pretrained` refuse it."""
+    """Copy the weights to a plain model. A model read from GGUF stays marked as quantized although
+    its weights are not, and Trainer and `save_pretrained` reject it."""
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -195,7 +192,7 @@ def without_quantizer(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def check_generates(source: ModelSource) -> None:
-    """Raise FinetuneError for an encoder: it sees the tokens that it should predict."""
+    """Raise FinetuneError for an encoder, which sees the tokens that it should predict."""
     config = AutoConfig.from_pretrained(source.location, **source.gguf)
     kind = config.model_type
     encoder = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
@@ -207,7 +204,7 @@ def check_generates(source: ModelSource) -> None:
 
 
 def fresh_parameters(model: PreTrainedModel, info: dict[str, Any]) -> frozenset[str]:
-    """Names of the parameters that the loader made up."""
+    """Names of the parameters that the loader initialised."""
     mismatched: Iterable[Any] = info.get("mismatched_keys", ())
     names = set(info.get("missing_keys", ())) | {
         key if isinstance(key, str) else key[0] for key in mismatched
@@ -216,13 +213,8 @@ def fresh_parameters(model: PreTrainedModel, info: dict[str, Any]) -> frozenset[
     return frozenset(name for name, _ in model.named_parameters() if name in names)
 
 
-def choose_device(cpu: bool) -> str:
-    """'cuda' where there is one, unless the user wants the CPU."""
-    return "cpu" if cpu or not torch.cuda.is_available() else "cuda"
-
-
 def set_threads(threads: int | None) -> None:
-    """Limit torch's CPU threads; tokenizers' own pool would compete with them."""
+    """Limit torch's CPU threads, and disable the tokenizers' pool, which competes with them."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if threads is not None:
         torch.set_num_threads(threads)

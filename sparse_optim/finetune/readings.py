@@ -1,4 +1,4 @@
-"""What a job reads off an optimizer, whichever method built it."""
+"""Read active entries, state and delta from the optimizer of any method."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sparse_optim.delta import Delta
 
 
 def active_entries(optimizer: torch.optim.Optimizer) -> int:
-    """Entries that training may have moved so far, the fresh head included."""
+    """Number of entries that training may have changed so far, including the fresh head."""
     if isinstance(optimizer, MaskedAdamW):
         dense: int = sum(
             param.numel()
@@ -23,7 +23,7 @@ def active_entries(optimizer: torch.optim.Optimizer) -> int:
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the optimizer's state, scratch memory included where the optimizer counts it."""
+    """Bytes of the optimizer's state; MaskedAdamW also counts its scratch memory."""
     if isinstance(optimizer, MaskedAdamW):
         return int(optimizer.metrics()["state_bytes"])
     tensors = (
@@ -36,7 +36,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def make_delta(optimizer: torch.optim.Optimizer, model: nn.Module) -> Delta:
-    """What training changed: active entries, or for a dense optimizer its tensors whole."""
+    """What training changed: active entries, or for a dense optimizer whole tensors."""
     if isinstance(optimizer, MaskedAdamW):
         return optimizer.delta(model)
     trained = {id(param) for group in optimizer.param_groups for param in group["params"]}

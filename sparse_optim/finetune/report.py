@@ -1,4 +1,4 @@
-"""What a job reports: the content of metrics.json."""
+"""Collect the metrics of a job and write them to metrics.json."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def collect(
     loaded: LoadedModel,
     metric: str,
 ) -> dict[str, Any]:
-    """The content of metrics.json, but for the files."""
+    """The content of metrics.json, without what is known of the files."""
     history = trainer.state.log_history
     log = [without(row, "epoch") for row in history if "loss" in row]
     evaluations = [
@@ -64,18 +64,18 @@ def collect(
 
 
 def without(row: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A copy of a row less one entry."""
+    """A copy of a row without one entry."""
     return {key: value for key, value in row.items() if key != name}
 
 
 def versions() -> dict[str, str]:
-    """Of what computed the result."""
+    """Versions of python and the packages that computed the result."""
     packages = ("torch", "transformers", "accelerate", "datasets", "safetensors")
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
 def jsonable(value: Any) -> Any:
-    """Paths as text, tuples as lists; the rest as it is."""
+    """Convert paths to text and tuples to lists; leave the rest as it is."""
     if isinstance(value, Path):
         return str(value)
     return list(value) if isinstance(value, tuple) else value

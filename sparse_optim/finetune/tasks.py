@@ -1,4 +1,4 @@
-"""What each task needs: a model class, tokenised examples, a collator and metrics."""
+"""The tasks: model class, tokenised examples, collator and metrics of each."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Metrics = Callable[[EvalPrediction, list[str]], dict[str, float]]
 class Task:
     """One kind of fine-tuning.
 
-    `metrics` names what `compute` returns; the first is the one reported by default.
+    `metrics` has the names of the values that `compute` returns; the first is the default.
     """
 
     model_class: str
@@ -39,14 +39,13 @@ class Task:
     collator: Callable[[PreTrainedTokenizerBase], Any]
     compute: Metrics
     metrics: tuple[str, ...]
-    lower_is_better: tuple[str, ...] = ()
     preprocess_logits: Callable[[Any, Tensor], Tensor] | None = None
 
     def check_metric(self, metric: str | None) -> str:
         """The metric to report.
 
         Raises:
-            FinetuneError: if the task does not have it.
+            FinetuneError: the task does not have it.
         """
         if metric is not None and metric not in self.metrics:
             raise FinetuneError(
@@ -56,7 +55,7 @@ class Task:
 
 
 def encode_texts(split: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """Texts or pairs of texts, one label each."""
+    """Tokenise texts or pairs of texts, with one label each."""
 
     def encode(batch: Mapping[str, list[Any]]) -> dict[str, Any]:
         pair = batch.get("text_pair")
@@ -67,7 +66,7 @@ def encode_texts(split: Dataset, tokenizer: PreTrainedTokenizerBase, max_length:
 
 
 def encode_words(split: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """Lists of words; a word's first token carries its tag, the others none."""
+    """Tokenise lists of words; the first token of a word carries its tag."""
 
     def encode(batch: Mapping[str, list[Any]]) -> dict[str, Any]:
         encoded = tokenizer(
@@ -92,7 +91,7 @@ def encode_words(split: Dataset, tokenizer: PreTrainedTokenizerBase, max_length:
 def encode_generation(
     split: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> Dataset:
-    """Plain texts, or prompts with responses; only responses carry a loss then."""
+    """Tokenise plain texts, or prompts with responses; prompts carry no loss."""
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
 
     def encode(batch: Mapping[str, list[Any]]) -> dict[str, Any]:
@@ -228,7 +227,7 @@ def entities(tags: list[str]) -> list[tuple[str, int, int]]:
     """The entities of a sentence as (type, first word, last word).
 
     Reads the schemes IOB1, IOB2, IOBES and BILOU by the rules of the script ``conlleval`` of the
-    CoNLL-2003 task (Tjong Kim Sang and De Meulder 2003), which takes what a model makes up, too:
+    CoNLL-2003 task (Tjong Kim Sang and De Meulder 2003), which accept any sequence of tags:
     a word begins an entity if its tag says so, or if it follows one of another type or an end.
     """
     found: list[tuple[str, int, int]] = []
@@ -280,7 +279,6 @@ TASKS = {
         pad_text,
         regression_metrics,
         ("pearson_spearman", "pearson", "spearman", "rmse"),
-        lower_is_better=("rmse",),
     ),
     "token-classification": Task(
         "AutoModelForTokenClassification",
@@ -295,14 +293,13 @@ TASKS = {
         pad_tokens,
         generation_metrics,
         ("perplexity", "token_loss"),
-        lower_is_better=("perplexity", "token_loss"),
         preprocess_logits=token_losses,
     ),
 }
 
 
 def model_arguments(data: TaskData) -> dict[str, Any]:
-    """What `from_pretrained` must know of the labels."""
+    """Arguments for `from_pretrained` that describe the labels."""
     if data.task == "regression":
         return {"num_labels": 1, "problem_type": "regression"}
     if data.label_names is None:

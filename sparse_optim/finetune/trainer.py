@@ -1,4 +1,4 @@
-"""transformers' Trainer with an optimizer built once the number of steps is known, and timed."""
+"""transformers' Trainer, which builds its optimizer late and measures the time of steps."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ WARM_UP_STEPS = 3  # left out of the timings: allocation, first touch of memory
 
 
 class SelectiveTrainer(Trainer):
-    """Trainer whose optimizer knows the length of the run and whose log knows the active entries.
+    """Trainer that builds the optimizer once the number of steps is known, and logs active entries.
 
     Args:
         build_optimizer: (model, total steps, function that gives training batches) -> optimizer.
-        arguments: of `Trainer`, by name.
+        arguments: keyword arguments of `Trainer`.
     """
 
     def __init__(self, build_optimizer: BuildOptimizer, **arguments: Any) -> None:
@@ -38,7 +38,7 @@ class SelectiveTrainer(Trainer):
         self.recorder.attach(self)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Build the optimizer; the trainer has set `state.max_steps` by now."""
+        """Build the optimizer; `state.max_steps` is set by now."""
         if self.optimizer is None:
             held = cast(nn.Module, self.model if model is None else model)
             self.optimizer = self.build_optimizer(
@@ -52,18 +52,18 @@ class SelectiveTrainer(Trainer):
         return cast(torch.optim.Optimizer, getattr(self.optimizer, "optimizer", self.optimizer))
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Forward and backward of one micro batch; the update is timed from its end."""
+        """Run forward and backward of one micro batch; the update is timed from its end."""
         loss = super().training_step(*args, **kwargs)
         self.stopwatch.backward_done()
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """The norm that clipping found. Without clipping, Trainer would read every gradient again
-        for the log alone; our optimizers know the norm from their own pass."""
-        return None if grad_norm is None else super()._get_grad_norm(model, grad_norm)
+        """The norm found by clipping. Without clipping, Trainer would read every gradient again
+        only for the log; our optimizers know the norm from their own pass."""
+        return None if grad_norm is None else super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add what the optimizer knows to the training and evaluation logs."""
+        """Add metrics of the optimizer to the training and evaluation logs."""
         if self.optimizer is not None and ("loss" in logs or "eval_loss" in logs):
             logs["active"] = active_entries(self.raw_optimizer)
             if isinstance(self.raw_optimizer, MaskedAdamW) and "loss" in logs:
@@ -74,7 +74,7 @@ class SelectiveTrainer(Trainer):
 
 
 class Stopwatch(TrainerCallback):
-    """Wall time of steps, and device time of updates (clip, norm and optimizer step)."""
+    """Measure wall time of steps, and device time of updates (clip, norm and optimizer step)."""
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
@@ -84,7 +84,7 @@ class Stopwatch(TrainerCallback):
         self._backward_end: Any = 0.0
 
     def _mark(self) -> Any:
-        """A point in time, on the device where there is one."""
+        """A point in time: a CUDA event on a GPU, seconds on the CPU."""
         if not self.cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -94,31 +94,31 @@ class Stopwatch(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """A step begins before its first micro batch is moved to the device."""
+        """Start the step, before its first micro batch is moved to the device."""
         self._begin = time.perf_counter()
 
     def backward_done(self) -> None:
-        """The update begins."""
+        """Start the update."""
         self._backward_end = self._mark()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """The update ends."""
+        """End the update."""
         self.updates.append((self._backward_end, self._mark()))
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """The step ends, gradients cleared, before anything is logged or evaluated."""
+        """End the step: gradients are cleared, nothing has been logged or evaluated."""
         self.step_seconds.append(time.perf_counter() - self._begin)
 
     def step_ms(self) -> float:
-        """Median milliseconds of a step, the first ones left out."""
+        """Median milliseconds of a step, without the first steps."""
         return median_ms(self.step_seconds)
 
     def update_ms(self) -> float:
-        """Median milliseconds of an update, the first ones left out."""
+        """Median milliseconds of an update, without the first updates."""
         if self.cuda:
             torch.cuda.synchronize()
             return median_ms([begin.elapsed_time(end) / 1000 for begin, end in self.updates])
@@ -126,6 +126,6 @@ class Stopwatch(TrainerCallback):
 
 
 def median_ms(seconds: list[float]) -> float:
-    """Median in milliseconds without the warm-up, 0 where there is nothing."""
+    """Median in milliseconds without the warm-up; 0 for an empty list."""
     kept = seconds[WARM_UP_STEPS:] or seconds
     return 1000 * statistics.median(kept) if kept else 0.0

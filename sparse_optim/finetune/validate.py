@@ -1,22 +1,21 @@
-"""What can be told of a configuration before anything is loaded."""
+"""Check a configuration before anything is loaded."""
 
 from __future__ import annotations
 
-from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 
-from sparse_optim.finetune.adapters import ADAPTERS
+from sparse_optim.finetune.adapter_kinds import ADAPTERS
 from sparse_optim.finetune.config import FinetuneConfig
 from sparse_optim.finetune.errors import FinetuneError
 from sparse_optim.finetune.hub import did_you_mean
-from sparse_optim.methods import METHODS, SPARSE_SCORES
+from sparse_optim.methods import METHODS
 
 
 def check_method(config: FinetuneConfig) -> None:
-    """Raise FinetuneError for an unknown method, adapter or score, or what an adapter lacks."""
+    """Raise FinetuneError for an unknown method or adapter, or an option the adapter lacks."""
     for kind, name, known in (
         ("method", config.method, METHODS),
         ("adapter", config.adapter, ADAPTERS),
-        ("sparse-score", config.sparse_score, SPARSE_SCORES),
     ):
         if name is not None and name not in known:
             hint = did_you_mean(name, known)
@@ -28,7 +27,7 @@ def check_method(config: FinetuneConfig) -> None:
     if not ADAPTERS[config.adapter].places and (config.adapter_alpha or config.adapter_targets):
         raise FinetuneError(
             "--adapter-alpha and --adapter-targets are for lora and dora, not for "
-            f"{config.adapter}; leave them out"
+            f"{config.adapter}: drop them"
         )
 
 
@@ -38,15 +37,15 @@ def check_tracker(name: str) -> None:
     if name not in ("none", "all", *installed):
         raise FinetuneError(
             f"--report-to: {name!r} is unknown or not installed; "
-            f"there are: {', '.join(['none', *sorted(installed)])}"
+            f"known: {', '.join(['none', *sorted(installed)])}"
         )
 
 
 def check_output(config: FinetuneConfig) -> None:
-    """Raise FinetuneError for an output folder in use, or a checkpoint that is not there."""
+    """Raise FinetuneError for an output folder in use, or a missing checkpoint."""
     if config.resume is not None:
         if not (config.resume / "trainer_state.json").is_file():
-            raise FinetuneError(f"--resume: {config.resume} is no Trainer checkpoint")
+            raise FinetuneError(f"--resume: {config.resume} is not a Trainer checkpoint")
         return
     output = config.output
     if output.exists() and not output.is_dir():

@@ -2,7 +2,7 @@
 
     optimizer = IncrementalMaskedAdamW(adapter_groups(model), budget=..., total_steps=...)
 
-ranks the entries of the adapter alone. `export_shira` turns a delta of a plain model into an
+ranks only the entries of the adapter. `export_shira` turns a delta of a plain model into an
 adapter folder that `peft.PeftModel.from_pretrained` loads.
 """
 

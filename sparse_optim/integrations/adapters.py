@@ -1,14 +1,14 @@
-"""Which parameters of an adapted model are the adapter's, and how they are trained.
+"""Find the adapter's parameters in an adapted model, and group them for the optimizer.
 
 A module that holds adapter weights names them in `adapter_layer_names`: peft's convention, which
-our bottleneck follows, so that nothing here imports peft. What is there, and how it starts:
+our bottleneck follows, so that nothing here imports peft. The weights and their initial values:
 
     LoRA    lora_A random, lora_B zero
     DoRA    as LoRA, and lora_magnitude_vector = the norms of the base's rows
     (IA)3   ia3_l one
     bottleneck (Pfeiffer)    down and up random, their biases zero
 
-`modules_to_save` (a fresh head) is no adapter: it is trained whole.
+`modules_to_save` (a fresh head) is not part of the adapter: it is trained whole.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def adapter_groups(model: nn.Module) -> list[dict[str, Any]]:
 
     The adapter's entries are ranked (`unmask="rank"`). Everything else that requires a gradient
     (`modules_to_save`, a head, biases under LoRA's `bias=`) is trained densely (`unmask="all"`),
-    outside the budget. What requires none, the base, is in no group and keeps its bits.
+    outside the budget. The base, which requires no gradient, is in no group and keeps its bits.
 
     Args:
         model: a `peft.PeftModel`, a model with adapters injected by peft, or one with
@@ -86,10 +86,10 @@ def zero_inactive_(model: nn.Module, active: Mapping[str, Tensor]) -> int:
 
         param.flat[i] <- 0 for every i that is not in active[name]
 
-    SparseAdapter prunes so, once, BEFORE training. Unlike the paper we do not by default: an
-    entry that is not unmasked keeps its initial value. Called after training, this changes what
-    the model computes: evaluate again. A delta does not record it: to rebuild the model, zero the
-    same entries of a fresh adapter first (or after: the delta's entries are the active ones).
+    SparseAdapter does this once, BEFORE training. We do not by default: an entry that is not
+    unmasked keeps its initial value. A call after training changes what the model computes:
+    evaluate again. A delta does not record it: to rebuild the model, zero the same entries of a
+    fresh adapter before or after applying the delta, which only has active entries.
 
     Args:
         model: as for `adapter_groups`.
@@ -98,7 +98,7 @@ def zero_inactive_(model: nn.Module, active: Mapping[str, Tensor]) -> int:
             an item has no active entry.
 
     Returns:
-        Entries that were set to zero.
+        Number of entries set to zero.
 
     Raises:
         ValueError: `active` names a parameter that is not the adapter's, or the adapter multiplies
@@ -109,12 +109,12 @@ def zero_inactive_(model: nn.Module, active: Mapping[str, Tensor]) -> int:
     params = adapter_parameters(model)
     strange = active.keys() - params.keys()
     if strange:
-        raise ValueError(f"active: {min(strange)!r} is no parameter of the model's adapter")
+        raise ValueError(f"active: {min(strange)!r} is not a parameter of the model's adapter")
     for name in params:
         factor = next((part for part in MULTIPLIERS if part in name), None)
         if factor is not None:
             raise ValueError(
-                f"{name}: {factor} multiplies the base's output, so that zeroing it switches "
+                f"{name}: {factor} multiplies the base's output, so zeroing it switches "
                 "features off; zero_inactive_ is for LoRA and bottleneck adapters"
             )
     zeroed = 0

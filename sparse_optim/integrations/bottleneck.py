@@ -1,4 +1,4 @@
-"""Bottleneck adapters, one a layer, after the feed-forward block (Pfeiffer's placement).
+"""Bottleneck adapters, one in each layer, after the feed-forward block (Pfeiffer's placement).
 
     output <- output + up(relu(down(output)))        down: width -> rank, up: rank -> width
 
@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from sparse_optim.integrations.adapters import adapter_parameters
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-INIT_STD = 0.02  # of the weights, as BERT and the package `adapters` have it
+INIT_STD = 0.02  # of the weights, as in BERT and the package `adapters`
 
-# How the names of output projections of feed-forward blocks end: BERT and its kin, DistilBERT,
-# Llama and its kin, OPT and BART, T5, GPT-NeoX.
+# Ends of the names of output projections of feed-forward blocks: BERT and similar models,
+# DistilBERT, Llama and similar models, OPT and BART, T5, GPT-NeoX.
 OUTPUT_PROJECTIONS = (
     *("output.dense", "ffn.lin2", "mlp.down_proj", "fc2", "DenseReluDense.wo", "dense_4h_to_h"),
 )
@@ -54,7 +54,7 @@ class BottleneckAdapter(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """hidden, (..., width), to the same shape."""
+        """Map hidden, (..., width), to the same shape."""
         output: Tensor = hidden + self.up(torch.relu(self.down(hidden)))
         return output
 
@@ -62,20 +62,20 @@ class BottleneckAdapter(nn.Module):
 def add_bottlenecks(
     model: nn.Module, rank: int, target_modules: Iterable[str] = OUTPUT_PROJECTIONS
 ) -> list[str]:
-    """Put an adapter behind each output projection of a feed-forward block, and freeze the base.
+    """Put an adapter after each output projection of a feed-forward block, and freeze the base.
 
-    A head is frozen, too: set `requires_grad_(True)` on it afterwards to train it.
+    A head is frozen as well: set `requires_grad_(True)` on it afterwards to train it.
 
     Args:
         model: changed in place.
         rank: features of the bottleneck, >= 1.
-        target_modules: Linear modules, by their names or how these end.
+        target_modules: names, or ends of names, of Linear modules.
 
     Returns:
-        Names of the modules that have an adapter now.
+        Names of the modules that now have an adapter.
 
     Raises:
-        ValueError: a rank below 1, no Linear of such names, or adapters are there already. The
+        ValueError: a rank below 1, no Linear with such a name, or the model has adapters. The
             model is unchanged.
     """
     ends = tuple(target_modules)
@@ -92,8 +92,8 @@ def add_bottlenecks(
     }
     if not found:
         raise ValueError(
-            f"{type(model).__name__} has no Linear whose name ends in {', '.join(ends)}: name the "
-            "output projections of its feed-forward blocks in target_modules"
+            f"{type(model).__name__} has no Linear with a name that ends in {', '.join(ends)}: set "
+            "target_modules to the output projections of its feed-forward blocks"
         )
     model.requires_grad_(False)
     for module in found.values():

@@ -1,4 +1,4 @@
-"""peft is optional: imported where it is needed, or asked for in one line."""
+"""Import peft, which is optional, or raise an error that says how to install it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ def import_peft() -> ModuleType:
     """The `peft` package.
 
     Raises:
-        ModuleNotFoundError: it is not installed; the message tells how to install it.
+        ModuleNotFoundError: it is not installed; the message says how to install it.
     """
     try:
         import peft

@@ -3,9 +3,9 @@
     weight <- base + sparse(shira_indices, shira_weight),    shira_weight = trained - base
 
 For a Linear of n inputs and m outputs peft stores exactly r * (m + n) entries, r being the same in
-all layers: we choose the least r that holds every layer and fill up with zeros. An entry takes 12
+all layers: we choose the smallest r that fits every layer and fill up with zeros. An entry takes 12
 bytes (two int32 indices, a float32 value). Modules that SHiRA cannot express (embeddings, norms,
-Linears whose bias changed) can be stored whole, as peft's `modules_to_save`.
+Linears with a changed bias) can be stored whole, as peft's `modules_to_save`.
 
 Reference: Bhardwaj et al. 2024, Sparse High Rank Adapters, NeurIPS; peft's ShiraConfig.
 """
@@ -13,8 +13,6 @@ Reference: Bhardwaj et al. 2024, Sparse High Rank Adapters, NeurIPS; peft's Shir
 from __future__ import annotations
 
 import os
-import secrets
-import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sparse_optim.delta import Delta, DeltaError, SparseValues, merge
+from sparse_optim.files import replacing
 from sparse_optim.integrations.peft_package import import_peft
 
 WEIGHTS = "adapter_model.safetensors"
@@ -35,13 +34,14 @@ SHOWN = 3  # modules that a message names
 
 @dataclass(frozen=True)
 class ShiraExport:
-    """What `export_shira` wrote.
+    """The result of `export_shira`.
 
     Attributes:
-        r: of the ShiraConfig.
+        r: r of the ShiraConfig.
         layers: Linear modules with sparse entries.
-        entries: changed entries in them.
-        stored: entries in the file, with the zeros that fill up to r * (m + n) a layer.
+        entries: number of changed entries in them.
+        stored: number of entries in the file, with the zeros that fill up each layer to
+            r * (m + n).
         whole: modules stored whole.
     """
 
@@ -67,11 +67,11 @@ def export_shira(
     are stored whole.
 
     Args:
-        delta: of a plain model. Over an adapter none is needed: `PeftModel.save_pretrained`.
+        delta: a delta over a plain model. Over an adapter, use `PeftModel.save_pretrained` instead.
         base: the model that was fine-tuned, of the same class; it is not changed.
         folder: must not exist, or be empty. It appears whole or not at all.
-        r: of the ShiraConfig (default: the least that holds every layer).
-        allow_whole: store modules that SHiRA cannot express whole, instead of refusing them.
+        r: r of the ShiraConfig (default: the smallest that fits every layer).
+        allow_whole: store modules that SHiRA cannot express whole, instead of raising an error.
 
     Raises:
         DeltaError: another base, an increment, tied weights, a module that needs `allow_whole`, an
@@ -90,7 +90,7 @@ def export_shira(
     merged = merge(delta, base.state_dict())
     modules = dict(base.named_modules())
     changed = _changed_modules(delta, modules)
-    _refuse_tied(base, changed)
+    _check_tied(base, changed)
     r, layers = _layers(delta, modules, changed, r, allow_whole)
     whole = sorted(changed.keys() - set(layers))
     _check_names(modules, layers, whole)
@@ -136,8 +136,8 @@ def _changed_modules(delta: Delta, modules: Mapping[str, nn.Module]) -> dict[str
     return changed
 
 
-def _refuse_tied(base: nn.Module, changed: Mapping[str, Collection[str]]) -> None:
-    """Raise DeltaError where a changed tensor is another module's, too: peft would untie them."""
+def _check_tied(base: nn.Module, changed: Mapping[str, Collection[str]]) -> None:
+    """Raise DeltaError if a changed tensor belongs to two modules: peft would untie them."""
     names: dict[int, list[str]] = {}
     for name, param in base.named_parameters(remove_duplicate=False):
         names.setdefault(id(param), []).append(name)
@@ -163,10 +163,14 @@ def _layers(
         for name, keys in sorted(changed.items())
         if not any(key in delta.dense for key in keys)
     }
-    needs = {n: _least_r(modules[n], delta, n) for n, found in obstacles.items() if found is None}
+    needs = {
+        name: _smallest_r(modules[name], delta, name)
+        for name, found in obstacles.items()
+        if found is None
+    }
     if not needs:
         raise DeltaError(
-            "SHiRA holds changed entries of Linear weights only, and finds none "
+            "SHiRA stores only changed entries of Linear weights, and there are none "
             f"({_listed(obstacles)}): fine-tune with only such weights in the pool, or merge the "
             "delta (sparse-optim apply)"
         )
@@ -175,14 +179,14 @@ def _layers(
     if r < needs[largest]:
         raise DeltaError(f"r={r} is too small: {largest} needs r={needs[largest]}")
     for name in needs:
-        if r > _greatest_r(modules[name]):
-            obstacles[name] = f"holds at most r={_greatest_r(modules[name])}, and r is {r}"
+        if r > _largest_r(modules[name]):
+            obstacles[name] = f"holds at most r={_largest_r(modules[name])}, and r is {r}"
     refused = {name: found for name, found in obstacles.items() if found is not None}
     if refused and not allow_whole:
         raise DeltaError(_refusal(refused, modules))
     layers = [name for name in needs if name not in refused]
     if not layers:
-        raise DeltaError(f"r={r} is more than any layer can hold: leave it to be chosen")
+        raise DeltaError(f"r={r} is larger than any layer allows: leave out r")
     return r, layers
 
 
@@ -195,13 +199,13 @@ def _obstacle(module: nn.Module, delta: Delta, keys: Collection[str]) -> str | N
         return "its bias changed"
     if module.weight.dtype not in FLOATS:
         return f"its weight is {module.weight.dtype}"
-    if _least_r(module, delta, key.removesuffix(".weight")) > _greatest_r(module):
+    if _smallest_r(module, delta, key.removesuffix(".weight")) > _largest_r(module):
         return f"too small for its {delta.sparse[key].num_entries} changed entries"
     return None
 
 
-def _least_r(linear: nn.Module, delta: Delta, name: str) -> int:
-    """The least r with r * (m + n) >= the changed entries."""
+def _smallest_r(linear: nn.Module, delta: Delta, name: str) -> int:
+    """The smallest r with r * (m + n) >= the changed entries."""
     return -(-delta.sparse[f"{name}.weight"].num_entries // sum(_shape(linear)))
 
 
@@ -211,8 +215,8 @@ def _shape(linear: nn.Module) -> tuple[int, int]:
     return outputs, inputs
 
 
-def _greatest_r(linear: nn.Module) -> int:
-    """The greatest r with r * (m + n) <= m * n."""
+def _largest_r(linear: nn.Module) -> int:
+    """The largest r with r * (m + n) <= m * n."""
     outputs, inputs = _shape(linear)
     return int(outputs * inputs // (outputs + inputs))
 
@@ -220,7 +224,7 @@ def _greatest_r(linear: nn.Module) -> int:
 def _refusal(refused: Mapping[str, str], modules: Mapping[str, nn.Module]) -> str:
     entries = sum(param.numel() for name in refused for param in modules[name].parameters())
     return (
-        f"SHiRA holds changed entries of Linear weights only, not those of {len(refused)} modules "
+        f"SHiRA stores only changed entries of Linear weights, not those of {len(refused)} modules "
         f"({_listed(refused)}). Store these whole ({entries} entries; allow_whole=True, --whole), "
         "or fine-tune with them in an unmask='none' group"
     )
@@ -234,7 +238,7 @@ def _listed(reasons: Mapping[str, str | None]) -> str:
 def _check_names(
     modules: Mapping[str, nn.Module], layers: Collection[str], whole: Collection[str]
 ) -> None:
-    """peft takes every module whose name ENDS in a given one: raise where that is one too many."""
+    """Raise if peft, which matches ends of names, would adapt a further module."""
     for wanted, dot in ((layers, "."), (whole, "")):
         for end in wanted:
             for name in modules:
@@ -259,11 +263,6 @@ def _shira_tensors(name: str, values: SparseValues, weight: Tensor, r: int) -> d
 
 def _write(config: Any, tensors: dict[str, Tensor], out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{secrets.token_hex(8)}.tmp")
-    try:
+    with replacing(out) as temporary:
         config.save_pretrained(str(temporary))
         save_file(tensors, temporary / WEIGHTS, {"format": "pt"})
-        os.replace(temporary, out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise

@@ -1,6 +1,6 @@
 """One function for each method (see also `_calibrated`): a request becomes an optimizer.
 
-What the sources leave open, and what is done here, stands in each docstring.
+Each docstring says what its source leaves open and what we chose.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def static_d3(request: MethodRequest) -> MaskedAdamW:
 
 
 def repeat_d3(request: MethodRequest) -> MaskedAdamW:
-    """D3 importance, a fresh set at each step (Agarwal et al. 2025, section 6).
+    """D3 importance, a new set at each step (Agarwal et al. 2025, section 6).
 
-    The paper does not say what becomes of the moments of entries that leave: here they are lost.
+    The paper does not say what happens to the moments of entries that leave: here they are lost.
     """
     return masked_adamw(request, D3(request.d3_exp, request.d3_eps), Repeat(request.given_budget))
 
@@ -42,7 +42,7 @@ def r_mask(request: MethodRequest) -> MaskedAdamW:
 
 
 def random_tuning(request: MethodRequest) -> MaskedAdamW:
-    """A random mask, drawn anew at each step (the baseline of Stochastic Tuning)."""
+    """A new random mask at each step (the baseline of Stochastic Tuning)."""
     return masked_adamw(request, Random(request.seed), Repeat(_bias_budget(request)))
 
 
@@ -52,9 +52,9 @@ def pafi(request: MethodRequest) -> MaskedAdamW:
 
 
 def stochastic_tuning(request: MethodRequest) -> MaskedAdamW:
-    """A fresh sample of connections at each step (Akbar-Tajari and Pilehvar, Algorithm 1).
+    """A new sample of connections at each step (Akbar-Tajari and Pilehvar, Algorithm 1).
 
-    Budget of its own: as many entries as BitFit would train. AdamW eps 1e-6. Left open there and
+    Default budget: the number of entries that BitFit would train. AdamW eps 1e-6. Left open there,
     decided here: mu is 1 for biases and embeddings, padding does not count, and entries that are
     not drawn lose their moments.
     """
@@ -62,7 +62,7 @@ def stochastic_tuning(request: MethodRequest) -> MaskedAdamW:
 
 
 def top_tuning(request: MethodRequest) -> MaskedAdamW:
-    """The deterministic top of Stochastic Tuning's score, anew at each step (its ablation)."""
+    """The entries with the highest score of Stochastic Tuning at each step (its ablation)."""
     return _connections(request, Repeat(_bias_budget(request)))
 
 
@@ -82,7 +82,7 @@ def multi_head(request: MethodRequest) -> torch.optim.Optimizer:
         ValueError: the model has none.
     """
     chosen = [item for item in request.ranked if _in_attention(item[0])]
-    return _structural(request, chosen, "multi-head", "no parameter's name speaks of attention")
+    return _structural(request, chosen, "multi-head", "no parameter's name contains 'attention'")
 
 
 def full(request: MethodRequest) -> torch.optim.Optimizer:
@@ -108,12 +108,12 @@ def _biases(request: MethodRequest) -> list[tuple[str, nn.Parameter]]:
 
 
 def _bias_budget(request: MethodRequest) -> int | float:
-    """The budget given, else as many entries as BitFit trains."""
+    """The given budget, else the number of entries that BitFit trains."""
     if request.budget is not None:
         return request.budget
     entries = sum(param.numel() for _, param in _biases(request))
     if entries == 0:
-        raise ValueError("the model has no biases to size the budget by: give a budget")
+        raise ValueError("the model has no biases, which set the default budget: give a budget")
     return entries
 
 

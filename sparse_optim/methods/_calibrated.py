@@ -1,8 +1,7 @@
-"""Methods whose mask is drawn once, by scores from a calibration pass or of a pruning method."""
+"""Methods that choose a mask once, by scores of a calibration pass or a pruning method."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Any
@@ -16,16 +15,17 @@ from sparse_optim.methods._request import MethodRequest, masked_adamw
 from sparse_optim.optim.masked_adamw import MaskedAdamW
 from sparse_optim.policy.importance import Importance, Random, Scores, Snip, zero_matrices
 from sparse_optim.policy.selection import Static, resolve_budget
+from sparse_optim.warn import warn_user
 
-FISHER_SAMPLES = 1024  # of the Fish mask paper
+FISHER_SAMPLES = 1024  # as in the Fish mask paper
 
-# SynFlow's input of ones has so many tokens: with one alone, attention has nothing to weigh, and
-# queries and keys would score 0.
+# Number of tokens in SynFlow's input of ones: with a single token, attention has nothing to weigh,
+# and queries and keys would score 0.
 SYNFLOW_TOKENS = 8
 
 
 def fish(request: MethodRequest) -> MaskedAdamW:
-    """The entries of greatest empirical Fisher information (Fish mask, Sung et al. 2021).
+    """The entries with the largest empirical Fisher information (Fish mask, Sung et al. 2021).
 
     True labels, batch size 1, 1024 samples, as in the paper's runs.
     """
@@ -47,19 +47,19 @@ def child_tuning(request: MethodRequest) -> MaskedAdamW:
 def sparse_adapter(request: MethodRequest) -> MaskedAdamW:
     """A pruning score of a fresh adapter's entries, one mask (SparseAdapter, He et al. 2022).
 
-        rand      chance
-        mag       |theta|, the greatest kept: the contrary of PaFi
+        rand      random
+        mag       |theta|, the largest are kept: the opposite of PaFi
         snip      |g theta|, of the first training step's gradient
         grasp     max((H g) theta, 0), of the first batch of the calibration data
         synflow   |theta dR/d|theta||, R = sum(logits for an input of ones, under |theta|)
 
-    All of the adapter competes (the paper's global scope). Entries that are pruned keep their
-    value, where the paper sets them to zero: `integrations.zero_inactive_` does so, if wanted.
+    All entries of the adapter compete (the paper's global scope). Pruned entries keep their value;
+    the paper sets them to zero, as `integrations.zero_inactive_` does.
 
     Raises:
-        ValueError: an unknown score; but for rand, a fresh LoRA: B is zero, so that no score takes
-            its entries, and as long as it is zero A has no gradient; synflow, and a model that is
-            not called as transformers models are.
+        ValueError: an unknown score; a freshly initialised LoRA with any score but rand, because B
+            is all zeros: no score takes its entries, and while it is zero A has no gradient;
+            synflow with a model that is not called like a transformers model.
     """
     if request.sparse_score not in SPARSE_SCORES:
         known = ", ".join(SPARSE_SCORES)
@@ -68,8 +68,8 @@ def sparse_adapter(request: MethodRequest) -> MaskedAdamW:
     zero = zero_matrices([item for item in request.ranked if item[0] in adapter])
     if zero and request.sparse_score != "rand":
         raise ValueError(
-            f"{zero[0]} is all zeros (a fresh LoRA B), so that {request.sparse_score}, a multiple "
-            "of the parameter, would never take its entries, and A would get no gradient: use a "
+            f"{zero[0]} is all zeros (a fresh LoRA B): {request.sparse_score} is a multiple of the "
+            "parameter, so it would never take its entries, and A would get no gradient: use a "
             "bottleneck (Pfeiffer) adapter, the score rand, or a method that ranks by the gradient "
             "(id3)"
         )
@@ -100,7 +100,7 @@ SPARSE_SCORES: dict[str, Callable[[MethodRequest], Importance]] = {
 
 
 def _logits_of_ones(model: nn.Module) -> Tensor:
-    """What a transformers model makes of tokens whose embeddings are ones."""
+    """The logits of a transformers model for embeddings that are all ones."""
     find: Any = getattr(model, "get_input_embeddings", None)
     if find is None:
         raise ValueError(
@@ -113,7 +113,8 @@ def _logits_of_ones(model: nn.Module) -> Tensor:
     hook = embeddings.register_forward_hook(lambda module, inputs, output: torch.ones_like(output))
     tokens = torch.zeros(1, SYNFLOW_TOKENS, dtype=torch.int64, device=embeddings.weight.device)
     try:
-        return model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
+        logits: Tensor = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
+        return logits
     finally:
         hook.remove()
 
@@ -132,14 +133,12 @@ def _calibration(request: MethodRequest) -> Iterable[Any]:
 
 
 def _some(scores: dict[str, Tensor], request: MethodRequest) -> Scores:
-    """The scores, with a warning where fewer entries than the budget score above zero."""
+    """The scores; warn if fewer entries than the budget score above zero."""
     found = sum(int((score > 0).sum()) for score in scores.values())
     wanted = resolve_budget(request.given_budget, sum(score.numel() for score in scores.values()))
     if found < wanted:
-        warnings.warn(
+        warn_user(
             f"only {found} entries score above zero, the budget is {wanted}: give more "
-            "calibration data, or a smaller budget",
-            UserWarning,
-            stacklevel=3,
+            "calibration data, or a smaller budget"
         )
     return Scores(scores)

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from sparse_optim.methods._request import MethodRequest, check_whole_gradients
 from sparse_optim.policy.selection import resolve_budget
 
-WINDOWS = 20  # of a run; the paper's windows are a hyper-parameter
+WINDOWS = 20  # in a run; the paper has the length of a window as a hyper-parameter
 
 
 class DynamicParameterSelection(torch.optim.AdamW):
-    """AdamW whose windows of steps are dense and sparse in turn (DPS Dense).
+    """AdamW that alternates dense and sparse windows of steps (DPS Dense).
 
         dense window    every entry moves;  F += g^2  for each Linear weight
         sparse window   of each Linear weight only the top share of F moves; F is reset after it
@@ -26,11 +26,11 @@ class DynamicParameterSelection(torch.optim.AdamW):
     its state is larger than full fine-tuning's, by F and the mask.
 
     Args:
-        params: param groups, as of torch.optim.AdamW.
-        linear: weights that sparse windows restrict.
-        share: of each such weight, above 0, at most 1; at least one entry.
-        window: steps, >= 1.
-        options: of torch.optim.AdamW.
+        params: param groups, as for torch.optim.AdamW.
+        linear: the weights that sparse windows restrict.
+        share: share of each such weight to train, above 0, at most 1; at least one entry.
+        window: steps in a window, >= 1.
+        options: further arguments of torch.optim.AdamW.
 
     Raises:
         ValueError: if a number is out of range.
@@ -60,7 +60,7 @@ class DynamicParameterSelection(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of the window that it falls in."""
+        """Take one step of the current window."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -113,7 +113,7 @@ def dps(request: MethodRequest) -> DynamicParameterSelection:
     """Windows of a twentieth of the run; the budget is a share of the Linear weights.
 
     Raises:
-        ValueError: the model has no Linear weight among the ranked parameters, or gradients shall
+        ValueError: the model has no Linear weight among the ranked parameters, or gradients are to
             be freed inside the backward pass.
     """
     check_whole_gradients(request)

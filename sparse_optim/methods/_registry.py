@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
+from sparse_optim._lazy import on_call
 
-from sparse_optim.methods import _builders as builders
-from sparse_optim.methods import _calibrated as calibrated
-from sparse_optim.methods import _dps
-from sparse_optim.methods._request import MethodRequest
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from sparse_optim.methods._request import MethodRequest
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,11 @@ class Method:
 
     Args:
         build: makes the optimizer.
-        lr: learning rate that suits it, for a user who gives none.
-        about: for the help.
+        lr: default learning rate.
+        about: description for the help.
         budget: "given", "biases" (as many entries as BitFit trains, unless given) or "none".
-        clips: whether the optimizer clips by itself (else the training loop does).
-        calibrates: whether it needs batches before the first step.
-        adam_eps: AdamW's eps in the source, where it is not 1e-8.
+        clips: whether the optimizer clips gradients (if not, the training loop does).
+        adam_eps: AdamW's eps in the source of the method.
     """
 
     build: Callable[[MethodRequest], torch.optim.Optimizer]
@@ -34,48 +33,56 @@ class Method:
     about: str
     budget: str = "given"
     clips: bool = True
-    calibrates: bool = False
     adam_eps: float = 1e-8
 
     @property
     def has_budget(self) -> bool:
-        """Whether a budget means anything to it."""
+        """Whether the method uses a budget."""
         return self.budget != "none"
 
 
-def _dense(build: Callable[[MethodRequest], Any], lr: float, about: str) -> Method:
-    return Method(build, lr, about, budget="none", clips=False)
+def _simple(name: str, lr: float, about: str) -> Method:
+    return Method(on_call("sparse_optim.methods._builders", name), lr, about)
 
 
-def _fresh_each_step(build: Callable[[MethodRequest], Any], about: str) -> Method:
-    return Method(build, 1e-3, about, budget="biases", adam_eps=1e-6)
+def _calibrated(name: str, lr: float, about: str) -> Method:
+    return Method(on_call("sparse_optim.methods._calibrated", name), lr, about)
+
+
+def _fresh_each_step(name: str, about: str) -> Method:
+    return replace(_simple(name, 1e-3, about), budget="biases", adam_eps=1e-6)
+
+
+def _dense(name: str, lr: float, about: str) -> Method:
+    return replace(_simple(name, lr, about), budget="none", clips=False)
 
 
 METHODS = {
-    "id3": Method(builders.id3, 5e-4, "ID3: budget unmasked step by step"),
-    "static-d3": Method(builders.static_d3, 5e-4, "top budget of D3 at step 1, then fixed"),
-    "repeat-d3": Method(builders.repeat_d3, 5e-4, "top budget of D3, anew at each step"),
-    "pafi": Method(builders.pafi, 5e-4, "smallest magnitudes, fixed"),
-    "fish": Method(calibrated.fish, 5e-4, "greatest Fisher information, fixed", calibrates=True),
-    "child-tuning-d": Method(
-        calibrated.child_tuning, 5e-4, "squared batch gradients, fixed", calibrates=True
-    ),
-    "r-mask": Method(builders.r_mask, 5e-4, "random entries, fixed"),
-    "sparse-adapter": Method(
-        calibrated.sparse_adapter, 5e-4, "SNIP or another pruning score of an adapter, fixed"
+    "id3": _simple("id3", 5e-4, "ID3: budget unmasked step by step"),
+    "static-d3": _simple("static_d3", 5e-4, "top budget of D3 at step 1, then fixed"),
+    "repeat-d3": _simple("repeat_d3", 5e-4, "top budget of D3, a new set at each step"),
+    "pafi": _simple("pafi", 5e-4, "smallest magnitudes, fixed"),
+    "fish": _calibrated("fish", 5e-4, "largest Fisher information, fixed"),
+    "child-tuning-d": _calibrated("child_tuning", 5e-4, "squared batch gradients, fixed"),
+    "r-mask": _simple("r_mask", 5e-4, "random entries, fixed"),
+    "sparse-adapter": _calibrated(
+        "sparse_adapter", 5e-4, "SNIP or another pruning score of an adapter, fixed"
     ),
     "stochastic-tuning": _fresh_each_step(
-        builders.stochastic_tuning, "a sample by |mu param grad| a step"
+        "stochastic_tuning", "a sample weighted by |mu param grad|, drawn at each step"
     ),
-    "top-tuning": _fresh_each_step(
-        builders.top_tuning, "top of |mu param grad|, anew at each step"
+    "top-tuning": _fresh_each_step("top_tuning", "top of |mu param grad|, a new set at each step"),
+    "random-tuning": _fresh_each_step("random_tuning", "random entries, a new set at each step"),
+    "dps": Method(
+        on_call("sparse_optim.methods._dps", "dps"),
+        1e-4,
+        "dense windows of steps choose what the next window trains",
+        clips=False,
     ),
-    "random-tuning": _fresh_each_step(builders.random_tuning, "random entries, anew at each step"),
-    "dps": Method(_dps.dps, 1e-4, "dense windows choose what the next may move", clips=False),
-    "bitfit": _dense(builders.bitfit, 1e-3, "bias terms only"),
-    "multi-head": _dense(builders.multi_head, 1e-4, "attention modules only"),
-    "full": _dense(builders.full, 5e-5, "every entry, torch.optim.AdamW"),
-    "frozen": _dense(builders.frozen, 1e-2, "fresh head only"),
+    "bitfit": _dense("bitfit", 1e-3, "bias terms only"),
+    "multi-head": _dense("multi_head", 1e-4, "attention modules only"),
+    "full": _dense("full", 5e-5, "every entry, torch.optim.AdamW"),
+    "frozen": _dense("frozen", 1e-2, "fresh head only"),
 }
 
 
@@ -91,19 +98,22 @@ def build(
 
     Args:
         name: a key of `METHODS`.
-        model: whose parameters that require gradients are trained, or ranked.
-        fresh: names, or beginnings of names, of parameters trained densely.
-        lr: default: the method's.
+        model: the model; its parameters that require gradients are trained, or ranked.
+        fresh: names, or beginnings of names, of parameters to train densely.
+        lr: learning rate (default: the method's).
         options: further fields of `MethodRequest`: budget, total_steps, calibration, ...
 
     Raises:
-        ValueError: an unknown method, or what the method cannot work with.
+        ValueError: an unknown method, or input that the method cannot use.
 
     Example:
+        >>> from torch import nn
         >>> model = nn.Linear(8, 2)
         >>> build("bitfit", model).param_groups[0]["lr"]
         0.001
     """
+    from sparse_optim.methods._request import MethodRequest  # torch: not needed for the names
+
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}; known: {', '.join(METHODS)}")
     method = METHODS[name]

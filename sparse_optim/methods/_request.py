@@ -1,4 +1,4 @@
-"""What a method is asked for, and the two kinds of optimizers that methods build."""
+"""The input of a method, and the two kinds of optimizers that methods build."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparse_optim.backends.operands import BiasCorrection
+from sparse_optim.backends.registry import BackendName
 from sparse_optim.optim.masked_adamw import MaskedAdamW
 from sparse_optim.policy.importance import Importance
 from sparse_optim.policy.schedule import Schedule, Uniform
@@ -18,24 +20,24 @@ from sparse_optim.policy.selection import Selection
 
 @dataclass(frozen=True)
 class MethodRequest:
-    """What a method may need to build its optimizer.
+    """The input from which a method builds its optimizer.
 
     Args:
         model: the model to train, as the training loop calls it.
-        named: (name, parameter), in the model's order, tied weights once.
-        fresh: names trained densely, outside the budget (a new classifier head).
-        no_decay: names that weight decay leaves alone (biases, norms).
+        named: (name, parameter) pairs, in the model's order, tied weights once.
+        fresh: names of parameters to train densely, outside the budget (a new classifier head).
+        no_decay: names of parameters without weight decay (biases, norms).
         lr, head_lr: learning rates of the pretrained and of the fresh parameters.
-        budget: entries (int) or share of the ranked entries (float); None takes the method's own.
+        budget: entries (int) or share of the ranked entries (float); None: the method's default.
         total_steps: optimizer steps of the run.
-        schedule, unmask_share: of methods that unmask step by step: how the budget is spread over
-            the steps, and in which share of the run it is spent.
+        schedule, unmask_share: for methods that unmask step by step: the spread of the budget over
+            the steps, and the share of the run in which it is spent.
         bias_correction: as in `MaskedAdamW`.
-        max_grad_norm: clip at this norm; 0 leaves gradients alone.
-        calibration: gives batches, for methods that score entries before training.
-        sparse_score: of "sparse-adapter", a key of `SPARSE_SCORES`.
+        max_grad_norm: clip gradients to this norm; None: no clipping.
+        calibration: returns batches, for methods that score entries before training.
+        sparse_score: for "sparse-adapter", a key of `SPARSE_SCORES`.
         fuse_backward: as in `MaskedAdamW`.
-        seed: of methods that draw entries.
+        seed: for methods that draw entries.
     """
 
     model: nn.Module
@@ -53,9 +55,9 @@ class MethodRequest:
     d3_eps: float = 1.0
     schedule: Schedule = field(default_factory=Uniform)
     unmask_share: float = 1.0
-    bias_correction: str = "entry"
-    max_grad_norm: float = 0.0
-    backend: str = "auto"
+    bias_correction: BiasCorrection = "entry"
+    max_grad_norm: float | None = None
+    backend: BackendName = "auto"
     calibration: Callable[[], Iterable[Any]] | None = None
     sparse_score: str = "snip"
     fuse_backward: bool = False
@@ -63,18 +65,18 @@ class MethodRequest:
 
     @property
     def ranked(self) -> list[tuple[str, nn.Parameter]]:
-        """What is not fresh."""
+        """The parameters that are not fresh."""
         return [(name, param) for name, param in self.named if name not in self.fresh]
 
     @property
     def given_budget(self) -> int | float:
-        """The budget, of a method that has none of its own."""
+        """The budget; a ValueError if none was given."""
         if self.budget is None:
             raise ValueError("this method needs a budget: entries (int) or a share (float)")
         return self.budget
 
     def param_groups(self, named: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
-        """Param groups of some parameters, by learning rate and weight decay; none is empty."""
+        """Param groups by learning rate and weight decay; no group is empty."""
         groups: dict[tuple[float, float], dict[str, Any]] = {}
         for name, param in named:
             lr = self.head_lr if name in self.fresh else self.lr
@@ -87,15 +89,15 @@ class MethodRequest:
 def masked_adamw(
     request: MethodRequest, importance: Importance, selection: Selection
 ) -> MaskedAdamW:
-    """Pretrained parameters are ranked, fresh ones trained densely.
+    """A MaskedAdamW that ranks pretrained parameters and trains fresh ones densely.
 
     Raises:
         ValueError: there is nothing to rank.
     """
     if not request.ranked:
         raise ValueError(
-            "the pool is empty: every trainable parameter is fresh (--dense), so that the budget "
-            "would go unused; name fewer, or use the method 'full'"
+            "the pool is empty: every trainable parameter is fresh (--dense), so the budget would "
+            "not be used; name fewer, or use the method 'full'"
         )
     return MaskedAdamW(
         ranked_groups(request),
@@ -105,29 +107,35 @@ def masked_adamw(
         request.weight_decay,
         importance=importance,
         selection=selection,
-        max_grad_norm=request.max_grad_norm or (math.inf if request.fuse_backward else None),
+        max_grad_norm=_clip_norm(request),
         bias_correction=request.bias_correction,
         backend=request.backend,
         fuse_backward=request.fuse_backward,
     )
 
 
+def _clip_norm(request: MethodRequest) -> float | None:
+    """The norm to clip to; inf says that no clipping is intended, where None would warn."""
+    if request.max_grad_norm is None and request.fuse_backward:
+        return math.inf
+    return request.max_grad_norm
+
+
 def check_whole_gradients(request: MethodRequest) -> None:
-    """Raise ValueError where gradients shall be freed inside the backward pass."""
+    """Raise ValueError if gradients are to be freed inside the backward pass."""
     if request.fuse_backward:
         raise ValueError(
-            "this method trains by torch.optim.AdamW, which needs whole gradients: leave "
-            "fuse_backward out"
+            "this method uses torch.optim.AdamW, which needs whole gradients: drop fuse_backward"
         )
 
 
 def dense_adamw(
     request: MethodRequest, chosen: Iterable[tuple[str, nn.Parameter]]
 ) -> torch.optim.AdamW:
-    """torch's fused AdamW on the chosen parameters; others no longer require gradients.
+    """torch's fused AdamW on the chosen parameters; the others no longer require gradients.
 
     Raises:
-        ValueError: it shall take gradients inside the backward pass.
+        ValueError: gradients are to be freed inside the backward pass.
     """
     check_whole_gradients(request)
     chosen = list(chosen)
@@ -140,7 +148,7 @@ def dense_adamw(
 
 
 def ranked_groups(request: MethodRequest) -> list[dict[str, Any]]:
-    """Pretrained parameters to be ranked, fresh ones to be trained densely."""
+    """Param groups: pretrained parameters to rank, fresh ones to train densely."""
     fresh = [item for item in request.named if item[0] in request.fresh]
     ranked = [{**group, "unmask": "rank"} for group in request.param_groups(request.ranked)]
     return ranked + [{**group, "unmask": "all"} for group in request.param_groups(fresh)]

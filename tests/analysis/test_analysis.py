@@ -19,7 +19,6 @@ from sparse_optim.analysis import (
     RecordError,
     Snapshot,
     allocation_grid,
-    entry_counts,
     load_record,
     save_record,
     sparsity_entropy,
@@ -43,12 +42,16 @@ def test_measures_by_hand():
     assert sparsity_entropy({**nothing, "embed": 3}, SIZES) == 0.0
 
 
+def entry_counts(optimizer: MaskedAdamW) -> dict[str, int]:
+    return {name: at.numel() for name, at in optimizer.active_entries().items()}
+
+
 def test_measures_of_an_optimizer():
     params = [("a", torch.nn.Parameter(torch.zeros(4))), ("b", torch.nn.Parameter(torch.zeros(3)))]
     optimizer = MaskedAdamW(params, importance=D3(), selection=Static(3))
     params[0][1].grad, params[1][1].grad = torch.arange(4.0), torch.zeros(3)
     optimizer.step()
-    counts = entry_counts(optimizer.active_entries())
+    counts = entry_counts(optimizer)
     assert counts == {"a": 3, "b": 0}
     assert tensor_sparsity(counts) == 0.5
 
@@ -124,11 +127,11 @@ def test_a_record_is_read_as_it_was_written(tmp_path):
     ("change", "message"),
     [
         (lambda lines: None, r"has no allocation\.jsonl: `sparse-optim finetune` writes it"),
-        (lambda lines: [], "line 1 is no header"),
-        (lambda lines: ["[]"], "line 1 is no header"),
-        (lambda lines: ["{}"], "line 1 is no header"),
+        (lambda lines: [], "line 1 is not a record's header"),
+        (lambda lines: ["[]"], "line 1 is not a record's header"),
+        (lambda lines: ["{}"], "line 1 is not a record's header"),
         (lambda lines: [lines[0].replace('"format": 1', '"format": 2')], "not of format 1"),
-        (lambda lines: lines[:1], "holds no step"),
+        (lambda lines: lines[:1], "has no steps"),
         (lambda lines: [*lines[:2], lines[2][:9]], "line 3 is cut"),
         (lambda lines: [lines[0], '{"step": 1}'], "line 2 is cut or not a snapshot"),
         (lambda lines: [lines[0], '{"step": 1, "active": [1]}'], "line 2 does not fit"),
@@ -204,9 +207,7 @@ def train(folder: Path, optimizer_of) -> tuple[AllocationRecorder, Tracker, list
     recorder.attach(trainer)
     seen: list[dict] = []
     optimizer.register_step_post_hook(
-        lambda inner, *_: (
-            isinstance(inner, MaskedAdamW) and seen.append(entry_counts(inner.active_entries()))
-        )
+        lambda inner, *_: isinstance(inner, MaskedAdamW) and seen.append(entry_counts(inner))
     )
     trainer.train()
     return recorder, tracker, seen

@@ -35,7 +35,7 @@ def run(monkeypatch):
         assert result.exit_code == code, result.output
         if code == 1:
             assert result.stdout == ""
-            assert result.stderr.startswith("error: ")
+            assert result.stderr.startswith("Error: ")
             assert result.stderr.count("\n") == 1
             return result.stderr
         return result.stdout
@@ -165,7 +165,7 @@ def test_apply_errors_are_one_line(tmp_path, run):
     delta = write_delta(tmp_path / "delta", example_delta(base))
     out = tmp_path / "out"
     assert "no such file" in run("apply", folder, tmp_path / "none", out, code=1)
-    assert "there is none" in run("apply", tmp_path / "none", delta, out, code=1)
+    assert "found none" in run("apply", tmp_path / "none", delta, out, code=1)
     assert "new or empty folder" in run("apply", folder, delta, folder, code=1)
     (tmp_path / "empty").mkdir()
     assert "no model.safetensors" in run("apply", tmp_path / "empty", delta, out, code=1)
@@ -261,7 +261,7 @@ def test_diff_of_two_deltas_shows_the_overlap(tmp_path, run):
     assert rows["only in A"] == "12"
     assert rows["only in B"] == "0"
     assert rows["Jaccard"] == "0.3333"
-    assert rows["of both, equal bits"] == "6"
+    assert rows["in both, equal bits"] == "6"
     assert rows["dense in both"] == "1"
     assert rows["same base"] == "yes"
 

@@ -21,7 +21,12 @@ from sparse_optim.cli import finetune as command
 from sparse_optim.cli.main import app
 from sparse_optim.finetune import FinetuneConfig, FinetuneError, parse_budget
 from sparse_optim.finetune.builtin_data import DATASETS, MODELS
-from sparse_optim.methods import METHODS
+from sparse_optim.finetune.config import field_types, settings
+from sparse_optim.finetune.models import DTYPES
+from sparse_optim.finetune.settings import choices
+from sparse_optim.finetune.tasks import TASKS
+from sparse_optim.methods import METHODS, SPARSE_SCORES
+from sparse_optim.policy.schedule import SCHEDULES
 
 WIDE = {"COLUMNS": "160", "NO_COLOR": "1", "TERM": "dumb"}
 
@@ -56,23 +61,29 @@ def test_help_lists_commands_and_what_is_built_in():
     )
     shown = invoke("finetune", "--help").output
     assert all(name in shown for name in (*METHODS, *MODELS, *DATASETS))
-    assert "ID3 wants learning rates of 1e-4 to 7e-4, ten times those of full" in shown
+    assert "ID3 needs learning rates of 1e-4 to 7e-4, ten times those of full" in shown
 
 
-def test_every_setting_has_an_option_with_the_same_default():
-    options = {
-        name: parameter.default
-        for name, parameter in inspect.signature(command.finetune).parameters.items()
-        if name != "debug"
-    }
-    settings = {field.name: field.default for field in fields(FinetuneConfig)}
-    assert options.keys() == settings.keys()
-    for name in ("dense", "adapter_targets"):  # typer has no empty default for what is repeated
-        options[name] = options[name] or ()
+def test_every_setting_is_an_option_with_its_default_and_help():
+    parameters = inspect.signature(command.build_command()).parameters
     required = ("model", "dataset", "output")
-    assert {n: v for n, v in options.items() if n not in required} == {
-        n: v for n, v in settings.items() if n not in required
-    }
+    assert list(parameters) == ["context", "config", *settings(), "debug"]
+    for field in fields(FinetuneConfig):
+        expected = None if field.name in required or field.default == () else field.default
+        assert parameters[field.name].default == expected
+        assert settings()[field.name].help[-1] in ".)"
+    shown = invoke("finetune", "--help").output
+    for name in settings():
+        assert f"--{name.replace('_', '-')} " in shown
+    assert all(f" {flag} " in shown for flag in ("-m", "-d", "-o", "--no-verify", "--no-cpu"))
+
+
+def test_names_that_need_no_torch_are_those_of_the_sources():
+    types = field_types()
+    assert choices(types["unmask_schedule"]) == tuple(SCHEDULES)
+    assert choices(types["sparse_score"]) == tuple(SPARSE_SCORES)
+    assert choices(types["dtype"]) == tuple(DTYPES)
+    assert choices(types["task"]) == tuple(TASKS)
 
 
 @pytest.mark.parametrize(
@@ -123,6 +134,8 @@ def test_finetune_then_inspect(tmp_path):
         (("--budget", "900M"), 1, "budget must be 1 to"),
         (("--text-column", "body"), 1, "no column 'body'; the data set has columns text, label"),
         (("--lr", "0"), 1, "--lr must be above 0"),
+        (("--max-grad-norm", "-1"), 1, "--max-grad-norm must be above 0"),
+        (("--amp", "fp8"), 2, "Invalid value for '--amp'"),
         (("--lr", "fast"), 2, "Invalid value for '--lr'"),
         (("--colour",), 2, "No such option"),
     ],

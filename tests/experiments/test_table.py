@@ -113,7 +113,7 @@ def test_the_table_shows_the_rates_of_the_best_runs(tmp_path):
     assert "| id3 | 100 | 1.5e-2/1e-3 | " in text
     assert "| full |  | 5e-5 | " in text
     assert "| frozen |  | 5e-2 | " in text
-    assert "where tasks differ, in their order" in text
+    assert "if tasks differ, in their order" in text
 
 
 def test_a_task_without_a_run_keeps_its_place_among_the_rates():

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from sparse_optim import apply_delta, load_delta, save_delta
 from sparse_optim.cli.main import app
 from sparse_optim.finetune import FinetuneConfig, FinetuneError
-from sparse_optim.finetune.adapters import ADAPTERS, DEFAULT_RATE
+from sparse_optim.finetune.adapter_kinds import ADAPTERS, DEFAULT_RATE
 from sparse_optim.finetune.job import learning_rate, run
 from sparse_optim.integrations import adapter_parameters, load_bottlenecks
 
@@ -179,7 +179,7 @@ def test_dense_methods_take_the_rate_of_adapters(folder, tmp_path):
         ({"adapter": "lora", "save_model": True}, "--save-model is for runs without --adapter"),
         ({"adapter": "lora", "method": "sparse-adapter"}, r"all zeros \(a fresh LoRA B\)"),
         ({"adapter": "dora", "method": "sparse-adapter"}, r"all zeros \(a fresh LoRA B\)"),
-        ({"sparse_score": "snap"}, r"unknown sparse-score 'snap' \(did you mean 'snip'\?\)"),
+        ({"sparse_score": "snap"}, "--sparse-score must be one of rand, mag, snip.* got 'snap'"),
         ({"adapter": "lora", "budget": 10**6}, "budget must be 1 to"),
     ],
 )
@@ -214,7 +214,7 @@ def test_export_peft_computes_the_same(folder, tmp_path):
     refused = invoke(*command)
     assert refused.exit_code == 1
     assert refused.stdout == ""
-    assert refused.stderr.startswith("error: SHiRA holds changed entries of Linear weights only")
+    assert refused.stderr.startswith("Error: SHiRA stores only changed entries of Linear weights")
     assert refused.stderr.count("\n") == 1
     written = invoke(*command, "--whole")
     assert written.exit_code == 0, written.output
@@ -239,6 +239,6 @@ def test_export_peft_errors_are_one_line(folder, tmp_path, monkeypatch, options,
     base = ("--base", folder / "encoder")
     shown = invoke("export-peft", delta, *base, "-o", tmp_path / "shira", *options)
     assert shown.exit_code == 1
-    assert shown.stderr.startswith("error: ")
+    assert shown.stderr.startswith("Error: ")
     assert message in shown.stderr
     assert not (tmp_path / "shira").exists()

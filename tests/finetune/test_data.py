@@ -171,7 +171,7 @@ def test_bad_values_are_named(tmp_path):
     with pytest.raises(FinetuneError, match=r"torn\.jsonl"):
         load_data(DataRequest(str(tmp_path / "torn.jsonl")))
     (tmp_path / "notes.txt").write_text("a")
-    with pytest.raises(FinetuneError, match=r"cannot read \.txt"):
+    with pytest.raises(FinetuneError, match="cannot read files with suffix"):
         load_data(DataRequest(str(tmp_path / "notes.txt")))
     (tmp_path / "folder").mkdir()
     with pytest.raises(FinetuneError, match="no data file"):
@@ -190,7 +190,7 @@ def test_no_network_is_said_at_once(monkeypatch):
 def test_offline_mode_is_named(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    with pytest.raises(FinetuneError, match="HF_HUB_OFFLINE keeps the hub from being asked"):
+    with pytest.raises(FinetuneError, match="HF_HUB_OFFLINE prevents a download"):
         load_data(DataRequest("nyu-mll/no-such-set"))
 
 

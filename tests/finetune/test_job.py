@@ -64,6 +64,7 @@ def test_every_task_writes_a_delta_that_rebuilds_the_model(
     assert metrics["delta_bytes"] == (output / "delta.safetensors").stat().st_size
     assert sorted(path.name for path in output.iterdir()) == [
         "allocation.jsonl",
+        "config.yaml",
         "curves.png",
         "delta.safetensors",
         "metrics.json",

@@ -63,7 +63,7 @@ def test_gradients_taken_inside_the_backward_pass_give_the_same_model(folders, t
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"accumulation": 2}, "--accumulation cannot add them up: leave one of both out"),
+        ({"accumulation": 2}, "--accumulation has nothing to add up: drop one of them"),
         ({"method": "full"}, "torch.optim.AdamW, which needs whole gradients"),
         ({"method": "dps"}, "torch.optim.AdamW, which needs whole gradients"),
         ({"method": "repeat-d3"}, "needs a set that only grows"),

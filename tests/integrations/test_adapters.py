@@ -177,7 +177,7 @@ def test_a_pruned_adapter_is_rebuilt_by_its_delta_and_the_same_zeros(kind):
     [
         ("dora", {}, "lora_magnitude_vector multiplies"),
         ("ia3", {}, "ia3_l multiplies"),
-        ("lora", {"bert.embeddings": torch.tensor([0])}, "'bert.embeddings' is no parameter"),
+        ("lora", {"bert.embeddings": torch.tensor([0])}, "'bert.embeddings' is not a parameter"),
     ],
 )
 def test_zeroing_refuses_and_changes_nothing(kind, active, message):

@@ -135,7 +135,7 @@ def test_errors():
     model = classifier()
     with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
         add_bottlenecks(model, 0)
-    with pytest.raises(ValueError, match="no Linear whose name ends in nothing"):
+    with pytest.raises(ValueError, match="no Linear with a name that ends in nothing"):
         add_bottlenecks(model, 2, ["nothing"])
     assert all(param.requires_grad for param in model.parameters())
     with pytest.raises(ValueError, match="see add_bottlenecks"):

@@ -159,7 +159,7 @@ def test_r_can_be_given(tmp_path):
     delta = changes(base, **{WEIGHT: 200})
     with pytest.raises(DeltaError, match=f"r=2 is too small: {KEY} needs r=3"):
         export_shira(delta, base, tmp_path / "shira", r=2)
-    with pytest.raises(DeltaError, match="r=22 is more than any layer can hold"):
+    with pytest.raises(DeltaError, match="r=22 is larger than any layer allows"):
         export_shira(delta, base, tmp_path / "shira", r=22, allow_whole=True)
     written = export_shira(delta, base, tmp_path / "shira", r=5)
     assert (written.r, written.entries, written.stored) == (5, 200, 5 * 96)
@@ -192,7 +192,7 @@ class Alike(nn.Module):
         (Tied(), {"first__weight": 2}, "'first.weight' and 'second.weight' are tied"),
         (Nested(), {"body__scale": 2}, "'body.scale' belongs to 'body', which holds further"),
         (Alike(), {"query__weight": 2}, "peft would take 'body.query' for 'query'"),
-        (Alike(), {"query__bias": 2}, "finds none .query: its bias changed"),
+        (Alike(), {"query__bias": 2}, "there are none .query: its bias changed"),
     ],
 )
 def test_models_that_peft_would_get_wrong_are_refused(tmp_path, base, entries, message):

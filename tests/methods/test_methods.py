@@ -57,7 +57,7 @@ def build(name: str, model: nn.Module, **options: object) -> torch.optim.Optimiz
     options = {"fresh": ["classifier"], "total_steps": 4} | options
     if METHODS[name].budget == "given":
         options.setdefault("budget", 40)
-    if METHODS[name].calibrates:
+    if name in ("fish", "child-tuning-d"):
         options.setdefault("calibration", lambda: [make_batch(9), make_batch(10)])
     return methods.build(name, model, **options)
 
@@ -232,8 +232,8 @@ def test_an_unknown_method_lists_the_known_ones():
     ("name", "message"),
     [
         ("bitfit", "no parameter's name ends in 'bias'"),
-        ("stochastic-tuning", "no biases to size the budget by"),
-        ("multi-head", "no parameter's name speaks of attention"),
+        ("stochastic-tuning", "no biases, which set the default budget"),
+        ("multi-head", "no parameter's name contains 'attention'"),
     ],
 )
 def test_models_without_the_parts(name, message):

@@ -1,0 +1,75 @@
+"""Shared by all commands: errors in one line, and lines that are not wrapped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from sparse_optim.errors import SparseOptimError
+
+
+@contextmanager
+def one_line_errors(
+    *, debug: bool = False, interrupted: str = "Nothing was written."
+) -> Iterator[None]:
+    """Turn an error that the user can mend into one line on stderr, and exit.
+
+    Exit code 1 for SparseOptimError, OSError and a missing optional package; 130 for Ctrl-C. Other
+    exceptions are defects: they keep their traceback.
+
+    Args:
+        debug: raise these errors with their traceback.
+        interrupted: printed after Ctrl-C.
+    """
+    try:
+        yield
+    except BrokenPipeError:  # `| head`: typer ends quietly
+        raise
+    except (SparseOptimError, OSError, ModuleNotFoundError) as error:
+        if debug or _is_ours(error):
+            raise
+        print_error(describe(error))
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        Console(stderr=True).print(Text(f"Interrupted. {interrupted}"), soft_wrap=True)
+        raise typer.Exit(130) from None
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether a module of this package is missing: a defect, not a missing extra."""
+    return isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("sparse_optim")
+
+
+def describe(error: Exception) -> str:
+    """The message of an error, on one line."""
+    message = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, ModuleNotFoundError) and "pip install" not in message:
+        message += "; install it with: pip install 'sparse-optim[finetune]'"
+    return message
+
+
+def print_error(message: str) -> None:
+    """Print an error to stderr, not wrapped."""
+    Console(stderr=True).print(Text.assemble(("Error:", "bold red"), f" {message}"), soft_wrap=True)
+
+
+def print_line(line: str) -> None:
+    """Print a line to stdout, not wrapped."""
+    Console().print(Text(line), soft_wrap=True)
+
+
+def quiet_libraries() -> None:
+    """Silence progress bars, reports and hints of the libraries."""
+    import datasets
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()

@@ -1,0 +1,56 @@
+"""Write files and folders that appear whole or not at all. It imports nothing of ours."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(target: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside `target`; write a file or a folder there.
+
+    When the block ends, what it wrote is synced to disk and renamed to `target`. When the block
+    fails or is interrupted, it is removed and `target` stays as it was. A process that is killed
+    leaves the old target, none, or the whole new one, and perhaps a hidden `.NAME.*.tmp`, which
+    may be deleted. A link at `target` is kept: the file that it points to is replaced.
+
+    Args:
+        target: in an existing folder. A file replaces a file; a folder replaces nothing or an
+            empty folder.
+
+    Raises:
+        OSError: the folder is missing, not writable, or full.
+    """
+    path = Path(os.path.realpath(target))
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        yield temporary
+        for file in temporary.rglob("*") if temporary.is_dir() else (temporary,):
+            if file.is_file():
+                _sync(file, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+        os.replace(temporary, path)
+    except BaseException:
+        _remove(temporary)
+        raise
+    if hasattr(os, "O_DIRECTORY"):  # elsewhere a folder cannot be synced
+        _sync(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
