@@ -32,7 +32,7 @@ demo: setup
 	@$(PY) -m sparse_optim.cli.demo --steps $(STEPS) --output $(OUT)
 
 test: test-setup
-	@$(PY) -m pytest $(PYTEST)
+	@$(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal $(PYTEST)
 
 # The report's clock starts here, and it builds the package for the card at hand: only packages are
 # set up first. Without a network, pip gives up at once, and what is installed must do.

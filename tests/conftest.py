@@ -1,11 +1,17 @@
 """What every test module relies on: repeatable Hypothesis runs, NaN in uninitialised memory."""
 
+import os
 import shutil
 import warnings
 from collections.abc import Iterator
 
 import hypothesis
 import pytest
+
+# Workers of pytest-xdist share the cores; so do the processes that tests start.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
+
 import torch
 
 from sparse_optim.engine import choose
