@@ -180,6 +180,7 @@ class Engine:
 
     def bind(self, dense: Sequence[Tensor]) -> Gradients:
         """The gradients in `.grad`, checked; see `Source`."""
+        self.pool.check_unchanged()
         bound, grads = bind_gradients(
             self.ops.bind, self.pool.params, self.pool.names, self.work.table
         )
@@ -288,6 +289,7 @@ class Engine:
     @torch.no_grad()
     def refresh(self, indices: Iterable[int] | None = None) -> None:
         """Take over the values of these tensors of the pool (default: of all)."""
+        self.pool.check_unchanged()
         bound = self.work.tiles.param_bound
         for index in range(len(self.pool.params)) if indices is None else indices:
             param = self.pool.params[index]
@@ -392,6 +394,7 @@ class Engine:
 
     def _moved(self, pool: Pool, capacity: int) -> ActiveSet:
         """The active entries, copied into buffers for another pool or capacity."""
+        self.pool.check_unchanged()
         segments = [self.active.segment(index) for index in range(len(pool.params))]
         for param, segment in zip(pool.params, segments, strict=True):
             values = param.detach().view(-1)[segment["position"].long()]

@@ -144,6 +144,7 @@ class FusedBackward:
         """
         self._check_first(index)
         pool, part = self._engine.pool, self._parts[index]
+        pool.check_unchanged(index)
         [grad] = readable_gradients([part.param], [pool.names[index]])
         self._begin()
         part.param.grad = None
@@ -173,6 +174,7 @@ class FusedBackward:
                 the last step.
         """
         self._raise_error()
+        self._engine.pool.check_unchanged()
         for index, part in enumerate(self._parts):
             if part.param.grad is not None:
                 self.take(index)

@@ -44,6 +44,7 @@ class EngineState:
 
 def pack(engine: Engine, fingerprints: Sequence[str]) -> dict[Any, dict[str, Any]]:
     """Per-entry state under each pool parameter, and counts and schedule under "unmask"; copies."""
+    engine.pool.check_unchanged()
     active = engine.active
     packed: dict[Any, dict[str, Any]] = {
         param: {name: value.clone() for name, value in active.segment(index).items()}

@@ -289,6 +289,7 @@ class MaskedAdamW(torch.optim.Optimizer):
             ValueError: if the budget is below the entries that are active already.
         """
         engine = self._engine
+        engine.pool.check_unchanged()
         current, steps = int(engine.targets[-1]), engine.targets.numel() - 1
         selection = self.selection.extended(
             current if budget is None else budget, total_steps, current_steps=steps

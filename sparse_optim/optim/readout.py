@@ -23,6 +23,7 @@ def delta_of(
         names: as `names_of` gives them.
         fingerprints: of the base's tensors, one for each tensor of the pool.
     """
+    engine.pool.check_unchanged()
     sparse, of_base, params = {}, {}, engine.pool.params
     moved = _moved_entries(engine)
     for index, (param, (position, unmask_step)) in enumerate(zip(params, moved, strict=True)):
