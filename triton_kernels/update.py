@@ -1,7 +1,7 @@
 """update: one AdamW step on the active entries alone.
 
     grad       <- sign * grad_factor * active_grad
-    exp_avg    <- exp_avg + (1 - beta1) * (grad - exp_avg)
+    exp_avg    <- beta1 * exp_avg + (1 - beta1) * grad    (as torch.lerp)
     exp_avg_sq <- beta2 * exp_avg_sq + (1 - beta2) * grad^2
     param      <- (1 - lr * weight_decay) * param
                   - lr / bias_correction1 * exp_avg
@@ -117,7 +117,10 @@ def update_kernel(
     else:
         value = load_entries(address, dtype, position, in_bounds)
 
-    exp_avg += (1.0 - beta1).to(tl.float32) * (grad - exp_avg)
+    # As torch.lerp: from the nearer end. From exp_avg alone, a gradient that is far smaller than it
+    # would be lost where beta1 is small.
+    keep1, gap = (1.0 - beta1).to(tl.float32), grad - exp_avg
+    exp_avg = tl.where(keep1 < 0.5, exp_avg + keep1 * gap, grad - (1.0 - keep1) * gap)
     exp_avg_sq = beta2.to(tl.float32) * exp_avg_sq + (1.0 - beta2).to(tl.float32) * (grad * grad)
     denominator = tl.div_rn(tl.sqrt_rn(exp_avg_sq), tl.sqrt_rn(bias_correction2))
     denominator += tl.load(row_ptr + EPS).to(tl.float32)

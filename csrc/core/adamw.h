@@ -1,7 +1,7 @@
 // AdamW for one entry, in float32: one copy for all compiled backends (reference.update in Python).
 //
 //   param      <- (1 - lr * weight_decay) * param
-//   exp_avg    <- exp_avg + (1 - beta1) * (grad - exp_avg)
+//   exp_avg    <- beta1 * exp_avg + (1 - beta1) * grad    (as torch.lerp)
 //   exp_avg_sq <- beta2 * exp_avg_sq + (1 - beta2) * grad^2
 //   param      <- param - lr / bias_correction1 * exp_avg
 //                         / (sqrt(exp_avg_sq) / sqrt(bias_correction2) + eps)
@@ -29,7 +29,10 @@ struct AdamW {
   SPARSE_OPTIM_INLINE void operator()(float& param, float& exp_avg, float& exp_avg_sq, float grad,
                                       float step_size, float sqrt_bias_correction2) const {
     const float g = grad * factor;
-    const float m = exp_avg + keep1 * (g - exp_avg);
+    const float gap = g - exp_avg;
+    // As torch.lerp: from the nearer end. From exp_avg alone, a gradient that is far smaller than
+    // it would be lost where beta1 is small.
+    const float m = keep1 < 0.5f ? exp_avg + keep1 * gap : g - (1.f - keep1) * gap;
     const float v = exp_avg_sq * beta2 + keep2 * (g * g);
     exp_avg = m;
     exp_avg_sq = v;

@@ -1,7 +1,7 @@
 // update: one AdamW step on the active entries alone.
 //
 //   param      <- (1 - lr * weight_decay) * param
-//   exp_avg    <- exp_avg + (1 - beta1) * (grad - exp_avg)
+//   exp_avg    <- beta1 * exp_avg + (1 - beta1) * grad    (as torch.lerp)
 //   exp_avg_sq <- beta2 * exp_avg_sq + (1 - beta2) * grad^2
 //   param      <- param - lr / bias_correction1 * exp_avg
 //                         / (sqrt(exp_avg_sq) / sqrt(bias_correction2) + eps)

@@ -104,6 +104,12 @@ def test_edge_sizes(size, dtype, offset_views):
     assert int(fast.active.progress[1]) == int(case.targets[-1])
 
 
+@pytest.mark.parametrize("beta1", step_checks.SMALL_BETAS)
+def test_small_gradients_after_large_ones_are_not_lost(beta1):
+    case = make_case([700, 90], dtypes=DTYPES[:2], num_active=300)
+    assert_same_step(step_checks.fading(case, beta1))
+
+
 @pytest.mark.parametrize("kind", ["normal", "ties", "equal", "zeros", "rows"])
 @pytest.mark.parametrize("exp", EXPS)
 @pytest.mark.parametrize("quota", [1, 40, 3000])

@@ -35,7 +35,7 @@ import pytest
 import torch
 from cuda_cases import FLOAT, TILE, Case, check_cut, check_exact, check_scan, check_state, run_both
 from op_cases import make_case
-from step_checks import assert_same_step
+from step_checks import SMALL_BETAS, assert_same_step, fading
 
 from sparse_optim import D3, Increment, MaskedAdamW
 from sparse_optim.backends import registry, scoring
@@ -289,6 +289,12 @@ def test_the_checks_of_the_gpu_tests_hold(exp):
         offset_views=True, max_grad_norm=0.5,
     )  # fmt: skip
     assert_same_step(case, emulated_cuda, lanes=32)
+
+
+@pytest.mark.parametrize("beta1", SMALL_BETAS)
+def test_small_gradients_after_large_ones_are_not_lost(beta1):
+    case = make_case([2 * TILE, 70], dtypes=(FLOAT, torch.bfloat16), num_active=90, tile=TILE)
+    assert_same_step(fading(case, beta1), emulated_cuda, lanes=32)
 
 
 def test_many_tensors_fill_the_table_in_several_launches():

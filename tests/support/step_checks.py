@@ -54,6 +54,17 @@ def in_float64(case: Case) -> Case:
     return twin
 
 
+def fading(case: Case, beta1: float) -> Case:
+    """The case with moments of gradients that were 10^8 times larger than those of this step."""
+    case.work.scalars.hyper[:, 1] = beta1
+    case.active.exp_avg *= 1e4
+    case.grads = [grad * 1e-4 for grad in case.grads]
+    return case
+
+
+SMALL_BETAS = (0.0, 0.3, 0.5, 0.6)  # torch.lerp adds from the other end above 0.5
+
+
 def assert_same_step(
     case: Case, ops: ModuleType, device: str | torch.device = "cpu", lanes: int = 8
 ) -> Case:

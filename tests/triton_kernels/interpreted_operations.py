@@ -38,7 +38,7 @@ import numpy as np
 import pytest
 import torch
 from op_cases import assert_as_exact, assert_same_bits
-from step_checks import assert_same_step
+from step_checks import SMALL_BETAS, assert_same_step, fading
 from triton_cases import BF16, F16, F32, STEP, TILE, assert_bits, make_case
 
 from sparse_optim import D3, IncrementalMaskedAdamW
@@ -256,6 +256,11 @@ def test_update(name: str) -> None:
     case = make_case(**UPDATES[name])
     case.work.scalars.grad_scale.fill_(2.0)
     assert_same_step(case, kernels)
+
+
+@pytest.mark.parametrize("beta1", SMALL_BETAS)
+def test_small_gradients_after_large_ones_are_not_lost(beta1: float) -> None:
+    assert_same_step(fading(make_case(dtypes=(F32, BF16)), beta1), kernels)
 
 
 def test_found_inf_skips_the_step() -> None:
