@@ -27,6 +27,7 @@ CHANGES: dict[str, tuple[Change, str]] = {
     "larger": (lambda p: give(p, torch.randn(600)), r"\(500,\) .* to \(600,\)"),
     "another shape": (lambda p: give(p, p.detach().view(20, 25)), r"to \(20, 25\)"),
     "bfloat16": (lambda p: give(p, p.detach().bfloat16()), "float32 to .*bfloat16"),
+    "transposed": (lambda p: give(p, torch.randn(500, 2)[:, 0]), r"with strides \(2,\)"),
     "empty": (lambda p: give(p, torch.empty(0)), r"to \(0,\)"),
 }
 USES: dict[str, Callable[[MaskedAdamW], Any]] = {
