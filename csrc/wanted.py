@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
+import subprocess
 import sys
 import sysconfig
 
@@ -44,14 +46,32 @@ def wants_cpp() -> bool:
     return False
 
 
+def nvcc_version(cuda_home: str) -> str:
+    """The release of the CUDA compiler, as "13.0"; "" if there is none. torch demands its major."""
+    try:
+        told = subprocess.run(
+            [f"{cuda_home}/bin/nvcc", "--version"], capture_output=True, text=True, check=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    found = re.search(r"release (\d+\.\d+)", told)
+    return found[1] if found else ""
+
+
 def wants_cuda(torch_cuda: str | None, cuda_home: str | None) -> bool:
     """Whether to build the CUDA backend; says so if not, and fails where it was demanded."""
     demanded = switch("SPARSE_OPTIM_CUDA")
     if demanded == "0":
         return False
-    if torch_cuda and cuda_home and os.path.exists(f"{cuda_home}/bin/nvcc"):
+    nvcc = nvcc_version(cuda_home) if cuda_home else ""
+    if not torch_cuda:
+        obstacle = "torch has no CUDA"
+    elif not nvcc:
+        obstacle = "nvcc was not found (set CUDA_HOME)"
+    elif nvcc.split(".")[0] != torch_cuda.split(".")[0]:
+        obstacle = f"nvcc is of CUDA {nvcc}, torch of CUDA {torch_cuda}"
+    else:
         return True
-    obstacle = "nvcc was not found (set CUDA_HOME)" if torch_cuda else "torch has no CUDA"
     if demanded == "1":
         sys.exit(f"SPARSE_OPTIM_CUDA=1 demands the CUDA backend, but {obstacle}")
     print(f"sparse-optim: no CUDA backend: {obstacle}", file=sys.stderr)

@@ -8,8 +8,8 @@
 The Makefile calls the steps in this order. They use nothing but the standard library and pip, and
 print a line each; everything that pip says goes to set-up.log in the venv.
 
-Third-party packages come as wheels with the hashes of lock.txt, so nothing but this package is ever
-built. torch, Triton and nvidia-* are not locked: a python that has torch lends it to the venv
+Third-party packages come as wheels with the hashes of lock.txt: nothing but this package is built.
+torch, Triton and nvidia-* are not locked: a python that has torch lends it to the venv
 (and its other packages, unless lock.txt pins another version), and nothing in that
 python is changed. --unlocked installs the newest version of everything that pyproject.toml allows.
 """
@@ -54,11 +54,12 @@ REMEDIES = (
     (r"do not match the hashes", "the package index serves a file other than the locked one: "
      "check the index that pip uses (pip config list), or renew the lock (make lock)"),
     (r"No space left", "free some space: the venv takes about 2.5 GB"),
-    (r"No matching distribution|Could not find a version", "the package index does not offer this "
-     "version for this python: use CPython 3.10 to 3.14, check the network and pip config list, "
-     "or renew the lock (make lock)"),
+    # Without a network, pip also finds no matching distribution.
     (r"Connection|Temporary failure|timed out|Max retries", "no package index was reached: check "
      "the network and the proxy, then run the same command again"),
+    (r"No matching distribution|Could not find a version", "the package index does not offer this "
+     "version for this python: use CPython 3.10 to 3.14, check pip config list, or renew the lock "
+     "(make lock)"),
     (r"Python\.h", "install the headers of python (Debian: apt install python3-dev)"),
     (r"no C\+\+ compiler|(g\+\+|c\+\+|cc1plus|gcc).*(No such file|not found)|"
      r"No such file.*(g\+\+|c\+\+|gcc)", "install a C++17 compiler (Debian: apt install g++)"),
@@ -87,7 +88,11 @@ class Venv:
         started = time.monotonic()
         line = Line(step)
         output = []
-        pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT}
+        # Settings that would put packages elsewhere than into the venv.
+        elsewhere = {"PIP_USER", "PIP_TARGET", "PIP_PREFIX"}
+        env = {name: value for name, value in os.environ.items() if name not in elsewhere}
+        pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        pipe |= {"cwd": ROOT, "env": env}
         with self.log.open("a") as log, subprocess.Popen(command, **pipe) as process:
             log.write(f"\n$ {' '.join(command)}\n")
             for text in process.stdout:
@@ -174,6 +179,9 @@ def environment(venv: Venv) -> None:
             f"python 3.10 or newer is needed, this is {version} ({sys.executable}): name another "
             "with make PYTHON=..."
         )
+    if Path(sys.prefix).resolve() == venv.folder:
+        print(f"environment: {venv.folder} (the python that runs this)", flush=True)
+        return
     lent = torch_version(sys.executable)
     venv.folder.mkdir(parents=True, exist_ok=True)
     told = f", with torch {lent} of {sys.executable}" if lent else ""
@@ -184,6 +192,17 @@ def environment(venv: Venv) -> None:
         (site,) = venv.folder.glob("lib/python*/site-packages")
         lines = [f"import site; site.addsitedir({folder!r})\n" for folder in folders]
         (site / "packages-of-base-python.pth").write_text("".join(lines))
+
+
+def check_python(venv: Venv) -> None:
+    """Raise SetupError if the venv was made by another version of python than this one."""
+    wanted = ".".join(map(str, sys.version_info[:2]))
+    found = venv.ask("import sys; print('.'.join(map(str, sys.version_info[:2])))")
+    if found != wanted:
+        raise SetupError(
+            f"{venv.folder} has python {found}, but this is python {wanted}.\nWhat to do: use "
+            "another folder (make VENV=...), or delete that one"
+        )
 
 
 def packages(venv: Venv, unlocked: bool) -> None:
@@ -207,8 +226,8 @@ def torch(venv: Venv, step: str, requirement: str) -> None:
     if torch_version(str(venv.python)):
         return
     pinned = "==" in requirement
-    if not has_gpu():
-        # Linux wheels of the CPU build are not on PyPI. macOS has no other build.
+    if not has_gpu() and sys.platform != "darwin":  # macOS has no other build
+        # Linux wheels of the CPU build are not on PyPI.
         index = "--extra-index-url" if pinned else "--index-url"
         build = f"{requirement}+cpu" if pinned else requirement
         try:
@@ -216,7 +235,7 @@ def torch(venv: Venv, step: str, requirement: str) -> None:
             return venv.pip(f"{step}, CPU build", *quick, index, CPU_INDEX, build)
         except SetupError:
             print(f"  {CPU_INDEX} was not reached, or has no build for this machine", flush=True)
-    venv.pip(f"torch {TORCH_VERSION} of PyPI", f"torch=={TORCH_VERSION}")
+    venv.pip(f"{step}, PyPI's build (gigabytes on Linux: CUDA)", requirement)
 
 
 def build(venv: Venv, unlocked: bool) -> None:
@@ -265,9 +284,11 @@ def main() -> None:
     parser.add_argument("--venv", type=Path, default=Path(".venv"))
     parser.add_argument("--unlocked", action="store_true", help="the newest, not the locked")
     options = parser.parse_args()
-    venv = Venv(options.venv)
+    venv = Venv(options.venv.resolve())
     os.environ["PIP_DISABLE_PIP_VERSION_CHECK"] = "1"
     try:
+        if options.step != "environment":
+            check_python(venv)
         if options.step == "packages":
             packages(venv, options.unlocked)
         elif options.step == "build":

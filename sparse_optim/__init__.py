@@ -46,7 +46,13 @@ __all__ = [
     "save_delta",
 ]
 
+# Home -> the names that it gives; a package is its own home.
 _NAMES = {
+    "sparse_optim.amp": ("amp",),
+    "sparse_optim.analysis": ("analysis",),
+    "sparse_optim.calibration": ("calibration",),
+    "sparse_optim.integrations": ("integrations",),
+    "sparse_optim.methods": ("methods",),
     "sparse_optim.delta": ("Delta", "apply_delta", "load_delta", "save_delta", "delta"),
     "sparse_optim.optim": ("optim",),
     "sparse_optim.optim.id3": ("IncrementalMaskedAdamW",),

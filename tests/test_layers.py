@@ -6,10 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from repository import ROOT
-
-pytest.importorskip("importlinter", reason="import-linter is not installed")
 
 
 def lint(*arguments: str) -> subprocess.CompletedProcess[str]:

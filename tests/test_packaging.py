@@ -90,6 +90,22 @@ def test_switches(switches, capsys):
         wanted.wants_cuda(None, None)
 
 
+@pytest.mark.parametrize(
+    ("release", "torch_cuda", "built"), [("13.0", "13.2", True), ("12.4", "13.0", False)]
+)
+def test_cuda_is_left_out_where_torch_would_refuse_the_compiler(
+    tmp_path, capsys, release, torch_cuda, built
+):
+    """torch demands the same major version; the build of the CPU kernels must not end with it."""
+    (tmp_path / "bin").mkdir()
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V1'\n")
+    nvcc.chmod(0o755)
+    assert wanted.wants_cuda(torch_cuda, str(tmp_path)) == built
+    told = f"nvcc is of CUDA {release}, torch of CUDA {torch_cuda}"
+    assert (told in capsys.readouterr().err) != built
+
+
 @pytest.fixture
 def checkout(tmp_path):
     """The sources of a build, away from the checkout and what was built there."""

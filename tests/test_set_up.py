@@ -89,6 +89,11 @@ def test_nothing_is_built_but_this_package(tmp_path):
         ("fatal error: Python.h: No such file or directory", "apt install python3-dev"),
         ("The virtual environment was not created: ensurepip is not available", "python3-venv"),
         ("ERROR: NewConnectionError: Temporary failure in name resolution", "the network"),
+        (
+            "WARNING: Retrying after connection broken by 'NewConnectionError': /simple/numpy/; "
+            "ERROR: No matching distribution found for numpy==2.4",
+            "no package index was reached",
+        ),
     ],
 )  # fmt: skip
 def test_a_failed_step_says_what_to_do(tmp_path, capsys, said, remedy):
@@ -132,3 +137,25 @@ def test_a_python_with_torch_lends_it_to_the_venv(tmp_path):
     venv = set_up.Venv(tmp_path / "venv")
     assert venv.ask("import torch; print(torch.__file__)").startswith(str(packages))
     assert venv.ask("import pip; print(pip.__file__)").startswith(str(venv.folder))
+
+
+def test_a_venv_that_runs_the_set_up_is_not_lent_to_itself(tmp_path, monkeypatch, capsys):
+    """`python -m venv .venv`, activated, with torch installed in it."""
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    set_up.environment(set_up.Venv(tmp_path.resolve()))
+    assert "the python that runs this" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_venv_of_another_python_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(set_up.Venv, "ask", lambda self, code: "3.9")
+    with pytest.raises(set_up.SetupError, match=r"has python 3\.9, but this is .*VENV=\.\.\."):
+        set_up.check_python(set_up.Venv(tmp_path))
+
+
+def test_settings_that_put_packages_elsewhere_do_not_reach_pip(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_TARGET", "/elsewhere")
+    venv = set_up.Venv(tmp_path)
+    code = "import os; print('PIP_TARGET' in os.environ)"
+    venv.run("a step", [sys.executable, "-c", code])
+    assert "False" in venv.log.read_text()

@@ -5,7 +5,7 @@
     bound(tile) = key of (its largest |grad|, the most favourable |param|) >= key of its entries
     threshold   = the quota-th largest key;  new = all above it, and the first that tie
 
-    1. Tiles that can hold a winner are listed (listing.py): no other has a bound that reaches the
+    1. Tiles that can hold a winner are listed (candidate_tiles.py): no other bound reaches the
        floor, which at least `quota` entries reach.
     2. A radix selection over their entries (11, 10 and 10 bits) gives the threshold.
     3. Each program counts what it will write of its share of the list; then all write, in order.
@@ -15,8 +15,8 @@ added atomically, so that the result is the same in every run, bitwise equal to 
 exp in {-1, -0.5, 0, 0.5, 1, 2}. Delegates that stand for groups of candidates: Gaihre et al. 2021,
 Dr. Top-k, arXiv 2109.08219.
 
-Bytes: the listed tiles, with their parameters unless exp = 0, five times; besides what listing.py
-reads.
+Bytes: the listed tiles, with their parameters unless exp = 0, five times; besides what
+candidate_tiles.py reads.
 Not run on a GPU yet: compiled ahead of time and interpreted.
 """
 
@@ -49,7 +49,7 @@ from .tiles import locate, location_pieces, open_tile
 DIGIT_SHIFTS = (20, 10, 0)
 DIGIT_BINS = 2048
 
-# Places in `state` besides those of `listing`, one of each for every pass over the digits: upper
+# Places in `state` besides those of `candidate_tiles`, one for every pass over the digits: upper
 # bits of the threshold so far (-1: fewer candidates than the quota); winners among what matches.
 PREFIX = tl.constexpr(2)
 WANTED = tl.constexpr(6)
@@ -78,7 +78,7 @@ def plan_kernel(
     max_quota,
 ):
     """state[QUOTA] <- min(targets[min(step + 1, T)] - active, max_quota), 0 if found_inf"""
-    step = tl.minimum(tl.load(progress_ptr) + 1, num_targets - 1)
+    step = tl.maximum(tl.minimum(tl.load(progress_ptr) + 1, num_targets - 1), 0)
     missing = tl.load(targets_ptr + step) - tl.load(progress_ptr + 1)
     quota = tl.minimum(tl.maximum(missing, 0), max_quota)
     quota = tl.where(tl.load(found_inf_ptr) != 0.0, 0, quota)

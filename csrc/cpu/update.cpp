@@ -36,7 +36,7 @@ struct BiasTable {
 
   BiasTable(const Hyper& hyper, int64_t oldest) {
     double power1 = 1.0, power2 = 1.0;
-    for (int64_t age = 1; age <= oldest; ++age) {
+    for (int64_t age = 1; age <= std::max<int64_t>(oldest, 1); ++age) {
       power1 *= hyper.beta1;
       power2 *= hyper.beta2;
       step_size.push_back(float(hyper.lr / (1.0 - power1)));
@@ -45,7 +45,10 @@ struct BiasTable {
     }
   }
 
-  int64_t row(int64_t age) const { return std::min(age, int64_t(step_size.size())) - 1; }
+  // Of any age: one that no entry can have must not read beyond the table.
+  int64_t row(int64_t age) const {
+    return std::clamp<int64_t>(age, 1, int64_t(step_size.size())) - 1;
+  }
 };
 
 SPARSE_OPTIM_VECTORIZED void adamw(int64_t count, float* value, float* exp_avg, float* exp_avg_sq,

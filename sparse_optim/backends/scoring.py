@@ -59,7 +59,7 @@ def step_quota(targets: Tensor, progress: Tensor, max_quota: int) -> Tensor:
     Returns:
         (), int64, on their device, >= 0.
     """
-    step = (progress[:1] + 1).clamp(max=targets.numel() - 1)
+    step = (progress[:1] + 1).clamp(0, targets.numel() - 1)
     return (targets[step] - progress[1]).clamp(0, max_quota).squeeze(0)
 
 

@@ -9,6 +9,7 @@ import torch
 
 from sparse_optim.backends.registry import BACKENDS, load
 from sparse_optim.engine import self_check
+from sparse_optim.errors import SparseOptimError
 from sparse_optim.warn import warn_user
 
 _log = logging.getLogger(__name__)
@@ -23,6 +24,10 @@ _INSTALL = {
 _PROVED = {"cpp", "reference"}
 
 
+class BackendError(SparseOptimError, RuntimeError):
+    """A backend that was asked for is not installed."""
+
+
 def choose(backend: str, device: torch.device) -> str:
     """Name the backend to run on a device.
 
@@ -34,7 +39,7 @@ def choose(backend: str, device: torch.device) -> str:
 
     Raises:
         ValueError: unknown name, or a backend that does not run on this device.
-        RuntimeError: a backend asked for by name that is not installed.
+        BackendError: a backend asked for by name that is not installed.
     """
     if backend == "auto":
         return _fastest(device)
@@ -48,7 +53,7 @@ def choose(backend: str, device: torch.device) -> str:
     try:
         load(backend)
     except ImportError as error:
-        raise RuntimeError(
+        raise BackendError(
             f"backend {backend!r} is not installed ({error}): {_INSTALL[backend]}; or use "
             "backend='auto'"
         ) from error

@@ -19,6 +19,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -36,10 +37,10 @@ from sparse_optim.backends.operands import (
 )
 from sparse_optim.backends.registry import Backend, load
 from sparse_optim.engine.pool import Gradients, Pool, bind_gradients
-from sparse_optim.engine.ranking import Ranking, scores_of, warn_of_scores
+from sparse_optim.engine.ranking import Ranking, noise_seed, scores_of, warn_of_scores
 from sparse_optim.engine.scalars import Rows, hyper_rows, write_hyper, write_scalar
 from sparse_optim.engine.touched import Touched
-from sparse_optim.policy.importance import Importance, in_kernel, is_fixed
+from sparse_optim.policy.importance import Importance, Traits, traits_of
 from sparse_optim.policy.selection import Selection
 
 
@@ -56,6 +57,11 @@ class Method:
     importance: Importance
     selection: Selection
     bias_correction: BiasCorrection = "entry"
+
+    @cached_property
+    def traits(self) -> Traits:
+        """Of the importance."""
+        return traits_of(self.importance)
 
 
 class Source(Protocol):
@@ -133,7 +139,7 @@ class Engine:
         work: buffers of a step. ranking: buffers of dense scores.
         touched: entries that were ever active.
         first_tiles: index of each tensor's first tile, on the host.
-        hyper: rows of hyper-parameters that the device knows.
+        known_hyper: rows of hyper-parameters that the device was given last.
 
     Raises:
         ValueError: the importance does not fit the names of the pool.
@@ -150,26 +156,27 @@ class Engine:
     ) -> None:
         self.pool, self.method, self.backend = pool, method, backend
         self.targets, capacity = targets.to(pool.device), int(targets[-1])
-        self.active = active or ActiveSet.empty(pool.params, capacity, pool.device)
-        self.touched = touched or Touched(torch.empty(0, dtype=torch.int64, device=pool.device))
+        if active is None:
+            active = ActiveSet.empty(pool.params, capacity, pool.device)
+        if touched is None:
+            touched = Touched(torch.empty(0, dtype=torch.int64, device=pool.device))
+        self.active, self.touched = active, touched
         self.first_tiles = pool.first_tiles(self.ops.TILE)
-        rule = in_kernel(method.importance)
-        bounded = rule is not None and rule[0] < 0 and method.selection.noise_seed is None
+        traits, selection = method.traits, method.selection
+        exp, _ = traits.in_kernel or (0.0, 1.0)
+        bounded = exp < 0 and noise_seed(traits, selection) is None
         quota = max_quota(self.targets, capacity)
         self.work = WorkSpace.empty(pool, capacity, quota, bounded, self.ops)
-        self.ranking = Ranking.empty(
-            method.importance, method.selection, self.work.table, self.work.tiles
-        )
-        self.spare = ActiveSet.empty(
-            pool.params, capacity if method.selection.replaces else 0, pool.device
-        )
-        if method.selection.replaces:
+        self.ranking = Ranking.of(traits, selection, self.work.table, self.work.tiles)
+        spare = capacity if selection.replaces else 0
+        self.spare = ActiveSet.empty(pool.params, spare, pool.device)
+        if selection.replaces:  # this step's gradients, whichever of both sets is the active one
             self.spare.grad = self.active.grad
-        self.hyper: Rows = []
+        self.known_hyper: Rows = []
         self._versions: list[int] = []
-        if check_names := getattr(method.importance, "check_names", None):
-            check_names(pool.names)
-        self.refresh()
+        if traits.check_names is not None:
+            traits.check_names(pool.names)
+        self.invalidate()
 
     @property
     def ops(self) -> Backend:
@@ -200,8 +207,8 @@ class Engine:
             found_inf: one element, 1 skips the step; None for 0.
         """
         scalars, rows = self.work.scalars, hyper_rows(groups)
-        write_hyper(scalars.hyper, groups, rows if rows != self.hyper else None)
-        self.hyper = rows
+        write_hyper(scalars.hyper, groups, rows if rows != self.known_hyper else None)
+        self.known_hyper = rows
         write_scalar(scalars.grad_scale, grad_scale, 1.0)
         write_scalar(scalars.found_inf, found_inf, 0.0)
         self.notice_writes()
@@ -275,7 +282,7 @@ class Engine:
         """Whether the next step is to unmask anything; reads counts from the device."""
         progress = self.active.progress
         # A static set of fixed scores is complete after one step, even if it found too few above 0.
-        if self.method.selection.one_step and is_fixed(self.method.importance) and progress[0] > 0:
+        if self.method.selection.one_step and self.method.traits.fixed and progress[0] > 0:
             return False
         return bool(scoring.step_quota(self.targets, progress, max_quota=1))
 
@@ -308,22 +315,36 @@ class Engine:
         self._versions = [param._version for param in self.pool.params]
 
     def invalidate(self) -> None:
-        """Let the next step look at every parameter: their versions are not known."""
+        """Let the next step look at every parameter: their versions are not known.
+
+        A new engine begins so: the model may be loaded after the optimizer, and master values may
+        only be compared with the parameters that it trains.
+        """
         self._versions = [-1] * len(self.pool.params)
 
     # Other engines with the same entries.
 
     def resized(self, method: Method, targets: Tensor) -> Engine:
         """The active entries under another budget or schedule."""
-        return Engine(
-            self.pool, method, targets, self.backend, self._moved(self.pool, int(targets[-1])),
-            self.touched,
-        )  # fmt: skip
+        active = self._copied_active(self.pool, int(targets[-1]))
+        return self._derived(Engine(self.pool, method, targets, self.backend, active, self.touched))
 
     def with_pool(self, pool: Pool) -> Engine:
-        """The active entries in a pool that begins with this one."""
-        active = self._moved(pool, int(self.targets[-1]))
-        return Engine(pool, self.method, self.targets, self.backend, active, self.touched)
+        """The active entries in a pool that begins with this one.
+
+        Raises:
+            ValueError: the new parameters are on another device, for which this backend was not
+                chosen.
+        """
+        if pool.device != self.pool.device:
+            raise ValueError(
+                f"the new parameters are on {pool.device}, but the optimizer was built for "
+                f"{self.pool.device}: use one optimizer per device"
+            )
+        active = self._copied_active(pool, int(self.targets[-1]))
+        return self._derived(
+            Engine(pool, self.method, self.targets, self.backend, active, self.touched)
+        )
 
     def restored(
         self,
@@ -344,14 +365,17 @@ class Engine:
         pool = self.pool
         active = ActiveSet.empty(pool.params, int(targets[-1]), pool.device)
         active.fill(segments, progress)
-        master, ever = active.master.clone(), self.touched
+        ever = self.touched
         if touched is not None:
             ever = Touched(touched.to(pool.device, copy=True))
         engine = Engine(pool, self.method, targets.clone(), self.backend, active, ever)
-        # The model may be loaded after the optimizer: master values are compared in the next step.
-        active.master.copy_(master)
-        engine.invalidate()
         engine.work.new.threshold.copy_(threshold)
+        return engine
+
+    def _derived(self, engine: Engine) -> Engine:
+        """The engine, with what this one's last step left to be read."""
+        engine.work.new.threshold.copy_(self.work.new.threshold)
+        engine.work.scalars.grad_norm.copy_(self.work.scalars.grad_norm)
         return engine
 
     # What is held.
@@ -392,7 +416,7 @@ class Engine:
         self.touched.add(self.active.global_index(sizes))
         self.spare = before
 
-    def _moved(self, pool: Pool, capacity: int) -> ActiveSet:
+    def _copied_active(self, pool: Pool, capacity: int) -> ActiveSet:
         """The active entries, copied into buffers for another pool or capacity."""
         self.pool.check_unchanged()
         segments = [self.active.segment(index) for index in range(len(pool.params))]

@@ -67,6 +67,9 @@ class FusedBackward:
         engine: whose pool gets hooks, and whose buffers are written.
         dense: parameters trained densely beside the pool; a step also consumes their gradients.
 
+    Attributes:
+        stepped: a step has consumed the gradients, and none has come since.
+
     Raises:
         ValueError: another source takes the gradients of a parameter already.
         RuntimeError: several processes train together.
@@ -84,6 +87,7 @@ class FusedBackward:
         self._progress.copy_(engine.active.progress, non_blocking=True)
         self._candidates = Candidates(engine)
         self._handles: dict[int, RemovableHandle] = {}
+        weakref.finalize(self, _remove, self._handles)
         self.discard()
         self.attach()
 
@@ -104,9 +108,7 @@ class FusedBackward:
 
     def detach(self) -> None:
         """Remove the hooks: gradients stay in `.grad` from now on."""
-        for handle in self._handles.values():
-            handle.remove()
-        self._handles = {}
+        _remove(self._handles)
 
     @property
     def holds_any(self) -> bool:
@@ -126,7 +128,7 @@ class FusedBackward:
         self._taken = [False] * len(self._parts)
         self._waiting: dict[int, Tensor] = {}
         self._candidates.clear()
-        self._begun = self._ranks = self._stepped = False
+        self._begun = self._ranks = self.stepped = False
         self._error: str | None = None
 
     @property
@@ -216,7 +218,7 @@ class FusedBackward:
         for param in self._dense:
             param.grad = None
         self.discard()
-        self._stepped = True
+        self.stepped = True
 
     def _begin(self) -> None:
         """Prepare for a step, before its first gradient."""
@@ -253,7 +255,7 @@ class FusedBackward:
 
     def _check_not_again(self) -> None:
         no_dense = all(param.grad is None for param in self._dense)
-        if self._stepped and not self.holds_any and no_dense:
+        if self.stepped and not self.holds_any and no_dense:
             raise RuntimeError(
                 "no gradient has come since the last step(): with fuse_backward=True a step "
                 "consumes the gradients, and cannot be repeated. Call backward() before step(), or "
@@ -291,9 +293,9 @@ class FusedBackward:
                 scores = perturbed(scores, noise, first)
             bound = engine.ops.bind(scores, params, ranking.table[first:last])
             engine.ops.rank(bound, tiles, active, noise[:0], work.scratch)
-        hopeful = self._candidates.may_reach_floor(tiles)
-        if hopeful is not None:
-            self._candidates.add(first, grads, scores, hopeful, active, self._found_inf)
+        reaching = self._candidates.may_reach_floor(tiles)
+        if reaching is not None:
+            self._candidates.add(first, grads, scores, reaching, active, self._found_inf)
 
 
 @dataclass(frozen=True)
@@ -316,6 +318,13 @@ class _Part:
             active=engine.active.of_tensors(index, index + 1),
             norm=work.norms[index : index + 1],
         )
+
+
+def _remove(handles: dict[int, RemovableHandle]) -> None:
+    """Remove the hooks, and forget them."""
+    for handle in handles.values():
+        handle.remove()
+    handles.clear()
 
 
 def _hooks_of(param: Tensor) -> Iterator[_Hook]:

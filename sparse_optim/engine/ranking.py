@@ -11,7 +11,7 @@ from torch import Tensor
 from sparse_optim.backends import scoring
 from sparse_optim.backends.operands import Rule, Tiles
 from sparse_optim.engine.pool import SUPPORTED_DTYPES, Pool
-from sparse_optim.policy.importance import Importance, check_scores, in_kernel
+from sparse_optim.policy.importance import Importance, Traits, check_scores, traits_of
 from sparse_optim.policy.selection import Selection
 from sparse_optim.warn import warn_user
 
@@ -19,11 +19,9 @@ from sparse_optim.warn import warn_user
 NOISE_ENTRIES = 1 << 16
 
 
-def noise_seed(importance: Importance, selection: Selection) -> int | None:
+def noise_seed(traits: Traits, selection: Selection) -> int | None:
     """Seed of what samples entries, as a signed 64-bit number; None where nothing does."""
-    seed = selection.noise_seed
-    if seed is None:
-        seed = getattr(importance, "noise_seed", None)
+    seed = traits.noise_seed if selection.noise_seed is None else selection.noise_seed
     return None if seed is None else (seed + 2**63) % 2**64 - 2**63
 
 
@@ -44,9 +42,9 @@ class Ranking:
     tiles: Tiles
 
     @staticmethod
-    def empty(importance: Importance, selection: Selection, table: Tensor, tiles: Tiles) -> Ranking:
+    def of(traits: Traits, selection: Selection, table: Tensor, tiles: Tiles) -> Ranking:
         """Buffers for a pool whose gradients have this table and these tiles."""
-        seed, exp_and_eps = noise_seed(importance, selection), in_kernel(importance)
+        seed, exp_and_eps = noise_seed(traits, selection), traits.in_kernel
         keys = [] if seed is None else [seed, 0]
         noise = torch.tensor(keys, dtype=torch.int64, device=table.device)
         if exp_and_eps is not None and seed is None:
@@ -69,12 +67,12 @@ def scores_of(
         TypeError, ValueError: an importance that is not `trusted` returned something else than
             finite scores >= 0 of the parameter's shape and device.
     """
-    if getattr(importance, "uniform", False):  # views of one tensor, as large as the largest needs
+    traits = traits_of(importance)
+    if traits.uniform:  # views of one tensor, as large as the largest needs
         most = max((grad.numel() for grad in grads), default=0)
         ones = torch.ones(most, dtype=torch.bfloat16, device=params[0].device)
         return [ones[: grad.numel()].view(grad.shape) for grad in grads]
-    exp_and_eps = in_kernel(importance)
-    if exp_and_eps is not None and exp_and_eps[0] == 0:
+    if traits.in_kernel is not None and traits.in_kernel[0] == 0:
         return list(grads)
     scores = []
     for name, param, grad in zip(names, params, grads, strict=True):
@@ -82,7 +80,7 @@ def scores_of(
             scores.append(grad)
             continue
         score = importance(name, param.detach(), grad)
-        if not getattr(importance, "trusted", False):
+        if not traits.trusted:
             _check(score, name, param)
         scores.append(score.contiguous())
     return scores
@@ -109,7 +107,7 @@ def warn_of_scores(
         grads: empty where a parameter has no gradient in this step.
         any_left: whether a frozen entry scores above 0.
     """
-    if check := getattr(importance, "check", None):
+    if check := traits_of(importance).check:
         present = [index for index, grad in enumerate(grads) if grad.numel()]
         check([pool.names[index] for index in present], [pool.params[index] for index in present])
     if not any_left:

@@ -27,6 +27,7 @@ STEPS = ("normal", "ties", "overflow", "ties")  # what the gradients of each ste
 METHODS: tuple[tuple[D3, Selection], ...] = (
     (D3(), Increment(300, total_steps=3)),
     (D3(exp=2.0, eps=0.01), Increment(300, total_steps=3)),
+    (D3(exp=-1.0, eps=0.01), Increment(300, total_steps=3)),
     (D3(), Stochastic(100)),
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def write_config(config: FinetuneConfig, path: Path) -> None:
     }
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     with replacing(path) as temporary:
-        temporary.write_text(HEADER.format(path) + text, encoding="utf-8")
+        temporary.write_text(HEADER.format(shlex.quote(str(path))) + text, encoding="utf-8")
 
 
 def _mapping(path: Path) -> dict[Any, Any]:

@@ -53,15 +53,17 @@ class GradScaler(torch.amp.GradScaler):
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
         """Step unless a gradient is infinite or NaN; see torch.amp.GradScaler.step."""
-        ours = isinstance(optimizer, MaskedAdamW) and optimizer.holds_gradients
-        if not (self._enabled and ours):
+        if not (self._enabled and isinstance(optimizer, MaskedAdamW) and optimizer.holds_gradients):
             return super().step(optimizer, *args, **kwargs)
-        assert isinstance(optimizer, MaskedAdamW)
         optimizer.scaler_reads_scan = True
         try:
             result = super().step(optimizer, *args, **kwargs)
         finally:
             optimizer.scaler_reads_scan = False
+            # torch deletes these after a step that returns; after one that raises, the next call
+            # would multiply the scale by what is left.
+            for name in ("grad_scale", "found_inf"):
+                vars(optimizer).pop(name, None)
         found = self._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
         for flag in found.values():
             flag.copy_(optimizer.engine.work.scalars.found_inf)

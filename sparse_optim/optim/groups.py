@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparse_optim.backends.operands import BiasCorrection
 from sparse_optim.engine.pool import Pool, check_param, check_together
-from sparse_optim.policy.importance import Importance
+from sparse_optim.policy.importance import Importance, traits_of
 from sparse_optim.policy.selection import Selection
 from sparse_optim.warn import warn_user
 
@@ -95,12 +95,13 @@ def check_group_options(group: dict[str, Any]) -> None:
         )
 
 
-def check_method(
-    importance: Importance,
-    selection: Selection,
-    max_grad_norm: float | None,
-    bias_correction: str,
-) -> None:
+def check_max_grad_norm(norm: float | None) -> None:
+    """Raise ValueError unless gradients can be clipped to this norm."""
+    if norm is not None and not norm > 0:
+        raise ValueError(f"max_grad_norm must be above 0 (None does not clip), got {norm}")
+
+
+def check_method(importance: Importance, selection: Selection, bias_correction: str) -> None:
     """Raise ValueError where an argument that belongs to no group is out of range."""
     if isinstance(importance, type) or not callable(importance):
         raise ValueError(
@@ -112,13 +113,11 @@ def check_method(
             "selection must be Increment(...), Static(...), Repeat(...) or Stochastic(...), "
             f"got {selection!r}"
         )
-    if getattr(importance, "ordinal", False) and selection.noise_seed is not None:
+    if traits_of(importance).ordinal and selection.noise_seed is not None:
         raise ValueError(
             f"{type(importance).__name__} gives an order, not weights to sample by: use Static, "
             "Increment or Repeat"
         )
-    if max_grad_norm is not None and not max_grad_norm > 0:
-        raise ValueError(f"max_grad_norm must be above 0 (None does not clip), got {max_grad_norm}")
     if bias_correction not in BIAS_CORRECTIONS:
         raise ValueError(
             f"bias_correction must be one of {BIAS_CORRECTIONS}, got {bias_correction!r}"

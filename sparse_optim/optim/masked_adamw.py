@@ -23,6 +23,7 @@ from sparse_optim.optim.dense_groups import plan_dense_step, take_dense_step
 from sparse_optim.optim.gradient_watch import GradientWatch
 from sparse_optim.optim.groups import (
     check_fusable,
+    check_max_grad_norm,
     check_method,
     check_new_group,
     check_rejected,
@@ -30,7 +31,7 @@ from sparse_optim.optim.groups import (
     split_groups,
 )
 from sparse_optim.optim.readout import delta_of, metrics_of, names_of
-from sparse_optim.policy.importance import Importance, in_kernel
+from sparse_optim.policy.importance import Importance, traits_of
 from sparse_optim.policy.selection import Selection, resolve_budget
 
 
@@ -102,7 +103,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         fused: bool | None = None,
         fuse_backward: bool = False,
     ) -> None:
-        check_method(importance, selection, max_grad_norm, bias_correction)
+        check_method(importance, selection, bias_correction)
         self.max_grad_norm = max_grad_norm
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad,
@@ -111,7 +112,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         super().__init__(params, defaults)
         pool, self._dense = split_groups(self.param_groups)
         chosen = choose(backend, pool.device)
-        waits = selection.replaces or in_kernel(importance) is None
+        waits = selection.replaces or traits_of(importance).in_kernel is None
         check_rejected(capturable, differentiable, pool.device, chosen, waits)
         self.capturable = capturable
         ranked = any(group["unmask"] == "rank" for group in self.param_groups)
@@ -149,6 +150,16 @@ class MaskedAdamW(torch.optim.Optimizer):
     def bias_correction(self) -> BiasCorrection:
         """How an entry's age is counted: "entry" or "global"."""
         return self._engine.method.bias_correction
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """Gradients are clipped to this global norm; None does not clip. May be changed."""
+        return self._max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, norm: float | None) -> None:
+        check_max_grad_norm(norm)
+        self._max_grad_norm = norm
 
     @property
     def fuse_backward(self) -> bool:
@@ -200,7 +211,8 @@ class MaskedAdamW(torch.optim.Optimizer):
         if not grads.any:
             source.discard()
             return loss
-        dense = plan_dense_step(self, grads.dense, self._scales_gradients)  # the last to allocate
+        # Nothing has moved if this, or what selects entries below, fails for want of memory.
+        dense = plan_dense_step(self, grads.dense, self._scales_gradients)
         self._base.finalize(engine.pool.params)
         engine.begin(self.param_groups, self._given("grad_scale"), self._given("found_inf"))
         source.select(grads)  # scan, cut, append
@@ -222,7 +234,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         """Raise RuntimeError where a step could not be replayed, or would miss infinities."""
         check_capture(
             self._engine.pool.device, self.capturable, self._base.final, self.param_groups,
-            self._engine.hyper,
+            self._engine.known_hyper,
         )  # fmt: skip
         scaled = self._given("grad_scale") is not None
         if self.fuse_backward and scaled and not self.scaler_reads_scan:
@@ -245,6 +257,7 @@ class MaskedAdamW(torch.optim.Optimizer):
             except BaseException:
                 before.attach()
                 raise
+            self._fused_backward.stepped = before.stepped
         self._engine = engine
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -286,7 +299,8 @@ class MaskedAdamW(torch.optim.Optimizer):
             total_steps: the new length of the run, counted from its beginning.
 
         Raises:
-            ValueError: if the budget is below the entries that are active already.
+            ValueError: if the budget is below the entries that are active already, or the steps
+                below those that were taken.
         """
         engine = self._engine
         engine.pool.check_unchanged()
@@ -295,9 +309,11 @@ class MaskedAdamW(torch.optim.Optimizer):
             current if budget is None else budget, total_steps, current_steps=steps
         )
         entries = resolve_budget(selection.budget, engine.pool.trainable_entries)
-        num_active = int(engine.active.progress[1])
+        step, num_active, _ = engine.active.progress.tolist()
         if entries < num_active:
             raise ValueError(f"budget {entries} is below the {num_active} entries already active")
+        if total_steps is not None and total_steps < step:
+            raise ValueError(f"total_steps {total_steps} is below the {step} steps already taken")
         self._check_idle("extend()")
         method = replace(engine.method, selection=selection)
         self._adopt(engine.resized(method, selection.targets(entries)))
@@ -382,7 +398,7 @@ class MaskedAdamW(torch.optim.Optimizer):
             model: gives the names, where the optimizer was not built from named parameters.
 
         Raises:
-            ValueError: a parameter has no name, or no step has been taken yet.
+            ValueError: a parameter has no name, or is not the model's.
         """
         names = names_of(self._engine.pool, self._dense, self.param_groups, model)
         return delta_of(self._engine, self._dense, names, self._base.values)

@@ -12,7 +12,7 @@ gradients. Every other one costs an extra pass, and a score of every entry while
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -28,17 +28,7 @@ LARGEST_FINITE_BITS = 0x7F7FFFFF
 class Importance(Protocol):
     """What ranks the entries: any function of (name, param, grad).
 
-    A class may also have attributes, all of them optional, by which it says more of itself:
-
-    in_kernel: (exp, eps), if its scores are those of `D3`; the kernels then rank gradients as they
-        read them, and it is never called.
-    fixed: True if scores do not depend on gradients; a static set is then complete after one step.
-    noise_seed: an int; entries are then sampled with probabilities proportional to score^2.
-    ordinal: True if scores are an order alone, and no weights to sample by.
-    trusted: True if scores always have the parameter's shape and are finite and >= 0.
-    uniform: True if every score is 1; it is then never called.
-    check_names(names): called with the names of the pool when the optimizer is built.
-    check(names, params): called before each ranking, with the parameters that have gradients.
+    An object may also have an attribute `traits`, by which it says more about its scores.
     """
 
     def __call__(self, name: str, param: Tensor, grad: Tensor, /) -> Tensor:
@@ -46,14 +36,36 @@ class Importance(Protocol):
         ...
 
 
-def in_kernel(importance: Importance) -> tuple[float, float] | None:
-    """(exp, eps) of D3 if the kernels rank gradients by themselves, else None."""
-    return getattr(importance, "in_kernel", None)
+@dataclass(frozen=True)
+class Traits:
+    """What an importance says about its scores; the defaults hold for any function.
+
+    Attributes:
+        in_kernel: (exp, eps), if the scores are those of `D3`: the kernels rank gradients as they
+            read them, and the importance is never called.
+        fixed: scores do not depend on gradients; a static set is complete after one step.
+        noise_seed: entries are sampled with probabilities proportional to score^2.
+        ordinal: scores are an order alone, and no weights to sample by.
+        trusted: scores always have the parameter's shape and are finite and >= 0.
+        uniform: every score is 1; the importance is never called.
+        check_names: called with the names of the pool when the optimizer is built.
+        check: called with names and parameters that have gradients, before each ranking.
+    """
+
+    in_kernel: tuple[float, float] | None = None
+    fixed: bool = False
+    noise_seed: int | None = None
+    ordinal: bool = False
+    trusted: bool = False
+    uniform: bool = False
+    check_names: Callable[[Sequence[str]], None] | None = None
+    check: Callable[[Sequence[str], Sequence[Tensor]], None] | None = None
 
 
-def is_fixed(importance: Importance) -> bool:
-    """Whether scores do not depend on the gradients."""
-    return bool(getattr(importance, "fixed", False))
+def traits_of(importance: Importance) -> Traits:
+    """The traits of an importance; those of a plain function if it has none."""
+    traits = getattr(importance, "traits", None)
+    return traits if isinstance(traits, Traits) else Traits()
 
 
 @dataclass(frozen=True)
@@ -77,7 +89,6 @@ class D3:
 
     exp: float = 0.0
     eps: float = 1.0
-    trusted: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.exp):
@@ -86,9 +97,9 @@ class D3:
             raise ValueError(f"D3: eps must be a finite number above 0, got {self.eps}")
 
     @property
-    def in_kernel(self) -> tuple[float, float]:
-        """exp and eps, for the kernels."""
-        return self.exp, self.eps
+    def traits(self) -> Traits:
+        """The kernels rank by exp and eps."""
+        return Traits(in_kernel=(self.exp, self.eps), trusted=True)
 
     def __call__(self, name: str, param: Tensor, grad: Tensor) -> Tensor:
         """Scores, float32, of the parameter's shape."""
@@ -107,19 +118,10 @@ class Magnitude:
     (PaFi), section 3.1.
     """
 
-    fixed: ClassVar[bool] = True
-    ordinal: ClassVar[bool] = True
-    trusted: ClassVar[bool] = True
-
-    def check(self, names: Sequence[str], params: Sequence[Tensor]) -> None:
-        """Warn of matrices that are all zeros: their entries would be unmasked first."""
-        zero = zero_matrices(zip(names, params, strict=True))
-        if zero:
-            warn_user(
-                f"Magnitude: {len(zero)} of the ranked matrices are all zeros (a fresh LoRA B?; "
-                f"the first is {zero[0]}), so that their entries are unmasked first, in the order "
-                "of their positions; leave them out of the pool, or rank by the gradient (D3)"
-            )
+    @property
+    def traits(self) -> Traits:
+        """An order that no gradient changes."""
+        return Traits(fixed=True, ordinal=True, trusted=True, check=_warn_of_zeros)
 
     def __call__(self, name: str, param: Tensor, grad: Tensor) -> Tensor:
         """Scores, float32, of the parameter's shape."""
@@ -140,13 +142,11 @@ class Random:
     """
 
     seed: int = 0
-    fixed: ClassVar[bool] = True
-    uniform: ClassVar[bool] = True
 
     @property
-    def noise_seed(self) -> int:
-        """Entries of equal scores, drawn at random."""
-        return self.seed
+    def traits(self) -> Traits:
+        """Equal scores, drawn at random."""
+        return Traits(fixed=True, noise_seed=self.seed, uniform=True)
 
     def __call__(self, name: str, param: Tensor, grad: Tensor) -> Tensor:
         """Ones of the parameter's shape; the optimizer adds the noise."""
@@ -162,7 +162,7 @@ class Snip:
     Reference: Lee et al. 2019, SNIP, equation 6; He et al. 2022, SparseAdapter, section 3.
     """
 
-    trusted: ClassVar[bool] = True
+    traits: ClassVar[Traits] = Traits(trusted=True)
 
     def __call__(self, name: str, param: Tensor, grad: Tensor) -> Tensor:
         """Scores, float32, of the parameter's shape."""
@@ -193,7 +193,7 @@ class ActivationWeightGradient:
     """
 
     means: InputFeatureMeans
-    trusted: ClassVar[bool] = True
+    traits: ClassVar[Traits] = Traits(trusted=True)
 
     def __call__(self, name: str, param: Tensor, grad: Tensor) -> Tensor:
         """Scores, float32, of the parameter's shape."""
@@ -222,13 +222,15 @@ class Scores:
         tensor([0., 2.])
     """
 
-    fixed: ClassVar[bool] = True
-    trusted: ClassVar[bool] = True
-
     def __init__(self, scores: Mapping[str, Tensor]) -> None:
         for name, score in scores.items():
             check_scores(score, name)
         self.scores = dict(scores)
+
+    @property
+    def traits(self) -> Traits:
+        """Scores that no gradient changes, and whose names must be those of the pool."""
+        return Traits(fixed=True, trusted=True, check_names=self.check_names)
 
     def __repr__(self) -> str:
         return f"Scores(of {len(self.scores)} parameters)"
@@ -264,6 +266,17 @@ def check_scores(score: Tensor, name: str) -> None:
         return
     if not bool((score.isfinite() & (score >= 0)).all()):
         raise ValueError(f"the importance of {name} is negative or not finite somewhere")
+
+
+def _warn_of_zeros(names: Sequence[str], params: Sequence[Tensor]) -> None:
+    """Warn of matrices that are all zeros: their entries would be unmasked first."""
+    zero = zero_matrices(zip(names, params, strict=True))
+    if zero:
+        warn_user(
+            f"Magnitude: {len(zero)} of the ranked matrices are all zeros (a fresh LoRA B?; the "
+            f"first is {zero[0]}), so that their entries are unmasked first, in the order of their "
+            "positions; leave them out of the pool, or rank by the gradient (D3)"
+        )
 
 
 def zero_matrices(named_params: Iterable[tuple[str, Tensor]]) -> list[str]:

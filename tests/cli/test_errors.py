@@ -20,7 +20,7 @@ from sparse_optim.experiments.presets import ExperimentError
 from sparse_optim.finetune import FinetuneError
 
 COMMANDS = {
-    "finetune": ("-m", "[x]/no/model", "-d", "none.csv", "-o", "{tmp}/out"),
+    "finetune": ("-m", "[x]/no/model", "-d", "[x].csv", "-o", "{tmp}/out"),
     "experiment": ("glue", "--dry-run", "--tasks", "[x]"),
     "inspect": ("{tmp}/[x].safetensors",),
     "apply": ("{tmp}", "{tmp}/[x].safetensors", "{tmp}/out"),

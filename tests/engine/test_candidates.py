@@ -43,6 +43,7 @@ class Step:
         pool = Pool(tuple(self.params), names, (0,) * len(SIZES), 1, 0, torch.device("cpu"))
         method = Method(D3(exp=exp, eps=0.1), Static(quota))
         self.engine = Engine(pool, method, torch.tensor([0, quota]), backend)
+        self.engine.refresh()  # as the first step does
         self.new, self.candidates = self.engine.work.new, Candidates(self.engine)
         if not on_host:
             self.candidates._on_host = False
@@ -56,10 +57,10 @@ class Step:
         tiles = engine.work.tiles.of_tensors(first, last, numbers)
         maxima = [tile_abs_max(grad, tiles.size).view(torch.int32) for grad in grads]
         tiles.max.copy_(torch.cat(maxima))
-        hopeful = self.candidates.may_reach_floor(tiles)
-        if hopeful is not None:
+        reaching = self.candidates.may_reach_floor(tiles)
+        if reaching is not None:
             active = engine.active.of_tensors(first, last)
-            self.candidates.add(first, grads, None, hopeful, active, self.no_inf)
+            self.candidates.add(first, grads, None, reaching, active, self.no_inf)
 
     def found(self) -> tuple[list[tuple[int, int]], Tensor]:
         """The winners and their gradients."""
