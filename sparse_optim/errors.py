@@ -1,4 +1,4 @@
-"""The base of the errors that a user can mend. It imports nothing, so that any layer may use it."""
+"""The base of the errors that a user can fix. It imports nothing, so that any layer may use it."""
 
 
 class SparseOptimError(ValueError):

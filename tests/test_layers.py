@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from repository import ROOT
 
 
@@ -29,3 +31,31 @@ def test_an_arrow_up_is_found(tmp_path: Path) -> None:
     done = lint("--config", str(tmp_path / "pyproject.toml"))
     assert done.returncode == 1
     assert "sparse_optim.policy" in done.stdout
+
+
+def imported(folder: str) -> set[str]:
+    """Modules that the files of a folder import, and attributes `torch.optim` that they read."""
+    found: set[str] = set()
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                found |= {str(node.module), *(f"{node.module}.{each.name}" for each in node.names)}
+            elif isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.optim":
+                found.add("torch.optim")
+    return found
+
+
+@pytest.mark.parametrize("layer", ["engine", "policy", "backends"])
+def test_the_engine_and_what_is_below_know_no_torch_optim(layer: str) -> None:
+    names = imported(f"sparse_optim/{layer}")
+    assert "torch" in names
+    assert not [name for name in names if name.startswith("torch.optim")]
+    assert any(name.startswith("torch.optim") for name in imported("sparse_optim/optim"))
+
+
+def test_triton_kernels_know_operands_alone() -> None:
+    """They lie outside of the package that import-linter reads."""
+    ours = {name for name in imported("triton_kernels") if name.startswith("sparse_optim")}
+    assert {".".join(name.split(".")[:3]) for name in ours} == {"sparse_optim.backends.operands"}

@@ -149,7 +149,7 @@ def test_a_venv_that_runs_the_set_up_is_not_lent_to_itself(tmp_path, monkeypatch
 
 def test_a_venv_of_another_python_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(set_up.Venv, "ask", lambda self, code: "3.9")
-    with pytest.raises(set_up.SetupError, match=r"has python 3\.9, but this is .*VENV=\.\.\."):
+    with pytest.raises(set_up.SetupError, match=r"(?s)has python 3\.9, but this is .*VENV=\.\.\."):
         set_up.check_python(set_up.Venv(tmp_path))
 
 

@@ -57,7 +57,7 @@ STATE = 10
 
 
 def cut_pieces(num_tiles: int) -> Pieces:
-    """Scratch: where tiles lie, the list, state, histograms, counts of each program."""
+    """Scratch: where tiles are, the list, state, histograms, counts of each program."""
     return [
         *location_pieces(num_tiles),
         (num_tiles, torch.int32),

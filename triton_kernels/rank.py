@@ -27,7 +27,7 @@ RANK_WARPS = 8
 
 
 def rank_pieces(num_tiles: int) -> Pieces:
-    """Scratch: where tiles lie."""
+    """Scratch: where tiles are."""
     return location_pieces(num_tiles)
 
 

@@ -51,7 +51,7 @@ DENSE_BLOCK = 4096
 
 
 def scan_pieces(num_tiles: int) -> Pieces:
-    """Scratch: where tiles lie, sums of squares of tiles, and of programs that read dense ones."""
+    """Scratch: where tiles are, sums of squares of tiles, and of programs that read dense ones."""
     return [
         *location_pieces(num_tiles), (num_tiles, torch.float32),
         (DENSE_GRADS * DENSE_PROGRAMS, torch.float64),

@@ -4,7 +4,7 @@
     scan    tile_max[j] <- max |grad| over the frozen entries of tile j;  norms, found_inf
     clip    what `update` multiplies gradients by, from the norms of all of them
     rank    tile_max[j] <- max score over the frozen entries of tile j, for importances that give
-            dense scores, and for sampling; D3 needs it not
+            dense scores, and for sampling; D3 does not need it
     cut     the `quota` frozen entries of largest importance |grad| / (|param| + eps)^exp
     append  those entries join the active set, with zero moments
     update  AdamW over the active entries alone

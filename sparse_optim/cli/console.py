@@ -16,7 +16,7 @@ from sparse_optim.errors import SparseOptimError
 def one_line_errors(
     *, debug: bool = False, interrupted: str = "Nothing was written."
 ) -> Iterator[None]:
-    """Turn an error that the user can mend into one line on stderr, and exit.
+    """Turn an error that the user can fix into one line on stderr, and exit.
 
     Exit code 1 for SparseOptimError, OSError and a missing optional package; 130 for Ctrl-C. Other
     exceptions are defects: they keep their traceback.

@@ -116,7 +116,7 @@ class WorkSpace:
             table=torch.zeros(len(pool.params), 4, dtype=torch.int64, device=pool.device),
             tiles=tiles,
             new=NewEntries.empty(quota, pool.device),
-            scalars=StepScalars.empty(pool.rows, pool.num_groups, pool.device),
+            scalars=StepScalars.empty(pool.group_index, pool.num_groups, pool.device),
             norms=torch.zeros(norms, dtype=torch.float64, device=pool.device),
             scratch=torch.zeros(scratch, dtype=torch.uint8, device=pool.device),
         )

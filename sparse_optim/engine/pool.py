@@ -25,7 +25,7 @@ class Pool:
 
     Attributes:
         params, names: S of each, in the order of the param groups.
-        rows: index of the param group of each.
+        group_index: index of the param group of each.
         num_groups: param groups in all.
         num_dense: parameters trained densely beside the pool.
         device: of all of them.
@@ -33,7 +33,7 @@ class Pool:
 
     params: tuple[Tensor, ...]
     names: tuple[str, ...]
-    rows: tuple[int, ...]
+    group_index: tuple[int, ...]
     num_groups: int
     num_dense: int
     device: torch.device
@@ -142,7 +142,7 @@ def check_param(param: Tensor, name: str, mode: str) -> None:
 
 
 def check_together(params: Sequence[Tensor], names: Sequence[str]) -> None:
-    """Raise ValueError where parameters lie on several devices, share memory or are too many."""
+    """Raise ValueError if parameters are on several devices, share memory or are too many."""
     if sum(param.numel() for param in params) > MAX_POOL_ENTRIES:
         raise ValueError(f"the parameters have more than {MAX_POOL_ENTRIES} entries")
     for param, name in zip(params, names, strict=True):

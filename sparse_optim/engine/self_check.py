@@ -85,7 +85,7 @@ def _first_difference(
             _step(engine, grads)
         for index, moves in enumerate(touched):
             moves[want.active.segment(index)["position"].long()] = True
-        if what := _difference(got, want) or _moved(got, start, touched):
+        if what := _difference(got, want) or _frozen_changed(got, start, touched):
             return f"{what} in step {number} of {importance}, {selection}"
     return None
 
@@ -134,7 +134,7 @@ def _difference(got: Engine, want: Engine) -> str | None:
     return None
 
 
-def _moved(got: Engine, start: list[Tensor], touched: list[Tensor]) -> str | None:
+def _frozen_changed(got: Engine, start: list[Tensor], touched: list[Tensor]) -> str | None:
     """Whether an entry that was never active has other bits than at the start."""
     for param, before, moves in zip(got.pool.params, start, touched, strict=True):
         if not torch.equal(param.detach().cpu().view(-1)[~moves], before.view(-1)[~moves]):

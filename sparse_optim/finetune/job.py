@@ -296,7 +296,7 @@ def build_optimizer(
     total_steps: int,
     batches: Callable[[], Iterable[Any]],
 ) -> torch.optim.Optimizer:
-    """Build the method's optimizer; a ValueError of its becomes a FinetuneError."""
+    """Build the optimizer of the method; turn its ValueError into a FinetuneError."""
     named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
     method = METHODS[config.method]
     config = resolved(config)

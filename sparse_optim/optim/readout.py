@@ -25,7 +25,7 @@ def delta_of(
     """
     engine.pool.check_unchanged()
     sparse, of_base, params = {}, {}, engine.pool.params
-    moved = _moved_entries(engine)
+    moved = _touched_entries(engine)
     for index, (param, (position, unmask_step)) in enumerate(zip(params, moved, strict=True)):
         if position.numel():
             name = names[id(param)]
@@ -98,7 +98,7 @@ def metrics_of(engine: Engine, further_bytes: int) -> dict[str, int | float | st
     }
 
 
-def _moved_entries(engine: Engine) -> list[tuple[Tensor, Tensor | None]]:
+def _touched_entries(engine: Engine) -> list[tuple[Tensor, Tensor | None]]:
     """For each tensor of the pool: positions (int64) that may have moved, and when unmasked.
 
     Where entries leave the set again, no step says when one was unmasked.

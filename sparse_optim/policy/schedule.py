@@ -1,4 +1,4 @@
-"""Schedules: how many entries shall have been unmasked after each step.
+"""Schedules: how many entries are to be unmasked after each step.
 
 A schedule maps (budget, steps) to steps + 1 cumulative targets, from 0 to the budget. Targets are
 computed in integers, so that no remainder is lost and nothing is unmasked twice.
