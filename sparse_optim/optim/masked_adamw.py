@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -111,6 +112,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         }  # fmt: skip
         super().__init__(params, defaults)
         pool, self._dense = split_groups(self.param_groups)
+        self._listed = self._list_params()
         chosen = choose(backend, pool.device)
         waits = selection.replaces or traits_of(importance).in_kernel is None
         check_rejected(capturable, differentiable, pool.device, chosen, waits)
@@ -231,7 +233,16 @@ class MaskedAdamW(torch.optim.Optimizer):
         return self.max_grad_norm is not None or self._given("grad_scale") is not None
 
     def _check_step(self) -> None:
-        """Raise RuntimeError where a step could not be replayed, or would miss infinities."""
+        """Raise RuntimeError where a step would move nothing, or could not be replayed, or would
+        miss infinities.
+        """
+        held = self._list_params()
+        if len(held) != len(self._listed) or not all(map(operator.is_, held, self._listed)):
+            raise RuntimeError(
+                "param_groups holds other parameters than the optimizer was built with (accelerate's"
+                " FSDP2 and other wrappers replace them), so that it would train none of them. Wrap "
+                "the model first, then build the optimizer; add_param_group() adds parameters"
+            )
         check_capture(
             self._engine.pool.device, self.capturable, self._base.final, self.param_groups,
             self._engine.known_hyper,
@@ -242,6 +253,10 @@ class MaskedAdamW(torch.optim.Optimizer):
                 "torch.amp.GradScaler finds no gradients to inspect with fuse_backward=True, so "
                 "that it would never lower its scale: use sparse_optim.amp.GradScaler"
             )
+
+    def _list_params(self) -> list[Tensor]:
+        """The parameters of all groups, to see whether somebody has replaced them."""
+        return [param for group in self.param_groups for param in group["params"]]
 
     def _check_idle(self, what: str) -> None:
         if self._fused_backward is not None:
@@ -277,7 +292,7 @@ class MaskedAdamW(torch.optim.Optimizer):
             pool, self._dense = split_groups(self.param_groups)
             base = self._base.extended(pool.params)
             self._adopt(self._engine.with_pool(pool))
-            self._base = base
+            self._base, self._listed = base, self._list_params()
         except BaseException:  # also when memory runs out
             self.param_groups.pop()
             self._dense = dense

@@ -137,6 +137,28 @@ def test_hooks_end_with_their_optimizer():
     assert not any(param._post_accumulate_grad_hooks for param in params)
 
 
+@pytest.mark.parametrize("fuse", [False, True])
+@pytest.mark.parametrize("how", ["replaced", "deleted", "appended", "reordered"])
+def test_other_parameters_in_the_groups_are_refused(fuse, how):
+    """As wrappers do that shard a model after the optimizer was built: nothing would be trained."""
+    params = new_params((40, 5), (30,))
+    optimizer = build(params, fuse_backward=fuse)
+    held = optimizer.param_groups[0]["params"]
+    if how == "replaced":
+        optimizer.param_groups[0]["params"] = [Parameter(param.detach().clone()) for param in held]
+    elif how == "deleted":
+        del held[1]
+    elif how == "appended":
+        held.append(Parameter(torch.ones(3)))
+    else:
+        held.reverse()
+    give_grads(held, "normal", torch.Generator().manual_seed(0))
+    before = snapshot(params)
+    with pytest.raises(RuntimeError, match="param_groups holds other parameters than"):
+        optimizer.step()
+    assert all(map(torch.equal, params, before))
+
+
 class Named:
     """An importance whose methods have names that could mean something else."""
 
