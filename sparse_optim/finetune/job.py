@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ from rich.console import Console
 from torch import nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
 
-from sparse_optim.analysis import ALLOCATION_FILE
 from sparse_optim.delta import Delta, apply_delta, load_delta, save_delta
 from sparse_optim.finetune.adapter_kinds import DEFAULT_RATE
 from sparse_optim.finetune.adapters import attach_adapter, save_adapter
@@ -36,22 +34,29 @@ from sparse_optim.finetune.models import (
     load_tokenizer,
     set_threads,
 )
+from sparse_optim.finetune.output import (
+    ADAPTER_FOLDER,
+    CHECKPOINTS,
+    DELTA_FILE,
+    METRICS_FILE,
+    MODEL_FOLDER,
+    PLOT_FILE,
+    check_output,
+    replaced_results,
+)
 from sparse_optim.finetune.plots import draw_curves
 from sparse_optim.finetune.progress import ConsoleProgress
 from sparse_optim.finetune.readings import make_delta
 from sparse_optim.finetune.report import collect, write_json
 from sparse_optim.finetune.tasks import TASKS, Task
 from sparse_optim.finetune.trainer import SelectiveTrainer
-from sparse_optim.finetune.validate import check_method, check_output, check_tracker
+from sparse_optim.finetune.validate import check_method, check_tracker
 from sparse_optim.methods import METHODS, MethodRequest
 from sparse_optim.policy.schedule import SCHEDULES
 
 logger = logging.getLogger(__name__)
 
 LoadModel = Callable[[ModelSource, TaskData, PreTrainedTokenizerBase, str, str], LoadedModel]
-
-DELTA_FILE, METRICS_FILE, PLOT_FILE = "delta.safetensors", "metrics.json", "curves.png"
-ADAPTER_FOLDER = "adapter"
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ def run(config: FinetuneConfig, console: Console | None = None) -> FinetuneResul
     try:
         return run_checked(config, console)
     finally:
-        remove_if_empty(config.output / "checkpoints")
+        remove_if_empty(config.output / CHECKPOINTS)
         remove_if_empty(config.output)
 
 
@@ -144,30 +149,32 @@ def train_model(
 
 def write_results(config: FinetuneConfig, inputs: Inputs, trained: Trained) -> FinetuneResult:
     """Write delta, metrics and plot, and check that base + delta is the trained model."""
-    prepare_output(config)
-    delta_path = config.output / DELTA_FILE
-    save_delta(
-        describe_delta(trained.trainer, trained.loaded, config, inputs.data.task), delta_path
-    )
-    if config.adapter is not None:
-        save_adapter(trained.loaded.model, config.output / ADAPTER_FOLDER)
-    if config.save_model:
-        trained.trainer.save_model(str(config.output / "model"))
-    differing = None
-    if config.verify:
-        base = load_base(config, inputs)
-        differing = differing_tensors(base.model, trained.loaded.model, delta_path)
-    metrics = trained.metrics | {
-        "delta_bytes": delta_path.stat().st_size,
-        "verified": None if differing is None else not differing,
-    }
-    write_json(metrics, config.output / METRICS_FILE)
-    write_config(resolved(config), config.output / CONFIG_FILE)
-    trained.trainer.recorder.save(config.output, config.method, metrics["metric"]["name"])
-    draw_curves(metrics, config.output / PLOT_FILE)
+    with replaced_results(config.output) as folder:
+        delta_path = folder / DELTA_FILE
+        save_delta(
+            describe_delta(trained.trainer, trained.loaded, config, inputs.data.task), delta_path
+        )
+        if config.adapter is not None:
+            save_adapter(trained.loaded.model, folder / ADAPTER_FOLDER)
+        if config.save_model:
+            trained.trainer.save_model(str(folder / MODEL_FOLDER))
+        differing = None
+        if config.verify:
+            base = load_base(config, inputs)
+            differing = differing_tensors(base.model, trained.loaded.model, delta_path)
+        metrics = trained.metrics | {
+            "delta_bytes": delta_path.stat().st_size,
+            "verified": None if differing is None else not differing,
+        }
+        write_config(resolved(config), folder / CONFIG_FILE)
+        trained.trainer.recorder.save(folder, config.method, metrics["metric"]["name"])
+        draw_curves(metrics, folder / PLOT_FILE)
+        metrics["files"] = sorted([METRICS_FILE, *(path.name for path in folder.iterdir())])
+        write_json(metrics, folder / METRICS_FILE)
     if differing:
         raise FinetuneError(
-            f"base + {delta_path} is not the trained model: {', '.join(differing[:3])} differ"
+            f"base + {config.output / DELTA_FILE} is not the trained model: "
+            f"{', '.join(differing[:3])} differ"
         )
     return FinetuneResult(metrics, config.output, trained.loaded.model)
 
@@ -176,15 +183,6 @@ def remove_if_empty(folder: Path) -> None:
     """Remove a folder that the trainer made, if it is still empty."""
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
-
-
-def prepare_output(config: FinetuneConfig) -> None:
-    """Make the output folder and remove the results of an earlier job."""
-    config.output.mkdir(parents=True, exist_ok=True)
-    for name in (DELTA_FILE, METRICS_FILE, CONFIG_FILE, PLOT_FILE, ALLOCATION_FILE):
-        (config.output / name).unlink(missing_ok=True)
-    for name in ("model", ADAPTER_FOLDER):
-        shutil.rmtree(config.output / name, ignore_errors=True)
 
 
 def data_request(config: FinetuneConfig) -> DataRequest:
@@ -246,7 +244,7 @@ def training_arguments(config: FinetuneConfig, train_size: int) -> TrainingArgum
     per_step = config.batch_size * config.accumulation
     steps = config.steps or max(1, math.ceil(train_size / per_step * config.epochs))
     return TrainingArguments(
-        output_dir=str(config.output / "checkpoints"),
+        output_dir=str(config.output / CHECKPOINTS),
         max_steps=config.steps or -1,
         num_train_epochs=config.epochs,
         per_device_train_batch_size=config.batch_size,

@@ -39,16 +39,3 @@ def check_tracker(name: str) -> None:
             f"--report-to: {name!r} is unknown or not installed; "
             f"known: {', '.join(['none', *sorted(installed)])}"
         )
-
-
-def check_output(config: FinetuneConfig) -> None:
-    """Raise FinetuneError for an output folder in use, or a missing checkpoint."""
-    if config.resume is not None:
-        if not (config.resume / "trainer_state.json").is_file():
-            raise FinetuneError(f"--resume: {config.resume} is not a Trainer checkpoint")
-        return
-    output = config.output
-    if output.exists() and not output.is_dir():
-        raise FinetuneError(f"--output: {output} is a file")
-    if output.is_dir() and any(output.iterdir()) and not config.overwrite:
-        raise FinetuneError(f"--output: {output} is not empty; add --overwrite or name another")

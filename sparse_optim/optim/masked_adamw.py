@@ -239,9 +239,9 @@ class MaskedAdamW(torch.optim.Optimizer):
         held = self._list_params()
         if len(held) != len(self._listed) or not all(map(operator.is_, held, self._listed)):
             raise RuntimeError(
-                "param_groups holds other parameters than the optimizer was built with (accelerate's"
-                " FSDP2 and other wrappers replace them), so that it would train none of them. Wrap "
-                "the model first, then build the optimizer; add_param_group() adds parameters"
+                "param_groups holds other parameters than the optimizer was built with (wrappers "
+                "such as accelerate's FSDP2 replace them), so that it would train none of them. "
+                "Wrap the model first, then build the optimizer; add_param_group() adds parameters"
             )
         check_capture(
             self._engine.pool.device, self.capturable, self._base.final, self.param_groups,
