@@ -23,6 +23,7 @@ from sparse_optim.delta._tensors import (
     storage_key,
 )
 from sparse_optim.delta._types import Delta, DeltaError
+from sparse_optim.warn import warn_user
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,8 +78,19 @@ class AppliedDelta:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if not self._reverted:
+        if self._reverted:
+            return
+        try:
             self.revert()
+        except DeltaError as failure:
+            if error is None:
+                raise
+            # The caller's own exception goes on, KeyboardInterrupt included.
+            told = f"besides, the delta could not be reverted: {failure}"
+            if hasattr(error, "add_note"):  # Python 3.11
+                error.add_note(told)
+            else:
+                warn_user(told, RuntimeWarning)
 
 
 class DeltaSwitcher:

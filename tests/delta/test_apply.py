@@ -1,5 +1,7 @@
 """Deltas in live models: apply, revert, swap, merge."""
 
+import sys
+
 import pytest
 import torch
 from delta_cases import (
@@ -308,3 +310,31 @@ def test_apply_on_the_gpu_and_revert_after_moving():
     assert content_fingerprint(Delta.from_models(base.cuda(), tuned.cuda())) == content_fingerprint(
         delta
     )
+
+
+@pytest.mark.parametrize("error", [ValueError("mine"), KeyboardInterrupt()])
+def test_the_callers_exception_goes_on_where_reverting_fails_too(error):
+    base, tuned = tied_pair()
+    delta = Delta.from_models(base, tuned)
+
+    def write_into_the_applied_model_and_fail():
+        with apply_delta(base, delta), torch.no_grad():
+            base.embedding.weight.add_(1.0)
+            raise error
+
+    with pytest.raises(type(error)) as raised:
+        write_into_the_applied_model_and_fail()
+    assert raised.value is error
+    if sys.version_info >= (3, 11):
+        assert "the delta could not be reverted" in raised.value.__notes__[0]
+
+
+def test_a_failed_revert_is_an_error_where_the_caller_has_none():
+    base, tuned = tied_pair()
+
+    def write_into_the_applied_model():
+        with apply_delta(base, Delta.from_models(base, tuned)), torch.no_grad():
+            base.embedding.weight.add_(1.0)
+
+    with pytest.raises(DeltaError):
+        write_into_the_applied_model()
