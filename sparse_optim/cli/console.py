@@ -54,14 +54,20 @@ def describe(error: Exception) -> str:
     return message
 
 
+def plain(text: str) -> Text:
+    """Text without markup. Names and metadata come from files of strangers: control characters,
+    terminal escapes and lone surrogates are shown as Python escapes."""
+    return Text("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text))
+
+
 def print_error(message: str) -> None:
     """Print an error to stderr, not wrapped."""
-    Console(stderr=True).print(Text.assemble(("Error:", "bold red"), f" {message}"), soft_wrap=True)
+    Console(stderr=True).print(Text("Error: ", "bold red") + plain(message), soft_wrap=True)
 
 
 def print_line(line: str) -> None:
     """Print a line to stdout, not wrapped."""
-    Console().print(Text(line), soft_wrap=True)
+    Console().print(plain(line), soft_wrap=True)
 
 
 def quiet_libraries() -> None:

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
-from sparse_optim.cli.console import one_line_errors, print_line
+from sparse_optim.cli.console import one_line_errors, plain, print_line
 
 if TYPE_CHECKING:
     from sparse_optim.delta import Delta  # torch: the commands import it, --help does not
@@ -89,7 +88,7 @@ def diff(
 
 
 def _facts(title: str) -> Table:
-    table = Table(title=Text(title), show_header=False, title_justify="left")
+    table = Table(title=plain(title), show_header=False, title_justify="left")
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     return table
@@ -100,9 +99,9 @@ def _summary(path: Path, delta: Delta) -> Table:
 
     table = _facts(str(path))
     arguments = {key: value for key, value in delta.method.items() if key != "name"}
-    table.add_row("method", Text(str(delta.method.get("name", "unknown"))))
+    table.add_row("method", plain(str(delta.method.get("name", "unknown"))))
     for key, value in arguments.items():
-        table.add_row(Text(f"  {key}"), Text(str(value)))
+        table.add_row(plain(f"  {key}"), plain(str(value)))
     numel = sum(values.numel for values in delta.sparse.values())
     share = f" ({delta.num_entries / numel:.4%} of {numel:,})" if numel else ""
     table.add_row("sparse entries", f"{delta.num_entries:,}{share}")
@@ -137,7 +136,7 @@ def _sparse_table(delta: Delta) -> Table:
         table.add_column(heading, justify="right")
     for name, values in with_entries.items():
         table.add_row(
-            Text(name),
+            plain(name),
             "x".join(map(str, values.shape)) or "scalar",
             str(values.dtype).removeprefix("torch."),
             f"{values.num_entries:,}",
@@ -156,7 +155,7 @@ def _dense_table(delta: Delta) -> Table:
     for name, tensor in delta.dense.items():
         shape = "x".join(map(str, tensor.shape)) or "scalar"
         dtype = str(tensor.dtype).removeprefix("torch.")
-        table.add_row(Text(name), shape, dtype, f"{tensor.nbytes:,}")
+        table.add_row(plain(name), shape, dtype, f"{tensor.nbytes:,}")
     return table
 
 

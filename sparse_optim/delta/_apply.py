@@ -1,12 +1,17 @@
 """Write a delta to a live model and revert it, or merge it into a state dict.
 
 Everything is checked before the first write; a write that fails is rolled back. So either the
-whole delta is in the model or the model is untouched.
+whole delta is in the model or the model is untouched. One thread at a time writes, whatever the
+model: models may share tensors. To compute with the model while other threads switch deltas, hold
+a lock of your own.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import wraps
+from threading import RLock
 from types import TracebackType
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +29,21 @@ from sparse_optim.delta._tensors import (
 )
 from sparse_optim.delta._types import Delta, DeltaError
 from sparse_optim.warn import warn_user
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+_writing = RLock()
+
+
+def _one_thread_at_a_time(
+    function: Callable[_Arguments, _Result],
+) -> Callable[_Arguments, _Result]:
+    @wraps(function)
+    def guarded(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        with _writing:
+            return function(*args, **kwargs)
+
+    return guarded
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +74,7 @@ class AppliedDelta:
         self._originals = originals
         self._reverted = False
 
+    @_one_thread_at_a_time
     def revert(self) -> None:
         """Put the originals back, bit for bit. Tensors are looked up by name again, so the model
         may have moved to another device meanwhile.
@@ -97,6 +118,7 @@ class DeltaSwitcher:
     """Several deltas over one base, one of them (or none) in the model at a time.
 
     A swap reads the touched tensors once, to check the base's fingerprints, and writes the entries.
+    Threads may call `use`: the swaps happen one after another.
 
     Example::
 
@@ -111,6 +133,7 @@ class DeltaSwitcher:
         self._deltas = dict(deltas)
         self._handle: AppliedDelta | None = None
 
+    @_one_thread_at_a_time
     def use(self, name: str | None) -> None:
         """Replace the current delta by delta `name` (None: the base alone).
 
@@ -134,6 +157,7 @@ class DeltaSwitcher:
         self.active = name
 
 
+@_one_thread_at_a_time
 def apply_delta(model: Model, delta: Delta, strict: bool = True) -> AppliedDelta:
     """Write a delta into a live model, in place.
 
@@ -168,6 +192,7 @@ def apply_delta(model: Model, delta: Delta, strict: bool = True) -> AppliedDelta
     return AppliedDelta(model, writes, originals, skipped)
 
 
+@_one_thread_at_a_time
 def revert_delta(model: Model, delta: Delta, strict: bool = True) -> None:
     """Revert a delta with the original values that the delta itself stores.
 

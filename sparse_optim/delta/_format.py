@@ -169,6 +169,8 @@ def _check_file(path: Path) -> None:
         raise DeltaError("expected a delta file, got a folder")
     if not path.exists():
         raise DeltaError("no such file")
+    if not path.is_file():  # Opening a pipe waits for a writer.
+        raise DeltaError("expected a regular file, got a pipe, socket or device")
     size = path.stat().st_size
     with open(path, "rb") as file:
         start = file.read(8)

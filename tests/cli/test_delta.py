@@ -1,6 +1,7 @@
 """Model folders and the commands `inspect`, `apply`, `diff`."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -314,3 +315,14 @@ def test_transformers_loads_the_merged_folder(tmp_path):
     assert_identical(
         dict(task.from_pretrained(tmp_path / "out").state_dict()), dict(tuned.state_dict())
     )
+
+
+def test_control_characters_of_a_file_are_shown_as_escapes(tmp_path, run):
+    delta = example_delta(example_base())
+    delta = replace(delta, method={"name": "\x1b[2J", "\u202eturned": "\ud800"})
+    text = run("inspect", write_delta(tmp_path / "delta", delta))
+    for shown in (r"\x1b[2J", r"\u202eturned", r"\ud800"):
+        assert shown in text
+    assert all(c.isprintable() for c in text.replace("\n", ""))
+    message = run("inspect", tmp_path / "\x1b[31mabsent", code=1)
+    assert r"\x1b[31mabsent: no such file" in message

@@ -1,6 +1,9 @@
 """Deltas in live models: apply, revert, swap, merge."""
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 import torch
@@ -338,3 +341,33 @@ def test_a_failed_revert_is_an_error_where_the_caller_has_none():
 
     with pytest.raises(DeltaError):
         write_into_the_applied_model()
+
+
+@pytest.mark.parametrize("others_apply", [False, True])
+def test_many_threads_leave_the_base_intact(others_apply):
+    """Each swap or apply is whole, or refused because another thread's delta is in the model."""
+    base, names = example_base(), ("a", "b", "c", None)
+    original = clone(base)
+    deltas = {
+        name: replace(example_delta(example_base(), seed=seed), dense={})
+        for seed, name in enumerate(names[:3])
+    }
+    switcher = DeltaSwitcher(base, deltas)
+
+    def work(seed):
+        for turn in range(60):
+            with suppress(DeltaError if others_apply else ()):
+                if others_apply and (seed + turn) % 3 == 0:
+                    apply_delta(base, deltas["abc"[turn % 3]]).revert()
+                else:
+                    switcher.use(names[(seed + turn) % 4])
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(work, range(8)))
+    finally:
+        sys.setswitchinterval(interval)
+    switcher.use(None)
+    assert_identical(base, original)

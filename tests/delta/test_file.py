@@ -1,6 +1,7 @@
 """The delta file: round trips, damage, hostile input."""
 
 import json
+import os
 import pickle
 import struct
 from pathlib import Path
@@ -179,6 +180,12 @@ def test_missing_folder_and_other_files(folder):
     for text, message in [(b"", "0 bytes are too few"), (b"GGUF" * 9, "header claims")]:
         with pytest.raises(DeltaError, match=message):
             load_bytes(folder, text)
+
+
+def test_a_pipe_is_refused_instead_of_waited_for(folder):
+    os.mkfifo(folder / "pipe")
+    with pytest.raises(DeltaError, match="pipe: expected a regular file"):
+        load_delta(folder / "pipe")
 
 
 @pytest.mark.parametrize("length", [2**63, 2**64 - 1, 100_000_001])
