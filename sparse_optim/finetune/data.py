@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import logging
 import math
 import re
@@ -28,6 +29,12 @@ logger = logging.getLogger(__name__)
 
 EVALUATION_SPLITS = ("validation", "validation_matched", "dev", "valid", "eval", "test")
 SPLIT_NAME = re.compile("(train|validation|test)(_[a-z]+)?")  # with MNLI's validation_matched
+TSV_FIELD = r'("([^"]|"")*"|[^"\t][^\t]*|)'
+TSV_LINE = re.compile(f"{TSV_FIELD}(\t{TSV_FIELD})*")
+UNLABELLED = (
+    "some examples have label -1 (unlabelled): choose other splits with --train-split and "
+    "--eval-split, or hold out a part of train with --eval-fraction"
+)
 HOLD_OUT_SEED = 0  # selects the held-out part of train; does not depend on the seed of the run
 
 
@@ -124,7 +131,25 @@ def read_files(files: dict[str, str], suffix: str) -> DatasetDict:
         return load_dataset("parquet", data_files=files)
     if suffix in (".json", ".jsonl"):
         return load_dataset("json", data_files=files)
-    return load_dataset("csv", data_files=files, sep="\t" if suffix == ".tsv" else ",")
+    literal = suffix == ".tsv" and not all(map(quotes_are_syntax, files.values()))
+    return load_dataset(
+        "csv",
+        data_files=files,
+        sep="\t" if suffix == ".tsv" else ",",
+        quoting=csv.QUOTE_NONE if literal else csv.QUOTE_MINIMAL,
+        keep_default_na=False,  # "None", "NA" and "null" are words; an empty field has no value
+        na_values=[""],
+    )
+
+
+def quotes_are_syntax(path: str) -> bool:
+    """Whether each field of a TSV file that begins with a quote is a whole quoted field.
+
+    If not, quotes are text: many TSV files (those of GLUE) are written without quoting, and a
+    lone quote would swallow the lines up to the next one.
+    """
+    with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
+        return all(TSV_LINE.fullmatch(line.rstrip("\r\n")) for line in file)
 
 
 def load_folder(path: Path) -> DatasetDict:
@@ -247,13 +272,17 @@ def find_label_names(train: Dataset, evaluation: Dataset) -> list[str]:
     inner = feature.feature if isinstance(feature, List) else feature
     if isinstance(inner, ClassLabel):
         if any(-1 in flat(split["label"]) for split in (train, evaluation)):
-            raise FinetuneError("some examples have label -1 (unlabelled); choose other splits")
+            raise FinetuneError(UNLABELLED)
         return list(inner.names)
-    values = set(flat(train["label"])) | set(flat(evaluation["label"]))
+    labels, others = ({*flat(split["label"])} for split in (train, evaluation))
+    values = labels | others
     if any(isinstance(value, float) and not value.is_integer() for value in values):
         raise FinetuneError(
             "labels are fractions: use --task regression, or name another --label-column"
         )
+    # In one split alone, -1 marks what has no label. In both it is a class, as in {-1, 1}.
+    if any(label_name(value) == "-1" for value in labels ^ others):
+        raise FinetuneError(UNLABELLED)
     if len(values) < 2:
         raise FinetuneError(f"classification needs at least two classes, found {sorted(values)}")
     return [label_name(value) for value in sorted(values)]

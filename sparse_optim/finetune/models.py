@@ -123,8 +123,9 @@ def load_model(
         raise hub_error("model", source.name, MODELS, error) from error
     if source.gguf_file is not None:
         model = without_quantizer(model)
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+    # A decoder's classifier reads the last token that is not padding: the tokenizer's, whatever
+    # config.json says.
+    model.config.pad_token_id = tokenizer.pad_token_id
     fresh = fresh_parameters(model, info)
     logger.info("fresh parameters, trained densely: %s", ", ".join(sorted(fresh)) or "none")
     return LoadedModel(model, fresh)

@@ -83,6 +83,7 @@ def split(
             "the checkpoint's parameter groups do not match the optimizer's: "
             f"{theirs} against {ours} parameters"
         )
+    _check_order(groups, param_groups)
     if UNMASK not in state:
         raise ValueError(
             "the checkpoint is not one of MaskedAdamW (state['unmask'] is missing); "
@@ -164,6 +165,24 @@ def _check_moments(exp_avg: Tensor, exp_avg_sq: Tensor, owner: str) -> None:
     _check(bool(exp_avg.isfinite().all()), f"exp_avg of {owner} is not finite")
     good = bool((exp_avg_sq.isfinite() & (exp_avg_sq >= 0)).all())
     _check(good, f"exp_avg_sq of {owner} is negative or not finite")
+
+
+def _check_order(groups: Sequence[dict[str, Any]], param_groups: Sequence[dict[str, Any]]) -> None:
+    """Refuse names that have changed places; other names (a wrapper's prefix) say nothing."""
+    saved, here = (
+        [name for group in some for name in group.get("param_names", ())]
+        for some in (groups, param_groups)
+    )
+    if len(saved) != len(here):
+        return
+    known = set(here)
+    for ours, theirs in zip(here, saved, strict=True):
+        if ours != theirs and theirs in known:
+            raise ValueError(
+                f"the checkpoint's parameters are in another order: {theirs!r} is where the "
+                f"optimizer has {ours!r}. State is matched by place: pass the parameters in the "
+                "order in which they were when the checkpoint was saved"
+            )
 
 
 def _check_segment(segment: dict[str, Tensor], param: Tensor, name: str, keep_master: bool) -> None:

@@ -88,6 +88,51 @@ def test_parquet_and_tsv(tmp_path):
         assert sorted([*data.train["text"], *data.evaluation["text"]]) == ["a", "b", "c"]
 
 
+def test_lone_quotes_of_a_tsv_are_text_and_whole_quoted_fields_are_not(tmp_path):
+    """A quote that nothing closes swallowed the lines up to the next quote."""
+    rows = [('"d e f', "no"), ("g h", "yes"), ('"so" he said', "no"), ('m n" o', "yes")]
+    path = tmp_path / "lone.tsv"
+    path.write_text("text\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in rows))
+    lone = load_data(DataRequest(str(path), eval_fraction=0.25))
+    texts = [*lone.train["text"], *lone.evaluation["text"]]
+    assert sorted(texts) == sorted(text for text, _ in rows)
+    path = tmp_path / "quoted.tsv"
+    path.write_text('text\tlabel\n"a\tb"\tno\n"say ""c"""\tyes\nd\tno\n')
+    quoted = load_data(DataRequest(str(path), eval_fraction=0.3))
+    texts = [*quoted.train["text"], *quoted.evaluation["text"]]
+    assert sorted(texts) == ["a\tb", "d", 'say "c"']
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_words_that_pandas_takes_for_missing_values_are_kept(tmp_path, suffix):
+    separator = "\t" if suffix == ".tsv" else ","
+    words = ["None", "NA", "null", "nan"]
+    path = tmp_path / f"data{suffix}"
+    lines = [f"{word}{separator}{word}" for word in words * 4]
+    path.write_text("\n".join([f"text{separator}label", *lines]))
+    data = load_data(DataRequest(str(path), eval_fraction=0.25))
+    assert data.label_names == sorted(words)
+    assert {*data.train["text"], *data.evaluation["text"]} == set(words)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_minus_one_is_no_label_in_one_split_and_a_class_in_both(tmp_path, suffix):
+    def write(split, labels):
+        path = tmp_path / f"{split}{suffix}"
+        if suffix == ".csv":
+            path.write_text("text,label\n" + "".join(f"a b,{label}\n" for label in labels))
+        else:
+            write_jsonl(path, [{"text": "a b", "label": label} for label in labels])
+
+    write("train", [0, 1, 0, 1])
+    write("test", [-1, -1])
+    with pytest.raises(FinetuneError, match=r"label -1 \(unlabelled\): choose"):
+        load_data(DataRequest(str(tmp_path)))
+    write("train", [-1, 1, -1, 1])
+    write("test", [-1, 1])
+    assert load_data(DataRequest(str(tmp_path))).label_names == ["-1", "1"]
+
+
 def test_folder_with_splits_and_saved_dataset(tmp_path):
     files = tmp_path / "files"
     files.mkdir()

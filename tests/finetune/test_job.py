@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from importlib.metadata import PackageNotFoundError, distribution
 
 import pytest
@@ -209,6 +210,29 @@ def test_perplexity_is_the_mean_over_tokens_not_over_batches(folders, tmp_path):
     final = result.metrics["final"]
     assert final["token_loss"] == pytest.approx(loss / tokens, rel=1e-5)
     assert final["perplexity"] == pytest.approx(math.exp(loss / tokens), rel=1e-5)
+
+
+def test_a_decoders_classifier_reads_the_same_token_alone_and_padded(folders, tmp_path):
+    """Where config.json names another padding token than the tokenizer's, it read padding."""
+    decoder = shutil.copytree(folders["decoder"], tmp_path / "decoder")
+    settings = json.loads((decoder / "config.json").read_text())
+    (decoder / "config.json").write_text(json.dumps({**settings, "pad_token_id": 0}))
+    rows = [{"text": " ".join("abcdefg"[: 1 + index]), "label": index % 2} for index in range(7)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    places = {"decoder": str(decoder), "rows": str(data)}
+    job = config(places, tmp_path / "out", "decoder", "rows")
+    inputs = load_inputs(job)
+    model, collate = load_base(job, inputs).model.eval(), inputs.task.collator(inputs.tokenizer)
+
+    def scores(examples):
+        batch = {name: value for name, value in collate(examples).items() if name != "labels"}
+        with torch.no_grad():
+            return model(**batch).logits
+
+    examples = [inputs.train_set[index] for index in range(len(inputs.train_set))]
+    alone = torch.cat([scores([example]) for example in examples])
+    torch.testing.assert_close(scores(examples), alone)
 
 
 def test_a_changed_delta_is_noticed(folders, tmp_path):

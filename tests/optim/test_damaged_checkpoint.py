@@ -161,3 +161,16 @@ def test_a_dense_step_that_is_a_number_becomes_a_tensor(checkpoint):
     optimizer.load_state_dict(state)
     train(params, optimizer, range(4, 6))
     assert float(optimizer.state[params[2]]["step"]) == 6
+
+
+def test_parameters_in_another_order_are_refused_and_other_names_load(checkpoint):
+    """State is matched by place: it went to the wrong layers."""
+    state = copy.deepcopy(checkpoint)
+    state["param_groups"][0]["param_names"] = ["q", "p"]
+    params, optimizer = build()
+    with pytest.raises(ValueError, match="'q' is where the optimizer has 'p'"):
+        optimizer.load_state_dict(state)
+    state["param_groups"][0]["param_names"] = ["module.p", "module.q"]
+    optimizer.load_state_dict(state)
+    train(params, optimizer, range(4, 6))
+    assert optimizer.metrics()["step"] == 6
