@@ -156,6 +156,7 @@ class Engine:
     ) -> None:
         self.pool, self.method, self.backend = pool, method, backend
         self.targets, capacity = targets.to(pool.device), int(targets[-1])
+        self._surely_empty = active is None  # until the first step: known without a device read
         if active is None:
             active = ActiveSet.empty(pool.params, capacity, pool.device)
         if touched is None:
@@ -303,8 +304,8 @@ class Engine:
             if bound.numel():
                 first, last = self.first_tiles[index : index + 2]
                 bound[first:last] = scoring.tile_abs_max(param, self.ops.TILE)
-            state = self.active.segment(index)
-            if "master" in state:
+            if self.active.master.numel() and not self._surely_empty:
+                state = self.active.segment(index)
                 value = param.view(-1)[state["position"].long()]
                 stale = state["master"].to(param.dtype) != value
                 state["master"][stale] = value[stale].float()
@@ -312,6 +313,7 @@ class Engine:
 
     def accept_values(self) -> None:
         """Take the values that parameters have now for known: the next step does not look."""
+        self._surely_empty = False
         self._versions = [param._version for param in self.pool.params]
 
     def invalidate(self) -> None:
