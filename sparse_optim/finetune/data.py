@@ -6,7 +6,7 @@ import csv
 import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ def load_data(request: DataRequest) -> TaskData:
     columns = resolve_columns(train.column_names, task, chosen)
     train, evaluation = (canonical(split, columns) for split in (train, evaluation))
     for split, name in ((train, request.train_split), (evaluation, eval_split)):
-        check_values(split, name, columns)
+        check_values(split, name, columns, task)
     label_names = None
     if task in ("sequence-classification", "token-classification"):
         label_names = find_label_names(train, evaluation)
@@ -244,17 +244,55 @@ def canonical(split: Dataset, columns: Columns) -> Dataset:
     return split.rename_columns({old: new for old, new in wanted.items() if old != new})
 
 
-def check_values(split: Dataset, name: str, columns: Columns) -> None:
-    """Raise FinetuneError if a text or a label is missing."""
-    for column, source in (("text", columns.text), ("label", columns.label)):
+def check_values(split: Dataset, name: str, columns: Columns, task: str) -> None:
+    """Raise FinetuneError if a text or a label is missing or of a kind that the task cannot use."""
+    for column in ("text", "text_pair", "label"):
+        source = getattr(columns, column)
         if source is None:
             continue
+        where = f"split {name!r}: column {source!r}"
         empty = [row for row, value in enumerate(split[column]) if is_missing(value)]
         if empty:
             raise FinetuneError(
-                f"split {name!r}: column {source!r} has no value in {len(empty)} of {len(split)} "
-                f"rows (first: row {empty[0]}); drop them"
+                f"{where} has no value in {len(empty)} of {len(split)} rows (first: row "
+                f"{empty[0]}); drop them"
             )
+        wanted, fits = wanted_kind(task, column)
+        wrong = [row for row, value in enumerate(split[column]) if not fits(value)]
+        if wrong:
+            raise FinetuneError(
+                f"{where} holds {split[column][wrong[0]]!r} in row {wrong[0]}, expected {wanted}: "
+                "name another column or another --task"
+            )
+    if task == "token-classification":
+        lengths = zip(split["text"], split["label"], strict=True)
+        uneven = [row for row, (words, tags) in enumerate(lengths) if len(words) != len(tags)]
+        if uneven:
+            raise FinetuneError(
+                f"split {name!r}: {len(uneven)} of {len(split)} rows have not one tag a word "
+                f"(first: row {uneven[0]})"
+            )
+
+
+def wanted_kind(task: str, column: str) -> tuple[str, Callable[[Any], bool]]:
+    """What a task needs in a canonical column: in words, and as a test of one value."""
+    if task == "token-classification":
+        if column == "label":
+            return "a list of tags", is_list
+        return (
+            "a list of words",
+            lambda value: is_list(value) and all(isinstance(word, str) for word in value),
+        )
+    if task == "causal-lm":
+        return "text", lambda value: not is_list(value)
+    if column == "label":
+        return "one label an example", lambda value: not is_list(value)
+    return "text (in JSON, numbers in quotes are text)", lambda value: isinstance(value, str)
+
+
+def is_list(value: Any) -> bool:
+    """Whether a value is a list."""
+    return isinstance(value, (list, tuple))
 
 
 def is_missing(value: Any) -> bool:

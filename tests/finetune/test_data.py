@@ -223,6 +223,30 @@ def test_bad_values_are_named(tmp_path):
         load_data(DataRequest(str(tmp_path / "folder")))
 
 
+CLASSIFY, TAG = "sequence-classification", "token-classification"
+WRONG_KINDS = {
+    "no second text": (
+        None,
+        {"sentence1": "a", "sentence2": None, "label": 1},
+        "'sentence2' has no",
+    ),
+    "numbers": (None, {"text": 7, "label": 1}, "'text' holds 7 in row 0, expected text"),
+    "second numbers": (None, {"text1": "a", "text2": 7, "label": 1}, "'text2' holds 7"),
+    "many labels": (CLASSIFY, {"text": "a", "label": ["x"]}, "expected one label an example"),
+    "one string": (None, {"tokens": "a b", "tags": ["O", "B-X"]}, "expected a list of words"),
+    "one tag": (TAG, {"tokens": ["a"], "tags": "O"}, "expected a list of tags"),
+    "few tags": (None, {"tokens": ["a", "b"], "tags": ["O"]}, "rows have not one tag a word"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_KINDS)
+def test_columns_that_the_task_cannot_use_are_named(tmp_path, name):
+    task, row, message = WRONG_KINDS[name]
+    path = write_jsonl(tmp_path / "data.jsonl", [row] * 4)
+    with pytest.raises(FinetuneError, match=message):
+        load_data(DataRequest(path, task=task))
+
+
 def test_no_network_is_said_at_once(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
