@@ -11,9 +11,24 @@ from sparse_optim._lazy import on_call
 if TYPE_CHECKING:
     from torch import nn
 
-    from sparse_optim.finetune.adapters import AdapterRequest
-
 DEFAULT_RATE = 5e-4  # dense adapters also need ten times the rate of full fine-tuning
+
+
+@dataclass(frozen=True)
+class AdapterRequest:
+    """What to attach to a model.
+
+    Args:
+        rank: rank of LoRA or DoRA, width of the bottleneck; 0 for kinds without a rank.
+        whole: names of modules to train whole.
+        alpha: LoRA and DoRA scale the product of A and B by alpha / rank. None: 2 rank.
+        targets: names, or ends of names, of the Linear modules for LoRA or DoRA. Empty: all.
+    """
+
+    rank: int
+    whole: list[str]
+    alpha: float | None = None
+    targets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

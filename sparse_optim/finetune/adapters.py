@@ -3,34 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from sparse_optim.finetune.adapter_kinds import ADAPTERS
+from sparse_optim.finetune.adapter_kinds import ADAPTERS, AdapterRequest
 from sparse_optim.finetune.errors import FinetuneError
 from sparse_optim.integrations.adapters import adapter_groups
 from sparse_optim.integrations.bottleneck import add_bottlenecks, save_bottlenecks
 from sparse_optim.integrations.peft_package import import_peft
-
-
-@dataclass(frozen=True)
-class AdapterRequest:
-    """What to attach to a model.
-
-    Args:
-        rank: rank of LoRA or DoRA, width of the bottleneck; 0 for kinds without a rank.
-        whole: names of modules to train whole.
-        alpha: LoRA and DoRA scale the product of A and B by alpha / rank. None: 2 rank.
-        targets: names, or ends of names, of the Linear modules for LoRA or DoRA. Empty: all.
-    """
-
-    rank: int
-    whole: list[str]
-    alpha: float | None = None
-    targets: tuple[str, ...] = ()
 
 
 def lora(model: nn.Module, request: AdapterRequest, **options: Any) -> nn.Module:

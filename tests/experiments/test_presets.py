@@ -32,7 +32,8 @@ from sparse_optim.experiments.presets import ExperimentError
 from sparse_optim.experiments.quality import QUALITY
 from sparse_optim.experiments.stochastic import STOCHASTIC
 from sparse_optim.experiments.table import markdown
-from sparse_optim.finetune.adapters import AdapterRequest, lora_targets
+from sparse_optim.finetune.adapter_kinds import AdapterRequest
+from sparse_optim.finetune.adapters import lora_targets
 from sparse_optim.finetune.config import parse_budget
 from sparse_optim.finetune.tasks import TASKS
 from sparse_optim.integrations import adapter_parameters, add_bottlenecks
