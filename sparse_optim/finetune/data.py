@@ -269,7 +269,7 @@ def check_values(split: Dataset, name: str, columns: Columns, task: str) -> None
         uneven = [row for row, (words, tags) in enumerate(lengths) if len(words) != len(tags)]
         if uneven:
             raise FinetuneError(
-                f"split {name!r}: {len(uneven)} of {len(split)} rows have not one tag a word "
+                f"split {name!r}: {len(uneven)} of {len(split)} rows do not have one tag per word "
                 f"(first: row {uneven[0]})"
             )
 

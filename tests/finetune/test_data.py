@@ -235,7 +235,7 @@ WRONG_KINDS = {
     "many labels": (CLASSIFY, {"text": "a", "label": ["x"]}, "expected one label an example"),
     "one string": (None, {"tokens": "a b", "tags": ["O", "B-X"]}, "expected a list of words"),
     "one tag": (TAG, {"tokens": ["a"], "tags": "O"}, "expected a list of tags"),
-    "few tags": (None, {"tokens": ["a", "b"], "tags": ["O"]}, "rows have not one tag a word"),
+    "few tags": (None, {"tokens": ["a", "b"], "tags": ["O"]}, "rows do not have one tag per word"),
 }
 
 
