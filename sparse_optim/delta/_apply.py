@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sparse_optim.delta._fingerprint import fingerprint
+from sparse_optim.delta._names import match_names, renamed, untied
 from sparse_optim.delta._tensors import (
     Model,
     Tensors,
@@ -180,9 +181,9 @@ def apply_delta(model: Model, delta: Delta, strict: bool = True) -> AppliedDelta
             is an increment. The model is untouched.
     """
     tensors = named_tensors(model)
-    skipped = _missing(tensors, delta, strict)
-    writes = _writes(delta, skipped)
-    check_base(tensors, delta, [name for name in delta.sparse if name not in skipped])
+    delta, skipped = _fitted(tensors, delta, strict)
+    writes = _writes(delta)
+    check_base(tensors, delta, delta.sparse)
     for write in writes:
         if write.position is None:
             _check_target(tensors, write.name, write.shape, write.value.dtype)
@@ -206,9 +207,9 @@ def revert_delta(model: Model, delta: Delta, strict: bool = True) -> None:
             not be the base (by its fingerprints). The model is untouched.
     """
     tensors = named_tensors(model)
-    skipped = _missing(tensors, delta, strict)
+    delta, _ = _fitted(tensors, delta, strict)
     kept = () if strict else tuple(delta.dense.keys() - delta.dense_original.keys())
-    writes = _writes(delta, (*skipped, *kept))
+    writes = _writes(delta, kept)
     originals = [_stored_original(delta, write) for write in writes]
     _check_holds(tensors, writes)
     for write in originals:
@@ -229,7 +230,8 @@ def merge(delta: Delta, state_dict: Tensors) -> dict[str, Tensor]:
     Args:
         state_dict: the base. It is not changed; the result shares its untouched tensors. Dense
             tensors replace those of the same name, of any shape, or are added. Names tied
-            in the base stay tied.
+            in the base stay tied. Names may differ by wrappers and one prefix, as in
+            `merge_folder`.
 
     Raises:
         DeltaError: a sparse parameter is missing, or its shape, dtype or fingerprint differs, or
@@ -237,9 +239,9 @@ def merge(delta: Delta, state_dict: Tensors) -> dict[str, Tensor]:
     """
     tensors = named_tensors(state_dict)
     _require_whole(delta)
-    absent = [name for name in delta.sparse if name not in tensors]
-    if absent:
-        raise DeltaError(_absent_message(absent, len(delta.sparse)))
+    naming = match_names(delta, tensors)
+    tensors = {naming.base[name]: tensor for name, tensor in tensors.items()}
+    delta = _untied(renamed(delta, naming), tensors)
     check_base(tensors, delta, delta.sparse)
     changed: dict[str, Tensor] = {}
     for name, values in delta.sparse.items():
@@ -250,7 +252,7 @@ def merge(delta: Delta, state_dict: Tensors) -> dict[str, Tensor]:
         if name in tensors:
             changed[name] = changed[name].to(tensors[name].device)
     tied = {storage_key(tensors[name]): new for name, new in changed.items() if name in tensors}
-    merged = dict(state_dict)
+    merged = {naming.base.get(name, name): value for name, value in state_dict.items()}
     for name, tensor in tensors.items():
         merged[name] = tied.get(storage_key(tensor), tensor)
     return merged | changed
@@ -283,15 +285,32 @@ def _absent_message(absent: list[str], count: int) -> str:
     )
 
 
-def _missing(tensors: Tensors, delta: Delta, strict: bool) -> tuple[str, ...]:
+def _fitted(tensors: Tensors, delta: Delta, strict: bool) -> tuple[Delta, tuple[str, ...]]:
+    """The delta with a live model's names; the names that the model lacks (`strict=False`)."""
     _require_whole(delta)
-    absent = [name for name in (*delta.sparse, *delta.dense) if name not in tensors]
-    if absent and strict:
-        raise DeltaError(_absent_message(absent, len(delta.sparse) + len(delta.dense)))
-    return tuple(absent)
+    names = (*delta.sparse, *delta.dense)
+    naming = match_names(delta, tensors, live=True, partly=not strict)
+    there = {ours: name for ours, name in naming.delta.items() if name in tensors}
+    absent = [name for name in names if name not in there]
+    if absent and (strict or not there):
+        raise DeltaError(_absent_message(absent, len(names)))
+    fitted = renamed(delta, replace(naming, delta=there))
+    return _untied(fitted, tensors), tuple(absent)
 
 
-def _writes(delta: Delta, skipped: Collection[str]) -> list[Write]:
+def _untied(delta: Delta, tensors: Tensors) -> Delta:
+    """The delta with the values of tied tensors under both names, where the base holds both."""
+    copies = [
+        alias
+        for alias, name in delta.tied.items()
+        if alias in tensors
+        and name in tensors
+        and storage_key(tensors[alias]) != storage_key(tensors[name])
+    ]
+    return untied(delta, copies)
+
+
+def _writes(delta: Delta, skipped: Collection[str] = ()) -> list[Write]:
     sparse = [
         Write(name, values.shape, values.position, values.value)
         for name, values in delta.sparse.items()
@@ -324,7 +343,10 @@ def _check_target(tensors: Tensors, name: str, shape: tuple[int, ...], dtype: to
             "number of labels)"
         )
     if tensor.dtype != dtype:
-        raise DeltaError(f"{name!r}: the delta is for {dtype}, the model has {tensor.dtype}")
+        raise DeltaError(
+            f"{name!r}: the delta is for {dtype}, the model has {tensor.dtype}: convert the delta, "
+            f"delta.to({tensor.dtype}, base={dtype} base)"
+        )
     plain = type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
     if not plain or tensor.layout is not torch.strided or tensor.device.type == "meta":
         raise DeltaError(

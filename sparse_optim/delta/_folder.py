@@ -17,7 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sparse_optim.delta._apply import merge
+from sparse_optim.delta._fingerprint import fingerprint
 from sparse_optim.delta._format import write_safetensors
+from sparse_optim.delta._names import Naming, match_names, renamed, untied
 from sparse_optim.delta._types import Delta, DeltaError
 from sparse_optim.files import replacing
 
@@ -45,15 +47,6 @@ class MergedFolder:
     added: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class _Naming:
-    """Maps names of the delta and of the base to names of the result."""
-
-    delta: Mapping[str, str]
-    base: Mapping[str, str]
-    prefix: str
-
-
 def folder_tensors(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Every weight tensor of a model folder, by name.
 
@@ -73,12 +66,9 @@ def merge_folder(
 ) -> MergedFolder:
     """Write base + delta as a full model folder: same shards, all other files copied.
 
-    Names. A checkpoint of a bare encoder has "x" where the model with a head has "bert.x". If the
-    base lacks some of the delta's sparse names, this looks for one prefix that fits when added to
-    or removed from all of them; the fingerprints then prove it. The result has the base's names,
-    except when the delta adds tensors (a head) to a bare encoder: then it has the model's names
-    ("bert.x"), so that the class with the head can load it. config.json is copied from the base: a
-    delta does not contain the number of labels and the like.
+    Names may differ by wrappers and by one prefix: `_names.match_names`. A tied weight that the
+    base's files hold twice is changed in both places. config.json is copied from the base: a delta
+    does not contain the number of labels and the like.
 
     Args:
         out_folder: must not exist, or be empty. It appears whole or not at all.
@@ -95,9 +85,11 @@ def merge_folder(
     if delta.parent is not None:
         raise DeltaError("an increment: compose it with its parent first")
     where = _locate(base, shards)
-    naming = _match_names(delta, set(where))
-    delta = _rename(delta, naming.delta)
+    naming = match_names(delta, where)
+    delta = renamed(delta, naming)
+    delta = replace(delta, tied={**_tied_copies(base, where, delta, naming), **delta.tied})
     where = {naming.base[name]: file for name, file in where.items()}
+    delta = untied(delta, where)
     added = tuple(name for name in delta.dense if name not in where)
     where |= dict.fromkeys(added, shards[-1])
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -164,6 +156,39 @@ def _locate(folder: Path, shards: list[str]) -> dict[str, str]:
     return where
 
 
+def _tied_copies(
+    base: Path, where: Mapping[str, str], delta: Delta, naming: Naming
+) -> dict[str, str]:
+    """Second copies, in the base's files, of embeddings that the delta changes.
+
+    A delta that was made from names alone does not know which were tied. A tensor of equal bits,
+    with a row for each word, is a copy unless config.json says that the two are not tied.
+    """
+    try:
+        config = json.loads((base / "config.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(config, dict) or config.get("tie_word_embeddings") is False:
+        return {}
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    words = {part.get("vocab_size") for part in parts}
+    known = {
+        values.shape: name
+        for name, values in delta.sparse.items()
+        if len(values.shape) == 2 and values.shape[0] in words
+    }
+    copies = {}
+    for name, file in where.items():
+        new = naming.base[name]
+        if not known or new in delta.sparse or new in delta.dense:
+            continue
+        with _readable(base / file), safe_open(base / file, framework="pt") as tensors:
+            of = known.get(tuple(tensors.get_slice(name).get_shape()))
+            if of is not None and fingerprint(tensors.get_tensor(name)) == delta.fingerprints[of]:
+                copies[new] = of
+    return copies
+
+
 def _shards(folder: Path) -> list[str]:
     """The weight files of a model folder, in order."""
     if not folder.is_dir():
@@ -185,58 +210,3 @@ def _shards(folder: Path) -> list[str]:
     if missing:
         raise DeltaError(f"{folder}: {missing[0]} is missing: copy the model again")
     return files
-
-
-def _match_names(delta: Delta, base: set[str]) -> _Naming:
-    missing = [name for name in delta.sparse if name not in base]
-    same = {name: name for name in base}
-    if not missing:
-        return _Naming(_changed(delta, {}), same, "")
-    first = missing[0]
-    stripped = {first[: at + 1] for at, letter in enumerate(first) if letter == "."}
-    stripped = {
-        prefix
-        for prefix in stripped
-        if all(name.startswith(prefix) and name[len(prefix) :] in base for name in missing)
-    }
-    added = {name[: -len(first)] for name in base if name.endswith("." + first)}
-    added = {prefix for prefix in added if all(prefix + name in base for name in missing)}
-    if len(stripped) + len(added) != 1:
-        how = "in several ways" if stripped or added else "even with a prefix added or taken off"
-        raise DeltaError(
-            f"{len(missing)} of the delta's {len(delta.sparse)} sparse parameters are not in the "
-            f"base, the first is {first!r}; the names do not fit {how}"
-        )
-    if added:
-        (prefix,) = added
-        new = [name for name in delta.dense if name not in base]
-        names = {name: prefix + name for name in (*missing, *new)}
-        return _Naming(_changed(delta, names), same, prefix)
-    (prefix,) = stripped
-    names = {name: name[len(prefix) :] for name in missing}
-    for name in delta.dense:
-        bare = name[len(prefix) :]
-        if name not in base and name.startswith(prefix) and bare in base:
-            names[name] = bare
-    bare_encoder = not any(name in base for name in (*delta.sparse, *delta.dense))
-    if bare_encoder and any(name not in names for name in delta.dense):
-        # The delta adds a head to it: everything takes the model's names.
-        return _Naming(_changed(delta, {}), {name: prefix + name for name in base}, prefix)
-    return _Naming(_changed(delta, names), same, prefix)
-
-
-def _changed(delta: Delta, names: Mapping[str, str]) -> dict[str, str]:
-    full = {name: names.get(name, name) for name in (*delta.sparse, *delta.dense)}
-    if len(set(full.values())) != len(full):
-        raise DeltaError("two names of the delta fit one name of the base")
-    return full
-
-
-def _rename(delta: Delta, names: Mapping[str, str]) -> Delta:
-    return replace(
-        delta,
-        sparse={names[name]: values for name, values in delta.sparse.items()},
-        dense={names[name]: tensor for name, tensor in delta.dense.items()},
-        fingerprints={names[name]: text for name, text in delta.fingerprints.items()},
-        dense_original={names[name]: tensor for name, tensor in delta.dense_original.items()},
-    )

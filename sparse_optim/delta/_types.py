@@ -19,6 +19,7 @@ from sparse_optim.delta._tensors import (
     same_bits,
     storage_key,
 )
+from sparse_optim.delta._wrappers import plain_names
 from sparse_optim.errors import SparseOptimError
 
 MAX_NUMEL = 2**63 - 1  # Positions are int64.
@@ -183,6 +184,7 @@ class Delta:
         parent: content fingerprint of the delta that this one is an increment over, or None.
         removed: positions, (n,) int64, of the parent's entries that are no longer changed.
             Increments only.
+        tied: further names of tensors in `sparse` or `dense`, which were one in the trained model.
 
     Raises:
         DeltaError: names the parameter and argument, what was expected, what arrived.
@@ -195,6 +197,7 @@ class Delta:
     dense_original: Mapping[str, Tensor] = field(default_factory=dict)
     parent: str | None = None
     removed: Mapping[str, Tensor] = field(default_factory=dict)
+    tied: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in (*self.sparse, *self.dense):
@@ -210,7 +213,8 @@ class Delta:
         except (TypeError, ValueError, RecursionError) as error:
             raise DeltaError(f"method: expected values that JSON can hold: {error}") from error
         object.__setattr__(self, "method", method)
-        for label in ("sparse", "fingerprints"):
+        self._check_tied()
+        for label in ("sparse", "fingerprints", "tied"):
             object.__setattr__(self, label, dict(getattr(self, label)))
         for label in ("dense", "dense_original", "removed"):
             copies = {name: host_copy(tensor) for name, tensor in getattr(self, label).items()}
@@ -240,6 +244,14 @@ class Delta:
                     f"dense_original {name!r}: expected {tensor.dtype} {tuple(tensor.shape)} as in "
                     f"dense, got {original.dtype} {tuple(original.shape)}"
                 )
+
+    def _check_tied(self) -> None:
+        for alias, name in self.tied.items():
+            _check_name(alias)
+            if name not in self.sparse and name not in self.dense:
+                raise DeltaError(f"tied {alias!r}: {str(name)[:80]!r} is not in sparse or dense")
+            if alias in self.sparse or alias in self.dense:
+                raise DeltaError(f"tied {alias!r}: has values of its own")
 
     def _check_removed(self) -> None:
         if self.parent is not None:
@@ -304,6 +316,48 @@ class Delta:
         }
         return replace(self, sparse=kept)
 
+    def to(self, dtype: torch.dtype, base: Model) -> "Delta":
+        """The delta for a base that is served in another dtype (trained in float32, served in
+        bfloat16).
+
+            base.to(dtype) + delta.to(dtype, base) == (base + delta).to(dtype)      bit for bit
+
+        Args:
+            dtype: a floating-point dtype. Integer and boolean tensors stay as they are.
+            base: the base in the dtype in which it was fine-tuned; its fingerprints are checked.
+                Those of the result are of the converted base.
+
+        Raises:
+            DeltaError: another base, or an increment.
+        """
+        if self.parent is not None:
+            raise DeltaError("an increment: compose it with its parent first")
+        tensors, sparse, prints = plain_tensors(base), {}, {}
+        for name, values in self.sparse.items():
+            before = tensors.get(name)
+            if before is None or fingerprint(before) != self.fingerprints[name]:
+                raise DeltaError(
+                    f"{name!r} of the given base is not what was fine-tuned: give the base in "
+                    f"{values.dtype}, as it was before training"
+                )
+            value, original = _cast(values.value, dtype), values.original
+            sparse[name] = replace(
+                values,
+                dtype=value.dtype,
+                value=value,
+                original=None if original is None else _cast(original, dtype),
+            )
+            prints[name] = fingerprint(_cast(before, dtype))
+        return replace(
+            self,
+            sparse=sparse,
+            fingerprints=prints,
+            dense={name: _cast(tensor, dtype) for name, tensor in self.dense.items()},
+            dense_original={
+                name: _cast(tensor, dtype) for name, tensor in self.dense_original.items()
+            },
+        )
+
     @classmethod
     def from_models(
         cls,
@@ -319,7 +373,7 @@ class Delta:
         that is, up to half of the entries in float32 and a third in bfloat16. (With originals:
         width counts twice on both sides.) A tensor that only `tuned` has, or that has another
         shape there, is dense. A tensor that only `base` has is ignored. Tensors tied in both models
-        are stored once, under their first name.
+        are stored once, under their first name. Names go without wrappers (torch.compile, DDP).
 
         Args:
             base, tuned: modules, state dicts, or any mapping of tensors.
@@ -329,19 +383,24 @@ class Delta:
         Raises:
             DeltaError: a tensor changed its dtype (cast one of the models first).
         """
-        base_tensors, tuned_tensors = named_tensors(base), named_tensors(tuned)
+        base_tensors, tuned_tensors = plain_tensors(base), plain_tensors(tuned)
         sparse: dict[str, SparseValues] = {}
         dense: dict[str, Tensor] = {}
         dense_original: dict[str, Tensor] = {}
-        seen = set()
+        seen: dict[object, str] = {}
+        tied: dict[str, str] = {}
         for name, after in tuned_tensors.items():
             before = base_tensors.get(name)
             if before is None or before.shape != after.shape:
                 dense[name] = after
                 continue
             key = storage_key(before), storage_key(after)
-            values = None if key in seen else _changes(name, before, after, store_original)
-            seen.add(key)
+            if key in seen:
+                if seen[key] in sparse or seen[key] in dense:
+                    tied[name] = seen[key]
+                continue
+            seen[key] = name
+            values = _changes(name, before, after, store_original)
             if values is None or values.num_entries == 0:
                 continue
             if values.nbytes < (1 + store_original) * after.nbytes:
@@ -356,7 +415,18 @@ class Delta:
             fingerprints={name: fingerprint(base_tensors[name]) for name in sparse},
             method={"name": "from_models"} if method is None else method,
             dense_original=dense_original,
+            tied=tied,
         )
+
+
+def plain_tensors(model: Model) -> dict[str, Tensor]:
+    """The tensors of a module or mapping by their names without wrappers."""
+    tensors = named_tensors(model)
+    return {plain: tensors[name] for name, plain in plain_names(tensors).items()}
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
 
 
 def _changes(name: str, before: Tensor, after: Tensor, store_original: bool) -> SparseValues | None:

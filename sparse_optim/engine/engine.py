@@ -155,15 +155,15 @@ class Engine:
         touched: Touched | None = None,
     ) -> None:
         self.pool, self.method, self.backend = pool, method, backend
+        traits, selection = method.traits, method.selection
         self.targets, capacity = targets.to(pool.device), int(targets[-1])
         self._surely_empty = active is None  # until the first step: known without a device read
         if active is None:
             active = ActiveSet.empty(pool.params, capacity, pool.device)
         if touched is None:
-            touched = Touched(torch.empty(0, dtype=torch.int64, device=pool.device))
+            touched = Touched.empty(pool.entries if selection.replaces else 0, pool.device)
         self.active, self.touched = active, touched
         self.first_tiles = pool.first_tiles(self.ops.TILE)
-        traits, selection = method.traits, method.selection
         exp, _ = traits.in_kernel or (0.0, 1.0)
         bounded = exp < 0 and noise_seed(traits, selection) is None
         quota = max_quota(self.targets, capacity)
@@ -344,9 +344,8 @@ class Engine:
                 f"{self.pool.device}: use one optimizer per device"
             )
         active = self._copied_active(pool, int(self.targets[-1]))
-        return self._derived(
-            Engine(pool, self.method, self.targets, self.backend, active, self.touched)
-        )
+        touched = self.touched.grown(pool.entries) if self.method.selection.replaces else None
+        return self._derived(Engine(pool, self.method, self.targets, self.backend, active, touched))
 
     def restored(
         self,
@@ -354,7 +353,7 @@ class Engine:
         progress: Tensor,
         targets: Tensor,
         threshold: Tensor,
-        touched: Tensor | None,
+        touched: Touched | None,
     ) -> Engine:
         """In the state of a checkpoint, which was checked.
 
@@ -362,15 +361,12 @@ class Engine:
             segments: of each tensor, as `ActiveSet.segment` returned them.
             progress, targets: as in `ActiveSet` and in the constructor.
             threshold: (), float32, as in `NewEntries`.
-            touched: (n,), int64, as `Touched.index` returned it; None keeps what is here.
+            touched: entries that were ever active, where entries leave the set again.
         """
         pool = self.pool
         active = ActiveSet.empty(pool.params, int(targets[-1]), pool.device)
         active.fill(segments, progress)
-        ever = self.touched
-        if touched is not None:
-            ever = Touched(touched.to(pool.device, copy=True))
-        engine = Engine(pool, self.method, targets.clone(), self.backend, active, ever)
+        engine = Engine(pool, self.method, targets.clone(), self.backend, active, touched)
         engine.work.new.threshold.copy_(threshold)
         return engine
 

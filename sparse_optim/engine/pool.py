@@ -67,6 +67,11 @@ class Pool:
         return sum(param.numel() for param in self.params if param.requires_grad)
 
     @property
+    def entries(self) -> int:
+        """Entries of all tensors."""
+        return sum(param.numel() for param in self.params)
+
+    @property
     def sizes(self) -> Tensor:
         """Entries of each tensor: (S,), int64, on the device."""
         sizes = [param.numel() for param in self.params]

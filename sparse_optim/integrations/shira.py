@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sparse_optim.delta import Delta, DeltaError, SparseValues, merge
+from sparse_optim.delta._names import match_names, renamed
 from sparse_optim.files import replacing
 from sparse_optim.integrations.peft_package import import_peft
 
@@ -87,6 +88,7 @@ def export_shira(
             "this delta is over a peft adapter: apply it to the adapted model, and save that by "
             "PeftModel.save_pretrained"
         )
+    delta = renamed(delta, match_names(delta, base.state_dict(), live=True))
     merged = merge(delta, base.state_dict())
     modules = dict(base.named_modules())
     changed = _changed_modules(delta, modules)

@@ -1,7 +1,10 @@
-"""Engine state <-> state_dict: what is written, and the checks of what is read.
+"""Read a state_dict into an engine: both formats, and every check of what is read.
 
-torch's own loader would cast positions and float32 moments to the parameter's dtype, so per-entry
-state is taken out before torch sees the rest.
+`sparse_optim.optim.state` describes format 2. Format 1 had the per-entry state under each
+parameter, and the rest under "unmask", which is no parameter.
+
+torch's own loader would cast positions and float32 moments to the parameter's dtype, so our state
+is taken out before torch sees the rest.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -17,12 +20,16 @@ from torch import Tensor
 
 from sparse_optim.backends.operands import ENTRY_FIELDS
 from sparse_optim.engine.engine import Engine
+from sparse_optim.engine.touched import Touched
 from sparse_optim.optim.groups import check_group_options
+from sparse_optim.optim.state import DIGEST_BYTES, INDEX, OURS, PROGRESS, without_ours
 
 logger = logging.getLogger(__name__)
 
 MAX_STEPS = 2**31 - 1  # unmask_step is int32
-UNMASK = "unmask"  # key under "state" of what belongs to no single parameter
+FORMAT_1 = "unmask"
+
+Segments = list[dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -36,31 +43,12 @@ class EngineState:
         touched: entries that were ever active; None if the selection keeps its set.
     """
 
-    segments: list[dict[str, Tensor]]
+    segments: Segments
     progress: Tensor
     targets: Tensor
     threshold: Tensor
     fingerprints: list[str]
-    touched: Tensor | None
-
-
-def pack(engine: Engine, fingerprints: Sequence[str]) -> dict[Any, dict[str, Any]]:
-    """Per-entry state under each pool parameter, and counts and schedule under "unmask"; copies."""
-    engine.pool.check_unchanged()
-    active = engine.active
-    packed: dict[Any, dict[str, Any]] = {
-        param: {name: value.clone() for name, value in active.segment(index).items()}
-        for index, param in enumerate(engine.pool.params)
-    }
-    packed[UNMASK] = {
-        "progress": active.progress.clone(),
-        "targets": engine.targets.clone(),
-        "threshold": engine.work.new.threshold.clone(),
-        "fingerprints": list(fingerprints),
-    }
-    if engine.method.selection.replaces:
-        packed[UNMASK]["touched"] = engine.touched.index().clone()
-    return packed
+    touched: Touched | None
 
 
 def split(
@@ -83,44 +71,116 @@ def split(
             "the checkpoint's parameter groups do not match the optimizer's: "
             f"{theirs} against {ours} parameters"
         )
-    _check_order(groups, param_groups)
-    if UNMASK not in state:
+    _check_names(groups, param_groups)
+    keys = list(chain.from_iterable(group["params"] for group in groups))
+    params = chain.from_iterable(group["params"] for group in param_groups)
+    key_of = {id(param): key for key, param in zip(keys, params, strict=True)}
+    of_pool = [state.get(key_of[id(param)], {}) for param in engine.pool.params]
+    if not any(key == FORMAT_1 or PROGRESS in each for key, each in state.items()):
         raise ValueError(
-            "the checkpoint is not one of MaskedAdamW (state['unmask'] is missing); "
+            f"the checkpoint is not one of MaskedAdamW (no parameter's state has {PROGRESS!r}); "
             "a dense AdamW checkpoint cannot be resumed sparsely"
         )
+    modes, wanted = ([group.get("unmask") for group in some] for some in (groups, param_groups))
+    if modes != wanted:
+        raise ValueError(f"the checkpoint's groups have unmask={modes}, the optimizer's {wanted}")
+    if FORMAT_1 in state:
+        run, segments = _read_format_1(state[FORMAT_1], engine), of_pool
+    else:
+        run = _read_run(state, engine)
+        _check_places(of_pool, engine)
+        segments = _cut_segments(run, engine)
     selection = engine.method.selection
-    if selection.replaces != ("touched" in state[UNMASK]):
+    if selection.replaces != ("touched" in run):
         raise ValueError(
             "the checkpoint's selection is of another kind than the optimizer's "
             f"{selection}: one replaces its set at each step, the other keeps it"
         )
-    modes = [group.get("unmask") for group in groups]
-    if modes != [group["unmask"] for group in param_groups]:
-        ours = [group["unmask"] for group in param_groups]
-        raise ValueError(f"the checkpoint's groups have unmask={modes}, the optimizer's {ours}")
-    keys = chain.from_iterable(group["params"] for group in groups)
-    owners = chain.from_iterable(group["params"] for group in param_groups)
-    key_of = {id(param): key for key, param in zip(keys, owners, strict=True)}
-    pool, keep_master = engine.pool, bool(engine.active.master.numel())
-    segments = []
-    for param, name in zip(pool.params, pool.names, strict=True):
-        segment = state.get(key_of[id(param)], {})
+    keep_master = bool(engine.active.master.numel())
+    for segment, param, name in zip(segments, engine.pool.params, engine.pool.names, strict=True):
         _check_segment(segment, param, name, keep_master)
-        segments.append(segment)
-    _check_totals(state[UNMASK], segments, sum(param.numel() for param in pool.params))
-    known = {key_of[id(param)] for param in pool.params} | {UNMASK}
-    rest = {key: value for key, value in state.items() if key not in known}
+    _check_totals(run, segments, engine.pool.entries)
+    found = EngineState(
+        segments, run["progress"], run["targets"], run["threshold"], run["fingerprints"],
+        run.get("touched"),
+    )  # fmt: skip
+    rest = {}
     for group in param_groups:
         for param in group["params"] if group["unmask"] == "all" else ():
-            if dense := state.get(key_of[id(param)]):
+            if dense := without_ours(state.get(key_of[id(param)], {})):
                 _check_dense(dense, param)
                 step = torch.as_tensor(dense["step"], dtype=torch.float32, device=param.device)
                 rest[key_of[id(param)]] = {**dense, "step": step}
-    run = {"touched": None, **state[UNMASK]}
-    fields = ("progress", "targets", "threshold", "fingerprints", "touched")
-    found = EngineState(segments, **{name: run[name] for name in fields})
     return found, {**state_dict, "state": rest, "param_groups": _whole(groups, param_groups)}
+
+
+def _read_run(state: dict[Any, dict[str, Any]], engine: Engine) -> dict[str, Any]:
+    """What one parameter's state says of the whole pool (format 2), by the names in the engine."""
+    runs = [each for each in state.values() if PROGRESS in each]
+    _check(len(runs) == 1, f"the pool's state is in that of {len(runs)} parameters, expected 1")
+    run = {name.removeprefix(OURS): value for name, value in runs[0].items()}
+    number = len(engine.pool.params)
+    wanted = {*ENTRY_FIELDS, "offsets", "targets", "threshold", "base"} - {"master"}
+    if missing := wanted - set(run):
+        raise ValueError(f"checkpoint: the pool's state lacks {sorted(missing)}")
+    base = run["base"]
+    good = isinstance(base, Tensor) and base.dtype == torch.uint8
+    _check(good and base.shape == (number, DIGEST_BYTES), f"expected {number} fingerprints")
+    taken = bool(base.any())
+    run["fingerprints"] = [bytes(row).hex() for row in base.tolist()] if taken else []
+    if engine.method.selection.replaces and "touched" in run:
+        bits, size = run["touched"], engine.touched.bits.numel()
+        _check_tensor(bits, "touched", torch.uint8)
+        _check(bits.numel() == size, f"touched has {bits.numel()} bytes, expected {size}")
+        run["touched"] = Touched(bits.to(engine.pool.device, copy=True))
+    return run
+
+
+def _check_places(states: Sequence[dict[str, Any]], engine: Engine) -> None:
+    """Refuse parameters of the pool that were at other places in it."""
+    for place, (state, param, name) in enumerate(
+        zip(states, engine.pool.params, engine.pool.names, strict=True)
+    ):
+        if INDEX not in state:  # torch.distributed.checkpoint leaves frozen parameters out
+            _check(not param.requires_grad, f"the state of {name} is missing")
+        elif int(state[INDEX]) != place:
+            raise ValueError(
+                f"the checkpoint's parameters are in another order: {name} was at place "
+                f"{int(state[INDEX])} of the pool, not {place}. Pass the parameters in the order "
+                "in which they were when the checkpoint was saved"
+            )
+
+
+def _cut_segments(run: dict[str, Any], engine: Engine) -> Segments:
+    """Per-entry state of each tensor, of the buffers that hold that of all (format 2)."""
+    offsets, number = run["offsets"], len(engine.pool.params)
+    _check_tensor(offsets, "offsets", torch.int64)
+    _check(offsets.numel() == number + 1, f"it is of {offsets.numel() - 1} tensors, not {number}")
+    fields = [name for name in ENTRY_FIELDS if name in run]
+    for name in fields:
+        integers = name in ("position", "unmask_step")
+        _check_tensor(run[name], name, torch.int32 if integers else torch.float32)
+    bounds, least = offsets.tolist(), min(run[name].numel() for name in fields)
+    rising = bounds[0] == 0 and all(first <= last for first, last in pairwise(bounds))
+    _check(rising and bounds[-1] <= least, f"offsets do not rise from 0 to at most {least}")
+    return [{name: run[name][first:last] for name in fields} for first, last in pairwise(bounds)]
+
+
+def _read_format_1(run: dict[str, Any], engine: Engine) -> dict[str, Any]:
+    """What a checkpoint of format 1 says of the whole pool."""
+    if missing := {"progress", "targets", "threshold", "fingerprints"} - set(run):
+        raise ValueError(f"checkpoint: state['unmask'] lacks {sorted(missing)}")
+    fingerprints, number = run["fingerprints"], len(engine.pool.params)
+    good = isinstance(fingerprints, list) and len(fingerprints) in (0, number)
+    good = good and all(isinstance(each, str) for each in fingerprints)
+    _check(good, f"expected {number} fingerprints, or none")
+    if not engine.method.selection.replaces or "touched" not in run:
+        return run
+    touched, entries = run["touched"], engine.pool.entries
+    _check_tensor(touched, "touched", torch.int64)
+    inside = bool(((touched >= 0) & (touched < entries)).all())
+    _check(inside and not bool((touched.diff() <= 0).any()), "touched is not ascending")
+    return {**run, "touched": Touched.of(touched.to(engine.pool.device), entries)}
 
 
 def restore(engine: Engine, state: EngineState) -> Engine:
@@ -167,7 +227,7 @@ def _check_moments(exp_avg: Tensor, exp_avg_sq: Tensor, owner: str) -> None:
     _check(good, f"exp_avg_sq of {owner} is negative or not finite")
 
 
-def _check_order(groups: Sequence[dict[str, Any]], param_groups: Sequence[dict[str, Any]]) -> None:
+def _check_names(groups: Sequence[dict[str, Any]], param_groups: Sequence[dict[str, Any]]) -> None:
     """Refuse names that have changed places; other names (a wrapper's prefix) say nothing."""
     saved, here = (
         [name for group in some for name in group.get("param_names", ())]
@@ -222,14 +282,9 @@ def _check_dense(state: dict[str, Any], param: Tensor) -> None:
     _check_moments(state["exp_avg"], state["exp_avg_sq"], who)
 
 
-def _check_totals(
-    unmask: dict[str, Any], segments: list[dict[str, Tensor]], pool_entries: int
-) -> None:
-    """Check counts, schedule and fingerprints, and that they fit the segments."""
-    missing = {"progress", "targets", "threshold", "fingerprints"} - set(unmask)
-    if missing:
-        raise ValueError(f"checkpoint: state['unmask'] lacks {sorted(missing)}")
-    progress, targets, threshold = unmask["progress"], unmask["targets"], unmask["threshold"]
+def _check_totals(run: dict[str, Any], segments: Segments, pool_entries: int) -> None:
+    """Check counts and schedule, and that they fit the segments."""
+    progress, targets, threshold = run["progress"], run["targets"], run["threshold"]
     _check_tensor(progress, "progress", torch.int64)
     _check_tensor(targets, "targets", torch.int64)
     _check_tensor(threshold, "threshold", torch.float32, dims=0)
@@ -238,10 +293,6 @@ def _check_totals(
     step, active, skipped = progress.tolist()
     good = 0 <= step < MAX_STEPS and 0 <= skipped < MAX_STEPS
     _check(good, f"it counts {step} applied and {skipped} skipped steps")
-    fingerprints = unmask["fingerprints"]
-    good = isinstance(fingerprints, list) and len(fingerprints) in (0, len(segments))
-    good = good and all(isinstance(each, str) for each in fingerprints)
-    _check(good, f"expected {len(segments)} fingerprints, or none")
     falls = targets.numel() < 2 or bool((targets.diff() < 0).any())
     if falls or int(targets[0]) != 0 or int(targets[-1]) > pool_entries:
         raise ValueError(
@@ -259,8 +310,3 @@ def _check_totals(
             bool(((unmasked >= 1) & (unmasked <= step)).all()),
             f"entries were unmasked outside of steps 1 to {step}",
         )
-    if "touched" in unmask:
-        touched = unmask["touched"]
-        _check_tensor(touched, "touched", torch.int64)
-        inside = bool(((touched >= 0) & (touched < pool_entries)).all())
-        _check(inside and not bool((touched.diff() <= 0).any()), "touched is not ascending")

@@ -48,7 +48,7 @@ def plan_dense_step(
         params = [param for param, _ in pairs]
         gradients = [_laid_out_as(param, grad) for param, grad in pairs]
         scaled = [torch.empty_like(grad) for grad in gradients] if is_scaled else []
-        states = [optimizer.state[param] or _start(optimizer, param) for param in params]
+        states = [optimizer.state[param] for param in params]
         parts.append(DensePart(group, params, gradients, scaled, states))
     return parts
 
@@ -92,12 +92,10 @@ def _laid_out_as(param: Tensor, grad: Tensor) -> Tensor:
     return torch.empty_like(param, dtype=grad.dtype).copy_(grad)
 
 
-def _start(optimizer: torch.optim.Optimizer, param: Tensor) -> dict[str, Tensor]:
+def start_dense(param: Tensor) -> dict[str, Tensor]:
     """State of a parameter before its first step, as torch.optim.AdamW(fused=True) makes it."""
-    state = {
+    return {
         "step": torch.zeros((), dtype=torch.float32, device=param.device),
         "exp_avg": torch.zeros_like(param, memory_format=torch.preserve_format),
         "exp_avg_sq": torch.zeros_like(param, memory_format=torch.preserve_format),
     }
-    optimizer.state[param] = state
-    return state

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -19,8 +20,8 @@ from sparse_optim.engine.engine import Engine, Method, Source
 from sparse_optim.engine.fused_backward import FusedBackward
 from sparse_optim.engine.pool import readable_gradients
 from sparse_optim.engine.scalars import check_capture
-from sparse_optim.optim import checkpoint
-from sparse_optim.optim.dense_groups import plan_dense_step, take_dense_step
+from sparse_optim.optim import checkpoint, state
+from sparse_optim.optim.dense_groups import plan_dense_step, start_dense, take_dense_step
 from sparse_optim.optim.gradient_watch import GradientWatch
 from sparse_optim.optim.groups import (
     check_fusable,
@@ -31,7 +32,7 @@ from sparse_optim.optim.groups import (
     normalize_group,
     split_groups,
 )
-from sparse_optim.optim.readout import delta_of, metrics_of, names_of
+from sparse_optim.optim.readout import delta_of, metrics_of
 from sparse_optim.policy.importance import Importance, traits_of
 from sparse_optim.policy.selection import Selection, resolve_budget
 
@@ -123,6 +124,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         method = Method(importance, selection, bias_correction)
         self._engine = Engine(pool, method, selection.targets(budget), chosen)
         self._watch = GradientWatch()
+        self._show_state(self._engine)
         self.fuse_backward = fuse_backward
 
     @property
@@ -222,6 +224,8 @@ class MaskedAdamW(torch.optim.Optimizer):
         engine.update(grads)
         take_dense_step(dense, engine.work.scalars.grad_factor, engine.work.scalars.found_inf)
         source.end()
+        if self.selection.replaces:
+            self.state[self._owner].update(state.active_state(engine.active))
         return loss
 
     def _given(self, name: str) -> Tensor | None:
@@ -243,6 +247,12 @@ class MaskedAdamW(torch.optim.Optimizer):
                 "such as accelerate's FSDP2 replace them), so that it would train none of them. "
                 "Wrap the model first, then build the optimizer; add_param_group() adds parameters"
             )
+        shown = self.state[self._owner].get(state.PROGRESS) if self._owner in self.state else None
+        if shown is not self._engine.active.progress:
+            raise RuntimeError(
+                "optimizer.state was cleared or replaced, but the pool's state is in the "
+                "optimizer's own buffers: use load_state_dict(), or build a new optimizer"
+            )
         check_capture(
             self._engine.pool.device, self.capturable, self._base.final, self.param_groups,
             self._engine.known_hyper,
@@ -254,6 +264,18 @@ class MaskedAdamW(torch.optim.Optimizer):
                 "that it would never lower its scale: use sparse_optim.amp.GradScaler"
             )
 
+    def _show_state(self, engine: Engine) -> None:
+        """Let `state` show the engine's buffers, and hold moments for each dense parameter."""
+        owner = state.owner_of(self.param_groups)
+        shown = defaultdict(dict, state.index_states(engine))
+        for param in self._listed:
+            shown[param]  # a parameter that stays frozen has an empty state: torch asks for one
+        for param in self._dense.params:
+            shown[param] = state.without_ours(self.state.get(param, {})) or start_dense(param)
+        fingerprints = self._base.values if self._base.final else []
+        shown[owner].update(state.pool_state(engine, fingerprints))
+        self.state, self._owner = shown, owner
+
     def _list_params(self) -> list[Tensor]:
         """The parameters of all groups, to see whether somebody has replaced them."""
         return [param for group in self.param_groups for param in group["params"]]
@@ -264,13 +286,15 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     def _adopt(self, engine: Engine) -> None:
         """Go on with another engine; if its hooks cannot be registered, with the one at hand."""
-        before = self._fused_backward
+        before, shown = self._fused_backward, self.state
+        self._show_state(engine)
         if before is not None:
             before.detach()
             try:
                 self._fused_backward = FusedBackward(engine, self._dense.params)
             except BaseException:
                 before.attach()
+                self.state = shown
                 raise
             self._fused_backward.stepped = before.stepped
         self._engine = engine
@@ -287,15 +311,14 @@ class MaskedAdamW(torch.optim.Optimizer):
         super().add_param_group(group)
         if not hasattr(self, "_engine"):  # torch's constructor adds the first groups
             return
-        dense = self._dense
+        before = dict(vars(self))
         try:
             pool, self._dense = split_groups(self.param_groups)
-            base = self._base.extended(pool.params)
+            self._base, self._listed = self._base.extended(pool.params), self._list_params()
             self._adopt(self._engine.with_pool(pool))
-            self._base, self._listed = base, self._list_params()
         except BaseException:  # also when memory runs out
+            vars(self).update(before)
             self.param_groups.pop()
-            self._dense = dense
             raise
 
     def refresh(self) -> None:
@@ -334,17 +357,15 @@ class MaskedAdamW(torch.optim.Optimizer):
         self._adopt(engine.resized(method, selection.targets(entries)))
 
     def state_dict(self) -> dict[str, Any]:
-        """State in torch's form, plus "unmask" (counts, schedule, fingerprints) under "state".
+        """State in torch's form; `sparse_optim.optim.state` says what is in it.
 
-        Per-entry state of a parameter: position (int32), exp_avg, exp_avg_sq, unmask_step, master.
+        What belongs to the pool is a copy; as with torch.optim, dense moments are not.
         """
-        packed = checkpoint.pack(self._engine, self._base.values if self._base.final else [])
-        self.state.update(packed)
-        try:
-            return super().state_dict()
-        finally:
-            for key in packed:
-                del self.state[key]
+        self._engine.pool.check_unchanged()
+        self._show_state(self._engine)
+        packed = super().state_dict()
+        packed["state"] = {key: state.copied(value) for key, value in packed["state"].items()}
+        return packed
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -355,17 +376,30 @@ class MaskedAdamW(torch.optim.Optimizer):
                 as it is when memory runs out.
         """
         self._check_idle("load_state_dict()")
+        before = dict(vars(self))
+        prepare = self._optimizer_load_state_dict_pre_hooks
+        finish = self._optimizer_load_state_dict_post_hooks
+        state_dict = dict(state_dict)
+        for change in prepare.values():
+            changed = change(self, state_dict)
+            state_dict = state_dict if changed is None else changed
         ours, torchs = checkpoint.split(self._engine, self.param_groups, state_dict)
         loaded = checkpoint.restore(self._engine, ours)  # the largest allocations come first
-        before = dict(vars(self))
         try:
+            # torch would call the hooks once our state is out, and before it is back.
+            self._optimizer_load_state_dict_pre_hooks = OrderedDict()
+            self._optimizer_load_state_dict_post_hooks = OrderedDict()
             super().load_state_dict(torchs)
+            if ours.fingerprints:  # else no step had been taken: the base is what is here then
+                self._base = BaseFingerprints(ours.fingerprints)
             self._adopt(loaded)
         except BaseException:
             vars(self).update(before)
             raise
-        if ours.fingerprints:  # else no step had been taken: the base is what is here then
-            self._base = BaseFingerprints(ours.fingerprints)
+        self._optimizer_load_state_dict_pre_hooks = prepare
+        self._optimizer_load_state_dict_post_hooks = finish
+        for look in finish.values():
+            look(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """What copy.deepcopy and pickle keep: torch's own state, and ours."""
@@ -386,6 +420,7 @@ class MaskedAdamW(torch.optim.Optimizer):
             fused = state["_fused_backward"]
             source = FusedBackward(self._engine, self._dense.params) if fused else None
             self._fused_backward = source
+            self._show_state(self._engine)
 
     @property
     def grad_norm(self) -> Tensor:
@@ -401,19 +436,21 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     def metrics(self) -> dict[str, int | float | str]:
         """A flat dict for trackers: counts, norms, bytes; reads the device once."""
-        dense = (tensor for state in self.state.values() for tensor in state.values())
+        dense = (state.without_ours(self.state[param]) for param in self._dense.params)
         taken = self._fused_backward.nbytes if self._fused_backward else 0
-        return metrics_of(self._engine, taken + sum(tensor.nbytes for tensor in dense))
+        moments = sum(tensor.nbytes for each in dense for tensor in each.values())
+        return metrics_of(self._engine, taken + moments)
 
     @torch.no_grad()
     def delta(self, model: torch.nn.Module | None = None) -> Delta:
         """What fine-tuning changed so far: active entries, and dense groups whole.
 
         Args:
-            model: gives the names, where the optimizer was not built from named parameters.
+            model: gives the names, where the optimizer was not built from named parameters; tied
+                names; and buffers that training may move (running statistics), which are stored
+                whole. Without it a delta has parameters alone.
 
         Raises:
             ValueError: a parameter has no name, or is not the model's.
         """
-        names = names_of(self._engine.pool, self._dense, self.param_groups, model)
-        return delta_of(self._engine, self._dense, names, self._base.values)
+        return delta_of(self._engine, self._dense, self.param_groups, self._base.values, model)

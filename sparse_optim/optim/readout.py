@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparse_optim.delta import Delta, SparseValues
+from sparse_optim.delta._wrappers import plain_names
 from sparse_optim.engine.engine import Engine
 from sparse_optim.engine.pool import Pool
 from sparse_optim.optim.groups import DenseParams
 
+MAX_COUNTER_BYTES = 1024
+
 
 def delta_of(
-    engine: Engine, dense: DenseParams, names: Mapping[int, str], fingerprints: Sequence[str]
+    engine: Engine,
+    dense: DenseParams,
+    param_groups: Sequence[Mapping[str, Any]],
+    fingerprints: Sequence[str],
+    model: torch.nn.Module | None,
 ) -> Delta:
-    """Collect the active entries of the pool, and dense parameters whole.
+    """Collect the active entries of the pool, and dense parameters and the model's buffers whole.
 
     Args:
-        names: as `names_of` gives them.
         fingerprints: of the base's tensors, one for each tensor of the pool.
+        model: gives names, tied names and buffers.
+
+    Raises:
+        ValueError: a parameter has no name, or is not the model's.
     """
+    names = _names_of(engine.pool, dense, param_groups, model)
     engine.pool.check_unchanged()
     sparse, of_base, params = {}, {}, engine.pool.params
     moved = _touched_entries(engine)
@@ -38,6 +49,8 @@ def delta_of(
             )
             of_base[name] = fingerprints[index]
     whole = {names[id(param)]: param.detach().clone() for param in dense.params}
+    whole |= _moving_buffers(model)
+    tied = _tied_names(model, names, {*sparse, *whole})
     method = {
         "importance": repr(engine.method.importance),
         "selection": type(engine.method.selection).__name__,
@@ -45,23 +58,20 @@ def delta_of(
         "total_steps": engine.targets.numel() - 1,
         "step": int(engine.active.progress[0]),
     }
-    return Delta(sparse=sparse, dense=whole, fingerprints=of_base, method=method)
+    return Delta(sparse=sparse, dense=whole, fingerprints=of_base, method=method, tied=tied)
 
 
-def names_of(
+def _names_of(
     pool: Pool,
     dense: DenseParams,
     param_groups: Sequence[Mapping[str, Any]],
     model: torch.nn.Module | None,
 ) -> dict[int, str]:
-    """id of each parameter that the optimizer trains -> its name.
-
-    Raises:
-        ValueError: a parameter has no name, or is not the model's.
-    """
+    """id of each parameter that the optimizer trains -> its name without wrappers."""
     params = (*pool.params, *dense.params)
     if model is not None:
-        names = {id(param): name for name, param in model.named_parameters()}
+        named = dict(model.named_parameters())
+        names = {id(named[name]): plain for name, plain in plain_names(named).items()}
         if any(id(param) not in names for param in params):
             raise ValueError("the optimizer holds parameters that are not the model's")
         return names
@@ -70,7 +80,41 @@ def names_of(
             "a delta needs names: pass model=, or build the optimizer from named_parameters()"
         )
     listed = (*pool.names, *dense.names)
-    return {id(param): name for param, name in zip(params, listed, strict=True)}
+    plain = plain_names(name for group in param_groups for name in group["param_names"])
+    return {id(param): plain[name] for param, name in zip(params, listed, strict=True)}
+
+
+def _moving_buffers(model: torch.nn.Module | None) -> dict[str, Tensor]:
+    """Saved buffers that training may move: statistics, moving averages, counters.
+
+    No one keeps what they were before training, so they are stored whole, moved or not. Large
+    buffers of integers (masks, tables of positions) are constants.
+    """
+    if model is None:
+        return {}
+    saved = set(plain_names(model.state_dict(keep_vars=True)).values())
+    buffers = dict(model.named_buffers())
+    plain = plain_names((*buffers, *(name for name, _ in model.named_parameters())))
+    return {
+        plain[name]: buffer.detach().clone()
+        for name, buffer in buffers.items()
+        if plain[name] in saved
+        and (buffer.is_floating_point() or buffer.nbytes <= MAX_COUNTER_BYTES)
+    }
+
+
+def _tied_names(
+    model: torch.nn.Module | None, names: Mapping[int, str], changed: Collection[str]
+) -> dict[str, str]:
+    """Further names of the changed parameters."""
+    if model is None:
+        return {}
+    named = dict(model.named_parameters(remove_duplicate=False))
+    plain = plain_names(named)
+    known = {plain[name]: names.get(id(param), "") for name, param in named.items()}
+    return {
+        alias: name for alias, name in known.items() if name in changed and alias not in changed
+    }
 
 
 def metrics_of(engine: Engine, further_bytes: int) -> dict[str, int | float | str]:

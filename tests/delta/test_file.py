@@ -188,7 +188,7 @@ def test_a_pipe_is_refused_instead_of_waited_for(folder):
         load_delta(folder / "pipe")
 
 
-@pytest.mark.parametrize("length", [2**63, 2**64 - 1, 100_000_001])
+@pytest.mark.parametrize("length", [2**63, 2**64 - 1, 100_000_001, 2**24 + 1])
 def test_hostile_header_lengths(folder, saved, length):
     data = struct.pack("<Q", length) + saved[0][8:]
     with pytest.raises(DeltaError, match=f"its header claims {length} bytes"):
@@ -223,7 +223,7 @@ NAME = "a.weight"
         (lambda h: h.update({"x": EMPTY | {"dtype": "F8_E8M0"}}), "dtype F8_E8M0 is unknown"),
         (lambda h: h.pop("__metadata__"), "'format' is None"),
         (lambda h: edit(h, "__metadata__", format="other"), "'format' is 'other'"),
-        (lambda h: edit(h, "__metadata__", format_version="2"), "version '2'.*upgrade"),
+        (lambda h: edit(h, "__metadata__", format_version="3"), "version '3'.*upgrade"),
         (lambda h: h["__metadata__"].pop("format_version"), "version None"),
         (lambda h: h["__metadata__"].pop("method"), "metadata 'method' is missing"),
         (lambda h: h["__metadata__"].pop("sparse"), "metadata 'sparse' is missing"),
@@ -383,3 +383,10 @@ def test_a_damaged_file_never_reaches_the_model(folder):
         else:
             apply_delta(base, delta).revert()
             assert_identical(base, before)
+
+
+def test_a_header_that_would_not_be_read_is_not_written(folder, monkeypatch):
+    monkeypatch.setattr("sparse_optim.delta._format.MAX_HEADER_BYTES", 100)
+    with pytest.raises(DeltaError, match="at most 100 are read"):
+        save_delta(example_delta(example_base()), folder / "delta.safetensors")
+    assert not (folder / "delta.safetensors").exists()

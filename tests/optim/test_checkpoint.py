@@ -60,13 +60,14 @@ def assert_same_state(got: MaskedAdamW, expected: MaskedAdamW) -> None:
     assert_same_bits(got.engine.targets, expected.engine.targets, "targets")
     for a, b in zip(trained_params(got), trained_params(expected), strict=True):
         assert_same_bits(a.detach(), b.detach(), "params")
-        for name, value in expected.state.get(b, {}).items():
-            assert_same_bits(got.state[a][name], value, name)
+        if "step" in expected.state[b]:
+            for name in ("step", "exp_avg", "exp_avg_sq"):
+                assert_same_bits(got.state[a][name], expected.state[b][name], name)
     assert fingerprints_of(got) == fingerprints_of(expected)
 
 
-def fingerprints_of(optimizer: MaskedAdamW) -> list[str]:
-    return optimizer.state_dict()["state"]["unmask"]["fingerprints"]
+def fingerprints_of(optimizer: MaskedAdamW) -> list[list[int]]:
+    return optimizer.state_dict()["state"][0]["pool_base"].tolist()
 
 
 def values_of(optimizer: MaskedAdamW) -> list[torch.Tensor]:
@@ -138,16 +139,16 @@ def test_state_dict_has_torchs_form():
     state = optimizer.state_dict()
     assert set(state) == {"state", "param_groups"}
     assert [group["params"] for group in state["param_groups"]] == [[0, 1, 2], [3], [4]]
-    assert set(state["state"]) == {0, 1, 2, 3, 4, "unmask"}
-    total = optimizer.metrics()["active"]
-    entries = [state["state"][key] for key in range(4)]
-    assert sum(entry["position"].numel() for entry in entries) == total
-    for entry in entries:
-        assert set(entry) == {"position", "exp_avg", "exp_avg_sq", "unmask_step", "master"}
-        assert entry["position"].dtype == torch.int32
-        assert entry["exp_avg"].dtype == entry["master"].dtype == torch.float32
-    assert "unmask" not in optimizer.state
-    assert all(param not in optimizer.state for param in optimizer.engine.pool.params)
+    assert set(state["state"]) == {0, 1, 2, 3, 4}
+    for place in range(4):
+        assert state["state"][place]["pool_index"] == place
+    assert set(state["state"][4]) == {"step", "exp_avg", "exp_avg_sq"}
+    first = state["state"][0]
+    assert first["pool_position"].dtype == first["pool_unmask_step"].dtype == torch.int32
+    assert first["pool_exp_avg"].dtype == first["pool_master"].dtype == torch.float32
+    assert first["pool_position"].shape == first["pool_exp_avg_sq"].shape == (300,)
+    assert int(first["pool_offsets"][-1]) == optimizer.metrics()["active"]
+    assert set(optimizer.state) == set(trained_params(optimizer))
 
 
 def test_state_dict_is_a_copy():
@@ -159,8 +160,6 @@ def test_state_dict_is_a_copy():
     for key in (0, 3):
         for name, value in kept["state"][key].items():
             assert_same_bits(state["state"][key][name], value, name)
-    for name in ("progress", "targets", "threshold"):
-        assert_same_bits(state["state"]["unmask"][name], kept["state"]["unmask"][name], name)
 
 
 def test_loading_does_not_share_memory_with_the_checkpoint():
@@ -170,9 +169,8 @@ def test_loading_does_not_share_memory_with_the_checkpoint():
     kept = copy.deepcopy(state)
     optimizer.load_state_dict(state)
     train(optimizer, 3, 6)
-    for name, value in kept["state"][3].items():
-        assert_same_bits(state["state"][3][name], value, name)
-    assert_same_bits(state["state"]["unmask"]["progress"], kept["state"]["unmask"]["progress"])
+    for name, value in kept["state"][0].items():
+        assert_same_bits(state["state"][0][name], value, name)
 
 
 def test_the_checkpoints_schedule_wins_and_extend_changes_it(caplog):
@@ -280,8 +278,7 @@ def _sparse_checkpoint(shape: tuple[int, ...] = (600,), **changes: Any) -> dict[
         optimizer.step()
     state = optimizer.state_dict()
     for path, value in changes.items():
-        entry, name = path.split("__")
-        target = state["state"][int(entry) if entry.isdigit() else entry]
+        name, target = f"pool_{path}", state["state"][0]
         if value is None:
             del target[name]
         else:
@@ -299,25 +296,22 @@ FOREIGN = {
     "other groups": (_fewer_params, "parameter groups do not match"),
     "other modes": (lambda: _sparse_checkpoint(unmask="rank"), "unmask="),
     "larger model": (lambda: _sparse_checkpoint((9000,)), "is this the same model"),
-    "no moments": (lambda: _sparse_checkpoint(**{"0__exp_avg": None}), "expected .*found"),
-    "cut": (lambda: _sparse_checkpoint(**{"0__exp_avg": lambda v: v[1:]}), "different lengths"),
-    "flipped": (lambda: _sparse_checkpoint(**{"0__position": lambda v: v.flip(0)}), "ascending"),
-    "doubled": (lambda: _sparse_checkpoint(**{"0__position": lambda v: v * 0}), "ascending"),
-    "negative": (lambda: _sparse_checkpoint(**{"0__position": lambda v: v - 600}), "ascending"),
-    "count": (lambda: _sparse_checkpoint(unmask__progress=lambda v: v + 1), "active entries"),
-    "no progress": (lambda: _sparse_checkpoint(unmask__progress=None), "lacks .*progress"),
-    "no fingerprints": (lambda: _sparse_checkpoint(unmask__fingerprints=None), "fingerprints"),
-    "overspent": (lambda: _sparse_checkpoint(unmask__targets=lambda v: v // 2), "of a budget of"),
-    "progress of another shape": (
-        lambda: _sparse_checkpoint(unmask__progress=lambda v: v[:2]), "progress"),
-    "falling targets": (
-        lambda: _sparse_checkpoint(unmask__targets=lambda v: v.flip(0)), "targets|budget"),
-    "beyond the pool": (
-        lambda: _sparse_checkpoint(unmask__targets=lambda v: v * 1000), "targets|budget|pool"),
+    "no moments": (lambda: _sparse_checkpoint(exp_avg=None), "lacks .'exp_avg'"),
+    "cut": (lambda: _sparse_checkpoint(exp_avg=lambda v: v[:59]), "do not rise from 0 to at most"),
+    "flipped": (lambda: _sparse_checkpoint(position=lambda v: v.flip(0)), "ascending"),
+    "doubled": (lambda: _sparse_checkpoint(position=lambda v: v * 0), "ascending"),
+    "negative": (lambda: _sparse_checkpoint(position=lambda v: v - 600), "ascending"),
+    "count": (lambda: _sparse_checkpoint(progress=lambda v: v + 1), "active entries"),
+    "no progress": (lambda: _sparse_checkpoint(progress=None), "not one of MaskedAdamW"),
+    "no fingerprints": (lambda: _sparse_checkpoint(base=None), "lacks .'base'"),
+    "overspent": (lambda: _sparse_checkpoint(targets=lambda v: v // 2), "of a budget of"),
+    "progress of another shape": (lambda: _sparse_checkpoint(progress=lambda v: v[:2]), "progress"),
+    "falling targets": (lambda: _sparse_checkpoint(targets=lambda v: v.flip(0)), "targets do not"),
+    "beyond the pool": (lambda: _sparse_checkpoint(targets=lambda v: v * 1000), "targets do not"),
     "positions of another dtype": (
-        lambda: _sparse_checkpoint(**{"0__position": lambda v: v.float() + 0.5}), "position"),
+        lambda: _sparse_checkpoint(position=lambda v: v.float() + 0.5), "position"),
     "fingerprints of more tensors": (
-        lambda: _sparse_checkpoint(unmask__fingerprints=lambda v: v * 2), "fingerprints"),
+        lambda: _sparse_checkpoint(base=lambda v: torch.cat([v, v])), "expected 1 fingerprints"),
 }  # fmt: skip
 
 

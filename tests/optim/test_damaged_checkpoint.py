@@ -47,26 +47,17 @@ def checkpoint() -> State:
     return torch.load(file, weights_only=True)
 
 
-def of_p(name: str, change: Callable[[torch.Tensor], Any]) -> Callable[[State], None]:
-    """Change a per-entry tensor of `p`, in place or by what is returned."""
+def of_pool(name: str, value: Any) -> Callable[[State], None]:
+    """Replace a tensor of the pool's, or change a number of it: (index, number)."""
 
     def apply(state: State) -> None:
-        changed = change(state["state"][0][name])
-        if changed is not None:
-            state["state"][0][name] = changed
-
-    return apply
-
-
-def of_run(name: str, value: Any) -> Callable[[State], None]:
-    """Replace a value of the whole run, or change a number of it: (index, number)."""
-
-    def apply(state: State) -> None:
-        run = state["state"]["unmask"]
+        pool, key = state["state"][0], f"pool_{name}"
         if isinstance(value, tuple):
-            run[name][value[0]] = value[1]
-        else:
-            run[name] = value(run[name]) if callable(value) else value
+            pool[key][value[0]] = value[1]
+        elif not callable(value):
+            pool[key] = value
+        elif (changed := value(pool[key])) is not None:
+            pool[key] = changed
 
     return apply
 
@@ -79,39 +70,41 @@ def of_head(name: str, value: Any) -> Callable[[State], None]:
     return lambda state: state["state"][2].__setitem__(name, value)
 
 
-def at(index: int, value: float) -> Callable[[torch.Tensor], None]:
-    return lambda tensor: tensor.__setitem__(index, value)
-
-
 # fmt: off
 DAMAGE: dict[str, tuple[Callable[[State], Any], str]] = {
-    "unmask_step above": (of_p("unmask_step", at(0, 1000)), "unmasked outside of steps 1 to 4"),
-    "unmask_step huge": (of_p("unmask_step", lambda t: t.fill_(2**31 - 1)), "outside of steps 1"),
-    "unmask_step zero": (of_p("unmask_step", lambda t: t.fill_(0)), "outside of steps 1 to 4"),
-    "unmask_step float": (of_p("unmask_step", lambda t: t.float()), "unmask_step of p must be"),
-    "position reversed": (of_p("position", lambda t: t.flip(0)), "positions are not ascending"),
-    "position beyond": (of_p("position", at(-1, 700)), r"not ascending within 0\.\.699"),
-    "position negative": (of_p("position", at(0, -(2**31))), "positions are not ascending"),
-    "position a list": (of_p("position", lambda t: [1, 2]), "position of p must be torch.int32"),
-    "exp_avg NaN": (of_p("exp_avg", at(0, float("nan"))), "exp_avg of p is not finite"),
-    "exp_avg_sq negative": (of_p("exp_avg_sq", at(0, -1.0)), "exp_avg_sq of p is negative or"),
-    "exp_avg float64": (of_p("exp_avg", torch.Tensor.double), "exp_avg of p must be torch.float32"),
-    "exp_avg two-dimensional": (of_p("exp_avg", lambda t: t[:, None]), "with 1 dimensions, found"),
-    "exp_avg shorter": (of_p("exp_avg", lambda t: t[1:]), "tensors of p have different lengths"),
-    "master float64": (of_p("master", lambda t: t.double()), "master of p must be torch.float32"),
-    "step negative": (of_run("progress", (0, -1)), "it counts -1 applied"),
-    "step huge": (of_run("progress", (0, 2**63 - 1)), "it counts 9223372036854775807 applied"),
-    "skipped negative": (of_run("progress", (2, -5)), "and -5 skipped steps"),
-    "progress float": (of_run("progress", torch.Tensor.float), "progress must be torch.int64"),
-    "progress longer": (of_run("progress", torch.zeros(4).long()), "has 4 numbers, expected 3"),
-    "targets int32": (of_run("targets", torch.Tensor.int), "targets must be torch.int64"),
-    "targets from 5": (of_run("targets", (0, 5)), "targets do not rise from 0"),
-    "targets fall": (of_run("targets", (3, 0)), "targets do not rise from 0"),
-    "budget above the pool": (of_run("targets", (-1, 10**6)), "at most 750 entries"),
-    "threshold NaN": (of_run("threshold", lambda t: t.fill_(float("nan"))), "threshold is nan"),
-    "threshold int": (of_run("threshold", torch.tensor(3)), "threshold must be torch.float32"),
-    "fingerprints numbers": (of_run("fingerprints", [1, 2]), "expected 2 fingerprints, or none"),
-    "fingerprints None": (of_run("fingerprints", None), "expected 2 fingerprints, or none"),
+    "unmask_step above": (of_pool("unmask_step", (0, 1000)), "unmasked outside of steps 1 to 4"),
+    "unmask_step huge": (of_pool("unmask_step", lambda t: t.fill_(2**31 - 1)), "outside of steps"),
+    "unmask_step zero": (of_pool("unmask_step", lambda t: t.fill_(0)), "outside of steps 1 to 4"),
+    "unmask_step float": (of_pool("unmask_step", lambda t: t.float()), "unmask_step must be"),
+    "position reversed": (of_pool("position", lambda t: t.flip(0)), "positions are not ascending"),
+    "position beyond": (of_pool("position", (0, 700)), r"not ascending within 0\.\.699"),
+    "position negative": (of_pool("position", (0, -(2**31))), "positions are not ascending"),
+    "position a list": (of_pool("position", lambda t: [1, 2]), "position must be torch.int32"),
+    "exp_avg NaN": (of_pool("exp_avg", (0, float("nan"))), "exp_avg of p is not finite"),
+    "exp_avg_sq negative": (of_pool("exp_avg_sq", (0, -1.0)), "exp_avg_sq of p is negative or"),
+    "exp_avg float64": (of_pool("exp_avg", torch.Tensor.double), "exp_avg must be torch.float32"),
+    "exp_avg two-dimensional": (of_pool("exp_avg", lambda t: t[:, None]), "with 1 dimensions"),
+    "exp_avg shorter": (of_pool("exp_avg", lambda t: t[:9]), "do not rise from 0 to at most 9"),
+    "master float64": (of_pool("master", lambda t: t.double()), "master must be torch.float32"),
+    "step negative": (of_pool("progress", (0, -1)), "it counts -1 applied"),
+    "step huge": (of_pool("progress", (0, 2**63 - 1)), "it counts 9223372036854775807 applied"),
+    "skipped negative": (of_pool("progress", (2, -5)), "and -5 skipped steps"),
+    "progress float": (of_pool("progress", torch.Tensor.float), "progress must be torch.int64"),
+    "progress longer": (of_pool("progress", torch.zeros(4).long()), "has 4 numbers, expected 3"),
+    "targets int32": (of_pool("targets", torch.Tensor.int), "targets must be torch.int64"),
+    "targets from 5": (of_pool("targets", (0, 5)), "targets do not rise from 0"),
+    "targets fall": (of_pool("targets", (3, 0)), "targets do not rise from 0"),
+    "budget above the pool": (of_pool("targets", (-1, 10**6)), "at most 750 entries"),
+    "threshold NaN": (of_pool("threshold", lambda t: t.fill_(float("nan"))), "threshold is nan"),
+    "threshold int": (of_pool("threshold", torch.tensor(3)), "threshold must be torch.float32"),
+    "offsets fall": (of_pool("offsets", (1, 1000)), "offsets do not rise from 0"),
+    "offsets negative": (of_pool("offsets", (0, -1)), "offsets do not rise from 0"),
+    "offsets of one tensor": (of_pool("offsets", lambda t: t[:2]), "it is of 1 tensors, not 2"),
+    "fingerprints numbers": (of_pool("base", [1, 2]), "expected 2 fingerprints"),
+    "fingerprints None": (of_pool("base", None), "expected 2 fingerprints"),
+    "places": (of_pool("index", 1), "p was at place 1 of the pool, not 0"),
+    "no place": (lambda state: state["state"].pop(1), "the state of q is missing"),
+    "two pools": (lambda state: state["state"][1].update(state["state"][0]), "of 2 parameters"),
     "lr a text": (of_group("lr", "x"), "param_groups: "),
     "lr NaN": (of_group("lr", float("nan")), "lr must be at least 0, got nan"),
     "betas": (of_group("betas", (2.0, 3.0)), "betas must be two numbers"),

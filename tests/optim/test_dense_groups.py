@@ -215,11 +215,9 @@ def half_dense() -> MaskedAdamW:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("name", "taken"), [("zeros_like", 0), ("empty_like", 0), ("empty_like", 2)]
-)
-def test_a_step_without_memory_moves_nothing_and_can_be_taken_again(monkeypatch, name, taken):
-    """Moments (made in the first step) and clipped gradients are there before anything moves."""
+@pytest.mark.parametrize("taken", [0, 2])
+def test_a_step_without_memory_moves_nothing_and_can_be_taken_again(monkeypatch, taken):
+    """Clipped gradients are there before anything moves; moments are since construction."""
     whole, broken = half_dense(), half_dense()
     generators = [torch.Generator().manual_seed(0) for _ in range(2)]
     for step in range(4):
@@ -233,7 +231,7 @@ def test_a_step_without_memory_moves_nothing_and_can_be_taken_again(monkeypatch,
                 raise torch.OutOfMemoryError("made up")
 
             with monkeypatch.context() as patch:
-                patch.setattr(f"sparse_optim.optim.dense_groups.torch.{name}", no_memory)
+                patch.setattr("sparse_optim.optim.dense_groups.torch.empty_like", no_memory)
                 with pytest.raises(torch.OutOfMemoryError):
                     broken.step()
             for value, old in zip([*params, broken.engine.active.progress], before, strict=True):

@@ -90,14 +90,14 @@ def test_a_killed_run_ends_as_an_unbroken_one(dtype, kills, tmp_path):
         kill_after(start(tmp_path / "killed", dtype, pause=0.02), step)
     saved = torch.load(tmp_path / "killed" / "checkpoint.pt", weights_only=True)
     assert 17 <= saved["step"] < 30
-    assert 0 < int(saved["optimizer"]["state"]["unmask"]["progress"][1]) < 700
+    assert 0 < int(saved["optimizer"]["state"][0]["pool_progress"][1]) < 700
     assert finish(start(tmp_path / "killed", dtype))[0] == saved["step"] + 1
     assert finish(unbroken) == list(range(1, 31))
     a, b = (
         torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)
         for name in ("unbroken", "killed")
     )
-    assert int(a["optimizer"]["state"]["unmask"]["progress"][1]) == 700
+    assert int(a["optimizer"]["state"][0]["pool_progress"][1]) == 700
     for name, value in a["model"].items():
         assert_same_bits(b["model"][name], value, name)
     for key, state in a["optimizer"]["state"].items():

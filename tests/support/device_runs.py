@@ -12,6 +12,7 @@ import torch
 from op_cases import random_values
 from torch import Tensor
 from torch.nn import Parameter
+from training import dense_moments
 
 from sparse_optim import D3, IncrementalMaskedAdamW, MaskedAdamW
 
@@ -56,10 +57,9 @@ class Run:
     def everything(self) -> list[Tensor]:
         """State, counts, dense moments and weights, on the CPU."""
         active = self.optimizer.engine.active
-        dense = [value for state in self.optimizer.state.values() for value in state.values()]
         tensors = [
             *vars(active).values(),
-            *dense,
+            *dense_moments(self.optimizer),
             *self.params,
             self.optimizer.engine.work.new.threshold,
         ]

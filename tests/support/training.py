@@ -42,12 +42,21 @@ def active_of(optimizer: MaskedAdamW) -> set[tuple[str, int]]:
     }
 
 
+def dense_moments(optimizer: MaskedAdamW) -> list[Tensor]:
+    """State of the parameters that are trained densely, as torch.optim.AdamW has it."""
+    names = ("step", "exp_avg", "exp_avg_sq")
+    return [state[name] for state in optimizer.state.values() for name in names if name in state]
+
+
 def everything(optimizer: MaskedAdamW) -> list[Tensor]:
     """All that a skipped step must not move."""
     active = optimizer.engine.active
     fields = ("position", "exp_avg", "exp_avg_sq", "unmask_step", "master", "offsets")
-    dense = [value for state in optimizer.state.values() for value in state.values()]
-    held = [getattr(active, name) for name in fields] + [active.progress[:2]] + dense
+    held = (
+        [getattr(active, name) for name in fields]
+        + [active.progress[:2]]
+        + dense_moments(optimizer)
+    )
     return [value.clone() for value in held] + snapshot(trained_params(optimizer))
 
 
