@@ -175,6 +175,7 @@ class Engine:
             self.spare.grad = self.active.grad
         self.known_hyper: Rows = []
         self._versions: list[int] = []
+        self._written = False
         if traits.check_names is not None:
             traits.check_names(pool.names)
         self.invalidate()
@@ -234,8 +235,7 @@ class Engine:
         self.ops.update(grads.bound, self.active, self.work.scalars, self.method.bias_correction)
         # Compiled operators write behind autograd's back: bump the versions that it checks.
         torch.autograd.graph.increment_version(self.pool.params)
-        if self._keeps_values:
-            self.accept_values()
+        self.accept_values()
 
     def end(self) -> None:
         """Nothing is left to do where gradients stay in `.grad`; see `Source`."""
@@ -289,10 +289,23 @@ class Engine:
 
     def notice_writes(self) -> None:
         """Take over parameter values that others have written since the last step."""
+        self._written = self.written_by_others
         if self._keeps_values:
             known = zip(self.pool.params, self._versions, strict=True)
             written = [i for i, (param, version) in enumerate(known) if param._version != version]
             self.refresh(written)
+
+    @property
+    def written_by_others(self) -> bool:
+        """Whether parameters were written after the first step by other code, as autograd sees it;
+        entries may have moved then that are not active."""
+        known = zip(self.pool.params, self._versions, strict=True)
+        return self._written or any(-1 < version != param._version for param, version in known)
+
+    def trust_values(self) -> None:
+        """What others have written so far moved active entries alone: the caller knows."""
+        self._written = False
+        self.invalidate()
 
     @torch.no_grad()
     def refresh(self, indices: Iterable[int] | None = None) -> None:
@@ -374,6 +387,7 @@ class Engine:
         """The engine, with what this one's last step left to be read."""
         engine.work.new.threshold.copy_(self.work.new.threshold)
         engine.work.scalars.grad_norm.copy_(self.work.scalars.grad_norm)
+        engine._written = self.written_by_others
         return engine
 
     # What is held.
@@ -386,7 +400,8 @@ class Engine:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy's parameters count their versions anew: none of them is known."""
-        return {**vars(self), "_versions": [-1] * len(self.pool.params)}
+        unknown = [-1] * len(self.pool.params)
+        return {**vars(self), "_versions": unknown, "_written": self.written_by_others}
 
     @property
     def _keeps_values(self) -> bool:

@@ -5,7 +5,7 @@ Every message names what was wrong and what to do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Any
@@ -38,33 +38,37 @@ class Pool:
     num_dense: int
     device: torch.device
     _shapes: list[torch.Size] = field(init=False, repr=False, compare=False)
+    _devices: list[torch.device] = field(init=False, repr=False, compare=False)
     _dtypes: list[torch.dtype] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_shapes", [param.shape for param in self.params])
         object.__setattr__(self, "_dtypes", [param.dtype for param in self.params])
+        object.__setattr__(self, "_devices", [param.device for param in self.params])
 
     def check_unchanged(self, index: int | None = None) -> None:
-        """Raise RuntimeError if a parameter (default: any) has another shape, dtype or layout.
+        """Raise RuntimeError if a parameter has another shape, dtype, layout or device; of all
+        parameters, or of that at `index`.
 
         `param.data = ...`, `model.to(...)` and `resize_token_embeddings` do that: buffers would
-        not fit, and kernels would write beyond the tensor. Takes 50 us for 200 parameters.
+        not fit, and kernels would write beyond the tensor. Takes 60 us for 200 parameters.
         """
         indices = range(len(self.params)) if index is None else (index,)
         for number in indices:
             param, shape, dtype = self.params[number], self._shapes[number], self._dtypes[number]
-            if param.shape != shape or param.dtype != dtype or not param.is_contiguous():
-                strides = "" if param.is_contiguous() else f" with strides {param.stride()}"
-                raise RuntimeError(
-                    f"{self.names[number]} has changed since the optimizer was built: from "
-                    f"{tuple(shape)} {dtype} to {tuple(param.shape)} {param.dtype}{strides}. "
-                    "Resize or convert the model first, then build the optimizer"
-                )
+            device = self._devices[number]
+            same = param.shape == shape and param.dtype == dtype and param.device == device
+            if not same or not param.is_contiguous():
+                raise changed(self.names[number], param, shape, dtype, device)
 
     @property
-    def trainable_entries(self) -> int:
-        """Entries that may be unmasked: those of parameters that require gradients."""
-        return sum(param.numel() for param in self.params if param.requires_grad)
+    def rankable_entries(self) -> int:
+        """Entries that a share of the pool counts: those of parameters that require gradients.
+
+        All, if none does: they are to be unfrozen later.
+        """
+        trained = sum(param.numel() for param in self.params if param.requires_grad)
+        return trained or self.entries
 
     @property
     def entries(self) -> int:
@@ -102,6 +106,19 @@ class Gradients:
         return any(grad.numel() for grads in (self.pool, self.dense) for grad in grads)
 
 
+def changed(
+    name: str, param: Tensor, shape: torch.Size, dtype: torch.dtype, device: torch.device
+) -> RuntimeError:
+    """The error for a parameter that no longer is what the optimizer was built for."""
+    was, now = (f" on {device}", f" on {param.device}") if param.device != device else ("", "")
+    strides = "" if param.is_contiguous() else f" with strides {param.stride()}"
+    return RuntimeError(
+        f"{name} has changed since the optimizer was built: from {tuple(shape)} {dtype}{was} to "
+        f"{tuple(param.shape)} {param.dtype}{strides}{now}. Resize, convert or move the model "
+        "first, then build the optimizer"
+    )
+
+
 def describe(param: Tensor, name: str) -> str:
     """'encoder.weight (768, 768)', for messages."""
     return f"{name} {tuple(param.shape)}"
@@ -121,6 +138,19 @@ def check_param(param: Tensor, name: str, mode: str) -> None:
         )
     if mode == "none":
         return
+    if type(param).__name__ == "FlatParameter":
+        raise TypeError(
+            f"{who} is a flat parameter of FSDP: several layers in one tensor. Sharded parameters "
+            "are not supported yet: keep the model whole in each process"
+        )
+    if type(param).__torch_dispatch__ is not Tensor.__torch_dispatch__ and not hasattr(
+        param, "to_local"
+    ):
+        raise TypeError(
+            f"{who} is a {type(param).__name__} (quantized by torchao?), not a plain tensor: its "
+            "entries cannot move one by one. Load the model in bfloat16, train adapters on top of "
+            "it (give only their parameters), or put it into a group with unmask='none'"
+        )
     if param.dtype not in SUPPORTED_DTYPES:
         raise TypeError(f"{who} is {param.dtype}; expected float32, bfloat16 or float16")
     if hasattr(param, "to_local"):
@@ -146,8 +176,14 @@ def check_param(param: Tensor, name: str, mode: str) -> None:
         raise ValueError(f"{who} has more than {MAX_TENSOR_ENTRIES} entries; split the tensor")
 
 
-def check_together(params: Sequence[Tensor], names: Sequence[str]) -> None:
-    """Raise ValueError if parameters are on several devices, share memory or are too many."""
+def check_together(
+    params: Sequence[Tensor], names: Sequence[str], frozen: Mapping[str, Tensor] | None = None
+) -> None:
+    """Raise ValueError if parameters are on several devices, share memory or are too many.
+
+    Args:
+        frozen: parameters that nobody trains; they may not share memory with the others.
+    """
     if sum(param.numel() for param in params) > MAX_POOL_ENTRIES:
         raise ValueError(f"the parameters have more than {MAX_POOL_ENTRIES} entries")
     for param, name in zip(params, names, strict=True):
@@ -156,16 +192,25 @@ def check_together(params: Sequence[Tensor], names: Sequence[str]) -> None:
                 f"parameters are on several devices: {names[0]} on {params[0].device}, "
                 f"{name} on {param.device}; use one optimizer per device"
             )
-    spans = sorted(
-        (param.data_ptr(), param.data_ptr() + param.nbytes, name)
-        for param, name in zip(params, names, strict=True)
-        if param.numel()
-    )
-    for (_, end, name), (begin, _, other) in pairwise(spans):
-        if begin < end:
+    spans = [(*_span(param), name, True) for param, name in zip(params, names, strict=True)]
+    for name, param in (frozen or {}).items():
+        plain = param.layout is torch.strided and param.device == params[0].device
+        if plain and type(param).__torch_dispatch__ is Tensor.__torch_dispatch__:
+            spans.append((*_span(param), name, False))
+    ends = sorted(span for span in spans if span[0] < span[1])
+    for (_, end, name, trained), (begin, _, other, also) in pairwise(ends):
+        if begin < end and (trained or also):
             raise ValueError(
                 f"{name} and {other} share memory; give tied weights as one and the same Parameter"
             )
+
+
+def _span(param: Tensor) -> tuple[int, int]:
+    """First byte of a tensor, and the first one behind it."""
+    extent = sum(
+        (size - 1) * stride for size, stride in zip(param.shape, param.stride(), strict=True)
+    )
+    return param.data_ptr(), param.data_ptr() + (extent + 1) * param.itemsize * bool(param.numel())
 
 
 def bind_gradients(

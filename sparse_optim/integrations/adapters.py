@@ -89,7 +89,8 @@ def zero_inactive_(model: nn.Module, active: Mapping[str, Tensor]) -> int:
     SparseAdapter does this once, BEFORE training. We do not by default: an entry that is not
     unmasked keeps its initial value. A call after training changes what the model computes:
     evaluate again. A delta does not record it: to rebuild the model, zero the same entries of a
-    fresh adapter before or after applying the delta, which only has active entries.
+    fresh adapter before or after applying the delta, which only has active entries. Between steps,
+    call `optimizer.refresh()` after it, so that `delta()` accepts these writes.
 
     Args:
         model: as for `adapter_groups`.

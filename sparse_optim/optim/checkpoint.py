@@ -110,7 +110,11 @@ def split(
             if dense := without_ours(state.get(key_of[id(param)], {})):
                 _check_dense(dense, param)
                 step = torch.as_tensor(dense["step"], dtype=torch.float32, device=param.device)
-                rest[key_of[id(param)]] = {**dense, "step": step}
+                moments = {
+                    name: torch.empty_like(param).copy_(dense[name])
+                    for name in ("exp_avg", "exp_avg_sq")
+                }
+                rest[key_of[id(param)]] = {**dense, "step": step.clone(), **moments}
     return found, {**state_dict, "state": rest, "param_groups": _whole(groups, param_groups)}
 
 

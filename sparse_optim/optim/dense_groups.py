@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from sparse_optim.engine.pool import changed
+
 
 @dataclass(frozen=True)
 class DensePart:
@@ -36,6 +38,9 @@ def plan_dense_step(
         optimizer: whose `param_groups` and `state` are used as torch.optim.AdamW uses them.
         grads: gradients of those parameters in order; an empty one skips its parameter.
         is_scaled: whether a factor will multiply the gradients.
+
+    Raises:
+        RuntimeError: a parameter no longer fits its moments: the kernel would write beyond it.
     """
     remaining, parts = iter(grads), []
     for group in optimizer.param_groups:
@@ -49,6 +54,7 @@ def plan_dense_step(
         gradients = [_laid_out_as(param, grad) for param, grad in pairs]
         scaled = [torch.empty_like(grad) for grad in gradients] if is_scaled else []
         states = [optimizer.state[param] for param in params]
+        _check_unchanged(group, dict(zip(params, states, strict=True)))
         parts.append(DensePart(group, params, gradients, scaled, states))
     return parts
 
@@ -83,6 +89,17 @@ def take_dense_step(parts: Sequence[DensePart], grad_factor: Tensor, found_inf: 
             eps=group["eps"],
             maximize=group["maximize"],
         )
+
+
+def _check_unchanged(group: dict[str, Any], states: dict[Tensor, dict[str, Tensor]]) -> None:
+    names = group.get("param_names") or ["a densely trained parameter"] * len(group["params"])
+    for param, name in zip(group["params"], names, strict=True):
+        if (state := states.get(param)) is None:
+            continue
+        moment = state["exp_avg"]
+        same = param.shape == moment.shape and param.dtype == moment.dtype
+        if not same or param.device != moment.device or param.stride() != moment.stride():
+            raise changed(name, param, moment.shape, moment.dtype, moment.device)
 
 
 def _laid_out_as(param: Tensor, grad: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ Every message names what was wrong and what to do.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -39,6 +40,7 @@ def split_groups(param_groups: Sequence[dict[str, Any]]) -> tuple[Pool, DensePar
     """
     pool: list[tuple[Tensor, str, int]] = []
     dense: list[tuple[Tensor, str]] = []
+    frozen: dict[str, Tensor] = {}
     for row, group in enumerate(param_groups):
         names = group.get("param_names") or [
             f"group{row}.param{number}" for number in range(len(group["params"]))
@@ -48,10 +50,12 @@ def split_groups(param_groups: Sequence[dict[str, Any]]) -> tuple[Pool, DensePar
                 pool.append((param, name, row))
             elif group["unmask"] == "all":
                 dense.append((param, name))
+            else:
+                frozen[name] = param
     params, names, rows = zip(*pool, strict=True) if pool else ((), (), ())
     dense_params, dense_names = zip(*dense, strict=True) if dense else ((), ())
     together = [*params, *dense_params]
-    check_together(together, [*names, *dense_names])
+    check_together(together, [*names, *dense_names], frozen if together else None)
     device = next(iter(together), torch.empty(0)).device
     split = Pool(params, names, rows, len(param_groups), len(dense), device)
     return split, DenseParams(dense_params, dense_names)
@@ -146,6 +150,24 @@ def check_rejected(
             "capturable=True needs importance D3 and a selection that keeps what it unmasked "
             "(Increment, Static): others wait for the device in every step"
         )
+
+
+def check_not_sharded() -> None:
+    """Raise TypeError where torch's ZeroRedundancyOptimizer is building this optimizer.
+
+    Each process would spend the whole budget on its own share of the parameters, and clip by the
+    norm of that share.
+    """
+    zero = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    frame = sys._getframe(1) if zero is not None else None
+    while zero is not None and frame is not None:
+        if isinstance(frame.f_locals.get("self"), zero.ZeroRedundancyOptimizer):
+            raise TypeError(
+                "ZeroRedundancyOptimizer gives each process a share of the parameters, so that "
+                "each would spend the whole budget on its own: use the optimizer without it; its "
+                "state holds the active entries alone and needs no sharding"
+            )
+        frame = frame.f_back
 
 
 def check_fusable(selection: Selection, capturable: bool, max_grad_norm: float | None) -> None:

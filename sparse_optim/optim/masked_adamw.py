@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from dataclasses import replace
+from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo  # torch.compiler.disable imports the compiler
 
 from sparse_optim.backends.operands import BiasCorrection
 from sparse_optim.backends.registry import BackendName
@@ -28,6 +31,7 @@ from sparse_optim.optim.groups import (
     check_max_grad_norm,
     check_method,
     check_new_group,
+    check_not_sharded,
     check_rejected,
     normalize_group,
     split_groups,
@@ -35,6 +39,8 @@ from sparse_optim.optim.groups import (
 from sparse_optim.optim.readout import delta_of, metrics_of
 from sparse_optim.policy.importance import Importance, traits_of
 from sparse_optim.policy.selection import Selection, resolve_budget
+
+logger = logging.getLogger(__name__)
 
 
 class MaskedAdamW(torch.optim.Optimizer):
@@ -81,6 +87,7 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     _step_supports_amp_scaling = True
     _fused_backward: FusedBackward | None = None
+    _told_length = False
     scaler_reads_scan = False
     """Set by `sparse_optim.amp.GradScaler` while it steps: it takes `found_inf` from the scan."""
 
@@ -106,6 +113,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         fuse_backward: bool = False,
     ) -> None:
         check_method(importance, selection, bias_correction)
+        check_not_sharded()
         self.max_grad_norm = max_grad_norm
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad,
@@ -119,11 +127,12 @@ class MaskedAdamW(torch.optim.Optimizer):
         check_rejected(capturable, differentiable, pool.device, chosen, waits)
         self.capturable = capturable
         ranked = any(group["unmask"] == "rank" for group in self.param_groups)
-        budget = resolve_budget(selection.budget, pool.trainable_entries) if ranked else 0
+        budget = resolve_budget(selection.budget, pool.rankable_entries) if ranked else 0
         self._base = BaseFingerprints().extended(pool.params)
         method = Method(importance, selection, bias_correction)
         self._engine = Engine(pool, method, selection.targets(budget), chosen)
         self._watch = GradientWatch()
+        self._stepping = Lock()
         self._show_state(self._engine)
         self.fuse_backward = fuse_backward
 
@@ -200,6 +209,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
         self._source.discard()
 
+    @_disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Unmask this step's quota of entries, then take one AdamW step on the active entries.
@@ -208,13 +218,22 @@ class MaskedAdamW(torch.optim.Optimizer):
         schedule moves; `metrics()["skipped_steps"]` counts it.
         """
         loss = None if closure is None else torch.enable_grad()(closure)()
+        if not self._stepping.acquire(blocking=False):
+            raise RuntimeError("step() is running in another thread: use one optimizer a thread")
+        try:
+            self._step()
+        finally:
+            self._stepping.release()
+        return loss
+
+    def _step(self) -> None:
         engine, source = self._engine, self._source
         self._check_step()
         grads = source.bind(readable_gradients(self._dense.params, self._dense.names))
         self._watch.note(grads.any)
         if not grads.any:
             source.discard()
-            return loss
+            return
         # Nothing has moved if this, or what selects entries below, fails for want of memory.
         dense = plan_dense_step(self, grads.dense, self._scales_gradients)
         self._base.finalize(engine.pool.params)
@@ -226,7 +245,6 @@ class MaskedAdamW(torch.optim.Optimizer):
         source.end()
         if self.selection.replaces:
             self.state[self._owner].update(state.active_state(engine.active))
-        return loss
 
     def _given(self, name: str) -> Tensor | None:
         """`grad_scale` or `found_inf`, which torch.amp.GradScaler sets and deletes."""
@@ -276,6 +294,20 @@ class MaskedAdamW(torch.optim.Optimizer):
         shown[owner].update(state.pool_state(engine, fingerprints))
         self.state, self._owner = shown, owner
 
+    def _check_length(self) -> None:
+        """Say once where the schedule was made for another number of steps."""
+        step, active, _ = self._engine.active.progress.tolist()
+        total, budget = self._engine.targets.numel() - 1, int(self._engine.targets[-1])
+        if self._told_length or total == 1 or step in (0, total):
+            return
+        self._told_length = True
+        logger.warning(
+            "total_steps is %d, but %d steps were taken: %d of %d entries are unmasked. It is the "
+            "number of optimizer steps of the whole run (Trainer: state.max_steps); extend() "
+            "changes it, unmask_steps spends the budget sooner",
+            total, step, active, budget,
+        )  # fmt: skip
+
     def _list_params(self) -> list[Tensor]:
         """The parameters of all groups, to see whether somebody has replaced them."""
         return [param for group in self.param_groups for param in group["params"]]
@@ -324,9 +356,12 @@ class MaskedAdamW(torch.optim.Optimizer):
     def refresh(self) -> None:
         """Take over parameter values written from outside, as after `model.load_state_dict`.
 
-        Writes that autograd sees are noticed; call this after writing through `param.data`.
+        Writes that autograd sees are noticed; call this after writing through `param.data`. After
+        the first step it also says that those writes moved no frozen entry, as when a checkpoint
+        of this run came back (`load_best_model_at_end`): `delta()` then trusts the parameters.
         """
         self._engine.refresh()
+        self._engine.trust_values()
         self._base.invalidate()
 
     def extend(self, *, budget: int | float | None = None, total_steps: int | None = None) -> None:
@@ -346,7 +381,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         selection = self.selection.extended(
             current if budget is None else budget, total_steps, current_steps=steps
         )
-        entries = resolve_budget(selection.budget, engine.pool.trainable_entries)
+        entries = resolve_budget(selection.budget, engine.pool.rankable_entries)
         step, num_active, _ = engine.active.progress.tolist()
         if entries < num_active:
             raise ValueError(f"budget {entries} is below the {num_active} entries already active")
@@ -407,7 +442,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         kept = {
             name: value
             for name, value in self.__dict__.items()
-            if not name.startswith(("_optimizer_", "_zero_grad_"))
+            if not name.startswith(("_optimizer_", "_zero_grad_", "_stepping"))
             and not hasattr(type(self), name)  # a scheduler's wrapper around `step`
         }
         kept["_fused_backward"] = self.fuse_backward
@@ -417,6 +452,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         """Hooks are not copied: a copy registers its own on its own parameters."""
         super().__setstate__(state)
         if "_fused_backward" in state:
+            self._stepping = Lock()
             fused = state["_fused_backward"]
             source = FusedBackward(self._engine, self._dense.params) if fused else None
             self._fused_backward = source
@@ -434,8 +470,8 @@ class MaskedAdamW(torch.optim.Optimizer):
             for index, name in enumerate(self._engine.pool.names)
         }
 
-    def metrics(self) -> dict[str, int | float | str]:
-        """A flat dict for trackers: counts, norms, bytes; reads the device once."""
+    def metrics(self) -> dict[str, int | float]:
+        """A flat dict of numbers for trackers: counts, norms, bytes; reads the device once."""
         dense = (state.without_ours(self.state[param]) for param in self._dense.params)
         taken = self._fused_backward.nbytes if self._fused_backward else 0
         moments = sum(tensor.nbytes for each in dense for tensor in each.values())
@@ -452,5 +488,18 @@ class MaskedAdamW(torch.optim.Optimizer):
 
         Raises:
             ValueError: a parameter has no name, or is not the model's.
+            RuntimeError: other code has written parameters since the first step, so that the
+                delta might lack entries; the message says what to do.
+
+        Logs a warning, once, where `total_steps` is not the number of steps that were taken.
         """
+        if self._engine.written_by_others:
+            raise RuntimeError(
+                "other code has written the parameters since the optimizer's first step "
+                "(load_state_dict, DDP's Join, weight averaging), and the optimizer does not know "
+                "which entries. If only values of this run came back (load_best_model_at_end), "
+                "call optimizer.refresh() first; else take "
+                "sparse_optim.delta.Delta.from_models(base, model)"
+            )
+        self._check_length()
         return delta_of(self._engine, self._dense, self.param_groups, self._base.values, model)

@@ -117,7 +117,7 @@ def _tied_names(
     }
 
 
-def metrics_of(engine: Engine, further_bytes: int) -> dict[str, int | float | str]:
+def metrics_of(engine: Engine, further_bytes: int) -> dict[str, int | float]:
     """Counts, norms and bytes as a flat dict.
 
     Args:
@@ -136,7 +136,6 @@ def metrics_of(engine: Engine, further_bytes: int) -> dict[str, int | float | st
         "budget_left": budget - active,
         "threshold": float(engine.work.new.threshold),
         "grad_norm": float(engine.work.scalars.grad_norm),
-        "backend": engine.backend,
         "state_bytes": engine.nbytes + further_bytes,
         **{f"active/{name}": count for name, count in zip(engine.pool.names, counts, strict=True)},
     }

@@ -277,7 +277,7 @@ def test_metrics(backend):
     assert metrics == {
         "step": 1, "skipped_steps": 0, "active": 30, "budget": 90, "budget_left": 60,
         "threshold": 270.0, "grad_norm": pytest.approx(float(weight.grad.norm())),
-        "backend": backend, "active/body": 30,
+        "active/body": 30,
     }  # fmt: skip
     assert 90 * (16 + 4) <= state_bytes < 90 * 40  # state and the active gradients; no N in it
 
