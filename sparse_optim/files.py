@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import glob
 import os
+import platform
 import secrets
 import shutil
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +20,8 @@ def replacing(target: str | os.PathLike[str]) -> Iterator[Path]:
     When the block ends, what it wrote is synced to disk and renamed to `target`. When the block
     fails or is interrupted, it is removed and `target` stays as it was. A process that is killed
     leaves the old target, none, or the whole new one, and perhaps a hidden `.NAME.*.tmp`, which
-    may be deleted. A link at `target` is kept: the file that it points to is replaced.
+    the next write to the same target on the same machine removes. A link at `target` is kept: the
+    file that it points to is replaced.
 
     Args:
         target: in an existing folder. A file replaces a file; a folder replaces nothing or an
@@ -27,7 +31,9 @@ def replacing(target: str | os.PathLike[str]) -> Iterator[Path]:
         OSError: the folder is missing, not writable, or full.
     """
     path = Path(os.path.realpath(target))
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    host = f"{zlib.crc32(platform.node().encode()):08x}"
+    _remove_leftovers(path, host)
+    temporary = path.with_name(f".{path.name}.{host}-{os.getpid()}-{secrets.token_hex(8)}.tmp")
     try:
         yield temporary
         for file in temporary.rglob("*") if temporary.is_dir() else (temporary,):
@@ -39,6 +45,28 @@ def replacing(target: str | os.PathLike[str]) -> Iterator[Path]:
         raise
     if hasattr(os, "O_DIRECTORY"):  # elsewhere a folder cannot be synced
         _sync(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def _remove_leftovers(path: Path, host: str) -> None:
+    """Remove what processes of this machine that no longer run have left beside `path`."""
+    begin = f".{path.name}.{host}-"
+    for leftover in path.parent.glob(f"{glob.escape(begin)}*.tmp"):
+        process = leftover.name.removeprefix(begin).partition("-")[0]
+        if process.isdecimal() and not _runs(int(process)):
+            _remove(leftover)
+
+
+def _runs(process: int) -> bool:
+    """Whether a process of this number runs here; where that cannot be asked, yes."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
 
 
 def _sync(path: Path, flags: int) -> None:

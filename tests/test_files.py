@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -83,3 +85,32 @@ def test_a_link_is_written_through(tmp_path):
 def test_a_missing_folder_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError), replacing(tmp_path / "b" / "a") as temporary:
         temporary.write_text("new")
+
+
+LEAVE = """
+import os, sys
+from pathlib import Path
+from sparse_optim.files import replacing
+with replacing(sys.argv[1]) as temporary:
+    (temporary.write_text("half") if sys.argv[2] == "file" else temporary.mkdir())
+    os._exit(9)
+"""
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_the_next_write_removes_what_a_killed_one_left(tmp_path, kind):
+    """And nothing of others: of other targets, other machines, or processes that still run."""
+    target = tmp_path / "a[1].txt"
+    subprocess.run([sys.executable, "-c", LEAVE, str(target), kind], check=False)
+    (left,) = tmp_path.iterdir()
+    host = left.name.split(".")[3].partition("-")[0]
+    kept = [
+        f".b.txt.{host}-999999999-0.tmp", ".a[1].txt.0-999999999-0.tmp",
+        f".a[1].txt.{host}-{os.getpid()}-0.tmp", ".a[1].txt.tmp",
+    ]  # fmt: skip
+    for name in kept:
+        (tmp_path / name).write_text("of others")
+    with replacing(target) as temporary:
+        temporary.write_text("whole")
+    assert {path.name for path in tmp_path.iterdir()} == {target.name, *kept}
+    assert target.read_text() == "whole"

@@ -18,8 +18,8 @@ def one_line_errors(
 ) -> Iterator[None]:
     """Turn an error that the user can fix into one line on stderr, and exit.
 
-    Exit code 1 for SparseOptimError, OSError and a missing optional package; 130 for Ctrl-C. Other
-    exceptions are defects: they keep their traceback.
+    Exit code 1 for SparseOptimError (or its `exit_code`), OSError and a missing optional package;
+    130 for Ctrl-C. Other exceptions are defects: they keep their traceback.
 
     Args:
         debug: raise these errors with their traceback.
@@ -33,7 +33,7 @@ def one_line_errors(
         if debug or _is_ours(error):
             raise
         print_error(describe(error))
-        raise typer.Exit(1) from None
+        raise typer.Exit(getattr(error, "exit_code", 1)) from None
     except KeyboardInterrupt:
         if debug:
             raise

@@ -11,8 +11,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from sparse_optim.cli.console import one_line_errors, quiet_libraries
+from sparse_optim.cli.console import one_line_errors, plain, quiet_libraries
 from sparse_optim.finetune.adapter_kinds import ADAPTERS
 from sparse_optim.finetune.builtin_data import DATASETS, MODELS
 from sparse_optim.finetune.config import FinetuneConfig, field_types, option, settings
@@ -175,6 +176,8 @@ def run_and_show(config: FinetuneConfig, console: Console, debug: bool) -> None:
 
     metrics = run(config, console).metrics
     table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column()
+    table.add_column(overflow="fold")
     name, value = metrics["metric"]["name"], metrics["metric"]["value"]
     entries, parameters = metrics["active_entries"], metrics["model"]["parameters"]
     verified = {True: "yes, bit for bit", False: "NO", None: "not checked"}[metrics["verified"]]
@@ -187,5 +190,5 @@ def run_and_show(config: FinetuneConfig, console: Console, debug: bool) -> None:
         ("base + delta == trained", verified),
         ("results", str(config.output)),
     ):
-        table.add_row(f"[bold]{label}[/]", text)
+        table.add_row(Text(label, "bold"), plain(text))
     console.print(table, highlight=False)

@@ -83,6 +83,19 @@ def resolve_columns(found: Sequence[str], task: str, chosen: Columns) -> Columns
     ):
         if name is not None and name not in found:
             raise FinetuneError(f"{option}: no column {name!r}; the data set has {listed(found)}")
+    columns = guess_columns(found, task, chosen)
+    used = [name for name in (columns.text, columns.text_pair, columns.label) if name is not None]
+    if len(set(used)) < len(used):
+        raise FinetuneError(
+            f"column {max(used, key=used.count)!r} cannot have two uses: --text-column is "
+            f"{columns.text!r}, --text-pair-column {columns.text_pair!r}, --label-column "
+            f"{columns.label!r}; the data set has {listed(found)}"
+        )
+    return columns
+
+
+def guess_columns(found: Sequence[str], task: str, chosen: Columns) -> Columns:
+    """The columns that the user named, and guesses for the rest."""
     if task == "causal-lm":
         return resolve_causal(found, chosen)
     if task == "token-classification":

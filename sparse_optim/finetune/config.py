@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import typing
 from dataclasses import MISSING, dataclass, fields
 from functools import cache, partial
@@ -207,10 +208,18 @@ class FinetuneConfig:
                 raise FinetuneError(
                     f"{option(name)} must be one of {', '.join(known)}, got {value!r}"
                 )
+        for name in field_types():
+            value = getattr(self, name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise FinetuneError(f"{option(name)} must be a finite number, got {value}")
         for name in _POSITIVE:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise FinetuneError(f"{option(name)} must be above 0, got {value}")
+        for name, most in _AT_MOST.items():
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= most:
+                raise FinetuneError(f"{option(name)} must be 0 to {most:,}, got {value:,}")
         for name in ("warmup", "weight_decay"):
             if not getattr(self, name) >= 0:
                 raise FinetuneError(f"{option(name)} must be at least 0, got {getattr(self, name)}")
@@ -240,6 +249,10 @@ _POSITIVE = (
     *("lr", "head_lr", "adam_eps", "max_grad_norm", "budget", "adapter_rank", "adapter_alpha"),
     *("eval_every", "log_every", "save_every", "threads"),
 )
+
+
+# torch ends the process where it cannot start its threads; a schedule has a table of its steps.
+_AT_MOST = {"seed": 2**32 - 1, "threads": 1024, "steps": 10_000_000}
 
 
 @cache

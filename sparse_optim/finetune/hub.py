@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
+from datasets.exceptions import DatasetGenerationError
+
 from sparse_optim.finetune.errors import FinetuneError
 
 
@@ -57,13 +59,20 @@ def hub_error(kind: str, name: str, builtins: Iterable[str], error: Exception) -
     """Turn what a library raised into one line that says what to do."""
     from huggingface_hub import is_offline_mode
 
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    reason = (str(_cause(error)).strip().splitlines() or [type(error).__name__])[0]
     if is_offline_mode() and not Path(name).exists():
         reason = "it is not in the hub cache, and HF_HUB_OFFLINE prevents a download"
     return FinetuneError(
         f"cannot load {kind} {name!r}{did_you_mean(name, builtins)}: {reason} "
         f"(built-in {kind}s: {', '.join(builtins)}; or a local folder, or a hub id)"
     )
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What went wrong in a file: `datasets` wraps it in "an error occurred"."""
+    while isinstance(error, DatasetGenerationError) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

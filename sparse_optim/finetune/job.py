@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import tempfile
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +23,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArgum
 from sparse_optim.delta import Delta, apply_delta, load_delta, save_delta
 from sparse_optim.finetune.adapter_kinds import DEFAULT_RATE
 from sparse_optim.finetune.adapters import attach_adapter, save_adapter
+from sparse_optim.finetune.checkpoints import ManifestWriter, check_examples, hash_examples
 from sparse_optim.finetune.columns import Columns
 from sparse_optim.finetune.config import DEFAULT_BUDGET, FinetuneConfig
 from sparse_optim.finetune.config_file import CONFIG_FILE, write_config
@@ -29,6 +32,7 @@ from sparse_optim.finetune.errors import FinetuneError
 from sparse_optim.finetune.models import (
     LoadedModel,
     ModelSource,
+    check_lengths,
     find_model,
     load_model,
     load_tokenizer,
@@ -42,15 +46,17 @@ from sparse_optim.finetune.output import (
     MODEL_FOLDER,
     PLOT_FILE,
     check_output,
+    locked,
     replaced_results,
 )
 from sparse_optim.finetune.plots import draw_curves
 from sparse_optim.finetune.progress import ConsoleProgress
 from sparse_optim.finetune.readings import make_delta
 from sparse_optim.finetune.report import collect, write_json
+from sparse_optim.finetune.stopping import Stopper
 from sparse_optim.finetune.tasks import TASKS, Task
 from sparse_optim.finetune.trainer import SelectiveTrainer
-from sparse_optim.finetune.validate import check_method, check_tracker
+from sparse_optim.finetune.validate import check_method, check_schedule, check_tracker
 from sparse_optim.methods import METHODS, MethodRequest
 from sparse_optim.policy.schedule import SCHEDULES
 
@@ -80,19 +86,16 @@ def run(config: FinetuneConfig, console: Console | None = None) -> FinetuneResul
     """
     check_method(config)
     check_tracker(config.report_to)
-    check_output(config)
-    set_threads(config.threads)
-    try:
-        return run_checked(config, console)
-    finally:
-        remove_if_empty(config.output / CHECKPOINTS)
-        remove_if_empty(config.output)
-
-
-def run_checked(config: FinetuneConfig, console: Console | None) -> FinetuneResult:
-    """`run`, after method and output folder have been checked."""
-    inputs = load_inputs(config)
-    return write_results(config, inputs, train_model(config, inputs, console))
+    check_schedule(config)
+    with locked(config.output):
+        check_output(config)
+        set_threads(config.threads)
+        inputs = load_inputs(config)
+        trained = train_model(config, inputs, console, stops=True)
+        try:
+            return write_results(config, inputs, trained)
+        except OSError as error:
+            raise rescue(config, inputs, trained, error) from error
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,13 @@ def load_inputs(config: FinetuneConfig) -> Inputs:
     return Inputs(source, data, task, tokenizer, train_set, eval_set)
 
 
+def longest_example(inputs: Inputs) -> int:
+    """Tokens of the longest example of both sets."""
+    return max(
+        len(ids) for part in (inputs.train_set, inputs.eval_set) for ids in part["input_ids"]
+    )
+
+
 @dataclass(frozen=True)
 class Trained:
     """A trained model in memory, before anything is written."""
@@ -135,14 +145,34 @@ class Trained:
 
 
 def train_model(
-    config: FinetuneConfig, inputs: Inputs, console: Console | None, load: LoadModel = load_model
+    config: FinetuneConfig,
+    inputs: Inputs,
+    console: Console | None,
+    load: LoadModel = load_model,
+    *,
+    stops: bool = False,
 ) -> Trained:
-    """Train and evaluate; `load` may take the base model from memory."""
+    """Train and evaluate.
+
+    Args:
+        load: may take the base model from memory.
+        stops: whether Ctrl-C and SIGTERM save a checkpoint before they stop the training.
+    """
     check_method(config)
     loaded = load_base(config, inputs, load)
+    check_lengths(loaded.model, longest_example(inputs))
     trainer = make_trainer(config, inputs, loaded)
     metric = inputs.task.check_metric(config.metric)
-    seconds = train(trainer, config, metric, console)
+    stopper = Stopper(partial(tell, console))
+    if stops:
+        examples = hash_examples(inputs.train_set)
+        if config.resume is not None:
+            check_examples(config.resume, examples)
+        trainer.add_callback(ManifestWriter(config, examples))
+        trainer.add_callback(stopper)
+    with stopper.listening() if stops else nullcontext():
+        seconds = train(trainer, config, metric, console)
+    stopper.check(trainer.state.global_step, trainer.state.max_steps)
     metrics = collect(config, trainer, inputs.data, loaded, metric)
     return Trained(loaded, trainer, seconds, metrics | {"train_seconds": seconds})
 
@@ -168,7 +198,10 @@ def write_results(config: FinetuneConfig, inputs: Inputs, trained: Trained) -> F
         }
         write_config(resolved(config), folder / CONFIG_FILE)
         trained.trainer.recorder.save(folder, config.method, metrics["metric"]["name"])
-        draw_curves(metrics, folder / PLOT_FILE)
+        try:
+            draw_curves(metrics, folder / PLOT_FILE)
+        except Exception:  # a picture is no reason to lose the results
+            logger.exception("%s was not drawn", PLOT_FILE)
         metrics["files"] = sorted([METRICS_FILE, *(path.name for path in folder.iterdir())])
         write_json(metrics, folder / METRICS_FILE)
     if differing:
@@ -179,10 +212,19 @@ def write_results(config: FinetuneConfig, inputs: Inputs, trained: Trained) -> F
     return FinetuneResult(metrics, config.output, trained.loaded.model)
 
 
-def remove_if_empty(folder: Path) -> None:
-    """Remove a folder that the trainer made, if it is still empty."""
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
+def rescue(
+    config: FinetuneConfig, inputs: Inputs, trained: Trained, error: OSError
+) -> FinetuneError:
+    """Write the results of a finished training elsewhere; the error that says where."""
+    problem = f"--output: {config.output} cannot be written ({error.strerror or error})"
+    for parent in (Path(tempfile.gettempdir()), Path.home()):
+        try:
+            folder = Path(tempfile.mkdtemp(prefix="sparse-optim-", dir=parent))
+            write_results(dataclasses.replace(config, output=folder), inputs, trained)
+        except OSError:
+            continue
+        return FinetuneError(f"{problem}; the results are in {folder}")
+    return FinetuneError(f"{problem}, nor can {tempfile.gettempdir()} or {Path.home()}")
 
 
 def data_request(config: FinetuneConfig) -> DataRequest:
@@ -340,12 +382,21 @@ def train(
     begin = time.perf_counter()
     try:
         trainer.train(resume_from_checkpoint=str(config.resume) if config.resume else None)
-        if evaluated_at(trainer) != trainer.state.global_step:
+        stopped = trainer.state.global_step < trainer.state.max_steps
+        if not stopped and evaluated_at(trainer) != trainer.state.global_step:
             trainer.evaluate()
     finally:
         if progress is not None:
             progress.stop()
     return time.perf_counter() - begin
+
+
+def tell(console: Console | None, line: str) -> None:
+    """Show a line on the console, or log it."""
+    if console is None:
+        logger.warning(line)
+    else:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def evaluated_at(trainer: SelectiveTrainer) -> float | None:

@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -29,6 +31,7 @@ from sparse_optim.finetune.tasks import TASKS, model_arguments
 
 logger = logging.getLogger(__name__)
 
+POSITIONS = re.compile(r"(^|\.)(wpe|(position_embeddings|embed_positions|position_embedding))$")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -79,7 +82,7 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """Load the model's tokenizer; without a padding token, pad with the end token."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.location, **source.gguf)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged tokenizer.json fails anywhere in the loader
         raise hub_error("model", source.name, MODELS, error) from error
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
@@ -117,9 +120,9 @@ def load_model(
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
-        if isinstance(error, FinetuneError):
-            raise
+    except FinetuneError:
+        raise
+    except Exception as error:  # a cut file or an odd config.json fails anywhere in the loader
         raise hub_error("model", source.name, MODELS, error) from error
     if source.gguf_file is not None:
         model = without_quantizer(model)
@@ -148,7 +151,7 @@ def load_bare_model(source: ModelSource, task: str | None, dtype: str) -> PreTra
         model: PreTrainedModel = getattr(transformers, name).from_pretrained(
             source.location, **source.gguf, dtype=DTYPES[dtype]
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # as in `load_model`
         raise hub_error("model", source.name, MODELS, error) from error
     return model
 
@@ -212,6 +215,25 @@ def fresh_parameters(model: PreTrainedModel, info: dict[str, Any]) -> frozenset[
     }
     # A tied weight may be reported missing though its twin was loaded: named_parameters drops it.
     return frozenset(name for name, _ in model.named_parameters() if name in names)
+
+
+def check_lengths(model: PreTrainedModel, longest: int) -> None:
+    """Raise FinetuneError if examples are longer than a table of learned positions.
+
+    RoBERTa's family begins to count behind the padding index; OPT and BART have an offset.
+    """
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Embedding) or not POSITIONS.search(name):
+            continue
+        skipped = getattr(module, "offset", 0)
+        if module.padding_idx is not None:
+            skipped = module.padding_idx + 1
+        positions = module.num_embeddings - skipped
+        if longest > positions:
+            raise FinetuneError(
+                f"--max-length: an example has {longest} tokens, and the model has positions for "
+                f"{positions}: use --max-length {positions}"
+            )
 
 
 def set_threads(threads: int | None) -> None:

@@ -14,7 +14,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from sparse_optim.analysis import ALLOCATION_FILE
+from sparse_optim.finetune.checkpoints import check_checkpoint, step_of
 from sparse_optim.finetune.config import FinetuneConfig
 from sparse_optim.finetune.config_file import CONFIG_FILE
 from sparse_optim.finetune.errors import FinetuneError
@@ -23,15 +26,15 @@ DELTA_FILE, METRICS_FILE, PLOT_FILE = "delta.safetensors", "metrics.json", "curv
 MODEL_FOLDER, ADAPTER_FOLDER, CHECKPOINTS = "model", "adapter", "checkpoints"
 FILES = (DELTA_FILE, METRICS_FILE, CONFIG_FILE, PLOT_FILE, ALLOCATION_FILE)
 RESULTS = (*FILES, MODEL_FOLDER, ADAPTER_FOLDER)
+LOCK, NEW, OLD = ".lock", ".new-", ".old-"
+TRIAL_FILES, TRIAL_BYTES = 8, 1 << 17
 
 
 def check_output(config: FinetuneConfig) -> None:
     """Raise FinetuneError for an output folder in use, or a missing checkpoint."""
     output, resume = config.output, config.resume
-    if resume is not None and not (resume / "trainer_state.json").is_file():
-        raise FinetuneError(f"--resume: {resume} is not a Trainer checkpoint")
-    if output.exists() and not output.is_dir():
-        raise FinetuneError(f"--output: {output} is a file")
+    if resume is not None:
+        check_checkpoint(resume, config)
     for option, value in (("--model", config.model), ("--dataset", config.dataset)):
         if Path(value).exists() and _is_inside(Path(value), output):
             raise FinetuneError(
@@ -39,8 +42,13 @@ def check_output(config: FinetuneConfig) -> None:
                 "name another output folder"
             )
     goes_on = resume is not None and _is_inside(resume, output / CHECKPOINTS)
-    if output.is_dir() and any(output.iterdir()) and not (config.overwrite or goes_on):
-        raise FinetuneError(f"--output: {output} is not empty; add --overwrite or name another")
+    if _contents(output) and not (config.overwrite or goes_on):
+        saved = (output / CHECKPOINTS).glob("checkpoint-*")
+        newest = max(saved, key=lambda path: step_of(path) or 0, default=None)
+        hint = f"; --resume {newest} goes on from there" if newest else ""
+        raise FinetuneError(
+            f"--output: {output} is not empty; add --overwrite or name another{hint}"
+        )
     known = earlier_results(output)
     for name in RESULTS:
         if (output / name).exists() and name not in known:
@@ -48,6 +56,91 @@ def check_output(config: FinetuneConfig) -> None:
                 f"--output: {output / name} is not listed in {output / METRICS_FILE}, so no "
                 "earlier job wrote it: move it away, or name another output folder"
             )
+
+
+def _contents(output: Path) -> list[Path]:
+    """What an output folder holds, but for what a killed job leaves before its first checkpoint."""
+    if not output.is_dir():
+        return []
+    leftover = (LOCK, CHECKPOINTS) if not _holds(output / CHECKPOINTS) else (LOCK,)
+    return [
+        path
+        for path in output.iterdir()
+        if path.name not in leftover and not path.name.startswith(NEW)
+    ]
+
+
+def _holds(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
+
+
+@contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """Keep other jobs out of an output folder, and try whether it can be written.
+
+    Raises:
+        FinetuneError: another job is writing there, or the folder cannot be written.
+    """
+    if output.exists() and not output.is_dir():
+        raise FinetuneError(f"--output: {output} is a file")
+    made = not output.exists()
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(output / LOCK, timeout=0)
+        lock.acquire()
+    except Timeout:
+        raise FinetuneError(f"--output: another job is writing to {output}") from None
+    except OSError as error:
+        raise _unwritable(output, error) from error
+    try:
+        _recover(output)
+        _try_writing(output)
+        yield
+    finally:
+        (output / LOCK).unlink(missing_ok=True)
+        lock.release()
+        for folder in (output / CHECKPOINTS, *([output] if made else [])):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+
+
+def _try_writing(output: Path) -> None:
+    """Raise FinetuneError if files cannot be written: better now than after the training."""
+    trial = Path(tempfile.mkdtemp(prefix=NEW, dir=output))
+    try:
+        for number in range(TRIAL_FILES):
+            with open(trial / str(number), "wb") as file:
+                file.write(bytes(TRIAL_BYTES))
+                file.flush()
+                os.fsync(file.fileno())
+    except OSError as error:
+        raise _unwritable(output, error) from error
+    finally:
+        shutil.rmtree(trial, ignore_errors=True)
+
+
+def _unwritable(output: Path, error: OSError) -> FinetuneError:
+    return FinetuneError(f"--output: {output} cannot be written ({error.strerror or error})")
+
+
+def _recover(output: Path) -> None:
+    """Put back the results that a killed job was exchanging, and remove what it had begun."""
+    begun = list(output.glob(f"{NEW}*"))
+    is_partial = any(any(new.iterdir()) for new in begun)
+    for old in output.glob(f"{OLD}*"):
+        for path in old.iterdir() if is_partial else ():
+            _remove(output / path.name)
+            os.replace(path, output / path.name)
+        shutil.rmtree(old, ignore_errors=True)
+    for new in begun:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def earlier_results(output: Path) -> set[str]:
@@ -68,7 +161,7 @@ def replaced_results(output: Path) -> Iterator[Path]:
         OSError: the folder cannot be written, or the disk is full; the earlier results stay.
     """
     output.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=".new-", dir=output))
+    new = Path(tempfile.mkdtemp(prefix=NEW, dir=output))
     try:
         yield new
         _exchange(output, new)
@@ -78,7 +171,7 @@ def replaced_results(output: Path) -> Iterator[Path]:
 
 def _exchange(output: Path, new: Path) -> None:
     """Move the earlier results away, the new ones in; then remove the earlier ones."""
-    old = Path(tempfile.mkdtemp(prefix=".old-", dir=output))
+    old = Path(tempfile.mkdtemp(prefix=OLD, dir=output))
     earlier = [name for name in earlier_results(output) if (output / name).exists()]
     placed: list[str] = []
     try:

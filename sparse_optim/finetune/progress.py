@@ -28,7 +28,7 @@ class ConsoleProgress(TrainerCallback):
         self._first_step = 0
         self._begin = 0.0
         self._bar = Progress(
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TextColumn("loss {task.fields[loss]}  active {task.fields[active]}"),
@@ -86,6 +86,7 @@ class ConsoleProgress(TrainerCallback):
         self.console.print(
             f"{self.title}  step {state.global_step}/{state.max_steps}  {text}{rate}",
             highlight=False,
+            markup=False,
             soft_wrap=True,
         )
 

@@ -55,11 +55,18 @@ class Task:
 
 
 def encode_texts(split: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """Tokenise texts or pairs of texts, with one label each."""
+    """Tokenise texts or pairs of texts, with one label each; an empty text is an end token."""
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.pad_token_id
+    empty = {"input_ids": end, "attention_mask": 1, "token_type_ids": 0}
 
     def encode(batch: Mapping[str, list[Any]]) -> dict[str, Any]:
         pair = batch.get("text_pair")
         encoded = tokenizer(batch["text"], pair, truncation=True, max_length=max_length)
+        for row, ids in enumerate(encoded["input_ids"]):
+            if not ids:  # a decoder's tokenizer adds nothing to an empty text
+                for name, value in empty.items():
+                    if name in encoded:
+                        encoded[name][row] = [value]
         return {**encoded, "labels": batch["label"]}
 
     return tokenized(split, encode)
@@ -242,6 +249,12 @@ def entities(tags: list[str]) -> list[tuple[str, int, int]]:
     return found
 
 
+def first_output(logits: Any, labels: Tensor) -> Tensor:
+    """The classes' logits: encoder-decoders also return hidden states, in an order of their own."""
+    first: Tensor = logits[0] if isinstance(logits, tuple) else logits
+    return first
+
+
 def token_losses(logits: Any, labels: Tensor) -> Tensor:
     """Negative log-likelihood of each next token, (batch, length - 1); IGNORED where none counts.
 
@@ -272,6 +285,7 @@ TASKS = {
         pad_text,
         classification_metrics,
         ("accuracy", "matthews", "f1", "f1_positive"),
+        preprocess_logits=first_output,
     ),
     "regression": Task(
         "AutoModelForSequenceClassification",
@@ -279,6 +293,7 @@ TASKS = {
         pad_text,
         regression_metrics,
         ("pearson_spearman", "pearson", "spearman", "rmse"),
+        preprocess_logits=first_output,
     ),
     "token-classification": Task(
         "AutoModelForTokenClassification",
@@ -286,6 +301,7 @@ TASKS = {
         pad_tokens,
         tagging_metrics,
         ("f1", "precision", "recall", "accuracy"),
+        preprocess_logits=first_output,
     ),
     "causal-lm": Task(
         "AutoModelForCausalLM",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+from transformers import SchedulerType, get_scheduler
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from sparse_optim.finetune.adapter_kinds import ADAPTERS
@@ -29,6 +31,20 @@ def check_method(config: FinetuneConfig) -> None:
             "--adapter-alpha and --adapter-targets are for lora and dora, not for "
             f"{config.adapter}: drop them"
         )
+
+
+def check_schedule(config: FinetuneConfig) -> None:
+    """Raise FinetuneError for a learning rate schedule that transformers cannot make."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    try:
+        get_scheduler(config.schedule, optimizer, num_warmup_steps=1, num_training_steps=2)
+    except Exception as error:  # each schedule has its own
+        known = ", ".join(kind.value for kind in SchedulerType)
+        hint = did_you_mean(config.schedule, [kind.value for kind in SchedulerType])
+        reason = " ".join(str(error).split())
+        raise FinetuneError(
+            f"--schedule {config.schedule!r}{hint}: {reason} (transformers knows {known})"
+        ) from error
 
 
 def check_tracker(name: str) -> None:

@@ -10,6 +10,8 @@ import pytest
 
 pytest.importorskip("transformers", reason="the job needs the extra 'finetune'")
 
+from finetune_jobs import write_checkpoint
+
 from sparse_optim.finetune import FinetuneConfig, FinetuneError
 from sparse_optim.finetune.output import check_output, earlier_results, replaced_results
 
@@ -47,9 +49,7 @@ def test_what_no_earlier_job_wrote_is_not_replaced(tmp_path, name, resumed):
     (output / name).mkdir()
     options: dict[str, object] = {"overwrite": True}
     if resumed:  # which removed V/model without --overwrite
-        checkpoint = output / "checkpoints" / "checkpoint-2"
-        checkpoint.mkdir(parents=True)
-        (checkpoint / "trainer_state.json").write_text("{}")
+        checkpoint = write_checkpoint(output / "checkpoints" / "checkpoint-2", job(output))
         options = {"resume": checkpoint}
     with pytest.raises(FinetuneError, match=f"{name} is not listed in .*metrics.json"):
         check_output(job(output, **options))
@@ -57,8 +57,7 @@ def test_what_no_earlier_job_wrote_is_not_replaced(tmp_path, name, resumed):
 
 def test_a_checkpoint_of_another_folder_does_not_open_a_folder_in_use(tmp_path):
     checkpoint = tmp_path / "elsewhere" / "checkpoints" / "checkpoint-2"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "trainer_state.json").write_text("{}")
+    write_checkpoint(checkpoint, job(tmp_path))
     output = earlier(tmp_path / "out", "delta.safetensors")
     with pytest.raises(FinetuneError, match="is not empty; add --overwrite"):
         check_output(job(output, resume=checkpoint))

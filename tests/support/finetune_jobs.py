@@ -9,6 +9,7 @@ from pathlib import Path
 from tiny_models import SPECIAL, save_decoder, save_encoder
 
 from sparse_optim.finetune import FinetuneConfig
+from sparse_optim.finetune.checkpoints import comparable
 
 LETTERS = "abcdefgh"
 LETTER_IDS = {letter: index + len(SPECIAL) for index, letter in enumerate(LETTERS)}
@@ -34,6 +35,14 @@ def make_folders(root: Path) -> dict[str, str]:
         found[name] = root / f"{name}.jsonl"
         found[name].write_text("".join(json.dumps(row) + "\n" for row in table))
     return {name: str(path) for name, path in found.items()}
+
+
+def write_checkpoint(folder: Path, job: FinetuneConfig) -> Path:
+    """What a checkpoint of a job has beside its weights and states."""
+    folder.mkdir(parents=True)
+    (folder / "trainer_state.json").write_text("{}")
+    (folder / "manifest.json").write_text(json.dumps({"config": comparable(job), "files": {}}))
+    return folder
 
 
 def config(folders, output: Path, model: str, dataset: str, **settings) -> FinetuneConfig:

@@ -1,0 +1,186 @@
+"""Checkpoints that resume the same run, or are refused.
+
+The Trainer writes a checkpoint file by file, and resumes from what it finds: without optimizer.pt
+it begins with a fresh optimizer. So each whole checkpoint gets a manifest: hashes of its files, the
+settings of the job, and a hash of the training examples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import xxhash
+from datasets import Dataset
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from sparse_optim.files import replacing
+from sparse_optim.finetune.config import FinetuneConfig, option
+from sparse_optim.finetune.errors import FinetuneError
+
+MANIFEST = "manifest.json"
+PIECE_BYTES = 1 << 24
+# Settings that may differ from those of the interrupted run: they do not change what is trained.
+FREE = frozenset(
+    {
+        *("output", "resume", "overwrite", "verify", "save_model", "report_to", "metric"),
+        *("eval_every", "log_every", "save_every", "eval_batch_size", "eval_split"),
+        *("max_eval_examples", "threads", "cpu", "backend"),
+    }
+)
+PLACES = ("model", "dataset")  # may be given as a path, which may have moved
+
+
+class ManifestWriter(TrainerCallback):
+    """Write the manifest once the Trainer has written a checkpoint.
+
+    Args:
+        config: the job.
+        examples: `hash_examples` of its training set.
+    """
+
+    def __init__(self, config: FinetuneConfig, examples: str) -> None:
+        self.config, self.examples = config, examples
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Hash the files of the checkpoint of this step."""
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        record = {
+            "config": comparable(self.config),
+            "examples": self.examples,
+            "files": {
+                path.relative_to(folder).as_posix(): hash_file(path)
+                for path in files
+                if path.name != MANIFEST
+            },
+        }
+        with replacing(folder / MANIFEST) as temporary:
+            temporary.write_text(json.dumps(record, indent=1))
+
+
+def check_checkpoint(folder: Path, config: FinetuneConfig) -> None:
+    """Raise FinetuneError unless a checkpoint is whole and of the same job.
+
+    The message names what differs, and the newest older checkpoint that would do.
+    """
+    problem = find_problem(folder, config)
+    if problem is not None:
+        raise FinetuneError(f"--resume: {folder}: {problem}; {advice(folder, config)}")
+
+
+def check_examples(folder: Path, examples: str) -> None:
+    """Raise FinetuneError if the run that wrote the checkpoint had other training examples."""
+    if read_manifest(folder).get("examples") != examples:
+        raise FinetuneError(
+            f"--resume: {folder} was trained on other examples: the data set or its tokenizer has "
+            "changed since. Restore it, or begin anew without --resume"
+        )
+
+
+def find_problem(folder: Path, config: FinetuneConfig) -> str | None:
+    """What keeps a checkpoint from resuming this job; None: nothing."""
+    if not (folder / "trainer_state.json").is_file():
+        return "not a checkpoint of the Trainer (it has no trainer_state.json)"
+    record = read_manifest(folder)
+    files = record.get("files")
+    if not isinstance(files, dict):
+        return f"it is incomplete (no {MANIFEST}): saving was cut short"
+    for name, expected in files.items():
+        if not (folder / name).is_file():
+            return f"it is incomplete: {name} is missing"
+        if hash_file(folder / name) != expected:
+            return f"it is damaged: {name} is not what was saved"
+    theirs, ours = record.get("config", {}), comparable(config)
+    differing = [name for name in ours if theirs.get(name) != ours[name]]
+    if differing:
+        name = differing[0]
+        return (
+            f"it is of another job: {option(name)} was {theirs.get(name)!r}, now it is "
+            f"{ours[name]!r}"
+        )
+    return None
+
+
+def advice(folder: Path, config: FinetuneConfig) -> str:
+    """Which checkpoint to take instead."""
+    number = step_of(folder)
+    older = [
+        path
+        for path in folder.resolve().parent.glob("checkpoint-*")
+        if number is not None and (step_of(path) or number) < number
+    ]
+    for path in sorted(older, key=lambda path: step_of(path) or 0, reverse=True):
+        if find_problem(path, config) is None:
+            return f"resume from {path}"
+    return "no older checkpoint fits: begin anew without --resume"
+
+
+def step_of(folder: Path) -> int | None:
+    """The step in the name of a checkpoint."""
+    digits = folder.name.removeprefix("checkpoint-")
+    return int(digits) if digits.isdecimal() else None
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest; empty if there is none that can be read."""
+    try:
+        record = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def comparable(config: FinetuneConfig) -> dict[str, Any]:
+    """The settings that determine what is trained, as JSON gives them back."""
+    values = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE}
+    for name in PLACES:
+        if Path(values[name]).expanduser().exists():
+            values[name] = Path(values[name]).expanduser().resolve().name
+    read: dict[str, Any] = json.loads(json.dumps(values, default=str))
+    return read
+
+
+def hash_file(path: Path) -> str:
+    """xxh3_128 of a file, as 32 hex digits."""
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while piece := file.read(PIECE_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def hash_examples(examples: Dataset) -> str:
+    """xxh3_128 of tokenised examples in order, as 32 hex digits."""
+    table = examples.with_format("arrow")[:].combine_chunks()
+    digest = xxhash.xxh3_128()
+    sink = pa.PythonFile(_Hashing(digest.update), mode="w")
+    with pa.ipc.new_stream(sink, table.schema.remove_metadata()) as writer:
+        writer.write_table(table.replace_schema_metadata(None))
+    return digest.hexdigest()
+
+
+class _Hashing:
+    """A file that takes what is written and keeps nothing."""
+
+    closed = False
+
+    def __init__(self, update: Callable[[bytes], None]) -> None:
+        self._update = update
+
+    def write(self, piece: bytes) -> int:
+        """Take a piece."""
+        self._update(piece)
+        return len(piece)
+
+    def flush(self) -> None:
+        """Nothing is kept."""
+
+    def close(self) -> None:
+        """Nothing is open."""

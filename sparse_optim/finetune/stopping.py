@@ -1,0 +1,82 @@
+"""Ctrl-C and SIGTERM: the step is finished, a checkpoint saved, and the user told how to go on."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from sparse_optim.finetune.errors import FinetuneError
+
+
+class JobStoppedError(FinetuneError):
+    """A signal stopped the training; a checkpoint was saved.
+
+    Attributes:
+        exit_code: of the command: 128 and the signal's number.
+    """
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + number
+
+
+class Stopper(TrainerCallback):
+    """Stops the training at the end of the step in which a signal arrives.
+
+    Args:
+        say: shows a line to the user.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.signal: int | None = None
+        self.checkpoint: Path | None = None
+        self._say = say
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take the signals inside the block; only the main thread can."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, self._note) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:  # the second time: at once
+            raise KeyboardInterrupt
+        self.signal = number
+        self._say("Stopping after this step, with a checkpoint; Ctrl-C again stops at once.")
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Ask the Trainer to save and stop, if a signal has arrived."""
+        if self.signal is not None and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Note where the last checkpoint is."""
+        self.checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+
+    def check(self, step: int, last_step: int) -> None:
+        """Raise JobStoppedError if a signal has cut the training short."""
+        if self.signal is not None and step < last_step:
+            raise JobStoppedError(
+                f"stopped at step {step} of {last_step}. The same command with --resume "
+                f"{self.checkpoint} goes on",
+                self.signal,
+            )

@@ -1,0 +1,272 @@
+"""Checkpoints resume the same run or are refused; signals save one; killed jobs block nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers", reason="the job needs the extra 'finetune'")
+
+import yaml
+from finetune_jobs import config, make_folders
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from sparse_optim.cli.main import app
+from sparse_optim.finetune import FinetuneConfig, FinetuneError, job, output
+from sparse_optim.finetune.job import run
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, str]:
+    return make_folders(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def saved(folders, tmp_path_factory) -> Path:
+    """The output of a job with checkpoints at steps 2, 4 and 6."""
+    folder = tmp_path_factory.mktemp("saved") / "run"
+    run(config(folders, folder, "encoder", "sequence", save_every=2))
+    return folder
+
+
+@pytest.fixture
+def checkpoints(saved, tmp_path) -> Path:
+    """A copy of its checkpoints."""
+    shutil.copytree(saved / "checkpoints", tmp_path / "checkpoints")
+    return tmp_path / "checkpoints"
+
+
+def resume(folders, checkpoint: Path, output: Path, **settings) -> None:
+    run(config(folders, output, "encoder", "sequence", resume=checkpoint, **settings))
+
+
+FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors", "trainer_state.json")
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, flip], ids=["missing", "one bit"])
+@pytest.mark.parametrize("name", FILES)
+def test_an_incomplete_checkpoint_names_the_next_older_one(
+    folders, checkpoints, tmp_path, name, damage
+):
+    """It went on with a fresh optimizer, or to another result, and exited with 0."""
+    damage(checkpoints / "checkpoint-4" / name)
+    expected = rf"checkpoint-4: .*; resume from {checkpoints.resolve()}/checkpoint-2"
+    with pytest.raises(FinetuneError, match=expected) as caught:
+        resume(folders, checkpoints / "checkpoint-4", tmp_path / "out")
+    assert name in str(caught.value) or name == "trainer_state.json"
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_whose_saving_was_cut_short(folders, checkpoints, tmp_path):
+    (checkpoints / "checkpoint-4" / "manifest.json").unlink()
+    (checkpoints / "checkpoint-2" / "manifest.json").write_text("{")
+    with pytest.raises(FinetuneError, match="saving was cut short; no older checkpoint fits"):
+        resume(folders, checkpoints / "checkpoint-4", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "pafi"}, "--method was 'id3', now it is 'pafi'"),
+        ({"dtype": "bfloat16"}, "--dtype was 'float32', now it is 'bfloat16'"),
+        ({"steps": 9}, "--steps was 6, now it is 9"),
+        ({"lr": 1e-3}, "--lr was None, now it is 0.001"),
+        ({"seed": 5}, "--seed was 0, now it is 5"),
+    ],
+)
+def test_a_checkpoint_of_another_job_is_refused(folders, checkpoints, tmp_path, settings, message):
+    with pytest.raises(FinetuneError, match=f"it is of another job: {message}"):
+        resume(folders, checkpoints / "checkpoint-4", tmp_path / "out", **settings)
+
+
+def test_settings_that_change_nothing_may_differ(folders, checkpoints, tmp_path):
+    settings = {"verify": False, "eval_every": 6, "save_every": 3, "threads": 1}
+    resume(folders, checkpoints / "checkpoint-4", tmp_path / "out", **settings)
+    assert (tmp_path / "out" / "delta.safetensors").exists()
+
+
+def test_other_training_examples_are_refused(folders, checkpoints, tmp_path):
+    lines = Path(folders["sequence"]).read_text().splitlines()
+    first = json.loads(lines[0])
+    changed = tmp_path / Path(folders["sequence"]).name
+    rows = [json.dumps({**first, "text": "h h h"}), *lines[1:]]
+    changed.write_text("\n".join(rows))
+    given = {**folders, "sequence": str(changed)}
+    with pytest.raises(FinetuneError, match="was trained on other examples"):
+        resume(given, checkpoints / "checkpoint-4", tmp_path / "out")
+
+
+# Signals.
+
+JOB = """
+import sys, time
+from pathlib import Path
+from transformers import TrainerCallback
+from sparse_optim.cli.main import app
+from sparse_optim.finetune import trainer
+
+class Slow(TrainerCallback):
+    def on_step_end(self, args, state, control, **_):
+        print("step", state.global_step, flush=True)
+        time.sleep(0.2)
+
+plain = trainer.SelectiveTrainer.__init__
+def slow(self, *args, **kwargs):
+    plain(self, *args, **kwargs)
+    self.add_callback(Slow())
+trainer.SelectiveTrainer.__init__ = slow
+app(sys.argv[1:])
+"""
+
+
+def start(folders, output: Path, *options: str) -> subprocess.Popen[str]:
+    settings = ["--steps", "12", "--batch-size", "8", "--max-length", "16", "--budget", "500"]
+    command = [
+        "finetune", "-m", folders["encoder"], "-d", folders["sequence"], "-o", str(output),
+        "--cpu", "--eval-fraction", "0.25", "--threads", "1", *settings, *options,
+    ]  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, "-c", JOB, *command],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+    )  # fmt: skip
+
+
+def wait_for(process: subprocess.Popen[str], step: int) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.strip() == f"step {step}":
+            return
+    raise AssertionError(process.stderr.read() if process.stderr else "")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_a_checkpoint_that_ends_as_the_unbroken_run(folders, tmp_path, number, code):
+    process = start(folders, tmp_path / "run")
+    wait_for(process, 3)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == code, err
+    assert "Stopping after this step, with a checkpoint" in out
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert f"--resume {checkpoint} goes on" in " ".join(err.split())
+    assert not (tmp_path / "run" / "delta.safetensors").exists()
+    with pytest.raises(FinetuneError, match=f"--resume {checkpoint} goes on from there"):
+        run(config(folders, tmp_path / "run", "encoder", "sequence", steps=12))
+    resume(folders, checkpoint, tmp_path / "run", steps=12)
+    run(config(folders, tmp_path / "whole", "encoder", "sequence", steps=12))
+    ours, theirs = (load_file(tmp_path / name / "delta.safetensors") for name in ("run", "whole"))
+    assert ours.keys() == theirs.keys()
+    assert all((ours[name] == theirs[name]).all() for name in theirs)
+
+
+def test_the_same_command_runs_after_a_kill_before_the_first_checkpoint(folders, tmp_path):
+    """An empty checkpoints/, a lock and temporary files blocked it."""
+    process = start(folders, tmp_path / "run", "--save-every", "10")
+    wait_for(process, 2)
+    process.kill()
+    process.communicate()
+    (tmp_path / "run" / "checkpoints").mkdir(exist_ok=True)
+    assert (tmp_path / "run" / ".lock").exists()
+    run(config(folders, tmp_path / "run", "encoder", "sequence"))
+    assert not [path.name for path in (tmp_path / "run").iterdir() if path.name.startswith(".")]
+
+
+def test_two_jobs_do_not_write_to_one_folder(folders, tmp_path):
+    process = start(folders, tmp_path / "run")
+    try:
+        wait_for(process, 1)
+        with pytest.raises(FinetuneError, match="another job is writing to"):
+            run(config(folders, tmp_path / "run", "encoder", "sequence", overwrite=True))
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
+
+
+# Results.
+
+
+def test_an_output_that_cannot_be_written_is_said_before_training(folders, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FinetuneError, match=r"cannot be written \(Not a directory"):
+        run(config(folders, tmp_path / "file" / "out", "encoder", "sequence"))
+
+    def full(number: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(job, "load_inputs", lambda config: pytest.fail("it began to load"))
+    monkeypatch.setattr(output.os, "fsync", full)
+    with pytest.raises(FinetuneError, match=r"cannot be written \(No space left on device"):
+        run(config(folders, tmp_path / "out", "encoder", "sequence"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_results_that_cannot_be_written_are_written_elsewhere(folders, tmp_path, monkeypatch):
+    """A disk that fills up during training."""
+    monkeypatch.setattr(job.tempfile, "gettempdir", lambda: str(tmp_path))
+    real = job.save_delta
+
+    def full(delta, path: Path) -> None:
+        if path.is_relative_to(tmp_path / "out"):
+            raise OSError(28, "No space left on device")
+        real(delta, path)
+
+    monkeypatch.setattr(job, "save_delta", full)
+    with pytest.raises(FinetuneError, match=r"No space left.*the results are in .*sparse-optim-"):
+        run(config(folders, tmp_path / "out", "encoder", "sequence"))
+    (folder,) = tmp_path.glob("sparse-optim-*")
+    assert json.loads((folder / "metrics.json").read_text())["verified"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_picture_that_fails_loses_nothing(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(job, "draw_curves", lambda *_: 1 / 0)
+    metrics = run(config(folders, tmp_path / "out", "encoder", "sequence")).metrics
+    assert "curves.png" not in metrics["files"]
+    assert (tmp_path / "out" / "delta.safetensors").exists()
+
+
+def test_a_killed_exchange_of_results_is_undone(tmp_path):
+    """The old results were moved away, and some of the new ones in their places."""
+    folder = tmp_path / "out"
+    (folder / ".old-x").mkdir(parents=True)
+    (folder / ".new-y").mkdir()
+    for name in ("delta.safetensors", "metrics.json"):
+        (folder / ".old-x" / name).write_text("old")
+    (folder / "delta.safetensors").write_text("new")
+    (folder / ".new-y" / "metrics.json").write_text("new")
+    with output.locked(folder):
+        assert (folder / "delta.safetensors").read_text() == "old"
+        assert (folder / "metrics.json").read_text() == "old"
+    assert {path.name for path in folder.iterdir()} == {"delta.safetensors", "metrics.json"}
+
+
+def test_names_with_brackets_are_no_markup(folders, tmp_path):
+    """The table of results was an error of rich after the training."""
+    given = FinetuneConfig(**vars(config(folders, tmp_path / "run[/x]", "encoder", "sequence")))
+    written = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in vars(given).items()
+        if value not in (None, ())
+    }
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(written))
+    result = CliRunner().invoke(app, ["finetune", "--config", str(tmp_path / "job.yaml")])
+    assert result.exit_code == 0, result.output
+    assert "run[/x]" in "".join(result.output.split())
