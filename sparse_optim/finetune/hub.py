@@ -10,8 +10,6 @@ from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
-from datasets.exceptions import DatasetGenerationError
-
 from sparse_optim.finetune.errors import FinetuneError
 
 
@@ -70,6 +68,8 @@ def hub_error(kind: str, name: str, builtins: Iterable[str], error: Exception) -
 
 def _cause(error: BaseException) -> BaseException:
     """What went wrong in a file: `datasets` wraps it in "an error occurred"."""
+    from datasets.exceptions import DatasetGenerationError  # slow, and not needed for --help
+
     while isinstance(error, DatasetGenerationError) and error.__cause__ is not None:
         error = error.__cause__
     return error
