@@ -55,7 +55,7 @@ from sparse_optim.finetune.readings import make_delta
 from sparse_optim.finetune.report import collect, write_json
 from sparse_optim.finetune.stopping import Stopper
 from sparse_optim.finetune.tasks import TASKS, Task
-from sparse_optim.finetune.trainer import SelectiveTrainer
+from sparse_optim.finetune.trainer import JobTrainer
 from sparse_optim.finetune.validate import check_method, check_schedule, check_tracker
 from sparse_optim.methods import METHODS, MethodRequest
 from sparse_optim.policy.schedule import SCHEDULES
@@ -139,7 +139,7 @@ class Trained:
     """A trained model in memory, before anything is written."""
 
     loaded: LoadedModel
-    trainer: SelectiveTrainer
+    trainer: JobTrainer
     seconds: float
     metrics: dict[str, Any]
 
@@ -262,10 +262,10 @@ def load_base(config: FinetuneConfig, inputs: Inputs, load: LoadModel = load_mod
     return LoadedModel(*adapted)
 
 
-def make_trainer(config: FinetuneConfig, inputs: Inputs, loaded: LoadedModel) -> SelectiveTrainer:
+def make_trainer(config: FinetuneConfig, inputs: Inputs, loaded: LoadedModel) -> JobTrainer:
     """Make the trainer for the tokenised examples."""
     task, names = inputs.task, inputs.data.label_names or []
-    trainer = SelectiveTrainer(
+    trainer = JobTrainer(
         partial(build_optimizer, config, loaded),
         model=loaded.model,
         args=training_arguments(config, len(inputs.train_set)),
@@ -372,7 +372,7 @@ def build_optimizer(
 
 
 def train(
-    trainer: SelectiveTrainer, config: FinetuneConfig, metric: str, console: Console | None
+    trainer: JobTrainer, config: FinetuneConfig, metric: str, console: Console | None
 ) -> float:
     """Train, evaluate at the end, and return the seconds that took."""
     progress = None
@@ -399,14 +399,14 @@ def tell(console: Console | None, line: str) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def evaluated_at(trainer: SelectiveTrainer) -> float | None:
+def evaluated_at(trainer: JobTrainer) -> float | None:
     """The step of the last evaluation."""
     steps = [row["step"] for row in trainer.state.log_history if "eval_loss" in row]
     return steps[-1] if steps else None
 
 
 def describe_delta(
-    trainer: SelectiveTrainer, loaded: LoadedModel, config: FinetuneConfig, task: str
+    trainer: JobTrainer, loaded: LoadedModel, config: FinetuneConfig, task: str
 ) -> Delta:
     """The delta of the training, with a note of method, base and data."""
     delta = make_delta(trainer.raw_optimizer, loaded.model)

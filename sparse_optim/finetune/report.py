@@ -14,12 +14,12 @@ from sparse_optim.finetune.config import FinetuneConfig
 from sparse_optim.finetune.data import TaskData
 from sparse_optim.finetune.models import LoadedModel
 from sparse_optim.finetune.readings import active_entries, state_bytes
-from sparse_optim.finetune.trainer import SelectiveTrainer
+from sparse_optim.finetune.trainer import JobTrainer
 
 
 def collect(
     config: FinetuneConfig,
-    trainer: SelectiveTrainer,
+    trainer: JobTrainer,
     data: TaskData,
     loaded: LoadedModel,
     metric: str,

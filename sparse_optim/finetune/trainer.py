@@ -1,55 +1,44 @@
-"""transformers' Trainer, which builds its optimizer late and measures the time of steps."""
+"""The Trainer of a job, which also measures the time of steps."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from sparse_optim import MaskedAdamW
 from sparse_optim.analysis.recorder import AllocationRecorder
 from sparse_optim.finetune.readings import active_entries
+from sparse_optim.integrations.trainer import SelectiveTrainer
 
 # model, total steps, function that gives training batches -> optimizer
-BuildOptimizer = Callable[[nn.Module, int, Callable[[], Iterable[Any]]], torch.optim.Optimizer]
+BuildFromBatches = Callable[[nn.Module, int, Callable[[], Iterable[Any]]], torch.optim.Optimizer]
 
 WARM_UP_STEPS = 3  # left out of the timings: allocation, first touch of memory
 
 
-class SelectiveTrainer(Trainer):
-    """Trainer that builds the optimizer once the number of steps is known, and logs active entries.
+class JobTrainer(SelectiveTrainer):
+    """Trainer of a job: logs active entries of any optimizer, and measures time.
 
     Args:
-        build_optimizer: (model, total steps, function that gives training batches) -> optimizer.
+        build: (model, total steps, function that gives training batches) -> optimizer.
         arguments: keyword arguments of `Trainer`.
     """
 
-    def __init__(self, build_optimizer: BuildOptimizer, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        self.build_optimizer = build_optimizer
+    def __init__(self, build: BuildFromBatches, **arguments: Any) -> None:
+        super().__init__(**arguments, build_optimizer=self._build)
+        self._build_from_batches = build
         self.stopwatch = Stopwatch(torch.device(self.args.device))
         self.add_callback(self.stopwatch)
         self.recorder = AllocationRecorder()
         self.recorder.attach(self)
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Build the optimizer; `state.max_steps` is set by now."""
-        if self.optimizer is None:
-            held = cast(nn.Module, self.model if model is None else model)
-            self.optimizer = self.build_optimizer(
-                held, self.state.max_steps, self.get_train_dataloader
-            )
-        return self.optimizer
-
-    @property
-    def raw_optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer without accelerate's wrapper."""
-        return cast(torch.optim.Optimizer, getattr(self.optimizer, "optimizer", self.optimizer))
+    def _build(self, model: nn.Module, total_steps: int) -> torch.optim.Optimizer:
+        return self._build_from_batches(model, total_steps, self.get_train_dataloader)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run forward and backward of one micro batch; the update is timed from its end."""
@@ -57,19 +46,10 @@ class SelectiveTrainer(Trainer):
         self.stopwatch.backward_done()
         return loss
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """The norm found by clipping. Without clipping, Trainer would read every gradient again
-        only for the log; our optimizers know the norm from their own pass."""
-        return None if grad_norm is None else super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add metrics of the optimizer to the training and evaluation logs."""
+        """Add the active entries to the training and evaluation logs."""
         if self.optimizer is not None and ("loss" in logs or "eval_loss" in logs):
             logs["active"] = active_entries(self.raw_optimizer)
-            if isinstance(self.raw_optimizer, MaskedAdamW) and "loss" in logs:
-                metrics = self.raw_optimizer.metrics()
-                logs["grad_norm"] = float(metrics["grad_norm"])
-                logs["skipped_steps"] = int(metrics["skipped_steps"])
         super().log(logs, start_time)
 
 

@@ -127,11 +127,11 @@ class Slow(TrainerCallback):
         print("step", state.global_step, flush=True)
         time.sleep(0.2)
 
-plain = trainer.SelectiveTrainer.__init__
+plain = trainer.JobTrainer.__init__
 def slow(self, *args, **kwargs):
     plain(self, *args, **kwargs)
     self.add_callback(Slow())
-trainer.SelectiveTrainer.__init__ = slow
+trainer.JobTrainer.__init__ = slow
 app(sys.argv[1:])
 """
 
