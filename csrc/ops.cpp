@@ -31,6 +31,8 @@ std::vector<cpu::PoolTensor> pool_of(const Tensor& table) {
   const int64_t size = check_bound(kCpu, table);
   std::vector<cpu::PoolTensor> pool;
   for (int64_t i = 0; i < size; ++i) {
+    STD_TORCH_CHECK(is_sealed(data<int64_t>(table) + i * kColumns), "bound: row ", i,
+                    " is not what bind wrote");
     const Row row = read_row(data<int64_t>(table), i);
     pool.push_back({row.grad, row.param, row.numel, 0, row.grad_dtype, row.param_dtype});
   }
@@ -52,10 +54,43 @@ std::vector<cpu::PoolTensor> tiled_pool_of(const Tensor& table, const Tensor& ti
   return pool;
 }
 
-void check_room(const Tensor& position, const Tensor& offsets) {
-  const int64_t last = data<int64_t>(offsets)[offsets.numel() - 1];
-  STD_TORCH_CHECK(last >= 0 && last <= position.numel(), "offsets end at ", last,
-                  ", beyond the capacity ", position.numel());
+// What kernels index by, as far as one look at each tensor tells: positions ascend in between.
+void check_entries(const std::vector<cpu::PoolTensor>& pool, const Tensor& position,
+                   const Tensor& offsets) {
+  const int64_t* offset = data<int64_t>(offsets);
+  STD_TORCH_CHECK(offset[0] >= 0, "offsets begin at ", offset[0]);
+  for (size_t i = 0; i < pool.size(); ++i) {
+    const int64_t first = offset[i], last = offset[i + 1];
+    STD_TORCH_CHECK(first <= last && last <= position.numel() && last - first <= pool[i].numel,
+                    "offsets give tensor ", i, " of ", pool[i].numel, " entries those from ", first,
+                    " to ", last, " of ", position.numel());
+    if (first == last) continue;
+    const int64_t least = data<int32_t>(position)[first], most = data<int32_t>(position)[last - 1];
+    STD_TORCH_CHECK(least >= 0 && least <= most && most < pool[i].numel, "position of tensor ", i,
+                    " goes from ", least, " to ", most, ", beyond its ", pool[i].numel, " entries");
+  }
+}
+
+void check_progress(const Active& active, size_t num_tensors) {
+  const int64_t step = active.progress[0], held = active.offsets[num_tensors];
+  STD_TORCH_CHECK(step >= 0 && step < INT32_MAX && active.progress[1] == held, "progress counts ",
+                  step, " steps and ", active.progress[1], " active entries of ", held);
+}
+
+void check_found(const std::vector<cpu::PoolTensor>& pool, const NewEntries& found,
+                 const Active& active, int64_t capacity) {
+  const int64_t count = *found.count;
+  STD_TORCH_CHECK(count >= 0 && count <= found.capacity && active.progress[1] + count <= capacity,
+                  "new_count is ", count, ", more than there is room for");
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t tensor = found.tensor[i], position = found.position[i];
+    const bool inside = tensor >= 0 && tensor < int64_t(pool.size()) && position >= 0 &&
+                        position < pool[tensor].numel && pool[tensor].grad != nullptr;
+    const bool ascends = i == 0 || found.tensor[i - 1] < tensor ||
+                         (found.tensor[i - 1] == tensor && found.position[i - 1] < position);
+    STD_TORCH_CHECK(inside && ascends, "new_tensor and new_position: entry ", i, " is ", position,
+                    " of tensor ", tensor, ", out of range or out of order");
+  }
 }
 
 void spawn(int workers, void (*worker)(int, void*), void* context) {
@@ -73,7 +108,7 @@ void scan(Tensor bound, Tensors dense_grads, Tensor position, Tensor offsets, Te
           Tensor scratch) {
   const auto pool = tiled_pool_of(bound, tile_offsets, tile, tile_max);
   check_positions(kCpu, int64_t(pool.size()), position, offsets);
-  check_room(position, offsets);
+  check_entries(pool, position, offsets);
   const auto dense = check_dense(kCpu, dense_grads);
   check_scan(kCpu, position, active_grad, int64_t(pool.size() + dense.size()), norms, found_inf);
 
@@ -108,7 +143,7 @@ void rank(Tensor bound, Tensor position, Tensor offsets, Tensor tile_offsets, Te
           int64_t tile, Tensor tile_max, Tensor scratch) {
   const auto pool = tiled_pool_of(bound, tile_offsets, tile, tile_max);
   check_positions(kCpu, int64_t(pool.size()), position, offsets);
-  check_room(position, offsets);
+  check_entries(pool, position, offsets);
   check_noise(kCpu, noise, 0.0);
 
   Active active{};
@@ -125,7 +160,7 @@ void cut(Tensor bound, Tensor position, Tensor offsets, Tensor tile_offsets, Ten
          Tensor new_count, Tensor threshold, Tensor scratch) {
   const auto pool = tiled_pool_of(bound, tile_offsets, tile, tile_max);
   check_positions(kCpu, int64_t(pool.size()), position, offsets);
-  check_room(position, offsets);
+  check_entries(pool, position, offsets);
   check_cut(kCpu, tile_max, param_bound, targets, progress, found_inf, exp, threshold);
   check_noise(kCpu, noise, exp);
   NewEntries found = check_new(kCpu, new_tensor, new_position, new_count);
@@ -148,11 +183,10 @@ void append(Tensor bound, Tensor new_tensor, Tensor new_position, Tensor new_cou
   const auto pool = pool_of(bound);
   Active active = check_active(kCpu, int64_t(pool.size()), position, exp_avg, exp_avg_sq,
                                unmask_step, master, active_grad, offsets, progress);
-  check_room(position, offsets);
+  check_entries(pool, position, offsets);
   const NewEntries found = check_new(kCpu, new_tensor, new_position, new_count);
-  STD_TORCH_CHECK(
-      *found.count <= found.capacity && active.progress[1] + *found.count <= position.numel(),
-      "new_count is ", *found.count, ", more than there is room for");
+  check_progress(active, pool.size());
+  check_found(pool, found, active, position.numel());
   cpu::append(threads(), pool, found, active);
 }
 
@@ -164,18 +198,21 @@ void update(Tensor bound, Tensor position, Tensor offsets, Tensor active_grad, T
                                           found_inf, hyper, group_index);
   Active active = check_active(kCpu, int64_t(pool.size()), position, exp_avg, exp_avg_sq,
                                unmask_step, master, active_grad, offsets, progress);
-  check_room(position, offsets);
+  check_entries(pool, position, offsets);
   for (size_t i = 0; i < pool.size(); ++i) {
     const int32_t group = data<int32_t>(group_index)[i];
     STD_TORCH_CHECK(group >= 0 && group < num_groups, "group_index[", i, "] is ", group,
                     ", but hyper has ", num_groups, " rows");
   }
+  check_progress(active, pool.size());
   if (scalar<float>(found_inf) != 0.f) {
     ++active.progress[2];
     return;
   }
-  cpu::update(threads(), pool, active, reinterpret_cast<const Hyper*>(data<double>(hyper)),
-              data<int32_t>(group_index), bias_correction == "entry", scalar<float>(grad_factor));
+  const bool inside = cpu::update(
+      threads(), pool, active, reinterpret_cast<const Hyper*>(data<double>(hyper)),
+      data<int32_t>(group_index), bias_correction == "entry", scalar<float>(grad_factor));
+  STD_TORCH_CHECK(inside, "position holds entries beyond their tensor");
   ++active.progress[0];
 }
 

@@ -5,7 +5,9 @@
 
 namespace sparse_optim {
 
-// Columns of the (S, 4) table that `bind` writes and the other operations read.
+// Columns of the (S, 4) table that `bind` writes and the other operations read. kDTypes holds, from
+// the lowest bits, the dtype of the parameter, that of the gradient, and 32 bits that seal the row:
+// addresses cannot be checked, but whether `bind` wrote them can.
 enum Column { kGrad, kParam, kNumel, kDTypes, kColumns };
 
 // A row of the table. grad is null where the gradient is missing in this step.
@@ -17,17 +19,35 @@ struct Row {
   DType param_dtype;
 };
 
+// splitmix64's finalizer over the columns.
+inline int64_t seal_of(const int64_t* row, int64_t dtypes) {
+  uint64_t hash = uint64_t(dtypes);
+  for (int column = kGrad; column < kDTypes; ++column) {
+    hash = (hash ^ uint64_t(row[column])) + 0x9e3779b97f4a7c15u;
+    hash = (hash ^ (hash >> 30)) * 0xbf58476d1ce4e5b9u;
+    hash = (hash ^ (hash >> 27)) * 0x94d049bb133111ebu;
+    hash ^= hash >> 31;
+  }
+  return int64_t(hash >> 32);
+}
+
+inline bool is_sealed(const int64_t* row) {
+  const int64_t dtypes = row[kDTypes] & 0xffff;
+  return row[kDTypes] == (seal_of(row, dtypes) << 16 | dtypes);
+}
+
 SPARSE_OPTIM_INLINE Row read_row(const int64_t* table, int64_t tensor) {
   const int64_t* row = table + tensor * kColumns;
   return {reinterpret_cast<const void*>(row[kGrad]), reinterpret_cast<void*>(row[kParam]),
-          row[kNumel], DType(row[kDTypes] >> 8), DType(row[kDTypes] & 0xff)};
+          row[kNumel], DType(row[kDTypes] >> 8 & 0xff), DType(row[kDTypes] & 0xff)};
 }
 
 inline void write_row(int64_t* row, const Row& from) {
   row[kGrad] = reinterpret_cast<int64_t>(from.grad);
   row[kParam] = reinterpret_cast<int64_t>(from.param);
   row[kNumel] = from.numel;
-  row[kDTypes] = int64_t(from.grad_dtype) << 8 | int64_t(from.param_dtype);
+  const int64_t dtypes = int64_t(from.grad_dtype) << 8 | int64_t(from.param_dtype);
+  row[kDTypes] = seal_of(row, dtypes) << 16 | dtypes;
 }
 
 // The active set; offsets[i]:offsets[i + 1] are the entries of pool tensor i.

@@ -51,7 +51,7 @@ int32_t cut(const Problem& problem, const int32_t* tile_max, const float* param_
 void append(const Threads& threads, const std::vector<PoolTensor>& pool, const NewEntries& found,
             Active& active);
 
-void update(const Threads& threads, const std::vector<PoolTensor>& pool, Active& active,
+bool update(const Threads& threads, const std::vector<PoolTensor>& pool, Active& active,
             const Hyper* hyper, const int32_t* group_index, bool entry_age, float grad_factor);
 
 }  // namespace sparse_optim::cpu

@@ -8,6 +8,7 @@
 //
 // Bytes: 28 per active entry streamed, and one cache line of the parameter each way per entry (the
 // gathers are what takes the time). float32 throughout; equal to the reference up to rounding.
+#include <atomic>
 #include <cmath>
 #include <type_traits>
 
@@ -59,18 +60,29 @@ SPARSE_OPTIM_VECTORIZED void adamw(int64_t count, float* value, float* exp_avg, 
     step(value[i], exp_avg[i], exp_avg_sq[i], grad[i], step_size[i], sqrt_bias_correction2[i]);
 }
 
+// Whether no position is beyond the tensor: a damaged one must not be written to. Its time was
+// within the noise at 320K entries; clamping each position took 0.15 ms of 1.0 in bf16.
+SPARSE_OPTIM_VECTORIZED bool all_inside(int64_t count, const int32_t* position, int64_t numel) {
+  uint32_t most = 0;
+#pragma omp simd reduction(max : most)
+  for (int64_t i = 0; i < count; ++i) most = std::max(most, uint32_t(position[i]));
+  return int64_t(most) < numel;
+}
+
 struct Task {
   int64_t tensor, first, last;
 };
 
+// Stops before a position that is beyond the tensor, and returns false.
 template <class T>
-void update_task(T* param, const Active& active, int64_t first, int64_t last,
+bool update_task(T* param, int64_t numel, const Active& active, int64_t first, int64_t last,
                  const BiasTable& table, const AdamW& step_of_entry, bool entry_age) {
   const int64_t step = active.progress[0] + 1;
   float value[kBlock], step_size[kBlock], sqrt_bias_correction2[kBlock];
   for (int64_t begin = first; begin < last; begin += kBlock) {
     const int64_t count = std::min(kBlock, last - begin);
     const int32_t* position = active.position + begin;
+    if (!all_inside(count, position, numel)) return false;
     for (int64_t i = 0; i < count; ++i) {
       if (begin + i + kPrefetchEntries < last)
         __builtin_prefetch(param + position[i + kPrefetchEntries], 1);
@@ -85,11 +97,12 @@ void update_task(T* param, const Active& active, int64_t first, int64_t last,
           step_size, sqrt_bias_correction2, step_of_entry);
     for (int64_t i = 0; i < count; ++i) store(param[position[i]], values[i]);
   }
+  return true;
 }
 
 }  // namespace
 
-void update(const Threads& threads, const std::vector<PoolTensor>& pool, Active& active,
+bool update(const Threads& threads, const std::vector<PoolTensor>& pool, Active& active,
             const Hyper* hyper, const int32_t* group_index, bool entry_age, float grad_factor) {
   const int64_t size = active.progress[1], step = active.progress[0] + 1;
   int64_t oldest = step;
@@ -111,15 +124,18 @@ void update(const Threads& threads, const std::vector<PoolTensor>& pool, Active&
     tables.emplace_back(hyper[g], oldest);
     steps.emplace_back(hyper[g], grad_factor);
   }
+  std::atomic<bool> inside{true};
   for_each(threads, int64_t(tasks.size()), [&](int64_t i) {
     const Task& task = tasks[i];
     const int32_t group = group_index[task.tensor];
     visit_dtype(pool[task.tensor].param_dtype, pool[task.tensor].param, [&](auto* param) {
       using T = std::remove_const_t<std::remove_pointer_t<decltype(param)>>;
-      update_task(const_cast<T*>(param), active, task.first, task.last, tables[group], steps[group],
-                  entry_age);
+      if (!update_task(const_cast<T*>(param), pool[task.tensor].numel, active, task.first,
+                       task.last, tables[group], steps[group], entry_age))
+        inside = false;
     });
   });
+  return inside;
 }
 
 }  // namespace sparse_optim::cpu

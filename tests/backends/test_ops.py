@@ -93,7 +93,7 @@ WRONG = [
     ("scan", "dense_grads", lambda grads: [grads[0].double()], "dense_grads must be float32"),
     ("scan", "position", lambda position: position.long(), "position has the wrong dtype"),
     ("scan", "offsets", lambda offsets: offsets[:-1], "offsets must hold 3 elements, got 2"),
-    ("scan", "offsets", lambda offsets: offsets + 10**6, "beyond the capacity"),
+    ("scan", "offsets", lambda offsets: offsets + 10**6, "offsets give tensor 0 of 1024 entries"),
     ("scan", "tile_max", lambda tile_max: tile_max[:-1], "tile_max must hold"),
     ("scan", "tile", lambda tile: 0, "tile must be 1 to 4096, got 0"),
     ("scan", "tile", lambda tile: 4097, "tile must be 1 to 4096, got 4097"),
