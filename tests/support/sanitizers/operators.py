@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-torch.ops.load_library(sys.argv[1])
-sys.modules["sparse_optim._C"] = types.ModuleType("_C")  # its operators are registered already
-sys.path.insert(0, str(Path(__file__).parents[1]))
+if __name__ == "__main__":
+    torch.ops.load_library(sys.argv[1])
+    sys.modules["sparse_optim._C"] = types.ModuleType("_C")  # its operators are registered already
+    sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from op_cases import DTYPES, Case, assert_same_bits, make_case  # noqa: E402
 
