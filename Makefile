@@ -2,6 +2,7 @@
 # make test   the tests
 # make gpu-report   on a CUDA machine: the GPU tests and measurements, within eight minutes
 # make wheel   the wheel and the sdist for users, checked, in dist/
+# make soak   endurance tests, for ten minutes
 # make lock   renew requirements/lock.txt: the newest versions that pyproject.toml allows
 #
 # demo and test set up .venv first (requirements/set_up.py): pinned packages, torch (its CPU build
@@ -27,7 +28,7 @@ SET_UP := $(PYTHON) requirements/set_up.py --venv $(VENV) $(if $(UNLOCKED),--unl
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
 .NOTPARALLEL: # one pip at a time in a venv
-.PHONY: demo test gpu-report wheel setup test-setup lock which-python clean
+.PHONY: demo test soak gpu-report wheel setup test-setup lock which-python clean
 
 demo: setup
 	@$(PY) -m sparse_optim.cli.demo --steps $(STEPS) --output "$(OUT)"
@@ -41,6 +42,10 @@ gpu-report: $(STAMPS)environment
 	@PIP_RETRIES=0 $(MAKE) -s $(STAMPS)gpu-report || echo "going on with the packages that are there"
 	@$(PY) -c 'import torch' || { echo "make gpu-report needs a python with a CUDA torch"; exit 1; }
 	@$(PY) -m bench.gpu --started $(START) $(REPORT)
+
+# Minutes of what `make test` does for seconds; the figures go to bench/results.
+soak: test-setup
+	@$(PY) -m bench.fuzz --seconds 600 --write
 
 # Of the CPU kernels; those for CUDA are compiled on the machine with the GPU.
 wheel: $(STAMPS)$(if $(UNLOCKED),build,packages)

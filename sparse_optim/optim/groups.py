@@ -91,6 +91,8 @@ def check_group_options(group: dict[str, Any]) -> None:
         raise ValueError(f"eps must be at least 0, got {group['eps']}")
     if not group["weight_decay"] >= 0:
         raise ValueError(f"weight_decay must be at least 0, got {group['weight_decay']}")
+    if not isinstance(group.get("maximize", False), bool):
+        raise ValueError(f"maximize must be True or False, got {group['maximize']!r}")
     if group["unmask"] not in UNMASK_MODES:
         raise ValueError(f"unmask must be one of {UNMASK_MODES}, got {group['unmask']!r}")
     if group.get("amsgrad"):

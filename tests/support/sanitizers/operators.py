@@ -22,9 +22,9 @@ if __name__ == "__main__":
     sys.modules["sparse_optim._C"] = types.ModuleType("_C")  # its operators are registered already
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from op_cases import DTYPES, Case, assert_same_bits, make_case  # noqa: E402
+from op_cases import DTYPES, Case, assert_same_bits, make_case
 
-from sparse_optim.backends import cpp, reference  # noqa: E402
+from sparse_optim.backends import cpp, reference
 
 OPS = ("bind", "scan", "clip", "rank", "cut", "append", "update")
 INTEGERS = (-1, 1000, 2**31 - 1, -(2**31), 2**40, -(2**62))

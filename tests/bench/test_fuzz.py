@@ -1,0 +1,15 @@
+"""A short run of bench.fuzz; `make soak` runs it for minutes."""
+
+from __future__ import annotations
+
+from bench.fuzz import BATCH, KINDS, fuzz
+
+
+def test_damaged_files_crash_nothing_and_half_change_nothing():
+    found = fuzz(seconds=0, seed=7)
+    assert found["faults"] == []
+    assert found["kinds"].keys() == KINDS.keys()
+    for kind, counts in found["kinds"].items():
+        assert counts.keys() <= {"inputs", "refused", "loaded"}, kind
+        assert counts["inputs"] == BATCH
+        assert counts["refused"] > BATCH // 2
