@@ -140,6 +140,13 @@ inline void check_cut(const Place& place, const Tensor& tile_max, const Tensor& 
   place.check(found_inf, "found_inf", ScalarType::Float, 1);
   place.check(threshold, "threshold", ScalarType::Float, 1);
   STD_TORCH_CHECK(targets.numel() > 0, "targets must hold at least one element");
+  STD_TORCH_CHECK(targets.dim() == 1 || (targets.dim() == 2 && targets.size(1) == 4),
+                  "targets must be a table of one dimension or a formula of four columns");
+}
+
+// T + 1 of a table, minus the pieces of a formula.
+inline int64_t signed_length(const Tensor& targets) {
+  return targets.dim() == 2 ? -targets.size(0) : targets.numel();
 }
 
 // Sampling ranks scores, whose exponent is in them already.

@@ -165,8 +165,9 @@ void cut(Tensor bound, Tensor position, Tensor offsets, Tensor tile_offsets, Ten
   check_noise(kCpu, noise, exp);
   NewEntries found = check_new(kCpu, new_tensor, new_position, new_count);
 
-  const int64_t quota = step_quota(data<int64_t>(targets), targets.numel(), data<int64_t>(progress),
-                                   scalar<float>(found_inf), found.capacity);
+  const int64_t quota =
+      step_quota(data<int64_t>(targets), signed_length(targets), data<int64_t>(progress),
+                 scalar<float>(found_inf), found.capacity);
   Active active{};
   active.position = data<int32_t>(position);
   active.offsets = data<int64_t>(offsets);

@@ -120,7 +120,7 @@ void cut(Tensor bound, Tensor position, Tensor offsets, Tensor tile_offsets, Ten
   const cuda::CutInput in{data<int32_t>(tile_max),
                           data<float>(param_bound),
                           data<int64_t>(targets),
-                          targets.numel(),
+                          signed_length(targets),
                           data<int64_t>(progress),
                           data<float>(found_inf),
                           exp,

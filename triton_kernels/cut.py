@@ -28,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_optim.backends.operands import ActiveSet, NewEntries, Rule, Tiles
+from sparse_optim.backends.targets import signed_length
 
 from .candidate_tiles import (
     BINS,
@@ -77,9 +78,26 @@ def plan_kernel(
     num_targets,
     max_quota,
 ):
-    """state[QUOTA] <- min(targets[min(step + 1, T)] - active, max_quota), 0 if found_inf"""
-    step = tl.maximum(tl.minimum(tl.load(progress_ptr) + 1, num_targets - 1), 0)
-    missing = tl.load(targets_ptr + step) - tl.load(progress_ptr + 1)
+    """state[QUOTA] <- min(target(min(step + 1, T)) - active, max_quota), 0 if found_inf
+
+    num_targets is negative for a formula; see sparse_optim.backends.targets.
+    """
+    step = tl.maximum(tl.load(progress_ptr) + 1, 0)
+    if num_targets > 0:
+        target = tl.load(targets_ptr + tl.minimum(step, num_targets - 1))
+    else:
+        target = tl.full((), 0, tl.int64)
+        for piece in range(-num_targets):
+            first = tl.load(targets_ptr + 4 * piece)
+            gain = tl.load(targets_ptr + 4 * piece + 2)
+            power = tl.load(targets_ptr + 4 * piece + 3)
+            is_last = piece == -num_targets - 1
+            end = tl.load(targets_ptr + 4 * piece + 4, mask=piece < -num_targets - 1, other=0)
+            n = tl.maximum(tl.where(is_last, 1, end - first), 1)
+            u = step - first
+            gained = tl.where(power == 2, gain * u * (2 * n - u) // (n * n), gain * u // n)
+            target = tl.where(u >= 0, tl.load(targets_ptr + 4 * piece + 1) + gained, target)
+    missing = target - tl.load(progress_ptr + 1)
     quota = tl.minimum(tl.maximum(missing, 0), max_quota)
     quota = tl.where(tl.load(found_inf_ptr) != 0.0, 0, quota)
     tl.store(state_ptr + QUOTA, quota)
@@ -273,7 +291,7 @@ def cut(
     }  # fmt: skip
     with torch.cuda.device_of(bound):
         plan_kernel[(1,)](
-            targets, active.progress, found_inf, new.count, state, targets.numel(),
+            targets, active.progress, found_inf, new.count, state, signed_length(targets),
             new.tensor.numel(), num_warps=1,
         )  # fmt: skip
         locate(tiles, active, *location)

@@ -46,7 +46,7 @@ struct CutInput {
   const int32_t* tile_max;
   const float* param_bound;
   const int64_t* targets;
-  int64_t num_targets;
+  int64_t num_targets;  // negative: pieces of a formula
   const int64_t* progress;
   const float* found_inf;
   double exp;

@@ -13,6 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from sparse_optim.backends.targets import largest_quota
+
 # How an entry's age is counted; see `reference.update`.
 BiasCorrection = Literal["entry", "global"]
 
@@ -234,7 +236,7 @@ def max_quota(targets: Tensor, capacity: int) -> int:
 
     The factor leaves room to make up for steps that found too few entries of non-zero importance.
     """
-    return min(2 * int(targets.diff().max()), capacity)
+    return min(2 * largest_quota(targets), capacity)
 
 
 def num_bytes(*owners: Any) -> int:

@@ -194,7 +194,7 @@ def cut(
         tiles: from `scan` or `rank`. (This backend scores every entry instead.)
         active: its entries are left out; `progress` gives the quota.
         rule: importance and noise; exp must be 0 with noise.
-        targets: (T + 1,), int64, cumulative entries to have unmasked after each step.
+        targets: cumulative entries to have unmasked after each step; see `targets`.
         found_inf: (), float32.
         new: mutated; `threshold` only if there is a new entry.
         scratch: uint8.

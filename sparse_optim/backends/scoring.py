@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sparse_optim.backends.noise import noise as exponential_noise
+from sparse_optim.backends.targets import target_at
 
 
 def importance(grad: Tensor, param: Tensor, exp: float, eps: float) -> Tensor:
@@ -49,18 +50,18 @@ def importance(grad: Tensor, param: Tensor, exp: float, eps: float) -> Tensor:
 
 
 def step_quota(targets: Tensor, progress: Tensor, max_quota: int) -> Tensor:
-    """Entries to unmask in the next step: min(targets[min(step + 1, T)] - active, max_quota).
+    """Entries to unmask in the next step: min(target(min(step + 1, T)) - active, max_quota).
 
     Args:
-        targets: (T + 1,), int64, cumulative targets.
+        targets: cumulative targets; see `targets`.
         progress: (3,), int64: applied steps, active entries, skipped steps.
         max_quota: most entries that one step may unmask.
 
     Returns:
         (), int64, on their device, >= 0.
     """
-    step = (progress[:1] + 1).clamp(0, targets.numel() - 1)
-    return (targets[step] - progress[1]).clamp(0, max_quota).squeeze(0)
+    target = target_at(targets, progress[:1] + 1)
+    return (target - progress[1]).clamp(0, max_quota).squeeze(0)
 
 
 def perturbed(score: Tensor, noise: Tensor, tensor: int, start: int = 0) -> Tensor:

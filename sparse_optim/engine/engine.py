@@ -36,6 +36,7 @@ from sparse_optim.backends.operands import (
     num_bytes,
 )
 from sparse_optim.backends.registry import Backend, load
+from sparse_optim.backends.targets import budget_of, total_steps
 from sparse_optim.engine.pool import Gradients, Pool, bind_gradients
 from sparse_optim.engine.ranking import Ranking, noise_seed, scores_of, warn_of_scores
 from sparse_optim.engine.scalars import Rows, hyper_rows, write_hyper, write_scalar
@@ -128,13 +129,14 @@ class Engine:
     Args:
         pool: whose entries are ranked together.
         method: what is unmasked.
-        targets: (T + 1,), int64, cumulative targets; the last one is the capacity.
+        targets: cumulative targets (see `backends.targets`); the budget is the capacity.
         backend: name of the backend.
         active: the entries that are active already (default: none), with that capacity.
         touched: those that were ever active, where entries leave the set again.
 
     Attributes:
         pool, method, targets, backend: as given; targets on the device.
+        budget, total_steps: of the targets.
         active: the active set. spare: a second one, for selections that replace theirs.
         work: buffers of a step. ranking: buffers of dense scores.
         touched: entries that were ever active.
@@ -156,7 +158,8 @@ class Engine:
     ) -> None:
         self.pool, self.method, self.backend = pool, method, backend
         traits, selection = method.traits, method.selection
-        self.targets, capacity = targets.to(pool.device), int(targets[-1])
+        self.targets, capacity = targets.to(pool.device), budget_of(targets)
+        self.budget, self.total_steps = capacity, total_steps(targets)
         self._surely_empty = active is None  # until the first step: known without a device read
         if active is None:
             active = ActiveSet.empty(pool.params, capacity, pool.device)
@@ -341,7 +344,7 @@ class Engine:
 
     def resized(self, method: Method, targets: Tensor) -> Engine:
         """The active entries under another budget or schedule."""
-        active = self._copied_active(self.pool, int(targets[-1]))
+        active = self._copied_active(self.pool, budget_of(targets))
         return self._derived(Engine(self.pool, method, targets, self.backend, active, self.touched))
 
     def with_pool(self, pool: Pool) -> Engine:
@@ -356,7 +359,7 @@ class Engine:
                 f"the new parameters are on {pool.device}, but the optimizer was built for "
                 f"{self.pool.device}: use one optimizer per device"
             )
-        active = self._copied_active(pool, int(self.targets[-1]))
+        active = self._copied_active(pool, self.budget)
         touched = self.touched.grown(pool.entries) if self.method.selection.replaces else None
         return self._derived(Engine(pool, self.method, self.targets, self.backend, active, touched))
 
@@ -377,7 +380,7 @@ class Engine:
             touched: entries that were ever active, where entries leave the set again.
         """
         pool = self.pool
-        active = ActiveSet.empty(pool.params, int(targets[-1]), pool.device)
+        active = ActiveSet.empty(pool.params, budget_of(targets), pool.device)
         active.fill(segments, progress)
         engine = Engine(pool, self.method, targets.clone(), self.backend, active, touched)
         engine.work.new.threshold.copy_(threshold)

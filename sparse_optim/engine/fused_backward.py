@@ -81,7 +81,7 @@ class FusedBackward:
         device = engine.pool.device
         self._parts = [_Part.of(engine, index) for index in range(len(engine.pool.params))]
         self._found_inf = torch.zeros((), dtype=torch.float32, device=device)
-        self._budget = int(engine.targets[-1])
+        self._budget = engine.budget
         # A copy on the host, of the last step or the one before: what is complete stays complete.
         self._progress = torch.zeros(3, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._progress.copy_(engine.active.progress, non_blocking=True)

@@ -251,8 +251,8 @@ _POSITIVE = (
 )
 
 
-# torch ends the process where it cannot start its threads; a schedule has a table of its steps.
-_AT_MOST = {"seed": 2**32 - 1, "threads": 1024, "steps": 10_000_000}
+# torch ends the process where it cannot start its threads; steps are counted in 32 bits.
+_AT_MOST = {"seed": 2**32 - 1, "threads": 1024, "steps": 2**31 - 2}
 
 
 @cache

@@ -120,7 +120,7 @@ class _Check(TrainerCallback):
         optimizer = self.mixed.raw_optimizer
         if not isinstance(optimizer, MaskedAdamW):
             return
-        total, taken = optimizer.engine.targets.numel() - 1, int(optimizer.metrics()["step"])
+        total, taken = optimizer.engine.total_steps, int(optimizer.metrics()["step"])
         if total not in (1, state.max_steps):
             logger.warning(
                 "the optimizer's total_steps is %d, but the training takes %d steps: the budget is "

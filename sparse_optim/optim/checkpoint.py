@@ -19,6 +19,13 @@ import torch
 from torch import Tensor
 
 from sparse_optim.backends.operands import ENTRY_FIELDS
+from sparse_optim.backends.targets import (
+    budget_of,
+    check_targets,
+    is_formula,
+    same_targets,
+    total_steps,
+)
 from sparse_optim.engine.engine import Engine
 from sparse_optim.engine.touched import Touched
 from sparse_optim.optim.groups import check_group_options
@@ -190,11 +197,11 @@ def _read_format_1(run: dict[str, Any], engine: Engine) -> dict[str, Any]:
 def restore(engine: Engine, state: EngineState) -> Engine:
     """An engine in a state that `split` checked; the one given stays as it is."""
     before, targets = engine.targets, state.targets
-    if not torch.equal(targets.cpu(), before.cpu()):
+    if not same_targets(targets, before):
         logger.warning(
             "the checkpoint's schedule (budget %d, %d steps) replaces the constructor's "
             "(budget %d, %d steps); extend() changes it",
-            int(targets[-1]), targets.numel() - 1, int(before[-1]), before.numel() - 1,
+            budget_of(targets), total_steps(targets), budget_of(before), total_steps(before),
         )  # fmt: skip
     return engine.restored(state.segments, state.progress, targets, state.threshold, state.touched)
 
@@ -290,23 +297,23 @@ def _check_totals(run: dict[str, Any], segments: Segments, pool_entries: int) ->
     """Check counts and schedule, and that they fit the segments."""
     progress, targets, threshold = run["progress"], run["targets"], run["threshold"]
     _check_tensor(progress, "progress", torch.int64)
-    _check_tensor(targets, "targets", torch.int64)
+    is_2d = isinstance(targets, Tensor) and is_formula(targets)
+    _check_tensor(targets, "targets", torch.int64, dims=2 if is_2d else 1)
     _check_tensor(threshold, "threshold", torch.float32, dims=0)
     _check(progress.numel() == 3, f"progress has {progress.numel()} numbers, expected 3")
     _check(bool(threshold >= 0), f"threshold is {float(threshold)}")
     step, active, skipped = progress.tolist()
     good = 0 <= step < MAX_STEPS and 0 <= skipped < MAX_STEPS
     _check(good, f"it counts {step} applied and {skipped} skipped steps")
-    falls = targets.numel() < 2 or bool((targets.diff() < 0).any())
-    if falls or int(targets[0]) != 0 or int(targets[-1]) > pool_entries:
-        raise ValueError(
-            f"checkpoint: targets do not rise from 0 to a budget of at most {pool_entries} entries"
-        )
+    try:
+        check_targets(targets, pool_entries)
+    except ValueError as error:
+        raise ValueError(f"checkpoint: {error}") from None
     total = sum(segment["position"].numel() for segment in segments)
-    if total != active or total > int(targets[-1]):
+    if total != active or total > budget_of(targets):
         raise ValueError(
             f"checkpoint: {total} active entries, but it counts {active} of a budget of "
-            f"{int(targets[-1])}"
+            f"{budget_of(targets)}"
         )
     for segment in segments:
         unmasked = segment["unmask_step"]

@@ -297,7 +297,7 @@ class MaskedAdamW(torch.optim.Optimizer):
     def _check_length(self) -> None:
         """Say once where the schedule was made for another number of steps."""
         step, active, _ = self._engine.active.progress.tolist()
-        total, budget = self._engine.targets.numel() - 1, int(self._engine.targets[-1])
+        total, budget = self._engine.total_steps, self._engine.budget
         if self._told_length or total == 1 or step in (0, total):
             return
         self._told_length = True
@@ -377,7 +377,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         """
         engine = self._engine
         engine.pool.check_unchanged()
-        current, steps = int(engine.targets[-1]), engine.targets.numel() - 1
+        current, steps = engine.budget, engine.total_steps
         selection = self.selection.extended(
             current if budget is None else budget, total_steps, current_steps=steps
         )

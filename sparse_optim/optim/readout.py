@@ -54,8 +54,8 @@ def delta_of(
     method = {
         "importance": repr(engine.method.importance),
         "selection": type(engine.method.selection).__name__,
-        "budget": int(engine.targets[-1]),
-        "total_steps": engine.targets.numel() - 1,
+        "budget": engine.budget,
+        "total_steps": engine.total_steps,
         "step": int(engine.active.progress[0]),
     }
     return Delta(sparse=sparse, dense=whole, fingerprints=of_base, method=method, tied=tied)
@@ -124,7 +124,7 @@ def metrics_of(engine: Engine, further_bytes: int) -> dict[str, int | float]:
         further_bytes: of state that is not the engine's.
     """
     step, active, skipped = engine.active.progress.tolist()
-    budget = int(engine.targets[-1])
+    budget = engine.budget
     counts = engine.active.offsets.diff().tolist()
     replaces = engine.method.selection.replaces
     return {

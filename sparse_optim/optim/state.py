@@ -7,7 +7,7 @@
     of the first parameter that requires gradients, besides:
         pool_position, pool_exp_avg, pool_exp_avg_sq, pool_unmask_step, pool_master, pool_offsets,
         pool_progress      as in `ActiveSet`
-        pool_targets       (T + 1,), int64, as in `Engine`
+        pool_targets       int64, as in `Engine`
         pool_threshold     (), float32, as in `NewEntries`
         pool_base          (S, 16), uint8, fingerprints of the base; 0 before the first step
         pool_touched       as in `Touched`, where entries leave the set again

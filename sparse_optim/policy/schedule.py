@@ -14,6 +14,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from sparse_optim.backends.targets import fits, formula
+
+# Above this number of steps, schedules that have a formula give it: a table of that many targets
+# takes 64 KB. Functions cannot have more than MAX_TABLE_STEPS, whose table takes 80 MB.
+TABLE_STEPS = 8192
+MAX_TABLE_STEPS = 10**7
+
+Piece = tuple[int, int, int]  # steps, gain, power; see sparse_optim.backends.targets
+
 
 class Schedule(Protocol):
     """Anything with `targets`; a plain function t -> cumulative target is accepted too."""
@@ -33,6 +42,10 @@ class Uniform:
     def targets(self, budget: int, steps: int) -> list[int]:
         return [budget * t // steps for t in range(steps + 1)]
 
+    def pieces(self, budget: int, steps: int) -> list[Piece]:
+        """The same as a formula: (steps, gain, power) of each piece."""
+        return [(steps, budget, 1)]
+
 
 @dataclass(frozen=True)
 class Linear:
@@ -43,6 +56,10 @@ class Linear:
 
     def targets(self, budget: int, steps: int) -> list[int]:
         return [budget * (steps**2 - (steps - t) ** 2) // steps**2 for t in range(steps + 1)]
+
+    def pieces(self, budget: int, steps: int) -> list[Piece]:
+        """The same as a formula: (steps, gain, power) of each piece."""
+        return [(steps, budget, 2)]
 
 
 @dataclass(frozen=True)
@@ -67,11 +84,19 @@ class Warmup:
             raise ValueError(f"Warmup: steps must be at least 1, got {self.steps}")
 
     def targets(self, budget: int, steps: int) -> list[int]:
+        targets = [0]
+        for length, gain, _ in self.pieces(budget, steps):
+            done = targets[-1]
+            targets += [done + gain * t // length for t in range(1, length + 1)]
+        return targets
+
+    def pieces(self, budget: int, steps: int) -> list[Piece]:
+        """The same as a formula: (steps, gain, power) of each piece."""
         first = min(self.steps, steps)
-        early = budget if first == steps else math.floor(budget * self.share)
-        head = [early * t // first for t in range(first + 1)]
-        rest = steps - first
-        return head + [early + (budget - early) * t // rest for t in range(1, rest + 1)]
+        if first == steps:
+            return [(steps, budget, 1)]
+        early = math.floor(budget * self.share)
+        return [(first, early, 1), (steps - first, budget - early, 1)]
 
 
 SCHEDULES: dict[str, Schedule] = {"uniform": Uniform(), "linear": Linear()}  # by name
@@ -80,7 +105,7 @@ SCHEDULES: dict[str, Schedule] = {"uniform": Uniform(), "linear": Linear()}  # b
 def cumulative_targets(
     schedule: Schedule | Callable[[int], int], budget: int, total_steps: int, unmask_steps: int
 ) -> Tensor:
-    """Evaluate a schedule into the table that the optimizer keeps.
+    """Evaluate a schedule into what the optimizer keeps: a table, or of long runs a formula.
 
     Args:
         schedule: spends the budget in `unmask_steps` steps.
@@ -89,13 +114,24 @@ def cumulative_targets(
         unmask_steps: steps in which the budget is spent, >= 1.
 
     Returns:
-        (total_steps + 1,), int64, monotone, from 0, at most `budget`.
+        (total_steps + 1,), int64, monotone, from 0, at most `budget`; or a formula, (K, 4), int64.
 
     Raises:
-        ValueError: if a schedule falls, leaves 0..budget or is not of whole numbers.
+        ValueError: if a schedule falls, leaves 0..budget or is not of whole numbers, or is a
+            function of more steps than a table can have.
     """
     if isinstance(schedule, type):
         raise ValueError(f"schedule must be an instance: write {schedule.__name__}()")
+    if total_steps > TABLE_STEPS and hasattr(schedule, "pieces"):
+        pieces: list[Piece] = schedule.pieces(budget, unmask_steps)
+        if all(fits(*piece) for piece in pieces):
+            rest = total_steps - unmask_steps
+            return formula([*pieces, *([(rest, 0, 1)] if rest else [])])
+    if total_steps > MAX_TABLE_STEPS:
+        raise ValueError(
+            f"{schedule!r} would need a table of {total_steps} targets, at most {MAX_TABLE_STEPS} "
+            "are kept: use Uniform(), or fewer total_steps"
+        )
     if hasattr(schedule, "targets"):
         table = schedule.targets(budget, unmask_steps)
     elif callable(schedule):

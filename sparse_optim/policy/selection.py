@@ -60,7 +60,7 @@ class Selection(Protocol):
     def noise_seed(self) -> int | None: ...
 
     def targets(self, budget: int) -> Tensor:
-        """Cumulative targets, (T + 1,), int64, of a budget in entries."""
+        """Cumulative targets of a budget in entries; see `sparse_optim.backends.targets`."""
         ...
 
     def extended(
@@ -112,7 +112,7 @@ class Increment:
             )
 
     def targets(self, budget: int) -> Tensor:
-        """Cumulative targets, (total_steps + 1,), int64, of a budget in entries."""
+        """Cumulative targets of a budget in entries; see `Selection`."""
         unmask_steps = self.unmask_steps or self.total_steps
         return cumulative_targets(self.schedule, budget, self.total_steps, unmask_steps)
 

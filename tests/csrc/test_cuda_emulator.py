@@ -39,6 +39,7 @@ from step_checks import SMALL_BETAS, assert_same_step, fading
 
 from sparse_optim import D3, Increment, MaskedAdamW
 from sparse_optim.backends import registry, scoring
+from sparse_optim.backends.targets import formula, target_at
 
 EXPS = (-1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
 
@@ -237,6 +238,17 @@ def test_active_entries_at_tile_edges():
     check_scan(expected, actual)
     check_cut(expected, actual)
     check_state(expected, actual)
+
+
+@pytest.mark.parametrize("step", [0, 3, 6, 7, 12, 30])
+def test_a_formula_of_targets_gives_the_quota_of_the_reference(step):
+    case = Case([3 * TILE, TILE], active=0.0, quota=9, max_quota=20)
+    case.targets = formula([(7, 12, 2), (10, 30, 1), (5, 0, 1)])
+    case.active.progress.copy_(torch.tensor([step, 0, 0]))
+    expected, actual = run_both(case, "scan", "cut")
+    check_cut(expected, actual)
+    wanted = int(target_at(case.targets, torch.tensor([step + 1])))
+    assert int(actual.work.new.count) == min(20, wanted)
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=len)

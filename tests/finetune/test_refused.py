@@ -85,7 +85,7 @@ def test_an_output_in_use_is_left_alone(folders, tmp_path):
     [
         ({"seed": -1}, "--seed must be 0 to 4,294,967,295, got -1"),
         ({"threads": 100_000}, "--threads must be 0 to 1,024"),
-        ({"steps": 10**9}, "--steps must be 0 to 10,000,000"),
+        ({"steps": 2**31}, "--steps must be 0 to 2,147,483,646"),
         ({"lr": float("inf")}, "--lr must be a finite number, got inf"),
         ({"warmup": float("nan")}, "--warmup must be a finite number, got nan"),
     ],

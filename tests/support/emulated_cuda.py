@@ -15,6 +15,7 @@ from repository import ROOT
 from torch import Tensor
 
 from sparse_optim.backends.operands import ActiveSet, Tiles
+from sparse_optim.backends.targets import signed_length
 
 FLAGS = [
     "-std=c++17", "-O1", "-fPIC", "-shared", "-x", "c++", "-DSPARSE_OPTIM_EMULATED",
@@ -120,8 +121,8 @@ def cut(bound, tiles, active, rule, targets, found_inf, new, scratch) -> None:
     with _Poisoned(scratch):
         _call(
             "cut", _pool(bound, tiles), active.position, active.offsets, tiles.max,
-            tiles.param_bound, targets, ctypes.c_int64(targets.numel()), active.progress, found_inf,
-            ctypes.c_double(rule.exp), ctypes.c_double(rule.eps), rule.noise, new.tensor,
+            tiles.param_bound, targets, ctypes.c_int64(signed_length(targets)), active.progress,
+            found_inf, ctypes.c_double(rule.exp), ctypes.c_double(rule.eps), rule.noise, new.tensor,
             new.position, new.count, ctypes.c_int64(new.position.numel()), new.threshold, scratch,
         )  # fmt: skip
 

@@ -43,6 +43,7 @@ from triton_cases import BF16, F16, F32, STEP, TILE, assert_bits, make_case
 
 from sparse_optim import D3, IncrementalMaskedAdamW
 from sparse_optim.backends import reference, registry
+from sparse_optim.backends.targets import formula
 from sparse_optim.engine import self_check
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -166,11 +167,25 @@ def test_cut_of_a_general_exponent() -> None:
     assert_as_exact(got.work.new.threshold, want.work.new.threshold, grad / base**1.7)
 
 
-@pytest.mark.parametrize(("applied", "quota"), [(0, 3), (1, 5), (2, 9), (50, 9)])
-def test_quota_follows_the_schedule(applied: int, quota: int) -> None:
+@pytest.mark.parametrize(
+    ("targets", "applied", "quota"),
+    [
+        (torch.tensor([0, 3, 5, 40]), 0, 3),
+        (torch.tensor([0, 3, 5, 40]), 1, 5),
+        (torch.tensor([0, 3, 5, 40]), 2, 9),
+        (torch.tensor([0, 3, 5, 40]), 50, 9),
+        (formula([(10, 4, 1), (10, 8, 2)]), 0, 0),
+        (formula([(10, 4, 1), (10, 8, 2)]), 7, 3),
+        (formula([(10, 4, 1), (10, 8, 2)]), 9, 4),
+        (formula([(10, 4, 1), (10, 8, 2)]), 11, 6),
+        (formula([(10, 4, 1), (10, 8, 2)]), 50, 9),
+        (formula([(10**9, 10**9, 1)]), 6, 7),
+    ],
+)
+def test_quota_follows_the_schedule(targets: torch.Tensor, applied: int, quota: int) -> None:
     """At most what the buffers hold; beyond the last step, the last target."""
     case = make_case((50,), num_active=0, quota=9)
-    case.targets = torch.tensor([0, 3, 5, 40])
+    case.targets = targets
     case.active.progress.copy_(torch.tensor([applied, 0, 0]))
     got, want = (case.run(ops, "scan", "cut") for ops in (kernels, reference))
     assert got.work.new.count.item() == want.work.new.count.item() == quota
