@@ -292,18 +292,21 @@ class Engine:
 
     def notice_writes(self) -> None:
         """Take over parameter values that others have written since the last step."""
-        self._written = self.written_by_others
+        written = self._written_since()
+        self._written = self._written or any(self._versions[index] >= 0 for index in written)
         if self._keeps_values:
-            known = zip(self.pool.params, self._versions, strict=True)
-            written = [i for i, (param, version) in enumerate(known) if param._version != version]
             self.refresh(written)
 
     @property
     def written_by_others(self) -> bool:
         """Whether parameters were written after the first step by other code, as autograd sees it;
         entries may have moved then that are not active."""
+        return self._written or any(self._versions[index] >= 0 for index in self._written_since())
+
+    def _written_since(self) -> list[int]:
+        """The parameters that are not of the version that was seen last."""
         known = zip(self.pool.params, self._versions, strict=True)
-        return self._written or any(-1 < version != param._version for param, version in known)
+        return [index for index, (param, version) in enumerate(known) if param._version != version]
 
     def trust_values(self) -> None:
         """What others have written so far moved active entries alone: the caller knows."""

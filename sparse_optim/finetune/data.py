@@ -161,11 +161,15 @@ def load_folder(path: Path) -> DatasetDict:
         known = ", ".join(sorted(DATA_SUFFIXES))
         raise FinetuneError(f"{path} has no data file ({known})")
     # `load_dataset` would take validation_matched and validation_mismatched for one split.
-    files = {file.stem: file for file in sorted(path.iterdir()) if file.suffix in DATA_SUFFIXES}
-    suffixes = {file.suffix for file in files.values()}
-    if len(suffixes) == 1 and all(SPLIT_NAME.fullmatch(name) for name in files):
-        return read_files({name: str(file) for name, file in files.items()}, suffixes.pop())
-    return load_dataset(str(path))
+    files = [file for file in sorted(path.iterdir()) if file.suffix in DATA_SUFFIXES]
+    stems = {file.stem for file in files}
+    if len(stems) < len(files) or not all(SPLIT_NAME.fullmatch(stem) for stem in stems):
+        return load_dataset(str(path))
+    splits: dict[str, Dataset] = {}
+    for suffix in sorted({file.suffix for file in files}):
+        alike = {file.stem: str(file) for file in files if file.suffix == suffix}
+        splits |= read_files(alike, suffix)
+    return DatasetDict(splits)
 
 
 def choose_splits(splits: DatasetDict, request: DataRequest) -> tuple[Dataset, Dataset, str]:

@@ -114,7 +114,10 @@ def split(
     rest = {}
     for group in param_groups:
         for param in group["params"] if group["unmask"] == "all" else ():
-            if dense := without_ours(state.get(key_of[id(param)], {})):
+            dense = without_ours(state.get(key_of[id(param)], {}))
+            if not dense and FORMAT_1 not in state:  # format 1 had none before the first step
+                _check(not param.requires_grad, "the state of a dense parameter is missing")
+            if dense:
                 _check_dense(dense, param)
                 step = torch.as_tensor(dense["step"], dtype=torch.float32, device=param.device)
                 moments = {

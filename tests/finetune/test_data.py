@@ -154,6 +154,15 @@ def test_folder_with_splits_and_saved_dataset(tmp_path):
         assert data.label_names == names
 
 
+def test_a_folder_of_several_kinds_of_files_is_read_by_the_same_rules(tmp_path):
+    """Lone quotes and words such as "None" are text in the TSV beside a JSON file, too."""
+    write_jsonl(tmp_path / "train.jsonl", [{"text": "None", "label": i} for i in ("a", "b")])
+    (tmp_path / "test.tsv").write_text('text\tlabel\n"quoted\ta\nNA\tb\n')
+    data = load_data(DataRequest(str(tmp_path)))
+    assert data.train["text"][:] == ["None", "None"]
+    assert data.evaluation["text"][:] == ['"quoted', "NA"]
+
+
 def test_token_and_generation_columns(tmp_path):
     tagged = [{"tokens": ["a", "b"], "ner_tags": ["O", "B-X"]}] * 3
     data = load_data(DataRequest(write_jsonl(tmp_path / "tags.jsonl", tagged)))

@@ -111,6 +111,7 @@ DAMAGE: dict[str, tuple[Callable[[State], Any], str]] = {
     "dense shape": (of_head("exp_avg", torch.zeros(3)), r"exp_avg of .* has another shape"),
     "dense step": (of_head("step", torch.tensor(-1.0)), "step of a dense parameter"),
     "dense moment": (lambda state: state["state"][2].pop("exp_avg_sq"), "exp_avg_sq .* is missing"),
+    "dense state": (lambda state: state["state"].pop(2), "state of a dense parameter is missing"),
     "no groups": (lambda state: state.pop("param_groups"), "not a state_dict of an optimizer"),
     "nothing": (lambda state: state.clear(), "not a state_dict of an optimizer"),
 }
