@@ -8,8 +8,8 @@ forms, which the kernels read.
                    target + gain * u // n                          for power 1
                    target + gain * u * (2 n - u) // n^2            for power 2 (slower and slower)
 
-A formula has a size of its own, however long the run: a table of 10^7 steps takes 80 MB, here and
-in each checkpoint.
+The size of a formula does not depend on the length of the run: a table of 10^7 steps takes 80 MB,
+here and in each checkpoint.
 """
 
 from __future__ import annotations

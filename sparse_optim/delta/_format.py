@@ -51,7 +51,7 @@ def save_delta(delta: Delta, path: str | os.PathLike[str]) -> None:
 
     Raises:
         OSError: the folder is missing, not writable, or full.
-        DeltaError: so many tensors that `load_delta` would not read the header.
+        DeltaError: there are too many tensors for a header that `load_delta` reads.
     """
     with replacing(path) as temporary, open(temporary, "xb") as file:
         write_safetensors(file, _columns(delta), _metadata(delta), MAX_HEADER_BYTES)

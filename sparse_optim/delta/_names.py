@@ -5,7 +5,7 @@ differently.
     backbones   a checkpoint of a bare encoder has "x" where the model with a head has "bert.x"
     tied        one tensor with two names, both of which a file may hold
 
-Whatever is matched here, fingerprints of the base prove it.
+The base's fingerprints then prove that the match is right.
 """
 
 from collections import Counter

@@ -251,7 +251,7 @@ class Delta:
             if name not in self.sparse and name not in self.dense:
                 raise DeltaError(f"tied {alias!r}: {str(name)[:80]!r} is not in sparse or dense")
             if alias in self.sparse or alias in self.dense:
-                raise DeltaError(f"tied {alias!r}: has values of its own")
+                raise DeltaError(f"tied {alias!r}: it has values in sparse or dense")
 
     def _check_removed(self) -> None:
         if self.parent is not None:

@@ -9,7 +9,7 @@ PIECE_BYTES = 1 << 21  # Unpacked, they take 16 million entries' booleans: 16 MB
 
 
 class Touched:
-    """One bit for each entry of the pool: a fixed size, whatever is touched.
+    """One bit for each entry of the pool, so that the size is fixed.
 
     Args:
         bits: (ceil(N / 8),), uint8; entry i is bit i % 8 of byte i // 8.
