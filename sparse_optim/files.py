@@ -31,7 +31,7 @@ def replacing(target: str | os.PathLike[str]) -> Iterator[Path]:
         OSError: the folder is missing, not writable, or full.
     """
     path = Path(os.path.realpath(target))
-    host = f"{zlib.crc32(platform.node().encode()):08x}"
+    host = f"{zlib.crc32(_machine().encode()):08x}"
     _remove_leftovers(path, host)
     temporary = path.with_name(f".{path.name}.{host}-{os.getpid()}-{secrets.token_hex(8)}.tmp")
     try:
@@ -45,6 +45,14 @@ def replacing(target: str | os.PathLike[str]) -> Iterator[Path]:
         raise
     if hasattr(os, "O_DIRECTORY"):  # elsewhere a folder cannot be synced
         _sync(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def _machine() -> str:
+    """Names what numbers of processes belong to: a machine, and a namespace of one."""
+    try:
+        return platform.node() + os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return platform.node()
 
 
 def _remove_leftovers(path: Path, host: str) -> None:

@@ -306,6 +306,8 @@ def _untied(delta: Delta, tensors: Tensors) -> Delta:
         if alias in tensors
         and name in tensors
         and storage_key(tensors[alias]) != storage_key(tensors[name])
+        # A dense tensor has no fingerprint of the base: only an equal one is a copy.
+        and (name in delta.sparse or same_bits(tensors[alias], tensors[name]))
     ]
     return untied(delta, copies)
 

@@ -171,7 +171,7 @@ def _tied_copies(
     if not isinstance(config, dict) or config.get("tie_word_embeddings") is False:
         return {}
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
-    words = {part.get("vocab_size") for part in parts}
+    words = {size for part in parts if isinstance(size := part.get("vocab_size"), int)}
     known = {
         values.shape: name
         for name, values in delta.sparse.items()

@@ -55,18 +55,29 @@ def match_names(
         return Naming({name: name for name in ours}, {name: name for name in base}, "")
     plain = plain_names(ours)
     actual = {short: name for name, short in plain_names(base).items()}
-    sparse = [plain[name] for name in delta.sparse]
-    dense = [plain[name] for name in delta.dense]
-    found = _match(sparse, dense, set(actual), live, partly)
+    try:
+        found = _match(delta, plain, set(actual), live, partly)
+    except DeltaError:  # the base may have a tied tensor under its other name alone
+        for alias, name in delta.tied.items():
+            if plain[name] not in actual and alias in actual:
+                plain[name] = alias
+        found = _match(delta, plain, set(actual), live, partly)
     named = {name: found.delta[short] for name, short in plain.items() if short in found.delta}
     if all(short == new for short, new in found.base.items()):  # the base keeps its own names
-        named = {name: actual.get(new, new) for name, new in named.items()}
+        wrapper = _common_prefix(actual)
+        named = {name: actual.get(new, wrapper + new) for name, new in named.items()}
         result = {name: name for name in base}
     else:
         result = {actual[short]: new for short, new in found.base.items()}
     if len(set(named.values())) != len(named):
         raise DeltaError("two names of the delta fit one name of the base")
     return Naming(named, result, found.prefix)
+
+
+def _common_prefix(actual: Mapping[str, str]) -> str:
+    """What stands before every name of the base ("module."), or ""."""
+    found = {name.removesuffix(short) for short, name in actual.items() if name.endswith(short)}
+    return found.pop() if len(found) == 1 else ""
 
 
 def renamed(delta: Delta, naming: Naming) -> Delta:
@@ -80,7 +91,13 @@ def renamed(delta: Delta, naming: Naming) -> Delta:
         candidates = {alias, naming.prefix + alias, alias.removeprefix(naming.prefix)}
         plain = {short: full for full, short in plain_names(there).items()}
         fitting = [plain[each] for each in candidates if each in plain]
-        if name in names and len(fitting) == 1:
+        fitting = [each for each in fitting if each != names.get(name)]
+        if name in names and len(fitting) > 1:
+            both = " and ".join(sorted(fitting))
+            raise DeltaError(
+                f"{alias!r} was tied to {name!r}, and the base has {both}: rename one of them"
+            )
+        if name in names and fitting:
             tied[fitting[0]] = names[name]
     return replace(
         delta,
@@ -112,12 +129,18 @@ def untied(delta: Delta, names: Collection[str]) -> Delta:
     return replace(delta, sparse=sparse, fingerprints=prints, dense=dense, tied={})
 
 
-def _match(sparse: list[str], dense: list[str], base: set[str], live: bool, partly: bool) -> Naming:
-    """`match_names` of names without wrappers."""
+def _match(
+    delta: Delta, plain: Mapping[str, str], base: set[str], live: bool, partly: bool
+) -> Naming:
+    """`match_names` of the names in `plain`, which have no wrappers."""
+    sparse = [plain[name] for name in delta.sparse]
+    dense = [plain[name] for name in delta.dense]
     known = {name: name for name in (*sparse, *dense) if name in base}
     new = [name for name in dense if name not in base]
     missing = [name for name in sparse if name not in base]
     same = {name: name for name in base}
+    if not sparse and not known:  # dense tensors alone: those of the base, and perhaps a head
+        missing, partly = new, True
     if not missing:
         return Naming(known | {name: name for name in new}, same, "")
     if partly and not known.keys().isdisjoint(sparse):
@@ -127,6 +150,8 @@ def _match(sparse: list[str], dense: list[str], base: set[str], live: bool, part
     fits += [(count, prefix, False) for prefix, count in stripped.items()]
     if not partly:
         fits = [fit for fit in fits if fit[0] == len(missing)]
+    if not sparse and not fits:
+        return Naming({name: name for name in new}, same, "")
     most = max(fits, default=(0, "", True))[0]
     best = [fit for fit in fits if fit[0] == most]
     if len(best) != 1:

@@ -248,6 +248,7 @@ class Delta:
     def _check_tied(self) -> None:
         for alias, name in self.tied.items():
             _check_name(alias)
+            _check_name(name)
             if name not in self.sparse and name not in self.dense:
                 raise DeltaError(f"tied {alias!r}: {str(name)[:80]!r} is not in sparse or dense")
             if alias in self.sparse or alias in self.dense:
@@ -328,14 +329,22 @@ class Delta:
                 Those of the result are of the converted base.
 
         Raises:
-            DeltaError: another base, or an increment.
+            DeltaError: another base, another kind of dtype, or an increment.
         """
         if self.parent is not None:
             raise DeltaError("an increment: compose it with its parent first")
-        tensors, sparse, prints = plain_tensors(base), {}, {}
+        if not dtype.is_floating_point:
+            raise DeltaError(f"dtype: expected a floating-point dtype, got {dtype}")
+        tensors, sparse, prints = plain_tensors(base) | named_tensors(base), {}, {}
+        further: dict[str, list[str]] = {}
+        for alias, name in self.tied.items():
+            further.setdefault(name, []).append(alias)
         for name, values in self.sparse.items():
-            before = tensors.get(name)
-            if before is None or fingerprint(before) != self.fingerprints[name]:
+            known = [each for each in (name, *further.get(name, ())) if each in tensors]
+            if not known:
+                raise DeltaError(f"{name!r} is not in the given base: load the class of the base")
+            before = tensors[known[0]]
+            if fingerprint(before) != self.fingerprints[name]:
                 raise DeltaError(
                     f"{name!r} of the given base is not what was fine-tuned: give the base in "
                     f"{values.dtype}, as it was before training"

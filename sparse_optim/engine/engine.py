@@ -177,11 +177,12 @@ class Engine:
         if selection.replaces:  # this step's gradients, whichever of both sets is the active one
             self.spare.grad = self.active.grad
         self.known_hyper: Rows = []
-        self._versions: list[int] = []
+        self._versions = [param._version for param in pool.params]
+        self._reread = True  # the next step looks at every parameter
+        self._stepped = False  # only what is written after a step is written by others
         self._written = False
         if traits.check_names is not None:
             traits.check_names(pool.names)
-        self.invalidate()
 
     @property
     def ops(self) -> Backend:
@@ -239,6 +240,7 @@ class Engine:
         # Compiled operators write behind autograd's back: bump the versions that it checks.
         torch.autograd.graph.increment_version(self.pool.params)
         self.accept_values()
+        self._stepped = True
 
     def end(self) -> None:
         """Nothing is left to do where gradients stay in `.grad`; see `Source`."""
@@ -293,15 +295,18 @@ class Engine:
     def notice_writes(self) -> None:
         """Take over parameter values that others have written since the last step."""
         written = self._written_since()
-        self._written = self._written or any(self._versions[index] >= 0 for index in written)
+        self._written = self.written_by_others
         if self._keeps_values:
-            self.refresh(written)
+            self.refresh(None if self._reread else written)
+        else:
+            self.accept_values()
 
     @property
     def written_by_others(self) -> bool:
         """Whether parameters were written after the first step by other code, as autograd sees it;
         entries may have moved then that are not active."""
-        return self._written or any(self._versions[index] >= 0 for index in self._written_since())
+        known = (self._versions[index] >= 0 for index in self._written_since())
+        return self._written or (self._stepped and any(known))
 
     def _written_since(self) -> list[int]:
         """The parameters that are not of the version that was seen last."""
@@ -311,7 +316,7 @@ class Engine:
     def trust_values(self) -> None:
         """What others have written so far moved active entries alone: the caller knows."""
         self._written = False
-        self.invalidate()
+        self._versions = [param._version for param in self.pool.params]
 
     @torch.no_grad()
     def refresh(self, indices: Iterable[int] | None = None) -> None:
@@ -332,16 +337,8 @@ class Engine:
 
     def accept_values(self) -> None:
         """Take the values that parameters have now for known: the next step does not look."""
-        self._surely_empty = False
+        self._surely_empty = self._reread = False
         self._versions = [param._version for param in self.pool.params]
-
-    def invalidate(self) -> None:
-        """Let the next step look at every parameter: their versions are not known.
-
-        A new engine begins so: the model may be loaded after the optimizer, and master values may
-        only be compared with the parameters that it trains.
-        """
-        self._versions = [-1] * len(self.pool.params)
 
     # Other engines with the same entries.
 
@@ -373,6 +370,7 @@ class Engine:
         targets: Tensor,
         threshold: Tensor,
         touched: Touched | None,
+        written: bool = False,
     ) -> Engine:
         """In the state of a checkpoint, which was checked.
 
@@ -381,19 +379,23 @@ class Engine:
             progress, targets: as in `ActiveSet` and in the constructor.
             threshold: (), float32, as in `NewEntries`.
             touched: entries that were ever active, where entries leave the set again.
+            written: as `written_by_others`.
         """
         pool = self.pool
         active = ActiveSet.empty(pool.params, budget_of(targets), pool.device)
         active.fill(segments, progress)
         engine = Engine(pool, self.method, targets.clone(), self.backend, active, touched)
         engine.work.new.threshold.copy_(threshold)
+        engine._written = written
         return engine
 
     def _derived(self, engine: Engine) -> Engine:
         """The engine, with what this one's last step left to be read."""
         engine.work.new.threshold.copy_(self.work.new.threshold)
         engine.work.scalars.grad_norm.copy_(self.work.scalars.grad_norm)
-        engine._written = self.written_by_others
+        new = len(engine.pool.params) - len(self.pool.params)  # of them no step is known
+        engine._versions = self._versions + [-1] * new
+        engine._stepped, engine._written = self._stepped, self._written
         return engine
 
     # What is held.
@@ -405,9 +407,13 @@ class Engine:
         return held + self.touched.nbytes + self.targets.nbytes
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy's parameters count their versions anew: none of them is known."""
-        unknown = [-1] * len(self.pool.params)
-        return {**vars(self), "_versions": unknown, "_written": self.written_by_others}
+        """A copy's parameters count their versions anew."""
+        return {**vars(self), "_reread": True, "_written": self.written_by_others}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Note the versions of this copy's parameters."""
+        vars(self).update(state)
+        self._versions = [param._version for param in self.pool.params]
 
     @property
     def _keeps_values(self) -> bool:
@@ -421,18 +427,18 @@ class Engine:
             yield
             return
         before, self.active = self.active, self.spare
-        self.active.clear(before.progress)
         try:
+            self.active.clear(before.progress)
             yield
+            if self.work.scalars.found_inf:
+                self.active = before
+                return
+            sizes = self.pool.sizes
+            self.active.carry_over(before, sizes)
+            self.touched.add(self.active.global_index(sizes))
         except BaseException:
             self.active = before
             raise
-        if self.work.scalars.found_inf:
-            self.active = before
-            return
-        sizes = self.pool.sizes
-        self.active.carry_over(before, sizes)
-        self.touched.add(self.active.global_index(sizes))
         self.spare = before
 
     def _copied_active(self, pool: Pool, capacity: int) -> ActiveSet:

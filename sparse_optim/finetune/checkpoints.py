@@ -2,7 +2,7 @@
 
 The Trainer writes a checkpoint file by file, and resumes from what it finds: without optimizer.pt
 it begins with a fresh optimizer. So each whole checkpoint gets a manifest: hashes of its files, the
-settings of the job, and a hash of the training examples.
+settings of the job, and hashes of the base and of the training examples.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from typing import Any
 import pyarrow as pa
 import xxhash
 from datasets import Dataset
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from sparse_optim.delta._fingerprint import raw_bytes
 from sparse_optim.files import replacing
 from sparse_optim.finetune.config import FinetuneConfig, option
 from sparse_optim.finetune.errors import FinetuneError
@@ -40,11 +42,11 @@ class ManifestWriter(TrainerCallback):
 
     Args:
         config: the job.
-        examples: `hash_examples` of its training set.
+        inputs: hashes of what it trains, by what they are of: `hash_examples`, `hash_weights`.
     """
 
-    def __init__(self, config: FinetuneConfig, examples: str) -> None:
-        self.config, self.examples = config, examples
+    def __init__(self, config: FinetuneConfig, inputs: dict[str, str]) -> None:
+        self.config, self.inputs = config, inputs
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -54,7 +56,7 @@ class ManifestWriter(TrainerCallback):
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         record = {
             "config": comparable(self.config),
-            "examples": self.examples,
+            "inputs": self.inputs,
             "files": {
                 path.relative_to(folder).as_posix(): hash_file(path)
                 for path in files
@@ -75,13 +77,15 @@ def check_checkpoint(folder: Path, config: FinetuneConfig) -> None:
         raise FinetuneError(f"--resume: {folder}: {problem}; {advice(folder, config)}")
 
 
-def check_examples(folder: Path, examples: str) -> None:
-    """Raise FinetuneError if the run that wrote the checkpoint had other training examples."""
-    if read_manifest(folder).get("examples") != examples:
-        raise FinetuneError(
-            f"--resume: {folder} was trained on other examples: the data set or its tokenizer has "
-            "changed since. Restore it, or begin anew without --resume"
-        )
+def check_inputs(folder: Path, inputs: dict[str, str]) -> None:
+    """Raise FinetuneError if the run that wrote the checkpoint had another base or examples."""
+    saved = read_manifest(folder).get("inputs")
+    for name, value in inputs.items():
+        if not isinstance(saved, dict) or saved.get(name) != value:
+            raise FinetuneError(
+                f"--resume: {folder} was trained with another {name}: it has changed since. "
+                "Restore it, or begin anew without --resume"
+            )
 
 
 def find_problem(folder: Path, config: FinetuneConfig) -> str | None:
@@ -97,7 +101,9 @@ def find_problem(folder: Path, config: FinetuneConfig) -> str | None:
             return f"it is incomplete: {name} is missing"
         if hash_file(folder / name) != expected:
             return f"it is damaged: {name} is not what was saved"
-    theirs, ours = record.get("config", {}), comparable(config)
+    theirs, ours = record.get("config"), comparable(config)
+    if not isinstance(theirs, dict):
+        return f"it is damaged: {MANIFEST} is not what was saved"
     differing = [name for name in ours if theirs.get(name) != ours[name]]
     if differing:
         name = differing[0]
@@ -163,6 +169,16 @@ def hash_examples(examples: Dataset) -> str:
     sink = pa.PythonFile(_Hashing(digest.update), mode="w")
     with pa.ipc.new_stream(sink, table.schema.remove_metadata()) as writer:
         writer.write_table(table.replace_schema_metadata(None))
+    return digest.hexdigest()
+
+
+def hash_weights(model: nn.Module) -> str:
+    """xxh3_128 of a model's tensors, as 32 hex digits."""
+    digest = xxhash.xxh3_128()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        for piece in raw_bytes(tensor):
+            digest.update(piece)
     return digest.hexdigest()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -21,9 +22,15 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
 
 from sparse_optim.delta import Delta, apply_delta, load_delta, save_delta
+from sparse_optim.files import replacing
 from sparse_optim.finetune.adapter_kinds import DEFAULT_RATE
 from sparse_optim.finetune.adapters import attach_adapter, save_adapter
-from sparse_optim.finetune.checkpoints import ManifestWriter, check_examples, hash_examples
+from sparse_optim.finetune.checkpoints import (
+    ManifestWriter,
+    check_inputs,
+    hash_examples,
+    hash_weights,
+)
 from sparse_optim.finetune.columns import Columns
 from sparse_optim.finetune.config import DEFAULT_BUDGET, FinetuneConfig
 from sparse_optim.finetune.config_file import CONFIG_FILE, write_config
@@ -94,7 +101,9 @@ def run(config: FinetuneConfig, console: Console | None = None) -> FinetuneResul
         trained = train_model(config, inputs, console, stops=True)
         try:
             return write_results(config, inputs, trained)
-        except OSError as error:
+        except FinetuneError:  # the results are there, and the message says what is wrong
+            raise
+        except Exception as error:  # a full disk is an OSError, a SafetensorError or a RuntimeError
             raise rescue(config, inputs, trained, error) from error
 
 
@@ -165,10 +174,13 @@ def train_model(
     metric = inputs.task.check_metric(config.metric)
     stopper = Stopper(partial(tell, console))
     if stops:
-        examples = hash_examples(inputs.train_set)
+        hashes = {
+            "base model": hash_weights(loaded.model),
+            "set of training examples": hash_examples(inputs.train_set),
+        }
         if config.resume is not None:
-            check_examples(config.resume, examples)
-        trainer.add_callback(ManifestWriter(config, examples))
+            check_inputs(config.resume, hashes)
+        trainer.add_callback(ManifestWriter(config, hashes))
         trainer.add_callback(stopper)
     with stopper.listening() if stops else nullcontext():
         seconds = train(trainer, config, metric, console)
@@ -188,14 +200,7 @@ def write_results(config: FinetuneConfig, inputs: Inputs, trained: Trained) -> F
             save_adapter(trained.loaded.model, folder / ADAPTER_FOLDER)
         if config.save_model:
             trained.trainer.save_model(str(folder / MODEL_FOLDER))
-        differing = None
-        if config.verify:
-            base = load_base(config, inputs)
-            differing = differing_tensors(base.model, trained.loaded.model, delta_path)
-        metrics = trained.metrics | {
-            "delta_bytes": delta_path.stat().st_size,
-            "verified": None if differing is None else not differing,
-        }
+        metrics = trained.metrics | {"delta_bytes": delta_path.stat().st_size, "verified": None}
         write_config(resolved(config), folder / CONFIG_FILE)
         trained.trainer.recorder.save(folder, config.method, metrics["metric"]["name"])
         try:
@@ -204,6 +209,19 @@ def write_results(config: FinetuneConfig, inputs: Inputs, trained: Trained) -> F
             logger.exception("%s was not drawn", PLOT_FILE)
         metrics["files"] = sorted([METRICS_FILE, *(path.name for path in folder.iterdir())])
         write_json(metrics, folder / METRICS_FILE)
+    if not config.verify:
+        return FinetuneResult(metrics, config.output, trained.loaded.model)
+    try:
+        base = load_base(config, inputs)
+        differing = differing_tensors(base.model, trained.loaded.model, config.output / DELTA_FILE)
+    except Exception as error:
+        raise FinetuneError(
+            f"the results are in {config.output}, but base + delta could not be checked: "
+            f"{' '.join(str(error).split())}"
+        ) from error
+    metrics["verified"] = not differing
+    with replacing(config.output / METRICS_FILE) as temporary:
+        write_json(metrics, temporary)
     if differing:
         raise FinetuneError(
             f"base + {config.output / DELTA_FILE} is not the trained model: "
@@ -213,18 +231,24 @@ def write_results(config: FinetuneConfig, inputs: Inputs, trained: Trained) -> F
 
 
 def rescue(
-    config: FinetuneConfig, inputs: Inputs, trained: Trained, error: OSError
+    config: FinetuneConfig, inputs: Inputs, trained: Trained, error: Exception
 ) -> FinetuneError:
     """Write the results of a finished training elsewhere; the error that says where."""
-    problem = f"--output: {config.output} cannot be written ({error.strerror or error})"
-    for parent in (Path(tempfile.gettempdir()), Path.home()):
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+    problem = f"--output: {config.output} cannot be written ({reason})"
+    for place in (tempfile.gettempdir, Path.home):
+        folder = None
         try:
-            folder = Path(tempfile.mkdtemp(prefix="sparse-optim-", dir=parent))
+            folder = Path(tempfile.mkdtemp(prefix="sparse-optim-", dir=place()))
             write_results(dataclasses.replace(config, output=folder), inputs, trained)
-        except OSError:
+        except FinetuneError as failure:
+            return FinetuneError(f"{problem}; the results are in {folder}, but {failure}")
+        except Exception:  # the next place may do
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
             continue
         return FinetuneError(f"{problem}; the results are in {folder}")
-    return FinetuneError(f"{problem}, nor can {tempfile.gettempdir()} or {Path.home()}")
+    return FinetuneError(f"{problem}, nor can the folder for temporary files or your home folder")
 
 
 def data_request(config: FinetuneConfig) -> DataRequest:

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -26,7 +27,8 @@ DELTA_FILE, METRICS_FILE, PLOT_FILE = "delta.safetensors", "metrics.json", "curv
 MODEL_FOLDER, ADAPTER_FOLDER, CHECKPOINTS = "model", "adapter", "checkpoints"
 FILES = (DELTA_FILE, METRICS_FILE, CONFIG_FILE, PLOT_FILE, ALLOCATION_FILE)
 RESULTS = (*FILES, MODEL_FOLDER, ADAPTER_FOLDER)
-LOCK, NEW, OLD = ".lock", ".new-", ".old-"
+LOCK, NEW, OLD = ".lock", ".sparse-optim-new-", ".sparse-optim-old-"
+JOURNAL = "journal.json"  # in an OLD folder: which folder the new results come from, and which
 TRIAL_FILES, TRIAL_BYTES = 8, 1 << 17
 
 
@@ -125,15 +127,34 @@ def _unwritable(output: Path, error: OSError) -> FinetuneError:
 
 def _recover(output: Path) -> None:
     """Put back the results that a killed job was exchanging, and remove what it had begun."""
-    begun = list(output.glob(f"{NEW}*"))
-    is_partial = any(any(new.iterdir()) for new in begun)
     for old in output.glob(f"{OLD}*"):
-        for path in old.iterdir() if is_partial else ():
-            _remove(output / path.name)
-            os.replace(path, output / path.name)
+        journal = _read(old / JOURNAL)
+        names = [name for name in _listed(journal, "new") if name in RESULTS]
+        new = output / str(journal.get("from"))
+        placed = [name for name in names if not (new / name).exists()]
+        if len(placed) < len(names):  # else all of them are in place
+            for name in placed:
+                _remove(output / name)
+            for path in [path for path in old.iterdir() if path.name in RESULTS]:
+                _remove(output / path.name)
+                os.replace(path, output / path.name)
         shutil.rmtree(old, ignore_errors=True)
-    for new in begun:
+    for new in output.glob(f"{NEW}*"):
         shutil.rmtree(new, ignore_errors=True)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object; empty if there is none that can be read."""
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _listed(record: dict[str, Any], key: str) -> list[str]:
+    names = record.get(key)
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
 def _remove(path: Path) -> None:
@@ -145,11 +166,8 @@ def _remove(path: Path) -> None:
 
 def earlier_results(output: Path) -> set[str]:
     """Names of the results that an earlier job wrote here, as its metrics.json lists them."""
-    try:
-        record = json.loads((output / METRICS_FILE).read_text())
-    except (OSError, ValueError):
-        return set()
-    listed = record.get("files", FILES) if isinstance(record, dict) else ()
+    record = _read(output / METRICS_FILE)
+    listed = _listed(record, "files") if "files" in record else list(FILES) if record else []
     return {name for name in listed if name in RESULTS}
 
 
@@ -174,6 +192,8 @@ def _exchange(output: Path, new: Path) -> None:
     old = Path(tempfile.mkdtemp(prefix=OLD, dir=output))
     earlier = [name for name in earlier_results(output) if (output / name).exists()]
     placed: list[str] = []
+    journal = {"from": new.name, "new": sorted(path.name for path in new.iterdir())}
+    (old / JOURNAL).write_text(json.dumps(journal))
     try:
         for name in earlier:
             os.replace(output / name, old / name)
@@ -186,7 +206,7 @@ def _exchange(output: Path, new: Path) -> None:
         for name in earlier:
             if (old / name).exists():
                 os.replace(old / name, output / name)
-        old.rmdir()  # empty: all of it is back
+        shutil.rmtree(old, ignore_errors=True)  # all of it is back
         raise
     shutil.rmtree(old, ignore_errors=True)
 

@@ -37,6 +37,7 @@ class Stopper(TrainerCallback):
     def __init__(self, say: Callable[[str], None]) -> None:
         self.signal: int | None = None
         self.checkpoint: Path | None = None
+        self._is_over = False
         self._say = say
 
     @contextmanager
@@ -57,12 +58,16 @@ class Stopper(TrainerCallback):
         if self.signal is not None:  # the second time: at once
             raise KeyboardInterrupt
         self.signal = number
-        self._say("Stopping after this step, with a checkpoint; Ctrl-C again stops at once.")
+        if self._is_over:
+            self._say("The training is over: writing its results; Ctrl-C again stops at once.")
+        else:
+            self._say("Stopping after this step, with a checkpoint; Ctrl-C again stops at once.")
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Ask the Trainer to save and stop, if a signal has arrived."""
+        self._is_over = state.global_step >= state.max_steps
         if self.signal is not None and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
 

@@ -35,6 +35,11 @@ logger = logging.getLogger(__name__)
 
 MAX_STEPS = 2**31 - 1  # unmask_step is int32
 FORMAT_1 = "unmask"
+OTHERS_FROZEN = (
+    "checkpoint: the pool's state is missing. torch.distributed.checkpoint leaves out the state of "
+    "frozen parameters: freeze the same ones (requires_grad) as when it was saved, before the "
+    "optimizer is built"
+)
 
 Segments = list[dict[str, Tensor]]
 
@@ -48,6 +53,7 @@ class EngineState:
         progress, targets, threshold: as in `Engine`.
         fingerprints: of the base's tensors; none if no step had been taken.
         touched: entries that were ever active; None if the selection keeps its set.
+        written: whether other code had written parameters.
     """
 
     segments: Segments
@@ -56,6 +62,7 @@ class EngineState:
     threshold: Tensor
     fingerprints: list[str]
     touched: Touched | None
+    written: bool
 
 
 def split(
@@ -83,7 +90,11 @@ def split(
     params = chain.from_iterable(group["params"] for group in param_groups)
     key_of = {id(param): key for key, param in zip(keys, params, strict=True)}
     of_pool = [state.get(key_of[id(param)], {}) for param in engine.pool.params]
+    for key, each in state.items():
+        _check(isinstance(each, dict), f"the state of {key!r} is a {type(each).__name__}")
     if not any(key == FORMAT_1 or PROGRESS in each for key, each in state.items()):
+        if any(INDEX in each for each in state.values()):
+            raise ValueError(OTHERS_FROZEN)
         raise ValueError(
             f"the checkpoint is not one of MaskedAdamW (no parameter's state has {PROGRESS!r}); "
             "a dense AdamW checkpoint cannot be resumed sparsely"
@@ -109,7 +120,7 @@ def split(
     _check_totals(run, segments, engine.pool.entries)
     found = EngineState(
         segments, run["progress"], run["targets"], run["threshold"], run["fingerprints"],
-        run.get("touched"),
+        run.get("touched"), bool(run.get("written", False)),
     )  # fmt: skip
     rest = {}
     for group in param_groups:
@@ -132,7 +143,9 @@ def _read_run(state: dict[Any, dict[str, Any]], engine: Engine) -> dict[str, Any
     """What one parameter's state says of the whole pool (format 2), by the names in the engine."""
     runs = [each for each in state.values() if PROGRESS in each]
     _check(len(runs) == 1, f"the pool's state is in that of {len(runs)} parameters, expected 1")
-    run = {name.removeprefix(OURS): value for name, value in runs[0].items()}
+    run = {str(name).removeprefix(OURS): value for name, value in runs[0].items()}
+    if any(isinstance(value, dict) for value in run.values()):  # as flat states come back
+        raise ValueError(OTHERS_FROZEN)
     number = len(engine.pool.params)
     wanted = {*ENTRY_FIELDS, "offsets", "targets", "threshold", "base"} - {"master"}
     if missing := wanted - set(run):
@@ -155,6 +168,12 @@ def _check_places(states: Sequence[dict[str, Any]], engine: Engine) -> None:
     for place, (state, param, name) in enumerate(
         zip(states, engine.pool.params, engine.pool.names, strict=True)
     ):
+        if isinstance(state.get(INDEX), dict):
+            raise ValueError(OTHERS_FROZEN)
+        if INDEX in state:
+            index = state[INDEX]
+            good = isinstance(index, (int, Tensor)) and torch.as_tensor(index).numel() == 1
+            _check(good, f"the place of {name} is {index!r}")
         if INDEX not in state:  # torch.distributed.checkpoint leaves frozen parameters out
             _check(not param.requires_grad, f"the state of {name} is missing")
         elif int(state[INDEX]) != place:
@@ -206,7 +225,9 @@ def restore(engine: Engine, state: EngineState) -> Engine:
             "(budget %d, %d steps); extend() changes it",
             budget_of(targets), total_steps(targets), budget_of(before), total_steps(before),
         )  # fmt: skip
-    return engine.restored(state.segments, state.progress, targets, state.threshold, state.touched)
+    return engine.restored(
+        state.segments, state.progress, targets, state.threshold, state.touched, state.written
+    )
 
 
 def _whole(
@@ -232,6 +253,7 @@ def _check(good: bool, problem: str) -> None:
 def _check_tensor(value: object, name: str, dtype: torch.dtype, dims: int = 1) -> None:
     found = f"{value.dtype}, {value.dim()} dimensions" if isinstance(value, Tensor) else repr(value)
     good = isinstance(value, Tensor) and value.dtype == dtype and value.dim() == dims
+    good = good and value.layout is torch.strided and not value.is_meta  # type: ignore[attr-defined]
     _check(good, f"{name} must be {dtype} with {dims} dimensions, found {found[:60]}")
 
 
@@ -286,12 +308,14 @@ def _check_dense(state: dict[str, Any], param: Tensor) -> None:
     who = f"a dense parameter of shape {tuple(param.shape)}"
     for name in ("step", "exp_avg", "exp_avg_sq"):
         _check(name in state, f"{name} of {who} is missing")
-    step = torch.as_tensor(state["step"])
-    good = step.numel() == 1 and bool(step.isfinite() & (step >= 0))
+    good = isinstance(state["step"], (int, float, Tensor))
+    step = torch.as_tensor(state["step"] if good else -1)
+    good = good and step.numel() == 1 and bool(step.isfinite() & (step >= 0))
     _check(good, f"step of {who} is {state['step']!r}")
     for name in ("exp_avg", "exp_avg_sq"):
         value = state[name]
-        good = isinstance(value, Tensor) and value.shape == param.shape
+        good = isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
+        good = good and value.shape == param.shape
         _check(good and value.is_floating_point(), f"{name} of {who} has another shape or dtype")
     _check_moments(state["exp_avg"], state["exp_avg_sq"], who)
 

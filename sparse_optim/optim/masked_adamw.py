@@ -238,13 +238,15 @@ class MaskedAdamW(torch.optim.Optimizer):
         dense = plan_dense_step(self, grads.dense, self._scales_gradients)
         self._base.finalize(engine.pool.params)
         engine.begin(self.param_groups, self._given("grad_scale"), self._given("found_inf"))
-        source.select(grads)  # scan, cut, append
-        engine.clip(self.max_grad_norm)
-        engine.update(grads)
-        take_dense_step(dense, engine.work.scalars.grad_factor, engine.work.scalars.found_inf)
-        source.end()
-        if self.selection.replaces:
-            self.state[self._owner].update(state.active_state(engine.active))
+        try:
+            source.select(grads)  # scan, cut, append
+            engine.clip(self.max_grad_norm)
+            engine.update(grads)
+            take_dense_step(dense, engine.work.scalars.grad_factor, engine.work.scalars.found_inf)
+            source.end()
+        finally:
+            if self.selection.replaces:  # the active set is another one now
+                self.state[self._owner].update(state.active_state(engine.active))
 
     def _given(self, name: str) -> Tensor | None:
         """`grad_scale` or `found_inf`, which torch.amp.GradScaler sets and deletes."""
@@ -265,12 +267,9 @@ class MaskedAdamW(torch.optim.Optimizer):
                 "such as accelerate's FSDP2 replace them), so that it would train none of them. "
                 "Wrap the model first, then build the optimizer; add_param_group() adds parameters"
             )
-        shown = self.state[self._owner].get(state.PROGRESS) if self._owner in self.state else None
-        if shown is not self._engine.active.progress:
-            raise RuntimeError(
-                "optimizer.state was cleared or replaced, but the pool's state is in the "
-                "optimizer's own buffers: use load_state_dict(), or build a new optimizer"
-            )
+        self._check_state()
+        if not self._owner.requires_grad:  # the pool's state moves to one that is not frozen
+            self._show_state(self._engine)
         check_capture(
             self._engine.pool.device, self.capturable, self._base.final, self.param_groups,
             self._engine.known_hyper,
@@ -293,6 +292,16 @@ class MaskedAdamW(torch.optim.Optimizer):
         fingerprints = self._base.values if self._base.final else []
         shown[owner].update(state.pool_state(engine, fingerprints))
         self.state, self._owner = shown, owner
+
+    def _check_state(self) -> None:
+        """Raise RuntimeError if somebody has emptied or replaced `state`."""
+        shown = self.state[self._owner].get(state.PROGRESS) if self._owner in self.state else None
+        dense = all("exp_avg" in self.state.get(param, {}) for param in self._dense.params)
+        if shown is not self._engine.active.progress or not dense:
+            raise RuntimeError(
+                "optimizer.state was cleared or replaced, but the pool's state is in the "
+                "optimizer's own buffers: use load_state_dict(), or build a new optimizer"
+            )
 
     def _check_length(self) -> None:
         """Say once where the schedule was made for another number of steps."""
@@ -397,6 +406,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         What belongs to the pool is a copy; as with torch.optim, dense moments are not.
         """
         self._engine.pool.check_unchanged()
+        self._check_state()
         self._show_state(self._engine)
         packed = super().state_dict()
         packed["state"] = {key: state.copied(value) for key, value in packed["state"].items()}
@@ -425,8 +435,11 @@ class MaskedAdamW(torch.optim.Optimizer):
             self._optimizer_load_state_dict_pre_hooks = OrderedDict()
             self._optimizer_load_state_dict_post_hooks = OrderedDict()
             super().load_state_dict(torchs)
-            if ours.fingerprints:  # else no step had been taken: the base is what is here then
+            if ours.fingerprints:
                 self._base = BaseFingerprints(ours.fingerprints)
+            elif self._base.final:  # no step had been taken: the base is what the next step finds
+                self._base = BaseFingerprints().extended(loaded.pool.params)
+                self._base.invalidate()
             self._adopt(loaded)
         except BaseException:
             vars(self).update(before)

@@ -70,8 +70,8 @@ def _names_of(
     """id of each parameter that the optimizer trains -> its name without wrappers."""
     params = (*pool.params, *dense.params)
     if model is not None:
-        named = dict(model.named_parameters())
-        names = {id(named[name]): plain for name, plain in plain_names(named).items()}
+        plain = _plain_of(model)
+        names = {id(param): plain[name] for name, param in model.named_parameters()}
         if any(id(param) not in names for param in params):
             raise ValueError("the optimizer holds parameters that are not the model's")
         return names
@@ -80,6 +80,11 @@ def _names_of(
             "a delta needs names: pass model=, or build the optimizer from named_parameters()"
         )
     listed = (*pool.names, *dense.names)
+    twice = {name for name in listed if listed.count(name) > 1}
+    if twice:
+        raise ValueError(
+            f"two parameters are called {min(twice)!r}: a delta needs one name each; pass model="
+        )
     plain = plain_names(name for group in param_groups for name in group["param_names"])
     return {id(param): plain[name] for param, name in zip(params, listed, strict=True)}
 
@@ -93,8 +98,7 @@ def _moving_buffers(model: torch.nn.Module | None) -> dict[str, Tensor]:
     if model is None:
         return {}
     saved = set(plain_names(model.state_dict(keep_vars=True)).values())
-    buffers = dict(model.named_buffers())
-    plain = plain_names((*buffers, *(name for name, _ in model.named_parameters())))
+    buffers, plain = dict(model.named_buffers()), _plain_of(model)
     return {
         plain[name]: buffer.detach().clone()
         for name, buffer in buffers.items()
@@ -103,14 +107,20 @@ def _moving_buffers(model: torch.nn.Module | None) -> dict[str, Tensor]:
     }
 
 
+def _plain_of(model: torch.nn.Module) -> dict[str, str]:
+    """Each name of a parameter or buffer, tied ones under all names, and it without wrappers."""
+    params = model.named_parameters(remove_duplicate=False)
+    buffers = model.named_buffers(remove_duplicate=False)
+    return plain_names(name for part in (params, buffers) for name, _ in part)
+
+
 def _tied_names(
     model: torch.nn.Module | None, names: Mapping[int, str], changed: Collection[str]
 ) -> dict[str, str]:
     """Further names of the changed parameters."""
     if model is None:
         return {}
-    named = dict(model.named_parameters(remove_duplicate=False))
-    plain = plain_names(named)
+    named, plain = dict(model.named_parameters(remove_duplicate=False)), _plain_of(model)
     known = {plain[name]: names.get(id(param), "") for name, param in named.items()}
     return {
         alias: name for alias, name in known.items() if name in changed and alias not in changed

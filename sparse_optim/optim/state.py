@@ -10,6 +10,7 @@
         pool_targets       int64, as in `Engine`
         pool_threshold     (), float32, as in `NewEntries`
         pool_base          (S, 16), uint8, fingerprints of the base; 0 before the first step
+        pool_written       (), uint8, 1 if other code has written parameters, see `Engine`
         pool_touched       as in `Touched`, where entries leave the set again
 
 Everything exists from construction on and keeps its size until the budget, the schedule or the
@@ -37,6 +38,8 @@ DIGEST_BYTES = 16
 def owner_of(param_groups: Sequence[dict[str, Any]]) -> Tensor:
     """The parameter in whose state the pool's is: torch drops the state of frozen ones."""
     params: list[Tensor] = [param for group in param_groups for param in group["params"]]
+    if not params:
+        raise ValueError("the optimizer has no parameter: every group is empty")
     return next((param for param in params if param.requires_grad), params[0])
 
 
@@ -51,6 +54,7 @@ def pool_state(engine: Engine, fingerprints: Sequence[str]) -> dict[str, Tensor]
         OURS + "targets": engine.targets,
         OURS + "threshold": engine.work.new.threshold,
         OURS + "base": base.view(-1, DIGEST_BYTES),
+        OURS + "written": torch.tensor(engine.written_by_others, device=base.device).byte(),
     }
     if engine.method.selection.replaces:
         state[OURS + "touched"] = engine.touched.bits
@@ -73,7 +77,8 @@ def index_states(engine: Engine) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
 def copied(state: dict[str, Any]) -> dict[str, Any]:
     """A parameter's state with what is ours copied, so that later steps do not change it."""
     return {
-        name: value.clone() if name.startswith(OURS) else value for name, value in state.items()
+        name: value.clone() if str(name).startswith(OURS) and isinstance(value, Tensor) else value
+        for name, value in state.items()
     }
 
 

@@ -102,6 +102,14 @@ class Warmup:
 SCHEDULES: dict[str, Schedule] = {"uniform": Uniform(), "linear": Linear()}  # by name
 
 
+def _has_formula(schedule: object) -> bool:
+    """Whether `pieces` belongs to the class that defines `targets`: a subclass may override it."""
+    for parent in type(schedule).__mro__:
+        if "targets" in vars(parent) or "pieces" in vars(parent):
+            return "pieces" in vars(parent)
+    return False
+
+
 def cumulative_targets(
     schedule: Schedule | Callable[[int], int], budget: int, total_steps: int, unmask_steps: int
 ) -> Tensor:
@@ -122,8 +130,8 @@ def cumulative_targets(
     """
     if isinstance(schedule, type):
         raise ValueError(f"schedule must be an instance: write {schedule.__name__}()")
-    if total_steps > TABLE_STEPS and hasattr(schedule, "pieces"):
-        pieces: list[Piece] = schedule.pieces(budget, unmask_steps)
+    if total_steps > TABLE_STEPS and _has_formula(schedule):
+        pieces: list[Piece] = schedule.pieces(budget, unmask_steps)  # type: ignore[union-attr]
         if all(fits(*piece) for piece in pieces):
             rest = total_steps - unmask_steps
             return formula([*pieces, *([(rest, 0, 1)] if rest else [])])

@@ -89,6 +89,20 @@ def test_long_runs_keep_a_formula(schedule, monkeypatch):
         assert state[limit][2].metrics()["budget"] == 300
 
 
+class Late(Uniform):
+    """All of it in the last step."""
+
+    def targets(self, budget, steps):
+        return [0] * steps + [budget]
+
+
+def test_a_subclass_that_changes_the_targets_has_no_formula():
+    for total in (100, policy.TABLE_STEPS + 100):
+        table = cumulative_targets(Late(), 30, total, total)
+        assert not is_formula(table)
+        assert int(table[total // 2]) == 0
+
+
 def test_a_billion_steps_take_no_memory():
     param = torch.nn.Parameter(torch.randn(900))
     for schedule in (Uniform(), Warmup(0.5, 10**8)):

@@ -276,3 +276,90 @@ def test_buffers_that_training_moves_are_stored():
     net.register_buffer("scratch", torch.ones(3), persistent=False)
     delta = train(net, named=True).delta(net)
     assert set(delta.dense) == {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
+
+
+def test_dense_tensors_alone_find_their_names_too(tmp_path):
+    """They were added beside the base's own, which stayed as they were."""
+    base = prefixed(example_base(), "bert.") | {"cls.bias": torch.zeros(2)}
+    delta = Delta(sparse={}, dense={name: value + 1 for name, value in example_base().items()})
+    merged = merge(delta, base)
+    assert merged.keys() == base.keys()
+    for name, value in example_base().items():
+        assert torch.equal(merged["bert." + name], value + 1)
+    heads = Delta(sparse={}, dense={"head.weight": torch.zeros(2)})
+    assert merge(heads, base).keys() == base.keys() | {"head.weight"}
+
+
+def test_a_base_under_a_wrapper_gets_new_tensors_under_it():
+    base = prefixed(example_base(), "module.")
+    delta = example_delta(example_base())
+    assert merge(delta, base).keys() == {*base, "module.head.weight"}
+
+
+def test_a_base_that_has_the_tied_name_alone():
+    """As a file of safetensors' save_model, which keeps one of the two."""
+    base, tuned, delta = tied_delta()
+    tensors = state(base)
+    del tensors["embedding.weight"]
+    merged = merge(delta, tensors)
+    assert torch.equal(merged["output.weight"], tuned.embedding.weight)
+    assert "embedding.weight" not in merged
+    converted = delta.to(torch.bfloat16, tensors)
+    assert converted.sparse["embedding.weight"].dtype == torch.bfloat16
+
+
+def test_a_tie_that_fits_two_tensors_is_refused():
+    values, print_of = example_delta({"emb.weight": torch.ones(8, 6)}), torch.ones(8, 6)
+    delta = Delta(values.sparse, {}, values.fingerprints, tied={"head.weight": "emb.weight"})
+    base = {name: print_of.clone() for name in ("model.emb.weight", "head.weight")}
+    merged = merge(delta, base)
+    assert torch.equal(merged["head.weight"], merged["model.emb.weight"])
+    with pytest.raises(DeltaError, match=r"the base has head\.weight and model\.head\.weight"):
+        merge(delta, base | {"model.head.weight": torch.zeros(8, 6)})
+
+
+def test_a_dense_tied_tensor_leaves_what_is_no_copy():
+    delta = Delta(sparse={}, dense={"emb.weight": torch.ones(8, 4)}, tied={"head.w": "emb.weight"})
+    zeros = torch.zeros(8, 4)
+    merged = merge(delta, {"emb.weight": zeros, "head.w": zeros.clone()})
+    assert torch.equal(merged["head.w"], torch.ones(8, 4))
+    for other in (torch.full((3, 3), 5.0), torch.full((8, 4), 5.0)):
+        assert torch.equal(merge(delta, {"emb.weight": zeros, "head.w": other})["head.w"], other)
+        model = {"emb.weight": zeros.clone(), "head.w": other.clone()}
+        apply_delta(model, delta)
+        assert torch.equal(model["head.w"], other)
+
+
+class NamedModule(nn.Module):
+    """Its only child beside a tied head is called as DDP's."""
+
+    def __init__(self):
+        super().__init__()
+        self.module = nn.Embedding(9, 4)
+        self.head = nn.Linear(4, 9, bias=False)
+        self.head.weight = self.module.weight
+
+
+def test_names_of_tied_parameters_are_stripped_alike():
+    net = NamedModule()
+    base = copy.deepcopy(net)
+    delta = train(net, named=True).delta(net)
+    assert set(delta.sparse) == {"module.weight"}
+    apply_delta(base, delta)
+    assert torch.equal(base.head.weight, net.head.weight)
+
+
+@pytest.mark.parametrize("tied", [{"b": ["a"]}, {"b": 3}, {"": "a"}])
+def test_odd_ties_are_refused(tied):
+    with pytest.raises(DeltaError, match="parameter name"):
+        Delta(sparse={}, dense={"a": torch.zeros(1)}, tied=tied)
+
+
+def test_conversion_needs_a_dtype_of_floats_and_all_names():
+    base, _, delta = tied_delta()
+    with pytest.raises(DeltaError, match=r"expected a floating-point dtype, got torch\.int8"):
+        delta.to(torch.int8, base)
+    with pytest.raises(DeltaError, match="is not in the given base"):
+        delta.to(torch.float16, {"other": torch.zeros(3)})
+    named = {f"module.{name}": value for name, value in state(base).items()}
+    assert delta.to(torch.float16, named).sparse.keys() == delta.sparse.keys()

@@ -16,7 +16,8 @@ pytest.importorskip("transformers", reason="the job needs the extra 'finetune'")
 
 import yaml
 from finetune_jobs import config, make_folders
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from sparse_optim.cli.main import app
@@ -74,6 +75,27 @@ def test_an_incomplete_checkpoint_names_the_next_older_one(
     assert not (tmp_path / "out").exists()
 
 
+def test_damaged_records_are_no_tracebacks(folders, checkpoints, tmp_path):
+    manifest = checkpoints / "checkpoint-4" / "manifest.json"
+    record = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**record, "config": []}))
+    with pytest.raises(FinetuneError, match=r"manifest\.json is not what was saved"):
+        resume(folders, checkpoints / "checkpoint-4", tmp_path / "out")
+    (tmp_path / "metrics.json").write_text('{"files": 5}')
+    assert output.earlier_results(tmp_path) == set()
+
+
+def test_another_base_of_the_same_name_is_refused(folders, checkpoints, tmp_path):
+    other = tmp_path / Path(folders["encoder"]).name
+    shutil.copytree(folders["encoder"], other)
+    tensors = load_file(other / "model.safetensors")
+    first = min(tensors)
+    save_file({**tensors, first: tensors[first] + 1}, other / "model.safetensors", {"format": "pt"})
+    given = {**folders, "encoder": str(other)}
+    with pytest.raises(FinetuneError, match="was trained with another base model"):
+        resume(given, checkpoints / "checkpoint-4", tmp_path / "out")
+
+
 def test_a_checkpoint_whose_saving_was_cut_short(folders, checkpoints, tmp_path):
     (checkpoints / "checkpoint-4" / "manifest.json").unlink()
     (checkpoints / "checkpoint-2" / "manifest.json").write_text("{")
@@ -109,7 +131,7 @@ def test_other_training_examples_are_refused(folders, checkpoints, tmp_path):
     rows = [json.dumps({**first, "text": "h h h"}), *lines[1:]]
     changed.write_text("\n".join(rows))
     given = {**folders, "sequence": str(changed)}
-    with pytest.raises(FinetuneError, match="was trained on other examples"):
+    with pytest.raises(FinetuneError, match="was trained with another set of training examples"):
         resume(given, checkpoints / "checkpoint-4", tmp_path / "out")
 
 
@@ -218,14 +240,15 @@ def test_an_output_that_cannot_be_written_is_said_before_training(folders, tmp_p
     assert not (tmp_path / "out").exists()
 
 
-def test_results_that_cannot_be_written_are_written_elsewhere(folders, tmp_path, monkeypatch):
-    """A disk that fills up during training."""
+@pytest.mark.parametrize("kind", [OSError, RuntimeError, SafetensorError])
+def test_results_that_cannot_be_written_are_written_elsewhere(folders, tmp_path, monkeypatch, kind):
+    """A disk that fills up during training; each library has an error of its own for it."""
     monkeypatch.setattr(job.tempfile, "gettempdir", lambda: str(tmp_path))
     real = job.save_delta
 
     def full(delta, path: Path) -> None:
         if path.is_relative_to(tmp_path / "out"):
-            raise OSError(28, "No space left on device")
+            raise kind("No space left on device")
         real(delta, path)
 
     monkeypatch.setattr(job, "save_delta", full)
@@ -236,6 +259,23 @@ def test_results_that_cannot_be_written_are_written_elsewhere(folders, tmp_path,
     assert not (tmp_path / "out").exists()
 
 
+def test_results_that_cannot_be_checked_stay(folders, tmp_path, monkeypatch):
+    real, calls = job.load_base, []
+
+    def gone(*args):
+        calls.append(args)
+        if len(calls) > 1:
+            raise RuntimeError("the base is gone")
+        return real(*args)
+
+    monkeypatch.setattr(job, "load_base", gone)
+    with pytest.raises(FinetuneError, match=r"the results are in .*out, but .* the base is gone"):
+        run(config(folders, tmp_path / "out", "encoder", "sequence"))
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["verified"] is None
+    assert (tmp_path / "out" / "delta.safetensors").exists()
+
+
 def test_a_picture_that_fails_loses_nothing(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(job, "draw_curves", lambda *_: 1 / 0)
     metrics = run(config(folders, tmp_path / "out", "encoder", "sequence")).metrics
@@ -243,19 +283,42 @@ def test_a_picture_that_fails_loses_nothing(folders, tmp_path, monkeypatch):
     assert (tmp_path / "out" / "delta.safetensors").exists()
 
 
-def test_a_killed_exchange_of_results_is_undone(tmp_path):
+@pytest.mark.parametrize("at", range(1, 7))
+def test_a_killed_exchange_of_results_is_undone(tmp_path, at):
     """The old results were moved away, and some of the new ones in their places."""
     folder = tmp_path / "out"
-    (folder / ".old-x").mkdir(parents=True)
-    (folder / ".new-y").mkdir()
-    for name in ("delta.safetensors", "metrics.json"):
-        (folder / ".old-x" / name).write_text("old")
-    (folder / "delta.safetensors").write_text("new")
-    (folder / ".new-y" / "metrics.json").write_text("new")
+    folder.mkdir()
+    names = ["delta.safetensors", "metrics.json"]
+    (folder / "metrics.json").write_text(json.dumps({"files": names}))
+    (folder / "delta.safetensors").write_text("old")
+    for other in (".old-photos", ".new-ideas"):  # not ours
+        (folder / other).mkdir()
+        (folder / other / "delta.safetensors").write_text("mine")
+    code = f"""
+import os, sys
+from pathlib import Path
+from sparse_optim.finetune import output
+real, calls = os.replace, []
+def replace(source, target):
+    calls.append(source)
+    if len(calls) == {at}:
+        os._exit(9)
+    real(source, target)
+os.replace = replace
+with output.replaced_results(Path(sys.argv[1])) as new:
+    for name in ("curves.png", "delta.safetensors", "metrics.json"):
+        (new / name).write_text("new")
+"""
+    killed = subprocess.run([sys.executable, "-c", code, str(folder)], check=False)
+    assert killed.returncode == (9 if at <= 5 else 0)
     with output.locked(folder):
-        assert (folder / "delta.safetensors").read_text() == "old"
-        assert (folder / "metrics.json").read_text() == "old"
-    assert {path.name for path in folder.iterdir()} == {"delta.safetensors", "metrics.json"}
+        expected = "old" if at <= 5 else "new"
+        assert (folder / "delta.safetensors").read_text() == expected
+        assert output.earlier_results(folder) == (set(names) if at <= 5 else set())
+        assert (folder / "curves.png").exists() == (at > 5)
+    left = {path.name for path in folder.iterdir()} - {"curves.png"}
+    assert left == {*names, ".old-photos", ".new-ideas"}
+    assert (folder / ".old-photos" / "delta.safetensors").read_text() == "mine"
 
 
 def test_names_with_brackets_are_no_markup(folders, tmp_path):

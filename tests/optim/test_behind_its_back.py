@@ -300,3 +300,114 @@ def test_selections_without_a_schedule_have_nothing_to_mention(selection, caplog
     train(net, optimizer, 0, 3)
     optimizer.delta()
     assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda optimizer: optimizer.extend(budget=12),
+        lambda optimizer: optimizer.refresh(),
+        lambda optimizer: optimizer.add_param_group({"params": [("new", new_params((9,))[0])]}),
+    ],
+    ids=["extend", "refresh", "add_param_group"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_writes_after_a_change_are_not_forgotten(dtype, change):
+    """The engine that took over knew no versions, and took a write before its step for its own."""
+    net = nn.Linear(6, 5).to(dtype)
+    optimizer = build(net)
+    train(net, optimizer, 0, 2)
+    change(optimizer)
+    optimizer.delta()
+    with torch.no_grad():
+        net.weight.add_(1)
+    train(net, optimizer, 2, 3)
+    with pytest.raises(RuntimeError, match="other code has written"):
+        optimizer.delta()
+
+
+def test_a_checkpoint_remembers_what_others_have_written():
+    net = nn.Linear(6, 5)
+    optimizer = build(net)
+    train(net, optimizer, 0, 2)
+    with torch.no_grad():
+        net.weight.add_(1)
+    other = copy.deepcopy(net)
+    resumed = build(other)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(other, resumed, 2, 3)
+    with pytest.raises(RuntimeError, match="other code has written"):
+        resumed.delta()
+
+
+def test_a_copy_notices_writes_of_its_own():
+    net = nn.Linear(6, 5)
+    optimizer = build(net)
+    train(net, optimizer, 0, 2)
+    twin, second = copy.deepcopy((net, optimizer))
+    assert second.delta().num_entries == 5
+    with torch.no_grad():
+        twin.weight.add_(1)
+    train(twin, second, 2, 3)
+    with pytest.raises(RuntimeError, match="other code has written"):
+        second.delta()
+    optimizer.delta()
+
+
+def test_a_run_that_begins_again_has_a_base_of_its_own():
+    """A checkpoint of step 0, loaded after steps on another base."""
+    net = nn.Linear(6, 5)
+    optimizer = build(net)
+    start = copy.deepcopy(optimizer.state_dict())
+    train(net, optimizer, 0, 2)
+    other = nn.Linear(6, 5)
+    net.load_state_dict(other.state_dict())
+    optimizer.load_state_dict(start)
+    train(net, optimizer, 0, 4)
+    apply_delta(other, optimizer.delta())
+    for got, expected in zip(other.parameters(), net.parameters(), strict=True):
+        assert_same_bits(got.detach(), expected.detach())
+
+
+@pytest.mark.parametrize("where", ["touched.add", "clip", "update"])
+def test_an_error_amid_a_step_leaves_a_replacing_selection_whole(where, monkeypatch):
+    """The sets were exchanged, and `state` showed the other one: no step was possible again."""
+    net, twin = nn.Linear(6, 5), nn.Linear(6, 5)
+    twin.load_state_dict(net.state_dict())
+    optimizers = [
+        MaskedAdamW(each.named_parameters(), lr=0.1, importance=D3(), selection=Repeat(8))
+        for each in (net, twin)
+    ]
+    for each, optimizer in zip((net, twin), optimizers, strict=True):
+        train(each, optimizer, 0, 2)
+
+    def fail(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    owner, _, name = where.rpartition(".")
+    holder = optimizers[0].engine.touched if owner else type(optimizers[0].engine)
+    with monkeypatch.context() as patch:
+        patch.setattr(holder, name, fail)
+        with pytest.raises(KeyboardInterrupt):
+            train(net, optimizers[0], 2, 3)
+    for each, optimizer in zip((net, twin), optimizers, strict=True):
+        train(each, optimizer, 2, 4)
+    for got, expected in zip(net.parameters(), twin.parameters(), strict=True):
+        assert_same_bits(got.detach(), expected.detach())
+
+
+def test_an_empty_optimizer_is_named():
+    with pytest.raises(ValueError, match="no parameter: every group is empty"):
+        MaskedAdamW([{"params": [], "unmask": "all"}], importance=D3(), selection=Static(1))
+
+
+def test_two_parameters_of_one_name_have_no_delta():
+    (one,), (two,) = new_params((50,)), new_params((50,), seed=1)
+    optimizer = MaskedAdamW(
+        [{"params": [("w", one)]}, {"params": [("w", two)]}], importance=D3(), selection=Static(20)
+    )
+    set_grads([one, two], 1.0)
+    optimizer.step()
+    with pytest.raises(ValueError, match="two parameters are called 'w'"):
+        optimizer.delta()
+    assert optimizer.delta(nn.ParameterList([one, two])).num_entries == 20

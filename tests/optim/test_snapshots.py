@@ -221,6 +221,29 @@ def test_another_order_of_the_parameters_is_refused():
     assert repr(optimizer.state_dict()) == repr(before)
 
 
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("when", ["saving", "loading"])
+def test_other_frozen_parameters_than_at_saving_are_named(when, flat):
+    """torch leaves out the state of frozen parameters, and with it the pool's."""
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    saved, loaded = build(), build(seed=1)
+    train(saved, 0, 4)
+    frozen = saved if when == "saving" else loaded
+    frozen[0][0].weight.requires_grad_(False)
+    if when == "saving":
+        saved[1].state_dict()
+    state = copy.deepcopy(get_optimizer_state_dict(*saved, options=options))
+    if when == "saving" and not flat:  # nothing is left out
+        set_optimizer_state_dict(*loaded, state, options=options)
+        assert loaded[1].metrics()["step"] == 4
+        return
+    before = repr(loaded[1].state_dict())
+    with pytest.raises((ValueError, KeyError), match=r"frozen|param_groups"):
+        set_optimizer_state_dict(*loaded, state, options=options)
+    assert repr(loaded[1].state_dict()) == before
+    loaded[1].load_state_dict(saved[1].state_dict())
+
+
 def test_hooks_see_the_whole_state():
     """A pre-hook may still change what is loaded; a post-hook finds it loaded."""
     saved, loaded = build(), build()
