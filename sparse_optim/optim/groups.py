@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import FrameType, FunctionType
 from typing import Any, Literal, get_args
 
 import torch
@@ -161,9 +162,14 @@ def check_not_sharded() -> None:
     norm of that share.
     """
     zero = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
-    frame = sys._getframe(1) if zero is not None else None
-    while zero is not None and frame is not None:
-        if isinstance(frame.f_locals.get("self"), zero.ZeroRedundancyOptimizer):
+    if zero is None:
+        return
+    # Not by the locals of a frame: looking at them keeps them alive as long as the frame.
+    methods = vars(zero.ZeroRedundancyOptimizer).values()
+    codes = {method.__code__ for method in methods if isinstance(method, FunctionType)}
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code in codes:
             raise TypeError(
                 "ZeroRedundancyOptimizer gives each process a share of the parameters, so that "
                 "each would spend the whole budget on its own: use the optimizer without it; its "
