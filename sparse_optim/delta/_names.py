@@ -150,10 +150,10 @@ def _match(
     fits += [(count, prefix, False) for prefix, count in stripped.items()]
     if not partly:
         fits = [fit for fit in fits if fit[0] == len(missing)]
-    if not sparse and not fits:
-        return Naming({name: name for name in new}, same, "")
     most = max(fits, default=(0, "", True))[0]
     best = [fit for fit in fits if fit[0] == most]
+    if not sparse and (len(best) != 1 or 2 * most < len(new)):  # no fingerprint would tell
+        return Naming({name: name for name in new}, same, "")
     if len(best) != 1:
         how = "in several ways" if best else "even with a prefix added or taken off"
         raise DeltaError(

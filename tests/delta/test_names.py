@@ -288,6 +288,9 @@ def test_dense_tensors_alone_find_their_names_too(tmp_path):
         assert torch.equal(merged["bert." + name], value + 1)
     heads = Delta(sparse={}, dense={"head.weight": torch.zeros(2)})
     assert merge(heads, base).keys() == base.keys() | {"head.weight"}
+    twice = {"a.dense.weight": torch.zeros(2), "b.dense.weight": torch.zeros(2)}
+    head = Delta(sparse={}, dense={"dense.weight": torch.ones(2)})  # fits in several ways: new
+    assert merge(head, twice).keys() == twice.keys() | {"dense.weight"}
 
 
 def test_a_base_under_a_wrapper_gets_new_tensors_under_it():
