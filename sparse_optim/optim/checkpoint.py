@@ -79,6 +79,7 @@ def split(
     if not {"param_groups", "state"} <= set(state_dict):
         raise ValueError(f"not a state_dict of an optimizer: it has only {sorted(state_dict)}")
     groups, state = state_dict["param_groups"], state_dict["state"]
+    _check(all("params" in group for group in groups), "a group has no 'params'")
     theirs, ours = ([len(group["params"]) for group in some] for some in (groups, param_groups))
     if theirs != ours:
         raise ValueError(
@@ -150,6 +151,8 @@ def _read_run(state: dict[Any, dict[str, Any]], engine: Engine) -> dict[str, Any
     wanted = {*ENTRY_FIELDS, "offsets", "targets", "threshold", "base"} - {"master"}
     if missing := wanted - set(run):
         raise ValueError(f"checkpoint: the pool's state lacks {sorted(missing)}")
+    written = torch.as_tensor(run.get("written", 0))
+    _check(written.numel() == 1, f"written has {written.numel()} numbers, expected 1")
     base = run["base"]
     good = isinstance(base, Tensor) and base.dtype == torch.uint8
     _check(good and base.shape == (number, DIGEST_BYTES), f"expected {number} fingerprints")
@@ -173,6 +176,7 @@ def _check_places(states: Sequence[dict[str, Any]], engine: Engine) -> None:
         if INDEX in state:
             index = state[INDEX]
             good = isinstance(index, (int, Tensor)) and torch.as_tensor(index).numel() == 1
+            good = good and not torch.as_tensor(index).is_floating_point()
             _check(good, f"the place of {name} is {index!r}")
         if INDEX not in state:  # torch.distributed.checkpoint leaves frozen parameters out
             _check(not param.requires_grad, f"the state of {name} is missing")
