@@ -41,14 +41,14 @@ def replacing(target: str | os.PathLike[str]) -> Iterator[Path]:
                 _sync(file, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
         os.replace(temporary, path)
     except BaseException:
-        _remove(temporary)
+        remove(temporary)
         raise
     if hasattr(os, "O_DIRECTORY"):  # elsewhere a folder cannot be synced
         _sync(path.parent, os.O_RDONLY | os.O_DIRECTORY)
 
 
 def _machine() -> str:
-    """Names what numbers of processes belong to: a machine, and a namespace of one."""
+    """The machine, and on Linux its process namespace: where a process number is unique."""
     try:
         return platform.node() + os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -61,7 +61,7 @@ def _remove_leftovers(path: Path, host: str) -> None:
     for leftover in path.parent.glob(f"{glob.escape(begin)}*.tmp"):
         process = leftover.name.removeprefix(begin).partition("-")[0]
         if process.isdecimal() and not _runs(int(process)):
-            _remove(leftover)
+            remove(leftover)
 
 
 def _runs(process: int) -> bool:
@@ -85,7 +85,8 @@ def _sync(path: Path, flags: int) -> None:
         os.close(descriptor)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with what is in it; nothing if there is none."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -295,17 +295,18 @@ class Engine:
     def notice_writes(self) -> None:
         """Take over parameter values that others have written since the last step."""
         written = self._written_since()
-        self._written = self.written_by_others
+        self._written = self._has_foreign(written)
         if self._keeps_values:
             self.refresh(None if self._reread else written)
-        else:
-            self.accept_values()
 
     @property
     def written_by_others(self) -> bool:
         """Whether parameters were written after the first step by other code, as autograd sees it;
         entries may have moved then that are not active."""
-        known = (self._versions[index] >= 0 for index in self._written_since())
+        return self._has_foreign(self._written_since())
+
+    def _has_foreign(self, written: Iterable[int]) -> bool:
+        known = (self._versions[index] >= 0 for index in written)
         return self._written or (self._stepped and any(known))
 
     def _written_since(self) -> list[int]:
@@ -314,9 +315,9 @@ class Engine:
         return [index for index, (param, version) in enumerate(known) if param._version != version]
 
     def trust_values(self) -> None:
-        """What others have written so far moved active entries alone: the caller knows."""
+        """Accept what others have written: the caller knows that it moved active entries alone."""
         self._written = False
-        self._versions = [param._version for param in self.pool.params]
+        self.accept_values()
 
     @torch.no_grad()
     def refresh(self, indices: Iterable[int] | None = None) -> None:
@@ -336,7 +337,7 @@ class Engine:
         self.accept_values()
 
     def accept_values(self) -> None:
-        """Take the values that parameters have now for known: the next step does not look."""
+        """Treat the parameters' values as seen: the next step looks only at what changes."""
         self._surely_empty = self._reread = False
         self._versions = [param._version for param in self.pool.params]
 

@@ -79,7 +79,7 @@ def check_checkpoint(folder: Path, config: FinetuneConfig) -> None:
 
 def check_inputs(folder: Path, inputs: dict[str, str]) -> None:
     """Raise FinetuneError if the run that wrote the checkpoint had another base or examples."""
-    saved = read_manifest(folder).get("inputs")
+    saved = read_record(folder / MANIFEST).get("inputs")
     for name, value in inputs.items():
         if not isinstance(saved, dict) or saved.get(name) != value:
             raise FinetuneError(
@@ -92,7 +92,7 @@ def find_problem(folder: Path, config: FinetuneConfig) -> str | None:
     """What keeps a checkpoint from resuming this job; None: nothing."""
     if not (folder / "trainer_state.json").is_file():
         return "not a checkpoint of the Trainer (it has no trainer_state.json)"
-    record = read_manifest(folder)
+    record = read_record(folder / MANIFEST)
     files = record.get("files")
     if not isinstance(files, dict):
         return f"it is incomplete (no {MANIFEST}): saving was cut short"
@@ -134,10 +134,10 @@ def step_of(folder: Path) -> int | None:
     return int(digits) if digits.isdecimal() else None
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest; empty if there is none that can be read."""
+def read_record(file: Path) -> dict[str, Any]:
+    """A JSON object; empty if there is none that can be read."""
     try:
-        record = json.loads((folder / MANIFEST).read_text())
+        record = json.loads(file.read_text())
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}

@@ -109,7 +109,11 @@ def run(config: FinetuneConfig, console: Console | None = None) -> FinetuneResul
 
 @dataclass(frozen=True)
 class Inputs:
-    """The tokenised data of a job; jobs that differ in method, rate or seed share it."""
+    """The tokenised data of a job; jobs that differ in method, rate or seed share it.
+
+    Attributes:
+        longest: tokens of the longest example.
+    """
 
     source: ModelSource
     data: TaskData
@@ -117,6 +121,7 @@ class Inputs:
     tokenizer: PreTrainedTokenizerBase
     train_set: Dataset
     eval_set: Dataset
+    longest: int
 
 
 def load_inputs(config: FinetuneConfig) -> Inputs:
@@ -133,14 +138,8 @@ def load_inputs(config: FinetuneConfig) -> Inputs:
     train_set, eval_set = (
         task.encode(split, tokenizer, config.max_length) for split in (data.train, data.evaluation)
     )
-    return Inputs(source, data, task, tokenizer, train_set, eval_set)
-
-
-def longest_example(inputs: Inputs) -> int:
-    """Tokens of the longest example of both sets."""
-    return max(
-        len(ids) for part in (inputs.train_set, inputs.eval_set) for ids in part["input_ids"]
-    )
+    longest = max(len(ids) for part in (train_set, eval_set) for ids in part["input_ids"])
+    return Inputs(source, data, task, tokenizer, train_set, eval_set, longest)
 
 
 @dataclass(frozen=True)
@@ -169,7 +168,7 @@ def train_model(
     """
     check_method(config)
     loaded = load_base(config, inputs, load)
-    check_lengths(loaded.model, longest_example(inputs))
+    check_lengths(loaded.model, inputs.longest)
     trainer = make_trainer(config, inputs, loaded)
     metric = inputs.task.check_metric(config.metric)
     stopper = Stopper(partial(tell, console))

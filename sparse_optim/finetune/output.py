@@ -18,7 +18,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from sparse_optim.analysis import ALLOCATION_FILE
-from sparse_optim.finetune.checkpoints import check_checkpoint, step_of
+from sparse_optim.files import remove
+from sparse_optim.finetune.checkpoints import check_checkpoint, read_record, step_of
 from sparse_optim.finetune.config import FinetuneConfig
 from sparse_optim.finetune.config_file import CONFIG_FILE
 from sparse_optim.finetune.errors import FinetuneError
@@ -128,28 +129,19 @@ def _unwritable(output: Path, error: OSError) -> FinetuneError:
 def _recover(output: Path) -> None:
     """Put back the results that a killed job was exchanging, and remove what it had begun."""
     for old in output.glob(f"{OLD}*"):
-        journal = _read(old / JOURNAL)
+        journal = read_record(old / JOURNAL)
         names = [name for name in _listed(journal, "new") if name in RESULTS]
         new = output / str(journal.get("from"))
         placed = [name for name in names if not (new / name).exists()]
         if len(placed) < len(names):  # else all of them are in place
             for name in placed:
-                _remove(output / name)
+                remove(output / name)
             for path in [path for path in old.iterdir() if path.name in RESULTS]:
-                _remove(output / path.name)
+                remove(output / path.name)
                 os.replace(path, output / path.name)
         shutil.rmtree(old, ignore_errors=True)
     for new in output.glob(f"{NEW}*"):
         shutil.rmtree(new, ignore_errors=True)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON object; empty if there is none that can be read."""
-    try:
-        record = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
 
 
 def _listed(record: dict[str, Any], key: str) -> list[str]:
@@ -157,16 +149,9 @@ def _listed(record: dict[str, Any], key: str) -> list[str]:
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def earlier_results(output: Path) -> set[str]:
     """Names of the results that an earlier job wrote here, as its metrics.json lists them."""
-    record = _read(output / METRICS_FILE)
+    record = read_record(output / METRICS_FILE)
     listed = _listed(record, "files") if "files" in record else list(FILES) if record else []
     return {name for name in listed if name in RESULTS}
 

@@ -141,9 +141,9 @@ def split(
 
 
 def _read_run(state: dict[Any, dict[str, Any]], engine: Engine) -> dict[str, Any]:
-    """What one parameter's state says of the whole pool (format 2), by the names in the engine."""
+    """The pool's state, which one parameter's state holds (format 2), by the engine's names."""
     runs = [each for each in state.values() if PROGRESS in each]
-    _check(len(runs) == 1, f"the pool's state is in that of {len(runs)} parameters, expected 1")
+    _check(len(runs) == 1, f"{len(runs)} parameters hold the pool's state, expected 1")
     run = {str(name).removeprefix(OURS): value for name, value in runs[0].items()}
     if any(isinstance(value, dict) for value in run.values()):  # as flat states come back
         raise ValueError(OTHERS_FROZEN)
@@ -173,18 +173,18 @@ def _check_places(states: Sequence[dict[str, Any]], engine: Engine) -> None:
     ):
         if isinstance(state.get(INDEX), dict):
             raise ValueError(OTHERS_FROZEN)
-        if INDEX in state:
-            index = state[INDEX]
-            good = isinstance(index, (int, Tensor)) and torch.as_tensor(index).numel() == 1
-            good = good and not torch.as_tensor(index).is_floating_point()
-            _check(good, f"the place of {name} is {index!r}")
         if INDEX not in state:  # torch.distributed.checkpoint leaves frozen parameters out
             _check(not param.requires_grad, f"the state of {name} is missing")
-        elif int(state[INDEX]) != place:
+            continue
+        index = state[INDEX]
+        good = isinstance(index, (int, Tensor)) and torch.as_tensor(index).numel() == 1
+        good = good and not torch.as_tensor(index).is_floating_point()
+        _check(good, f"the place of {name} is {index!r}")
+        if int(index) != place:
             raise ValueError(
                 f"the checkpoint's parameters are in another order: {name} was at place "
-                f"{int(state[INDEX])} of the pool, not {place}. Pass the parameters in the order "
-                "in which they were when the checkpoint was saved"
+                f"{int(index)} of the pool, not {place}. Pass the parameters in the order in which "
+                "they were when the checkpoint was saved"
             )
 
 
@@ -192,7 +192,9 @@ def _cut_segments(run: dict[str, Any], engine: Engine) -> Segments:
     """Per-entry state of each tensor, of the buffers that hold that of all (format 2)."""
     offsets, number = run["offsets"], len(engine.pool.params)
     _check_tensor(offsets, "offsets", torch.int64)
-    _check(offsets.numel() == number + 1, f"it is of {offsets.numel() - 1} tensors, not {number}")
+    _check(
+        offsets.numel() == number + 1, f"it is for {offsets.numel() - 1} tensors, expected {number}"
+    )
     fields = [name for name in ENTRY_FIELDS if name in run]
     for name in fields:
         integers = name in ("position", "unmask_step")

@@ -319,6 +319,10 @@ def test_writes_after_a_change_are_not_forgotten(dtype, change):
     train(net, optimizer, 0, 2)
     change(optimizer)
     optimizer.delta()
+    refuses_after_a_write(net, optimizer)
+
+
+def refuses_after_a_write(net: nn.Module, optimizer: IncrementalMaskedAdamW) -> None:
     with torch.no_grad():
         net.weight.add_(1)
     train(net, optimizer, 2, 3)
@@ -330,12 +334,11 @@ def test_a_checkpoint_remembers_what_others_have_written():
     net = nn.Linear(6, 5)
     optimizer = build(net)
     train(net, optimizer, 0, 2)
-    with torch.no_grad():
-        net.weight.add_(1)
+    refuses_after_a_write(net, optimizer)
     other = copy.deepcopy(net)
     resumed = build(other)
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    train(other, resumed, 2, 3)
+    train(other, resumed, 3, 4)
     with pytest.raises(RuntimeError, match="other code has written"):
         resumed.delta()
 
@@ -346,11 +349,7 @@ def test_a_copy_notices_writes_of_its_own():
     train(net, optimizer, 0, 2)
     twin, second = copy.deepcopy((net, optimizer))
     assert second.delta().num_entries == 5
-    with torch.no_grad():
-        twin.weight.add_(1)
-    train(twin, second, 2, 3)
-    with pytest.raises(RuntimeError, match="other code has written"):
-        second.delta()
+    refuses_after_a_write(twin, second)
     optimizer.delta()
 
 
