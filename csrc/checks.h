@@ -25,13 +25,17 @@ T* data(const Tensor& tensor) {
 struct Place {
   int32_t cuda_device = -1;  // -1: the CPU
 
-  void check(const Tensor& tensor, const char* name) const {
+  void check_device(const Tensor& tensor, const char* name) const {
     if (cuda_device < 0) {
       STD_TORCH_CHECK(tensor.is_cpu(), name, " must be on the CPU");
     } else {
       STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == cuda_device, name,
                       " must be on cuda:", cuda_device);
     }
+  }
+
+  void check(const Tensor& tensor, const char* name) const {
+    check_device(tensor, name);
     STD_TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
   }
 
@@ -44,6 +48,11 @@ struct Place {
 
   DType dtype_of(const Tensor& tensor, const char* name) const {
     check(tensor, name);
+    return strided_dtype_of(tensor, name);
+  }
+
+  DType strided_dtype_of(const Tensor& tensor, const char* name) const {
+    check_device(tensor, name);
     switch (tensor.scalar_type()) {
       case ScalarType::Float: return DType::kFloat32;
       case ScalarType::BFloat16: return DType::kBFloat16;
@@ -188,6 +197,22 @@ inline int64_t check_update(const Place& place, int64_t num_tensors,
   place.check(group_index, "group_index", ScalarType::Int, num_tensors);
   static_assert(sizeof(Hyper) == 6 * sizeof(double));
   return hyper.numel() / 6;
+}
+
+// input (T, in) and grad_output (T, out) may be strided.
+inline void check_sampled(const Place& place, const Tensor& input, const Tensor& grad_output,
+                          const Tensor& position, const Tensor& out) {
+  place.check_device(input, "input");
+  place.check_device(grad_output, "grad_output");
+  STD_TORCH_CHECK(
+      input.dim() == 2 && grad_output.dim() == 2 && input.size(0) == grad_output.size(0),
+      "input must be (T, in) and grad_output (T, out), got ", input.dim(), " and ",
+      grad_output.dim(), " dimensions, ", input.numel() ? input.size(0) : 0, " and ",
+      grad_output.numel() ? grad_output.size(0) : 0, " tokens");
+  STD_TORCH_CHECK(input.size(1) * grad_output.size(1) <= INT32_MAX, "a weight of ", input.size(1),
+                  " x ", grad_output.size(1), " entries is too large");
+  place.check(position, "position", ScalarType::Int);
+  place.check(out, "out", ScalarType::Float, position.numel());
 }
 
 }  // namespace sparse_optim

@@ -1,6 +1,6 @@
-// The operators torch.ops.sparse_optim.{bind, scan, clip, rank, cut, append, update}: schemas,
-// argument checks, and the CPU kernels behind them. LibTorch stable ABI only. What each does:
-// sparse_optim/backends/reference.py.
+// The operators torch.ops.sparse_optim.{bind, scan, clip, rank, cut, append, update, sampled_grad}:
+// schemas, argument checks, and the CPU kernels behind them. LibTorch stable ABI only. What each
+// does: sparse_optim/backends/reference.py.
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
@@ -217,6 +217,21 @@ void update(Tensor bound, Tensor position, Tensor offsets, Tensor active_grad, T
   ++active.progress[0];
 }
 
+cpu::Matrix matrix_of(const Tensor& tensor, const char* name) {
+  return {tensor.const_data_ptr(), tensor.size(0),   tensor.size(1),
+          tensor.stride(0),        tensor.stride(1), kCpu.strided_dtype_of(tensor, name)};
+}
+
+void sampled_grad(Tensor input, Tensor grad_output, Tensor position, bool transposed, Tensor out) {
+  check_sampled(kCpu, input, grad_output, position, out);
+  const cpu::Matrix x = matrix_of(input, "input"), dy = matrix_of(grad_output, "grad_output");
+  const bool inside =
+      cpu::sampled_grad(threads(), transposed ? x : dy, transposed ? dy : x,
+                        data<int32_t>(position), position.numel(), data<float>(out));
+  STD_TORCH_CHECK(inside, "position does not ascend within the ", x.columns * dy.columns,
+                  " entries of the weight");
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(sparse_optim, library) {
@@ -247,6 +262,9 @@ STABLE_TORCH_LIBRARY(sparse_optim, library) {
       "Tensor active_grad, Tensor grad_factor, Tensor found_inf, Tensor hyper, Tensor group_index, "
       "str bias_correction, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor unmask_step, "
       "Tensor(d!) master, Tensor(e!) progress) -> ()");
+  library.def(
+      "sampled_grad(Tensor input, Tensor grad_output, Tensor position, bool transposed, "
+      "Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sparse_optim, CPU, library) {
@@ -257,6 +275,7 @@ STABLE_TORCH_LIBRARY_IMPL(sparse_optim, CPU, library) {
   library.impl("cut", TORCH_BOX(&cut));
   library.impl("append", TORCH_BOX(&append));
   library.impl("update", TORCH_BOX(&update));
+  library.impl("sampled_grad", TORCH_BOX(&sampled_grad));
 }
 
 }  // namespace sparse_optim

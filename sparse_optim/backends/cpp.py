@@ -98,6 +98,9 @@ def update(
     )  # fmt: skip
 
 
+sampled_grad = _ops.sampled_grad.default
+
+
 def scratch_bytes(num_tiles: int, capacity: int, max_quota: int) -> int:
     """No scratch: work space of the CPU kernels lives on their stacks and in short vectors."""
     return 0
@@ -107,5 +110,5 @@ def _mutates_only(*args: object) -> None:
     """Shape function of an operator that returns nothing."""
 
 
-for _name in ("bind", "scan", "clip", "rank", "cut", "append", "update"):
+for _name in ("bind", "scan", "clip", "rank", "cut", "append", "update", "sampled_grad"):
     torch.library.register_fake(f"sparse_optim::{_name}", _mutates_only)

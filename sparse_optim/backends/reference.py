@@ -9,6 +9,10 @@
     append  those entries join the active set, with zero moments
     update  AdamW over the active entries alone
 
+and one of the backward pass, for layers that need no other weight gradients:
+
+    sampled_grad  the gradient of a weight matrix at its active entries
+
 Every backend offers these functions with these signatures, and is tested against this file.
 Selections are equal to it bit for bit; moments and parameters are equal up to fp32 rounding.
 
@@ -57,6 +61,8 @@ INFINITY_BITS = 0x7F800000
 INDEX_BITS = 33
 LAST_INDEX = 2**INDEX_BITS - 1
 KEY_MIDDLE = 2**30
+# `sampled_grad` adds this many tokens by halves, of this many entries at once.
+SAMPLED_TOKENS, SAMPLED_ENTRIES = 64, 1 << 16
 
 
 def scratch_bytes(num_tiles: int, capacity: int, max_quota: int) -> int:
@@ -314,6 +320,47 @@ def update(
         value.sub_(step_size * (exp_avg / denominator))
         flat[where] = value.to(param.dtype)
     active.progress[0] = step
+
+
+def sampled_grad(
+    input: Tensor, grad_output: Tensor, position: Tensor, transposed: bool, out: Tensor
+) -> None:
+    """The gradient of a weight at some of its entries: a sampled dense-dense product.
+
+        out[e] += sum over tokens t of grad_output[t, row(e)] * input[t, column(e)]
+
+    summed in float32, in an order that the shapes and positions give: deterministic, and tokens of
+    zero grad_output at the end change no bit.
+
+    Args:
+        input: (T, in), float32 | bfloat16 | float16, strided.
+        grad_output: (T, out), the same dtypes, strided.
+        position: (n,), int32, ascending, flat positions in a weight of (out, in).
+        transposed: the weight is (in, out), as transformers' Conv1D stores it.
+        out: (n,), float32. Mutated.
+
+    Raises:
+        RuntimeError, ValueError: shapes or devices do not match, or positions do not ascend within
+            the weight.
+    """
+    tokens, size = input.size(0), input.size(1) * grad_output.size(1)
+    if grad_output.size(0) != tokens or position.shape != out.shape:
+        raise ValueError(f"{tokens} rows of input and {grad_output.size(0)} of grad_output")
+    if position.numel() and not (
+        position[0] >= 0 and position[-1] < size and (position.diff() > 0).all()
+    ):
+        raise ValueError(f"position does not ascend within the {size} entries of the weight")
+    outer, inner = (input, grad_output) if transposed else (grad_output, input)
+    for part, sums in zip(position.split(SAMPLED_ENTRIES), out.split(SAMPLED_ENTRIES), strict=True):
+        index = part.long()
+        first, second = index // max(inner.size(1), 1), index % max(inner.size(1), 1)
+        for begin in range(0, tokens, SAMPLED_TOKENS):
+            block = slice(begin, begin + SAMPLED_TOKENS)
+            terms = outer[block, first].float() * inner[block, second].float()
+            terms = torch.nn.functional.pad(terms, (0, 0, 0, SAMPLED_TOKENS - terms.size(0)))
+            while terms.size(0) > 1:
+                terms = terms[: terms.size(0) // 2] + terms[terms.size(0) // 2 :]
+            sums += terms[0]
 
 
 def _rank(key: Tensor, global_index: Tensor) -> Tensor:

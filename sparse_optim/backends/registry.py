@@ -52,6 +52,10 @@ class Backend(Protocol):
         self, bound: Any, active: ActiveSet, scalars: StepScalars, bias_correction: BiasCorrection
     ) -> None: ...
 
+    def sampled_grad(
+        self, input: Tensor, grad_output: Tensor, position: Tensor, transposed: bool, out: Tensor
+    ) -> None: ...
+
 
 BackendName = Literal["auto", "cpp", "cuda", "triton", "reference"]  # "auto": see `engine.choose`
 

@@ -436,6 +436,51 @@ void check_update(Case& c) {
   }
 }
 
+// Weight gradients at active entries, from strided matrices in blocks that end with them.
+void check_sampled(int64_t number) {
+  const int64_t tokens = one_of({0, 1, 15, 16, 17, 64, 257, 300}), rows = 1 + below(70),
+                columns = 1 + below(70), row_stride = below(3);
+  const bool column_major = below(4) == 0;
+  const auto make = [&](int64_t width) {
+    const int64_t stride = column_major ? 1 : width + row_stride,
+                  column_stride = column_major ? tokens + row_stride : 1;
+    const int64_t size = tokens ? (tokens - 1) * stride + (width - 1) * column_stride + 1 : 0;
+    Buffer values(DType(below(3)), size, below(2));
+    for (int64_t i = 0; i < size; ++i) values.set(i, random_value(0));
+    Matrix matrix{values.at(0), tokens, width, stride, column_stride, values.dtype};
+    return std::make_pair(std::move(values), matrix);
+  };
+  const auto outer = make(rows), inner = make(columns);
+  std::vector<int32_t> chosen;
+  for (int64_t i = 0; i < rows * columns; ++i)
+    if (below(9) == 0) chosen.push_back(int32_t(i));
+  const int64_t count = int64_t(chosen.size());
+  std::unique_ptr<int32_t[]> position(new int32_t[count]);
+  std::copy(chosen.begin(), chosen.end(), position.get());
+  std::unique_ptr<float[]> out(new float[count]);
+  std::fill_n(out.get(), count, 0.5f);
+  const Threads threads{int(1 + number % 3), &spawn};
+  EXPECT(sampled_grad(threads, outer.second, inner.second, position.get(), count, out.get()),
+         "%lld entries refused", (long long)count);
+  for (int64_t e = 0; e < count; ++e) {
+    const auto value = [&](const std::pair<Buffer, Matrix>& of, int64_t t, int64_t c) {
+      return double(of.first.get(t * of.second.row_stride + c * of.second.column_stride));
+    };
+    double want = 0.5, scale = 0.5;
+    for (int64_t t = 0; t < tokens; ++t) {
+      const double term =
+          value(outer, t, position[e] / columns) * value(inner, t, position[e] % columns);
+      want += term;
+      scale += std::fabs(term);
+    }
+    EXPECT(std::fabs(out[e] - want) <= 1e-6 * scale, "%g for %g", double(out[e]), want);
+  }
+  if (count < 2) return;
+  std::swap(position[0], position[count - 1]);
+  EXPECT(!sampled_grad(threads, outer.second, inner.second, position.get(), count, out.get()),
+         "positions that do not ascend");
+}
+
 template <class Half>
 void check_conversions(DType dtype) {
   for (uint32_t bits = 0; bits < 65536; ++bits) {
@@ -465,6 +510,7 @@ int main(int argc, char** argv) {
     check_cut(c);
     check_append(c);
     check_update(c);
+    check_sampled(number);
     unmasked += c.new_count;
   }
   std::printf("%lld cases, %lld with non-finite gradients, %lld entries unmasked\n",

@@ -23,6 +23,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from op_cases import DTYPES, Case, assert_same_bits, make_case
+from sampled_cases import all_cases, assert_sampled, make_sampled
 
 from sparse_optim.backends import cpp, reference
 
@@ -48,6 +49,14 @@ def check_steps() -> int:
     return count
 
 
+def check_sampled() -> int:
+    """Weight gradients at active entries."""
+    cases = dict(all_cases(large=False))
+    for name, case in cases.items():
+        assert_sampled(cpp, name, case)
+    return len(cases)
+
+
 def operator(name: str) -> Any:
     return getattr(torch.ops.sparse_optim, name).default
 
@@ -56,6 +65,15 @@ def arguments(name: str, case: Case) -> dict[str, Any]:
     names = [argument.name for argument in operator(name)._schema.arguments]
     found = {each: case.buffer(each) for each in names if each != "bound"}
     return {"bound": case.bound(cpp), **found} if "bound" in names else found
+
+
+def right_arguments(name: str) -> tuple[dict[str, Any], Any]:
+    """Of any operator, as they are when it is called, and what keeps addresses in them valid."""
+    if name == "sampled_grad":
+        case = make_sampled(20, 30, 20, 40, dtype=torch.bfloat16)
+        return vars(case), case
+    step = before(name)
+    return arguments(name, step), step
 
 
 def before(name: str) -> Case:
@@ -104,11 +122,10 @@ def wrong_tensors(value: Tensor) -> Iterator[Tensor]:
 def check_errors() -> tuple[int, int]:
     """Every argument of every operator, wrong in every way; (cases, refused)."""
     cases = refused = 0
-    for name in OPS:
-        for argument in arguments(name, before(name)):
+    for name in (*OPS, "sampled_grad"):
+        for argument in right_arguments(name)[0]:
             for number in range(1000):
-                case = before(name)
-                args = arguments(name, case)
+                args, _alive = right_arguments(name)
                 changes = list(wrong(args[argument]))
                 if number >= len(changes):
                     break
@@ -123,5 +140,5 @@ def check_errors() -> tuple[int, int]:
 
 if __name__ == "__main__":
     torch.set_num_threads(2)
-    steps = check_steps()
+    steps = check_steps() + check_sampled()
     sys.stdout.write(" ".join(map(str, (steps, *check_errors()))))
