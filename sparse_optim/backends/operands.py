@@ -231,12 +231,15 @@ class StepScalars:
         )
 
 
-def max_quota(targets: Tensor, capacity: int) -> int:
+def max_quota(targets: Tensor, capacity: int, every: int = 1) -> int:
     """Entries that one step may unmask: twice the largest regular quota, at most `capacity`.
 
     The factor leaves room to make up for steps that found too few entries of non-zero importance.
+
+    Args:
+        every: steps from one that unmasks to the next.
     """
-    return min(2 * largest_quota(targets), capacity)
+    return min(2 * largest_quota(targets, every), capacity)
 
 
 def num_bytes(*owners: Any) -> int:

@@ -74,16 +74,25 @@ def target_at(targets: Tensor, step: Tensor) -> Tensor:
     return target + torch.where(power == 2, slower, gain * u // n)
 
 
-def largest_quota(targets: Tensor) -> int:
-    """Entries that one step unmasks at most where no step has found too few; of a formula, or one
-    more."""
+def ahead(targets: Tensor, steps: int) -> Tensor:
+    """The targets of so many steps later: target_at(ahead, t) = target_at(targets, t + steps)."""
     if not is_formula(targets):
-        return int(targets.diff().max())
+        return targets[min(steps, targets.numel() - 1) :]
+    shift = torch.tensor([steps, 0, 0, 0], device=targets.device)
+    return targets - shift if steps else targets
+
+
+def largest_quota(targets: Tensor, steps: int = 1) -> int:
+    """Entries that so many steps unmask at most where none has found too few; of a formula, at
+    most one more for each step."""
+    if not is_formula(targets):
+        last = targets.numel() - 1
+        return int((targets[min(steps, last) :] - targets[: max(last + 1 - steps, 1)]).max())
     quotas = [0]
     for (first, _, gain, power), (last, *_) in pairwise(targets.tolist()):
         n = last - first
         quotas.append(-(-gain * (2 * n - 1) // n**2) if power == 2 else -(-gain // n))
-    return max(quotas)
+    return min(steps * max(quotas), budget_of(targets))
 
 
 def same_targets(first: Tensor, second: Tensor) -> bool:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from sparse_optim.engine.sampled import dense_gradients
+
 
 @contextmanager
 def calibrating(
@@ -26,7 +28,7 @@ def calibrating(
     before = [(param, param.requires_grad, param.grad) for param in model.parameters()]
     devices = sorted({p.device.index for p in chosen.values() if p.device.type == "cuda"})
     scored = {id(param) for param in chosen.values()}
-    with torch.random.fork_rng(devices=devices), torch.enable_grad():
+    with torch.random.fork_rng(devices=devices), torch.enable_grad(), dense_gradients(model):
         try:
             model.eval()
             for param in model.parameters():

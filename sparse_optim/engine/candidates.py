@@ -60,7 +60,7 @@ class Candidates:
     def begin(self) -> None:
         """Prepare for a step."""
         self.clear()
-        progress, targets = self._engine.active.progress, self._engine.targets
+        progress, targets = self._engine.active.progress, self._engine.loud_targets
         self._quota = scoring.step_quota(targets, progress, self._max_quota)
         self._floor = torch.ones((), dtype=torch.int32, device=self._slots.device)
 
@@ -162,7 +162,7 @@ class Candidates:
     def _cut(
         self, bound: Any, tiles: Tiles, active: ActiveSet, found_inf: Tensor, scratch: Tensor
     ) -> None:
-        targets = self._engine.targets
+        targets = self._engine.loud_targets
         self._ops.cut(bound, tiles, active, self._rule, targets, found_inf, self._new, scratch)
 
     def _keep_best(self, found_inf: Tensor, final: NewEntries | None = None) -> None:

@@ -2,8 +2,11 @@
 
     begin   copy the step's scalars to the device
     select  scan, cut, append: this step's winners join the active set
-    clip    the norm of all gradients, and the factor that clips and unscales them
+    clip    the norm of the gradients, and the factor that clips and unscales them
     update  AdamW on the active entries
+
+A step is loud if it may unmask entries, else quiet: once the budget is spent, and in all but every
+`every`-th call before. Loudness is known on the host before the forward pass.
 
 It knows tensors and no torch.optim. An engine never changes its pool, its targets or its capacity:
 `resized`, `with_pool` and `restored` build another one, so that a failure (out of memory, a
@@ -20,7 +23,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from itertools import count
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -36,7 +40,8 @@ from sparse_optim.backends.operands import (
     num_bytes,
 )
 from sparse_optim.backends.registry import Backend, load
-from sparse_optim.backends.targets import budget_of, total_steps
+from sparse_optim.backends.targets import ahead, budget_of, total_steps
+from sparse_optim.engine.completion import LAG, Completion
 from sparse_optim.engine.pool import Gradients, Pool, bind_gradients
 from sparse_optim.engine.ranking import Ranking, noise_seed, scores_of, warn_of_scores
 from sparse_optim.engine.scalars import Rows, hyper_rows, write_hyper, write_scalar
@@ -44,20 +49,28 @@ from sparse_optim.engine.touched import Touched
 from sparse_optim.policy.importance import Importance, Traits, traits_of
 from sparse_optim.policy.selection import Selection
 
+# What the global norm is taken of: all gradients, or those of active entries and dense parameters.
+Norm = Literal["all", "active"]
+
+_set_versions = count()  # no two active sets have the same
+
 
 @dataclass(frozen=True)
 class Method:
-    """What is unmasked, and how an entry's age is counted; fixed for the life of an engine.
+    """What is unmasked, how an entry's age is counted, and what the norm is taken of.
 
     Attributes:
         importance: ranks the entries.
         selection: says how many become active, and when.
         bias_correction: "entry" or "global"; see `reference.update`.
+        norm: "all" takes the global norm of every gradient; "active" of what moves in this step
+            (the masked gradient of Equation 3), once this step's entries have joined.
     """
 
     importance: Importance
     selection: Selection
     bias_correction: BiasCorrection = "entry"
+    norm: Norm = "all"
 
     @cached_property
     def traits(self) -> Traits:
@@ -137,6 +150,9 @@ class Engine:
     Attributes:
         pool, method, targets, backend: as given; targets on the device.
         budget, total_steps: of the targets.
+        loud_targets: targets until the next loud step: what this one unmasks up to.
+        calls: steps taken, applied or skipped, counted on the host.
+        set_version: changes with the active set.
         active: the active set. spare: a second one, for selections that replace theirs.
         work: buffers of a step. ranking: buffers of dense scores.
         touched: entries that were ever active.
@@ -159,6 +175,7 @@ class Engine:
         self.pool, self.method, self.backend = pool, method, backend
         traits, selection = method.traits, method.selection
         self.targets, capacity = targets.to(pool.device), budget_of(targets)
+        self.loud_targets = ahead(self.targets, selection.every - 1)
         self.budget, self.total_steps = capacity, total_steps(targets)
         self._surely_empty = active is None  # until the first step: known without a device read
         if active is None:
@@ -169,13 +186,18 @@ class Engine:
         self.first_tiles = pool.first_tiles(self.ops.TILE)
         exp, _ = traits.in_kernel or (0.0, 1.0)
         bounded = exp < 0 and noise_seed(traits, selection) is None
-        quota = max_quota(self.targets, capacity)
+        quota = max_quota(self.targets, capacity, selection.every)
         self.work = WorkSpace.empty(pool, capacity, quota, bounded, self.ops)
         self.ranking = Ranking.of(traits, selection, self.work.table, self.work.tiles)
         spare = capacity if selection.replaces else 0
         self.spare = ActiveSet.empty(pool.params, spare, pool.device)
         if selection.replaces:  # this step's gradients, whichever of both sets is the active one
             self.spare.grad = self.active.grad
+        counts = [0, 0, 0] if self._surely_empty else active.progress.tolist()
+        self.calls, self.set_version = counts[0] + counts[2], next(_set_versions)
+        self._offsets: tuple[int, list[int]] = (-1, [])
+        lag = 0 if pool.device.type == "cpu" else LAG
+        self.completion = Completion(self._is_complete, lag, known=self._is_complete(counts))
         self.known_hyper: Rows = []
         self._versions = [param._version for param in pool.params]
         self._reread = True  # the next step looks at every parameter
@@ -189,6 +211,21 @@ class Engine:
         """The operations of the backend."""
         return load(self.backend)
 
+    @property
+    def loud(self) -> bool:
+        """Whether the next step may unmask entries, as far as the host knows."""
+        return self.calls % self.method.selection.every == 0 and not self.completion.known
+
+    def _is_complete(self, progress: Sequence[int]) -> bool:
+        """Whether nothing will be unmasked any more, by applied steps and active entries."""
+        selection, (step, active, _) = self.method.selection, progress
+        if selection.replaces:
+            return False
+        # A static set of fixed scores is complete after one step, even if it found too few above 0.
+        if selection.one_step and self.method.traits.fixed and step > 0:
+            return True
+        return active >= self.budget
+
     # A step, in order.
 
     def bind(self, dense: Sequence[Tensor]) -> Gradients:
@@ -198,6 +235,20 @@ class Engine:
             self.ops.bind, self.pool.params, self.pool.names, self.work.table
         )
         return Gradients(bound, grads, dense)
+
+    def bind_stand_ins(self, present: Sequence[bool], dense: Sequence[Tensor]) -> Gradients:
+        """Gradients of which `append` and `update` see only whether there is one.
+
+        Args:
+            present: of each tensor; the parameter itself then stands for its gradient.
+            dense: gradients of the dense parameters.
+        """
+        params = self.pool.params
+        grads = [
+            param.detach() if there else param.new_empty(0)
+            for param, there in zip(params, present, strict=True)
+        ]
+        return Gradients(self.ops.bind(grads, params, self.work.table), grads, dense)
 
     def begin(
         self,
@@ -221,13 +272,24 @@ class Engine:
 
     def select(self, grads: Gradients) -> None:
         """Scan, cut, append; see `Source`."""
+        loud, norm = self.loud, self.method.norm
         with self._fresh_set():
-            self.scan(grads)
-            self.cut(grads)
-            self.append(grads)
+            if norm == "active":
+                self.active.grad.zero_()
+            if loud or norm == "all":
+                self.scan(grads)
+            else:
+                self.gather(grads.pool)
+            if loud:
+                self.cut(grads)
+                self.append(grads)
+            else:
+                self.work.new.count.zero_()
+        if norm == "active":
+            self.measure(grads.dense)
 
     def clip(self, max_grad_norm: float | None) -> None:
-        """The norm of all gradients, and the factor that `update` multiplies them by."""
+        """The norm of the gradients, and the factor that `update` multiplies them by."""
         limit = math.inf if max_grad_norm is None else max_grad_norm
         scalars = self.work.scalars
         self.ops.clip(
@@ -241,6 +303,8 @@ class Engine:
         torch.autograd.graph.increment_version(self.pool.params)
         self.accept_values()
         self._stepped = True
+        self.calls += 1
+        self.completion.note(self.active.progress)
 
     def end(self) -> None:
         """Nothing is left to do where gradients stay in `.grad`; see `Source`."""
@@ -276,21 +340,74 @@ class Engine:
             self.ops.rank(bound, tiles, self.active, ranking.rule.noise, work.scratch)
             warn_of_scores(importance, self.pool, grads.pool, any_left=bool(tiles.max.any()))
         self.ops.cut(
-            bound, tiles, self.active, ranking.rule, self.targets, work.scalars.found_inf, work.new,
-            work.scratch,
+            bound, tiles, self.active, ranking.rule, self.loud_targets, work.scalars.found_inf,
+            work.new, work.scratch,
         )  # fmt: skip
 
     def append(self, grads: Gradients) -> None:
         """`reference.append` of the new entries."""
         self.ops.append(grads.bound, self.work.new, self.active, self.work.scratch)
+        self.set_version = next(_set_versions)
+
+    def gather(self, grads: Sequence[Tensor]) -> None:
+        """active.grad <- gradients at the active entries; those of tensors without one stay.
+
+        Args:
+            grads: of the pool; empty where missing.
+        """
+        for index, grad in enumerate(grads):
+            part = self.segment(index)
+            if grad.numel() and part.stop > part.start:
+                position = self.active.position[part].long()
+                self.active.grad[part] = grad.reshape(-1)[position].float()
+
+    def measure(self, dense: Sequence[Tensor]) -> None:
+        """Norms and non-finite test of active.grad and the dense gradients, in place of all."""
+        work, last = self.work, len(self.pool.params)
+        if not last:
+            return
+        work.norms[: last - 1].zero_()
+        nothing = self.ops.bind([], [], work.table[:0])
+        self.ops.scan(
+            nothing, [self.active.grad, *dense], work.tiles.of_tensors(0, 0, slice(0, 0)),
+            self.active.of_tensors(0, 0), work.norms[last - 1 :], work.scalars.found_inf,
+            work.scratch,
+        )  # fmt: skip
+
+    def segment(self, index: int) -> slice:
+        """Where the active entries of a tensor are; waits for the device after a loud step."""
+        version, offsets = self._offsets
+        if version != self.set_version:
+            offsets = self.active.offsets.tolist()
+            self._offsets = (self.set_version, offsets)
+        return slice(*offsets[index : index + 2])
+
+    def unmask_fixed(self) -> None:
+        """Unmask a static set whose scores need no gradient, before the first step."""
+        given = [
+            param.detach() if param.requires_grad else param.new_empty(0)
+            for param in self.pool.params
+        ]
+        self.pool.check_unchanged()
+        bound = self.ops.bind(given, self.pool.params, self.work.table)
+        grads = Gradients(bound, given, [])
+        self.work.scalars.found_inf.zero_()
+        self.cut(grads)
+        self.append(grads)
+        self.completion.known = True
+
+    @property
+    def may_unmask_fixed(self) -> bool:
+        """Whether `unmask_fixed` can take the place of the first step's selection."""
+        selection, traits = self.method.selection, self.method.traits
+        return selection.one_step and traits.fixed and self.calls == 0 and self.loud
 
     def unmasks(self) -> bool:
         """Whether the next step is to unmask anything; reads counts from the device."""
         progress = self.active.progress
-        # A static set of fixed scores is complete after one step, even if it found too few above 0.
-        if self.method.selection.one_step and self.method.traits.fixed and progress[0] > 0:
+        if self._is_complete(progress.tolist()):
             return False
-        return bool(scoring.step_quota(self.targets, progress, max_quota=1))
+        return bool(scoring.step_quota(self.loud_targets, progress, max_quota=1))
 
     def notice_writes(self) -> None:
         """Take over parameter values that others have written since the last step."""
@@ -434,6 +551,7 @@ class Engine:
             if self.work.scalars.found_inf:
                 self.active = before
                 return
+            self.set_version = next(_set_versions)
             sizes = self.pool.sizes
             self.active.carry_over(before, sizes)
             self.touched.add(self.active.global_index(sizes))

@@ -36,14 +36,14 @@ from sparse_optim.engine.ranking import perturbed, scores_of, warn_of_scores
 BATCH_BYTES = 1 << 20
 
 
-def check_not_distributed() -> None:
+def check_not_distributed(option: str = "fuse_backward") -> None:
     """Raise RuntimeError where several processes train together."""
     distributed = torch.distributed
     started = distributed.is_available() and distributed.is_initialized()
     if started and distributed.get_world_size() > 1:
         raise RuntimeError(
-            "fuse_backward=True does not work with several processes: gradients would be taken "
-            "before DistributedDataParallel averages them; leave fuse_backward False"
+            f"{option}=True does not work with several processes: gradients would be taken before "
+            f"DistributedDataParallel averages them; leave {option} False"
         )
 
 
@@ -81,10 +81,6 @@ class FusedBackward:
         device = engine.pool.device
         self._parts = [_Part.of(engine, index) for index in range(len(engine.pool.params))]
         self._found_inf = torch.zeros((), dtype=torch.float32, device=device)
-        self._budget = engine.budget
-        # A copy on the host, of the last step or the one before: what is complete stays complete.
-        self._progress = torch.zeros(3, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self._progress.copy_(engine.active.progress, non_blocking=True)
         self._candidates = Candidates(engine)
         self._handles: dict[int, RemovableHandle] = {}
         weakref.finalize(self, _remove, self._handles)
@@ -144,11 +140,11 @@ class FusedBackward:
             RuntimeError: a gradient of this tensor was taken already.
             TypeError, ValueError: as `readable_gradients`.
         """
-        self._check_first(index)
+        self.check_first(index, self._taken[index])
         pool, part = self._engine.pool, self._parts[index]
         pool.check_unchanged(index)
         [grad] = readable_gradients([part.param], [pool.names[index]])
-        self._begin()
+        self.begin()
         part.param.grad = None
         self._taken[index] = True
         if grad.numel() == 0:
@@ -164,8 +160,26 @@ class FusedBackward:
         if sum(waiting.nbytes for waiting in self._waiting.values()) >= BATCH_BYTES:
             self._rank_waiting()
 
+    def collect(self) -> list[bool]:
+        """Take gradients that came without a hook, and rank what waits.
+
+        Returns:
+            of each tensor of the pool, whether a gradient was taken for this step.
+
+        Raises:
+            RuntimeError: a gradient was written after it had been taken.
+        """
+        self._raise_error()
+        self._engine.pool.check_unchanged()
+        for index, part in enumerate(self._parts):
+            if part.param.grad is not None:
+                self.take(index)
+        self.attach()
+        self._rank_waiting()
+        return self._taken
+
     def bind(self, dense: Sequence[Tensor]) -> Gradients:
-        """Take gradients that came without a hook, and rank what waits; see `Source`.
+        """`collect`, for a step; see `Source`.
 
         Returns:
             in place of the pool's gradients, for `append` and `update`: the parameter itself where
@@ -175,28 +189,16 @@ class FusedBackward:
             RuntimeError: a gradient was written after it had been taken, or none has come since
                 the last step.
         """
-        self._raise_error()
-        self._engine.pool.check_unchanged()
-        for index, part in enumerate(self._parts):
-            if part.param.grad is not None:
-                self.take(index)
+        taken = self.collect()
         self._check_not_again()
-        self.attach()
-        self._rank_waiting()
-        grads = [
-            part.param.detach() if taken else part.param.new_empty(0)
-            for part, taken in zip(self._parts, self._taken, strict=True)
-        ]
-        engine = self._engine
-        bound = engine.ops.bind(grads, engine.pool.params, engine.work.table)
-        return Gradients(bound, grads, dense)
+        return self._engine.bind_stand_ins(taken, dense)
 
     def select(self, grads: Gradients) -> None:
         """What scan, cut and append do in an ordinary step; see `Source`."""
         engine = self._engine
         work, active = engine.work, engine.active
         found_inf = work.scalars.found_inf
-        self._begin()
+        self.begin()
         nothing = engine.ops.bind([], [], work.table[:0])
         engine.ops.scan(
             nothing, grads.dense, work.tiles.of_tensors(0, 0, slice(0, 0)), active.of_tensors(0, 0),
@@ -211,35 +213,44 @@ class FusedBackward:
         if grad.numel():
             new = active.unmask_step == active.progress[0] + 1
             active.grad.masked_scatter_(new, grad)
+        if engine.method.norm == "active":
+            engine.measure(grads.dense)
 
     def end(self) -> None:
         """All gradients are consumed: those of dense parameters may not accumulate alone."""
-        self._progress.copy_(self._engine.active.progress, non_blocking=True)
         for param in self._dense:
             param.grad = None
         self.discard()
         self.stepped = True
 
-    def _begin(self) -> None:
+    def begin(self) -> None:
         """Prepare for a step, before its first gradient."""
         if self._begun:
             return
         check_not_distributed()
         engine = self._engine
+        if engine.method.norm == "active":
+            engine.active.grad.zero_()
         engine.work.norms.zero_()
         self._found_inf.zero_()
         self._candidates.begin()
         if engine.ranking.scored:
-            self._ranks = engine.unmasks()
+            self._ranks = engine.loud and engine.unmasks()
             engine.ranking.set_step(engine.active.progress[0])
         else:
-            self._ranks = int(self._progress[1]) < self._budget and self._candidates.wanted
+            self._ranks = engine.loud and self._candidates.wanted
         if self._ranks:
             engine.notice_writes()
         self._begun = True
 
-    def _check_first(self, index: int) -> None:
-        if self._taken[index] and self._error is None:
+    @property
+    def found_inf(self) -> Tensor:
+        """(), float32, 1 if a gradient that was taken for this step is infinite or NaN."""
+        return self._found_inf
+
+    def check_first(self, index: int, taken: bool) -> None:
+        """Raise RuntimeError, now and at step(), if a tensor's gradient was taken already."""
+        if taken and self._error is None:
             self._error = (
                 f"{self._engine.pool.names[index]} got a second gradient before step() or "
                 "zero_grad(). With fuse_backward=True the first one is gone, so that gradients "

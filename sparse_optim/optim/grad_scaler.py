@@ -71,9 +71,11 @@ class GradScaler(torch.amp.GradScaler):
 
     def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
         """Divide the gradients by the scale, as in torch; there are none with `fuse_backward`."""
-        if self._enabled and isinstance(optimizer, MaskedAdamW) and optimizer.fuse_backward:
+        ours = self._enabled and isinstance(optimizer, MaskedAdamW)
+        if ours and (optimizer.fuse_backward or optimizer.sampled_backward):  # type: ignore[attr-defined]
             raise RuntimeError(
-                "unscale_ finds no gradients with fuse_backward=True; leave it out: step() "
-                "unscales by itself, and clips if the optimizer was given max_grad_norm"
+                "unscale_ does not find the gradients with fuse_backward=True or "
+                "sampled_backward=True; leave it out: step() unscales by itself, and clips if the "
+                "optimizer was given max_grad_norm"
             )
         super().unscale_(optimizer)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sparse_optim.backends.operands import BiasCorrection
+from sparse_optim.engine.engine import Norm
 from sparse_optim.engine.pool import Pool, check_param, check_together
 from sparse_optim.policy.importance import Importance, traits_of
 from sparse_optim.policy.selection import Selection
@@ -178,24 +179,44 @@ def check_not_sharded() -> None:
         frame = frame.f_back
 
 
-def check_fusable(selection: Selection, capturable: bool, max_grad_norm: float | None) -> None:
-    """Raise ValueError where selection cannot happen inside the backward pass.
+def check_takes_gradients(
+    option: str, selection: Selection, capturable: bool, max_grad_norm: float | None
+) -> None:
+    """Raise ValueError where the backward pass cannot hand gradients to the optimizer.
 
     Warns where nothing will clip gradients.
+
+    Args:
+        option: fuse_backward or sampled_backward.
     """
     if selection.replaces:
         raise ValueError(
-            "fuse_backward=True needs a set that only grows: use Increment or Static, got "
-            f"{selection!r}"
+            f"{option}=True needs a set that only grows: use Increment or Static, got {selection!r}"
         )
     if capturable:
-        raise ValueError("fuse_backward=True cannot be captured in a CUDA graph: use one of both")
+        raise ValueError(f"{option}=True cannot be captured in a CUDA graph: use one of both")
     if max_grad_norm is None:
+        finds = "finds none and returns 0" if option == "fuse_backward" else "does not find all"
         warn_user(
-            "fuse_backward=True without max_grad_norm: nothing clips gradients, since "
-            "clip_grad_norm_ finds none and returns 0. Pass max_grad_norm to the optimizer "
-            "(math.inf for no clipping)"
+            f"{option}=True without max_grad_norm: nothing clips gradients, since clip_grad_norm_ "
+            f"{finds}. Pass max_grad_norm to the optimizer (math.inf for no clipping)"
         )
+
+
+def resolve_norm(norm: str | None, sampled_backward: bool) -> Norm:
+    """What the norm is taken of, where None is given too.
+
+    Raises:
+        ValueError: an unknown norm, or one for which gradients would be missing.
+    """
+    if norm not in (None, "all", "active"):
+        raise ValueError(f"norm must be 'all' or 'active', got {norm!r}")
+    if norm == "all" and sampled_backward:
+        raise ValueError(
+            "sampled_backward=True has no gradients of frozen entries, so that it cannot take the "
+            "norm of all: use norm='active', and choose max_grad_norm for it"
+        )
+    return "active" if norm == "active" or sampled_backward else "all"
 
 
 def check_new_group(group: dict[str, Any]) -> None:

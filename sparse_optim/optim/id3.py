@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparse_optim.backends.operands import BiasCorrection
 from sparse_optim.backends.registry import BackendName
+from sparse_optim.engine.engine import Norm
 from sparse_optim.optim.masked_adamw import MaskedAdamW
 from sparse_optim.policy.importance import D3
 from sparse_optim.policy.schedule import Schedule, Uniform
@@ -32,8 +33,10 @@ class IncrementalMaskedAdamW(MaskedAdamW):
         schedule: `Uniform()`, `Linear()`, `Warmup(share, steps)`, or a function that maps a step to
             the number of entries unmasked so far.
         unmask_steps: spend the budget in this many steps (default: `total_steps`).
-        max_grad_norm, bias_correction, backend, maximize: as in `MaskedAdamW`.
+        every: unmask at every so many-th call alone; see `Increment`.
+        max_grad_norm, norm, bias_correction, backend, maximize: as in `MaskedAdamW`.
         foreach, capturable, differentiable, fused, fuse_backward: as in `MaskedAdamW`.
+        model, sampled_backward: as in `MaskedAdamW`.
 
     Example:
         >>> import torch
@@ -65,7 +68,9 @@ class IncrementalMaskedAdamW(MaskedAdamW):
         importance: D3 = D3(exp=0.0, eps=1.0),
         schedule: Schedule | Callable[[int], int] = Uniform(),
         unmask_steps: int | None = None,
+        every: int = 1,
         max_grad_norm: float | None = None,
+        norm: Norm | None = None,
         bias_correction: BiasCorrection = "entry",
         backend: BackendName = "auto",
         maximize: bool = False,
@@ -74,6 +79,8 @@ class IncrementalMaskedAdamW(MaskedAdamW):
         differentiable: bool = False,
         fused: bool | None = None,
         fuse_backward: bool = False,
+        model: nn.Module | None = None,
+        sampled_backward: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -83,8 +90,9 @@ class IncrementalMaskedAdamW(MaskedAdamW):
             weight_decay,
             amsgrad,
             importance=importance,
-            selection=Increment(budget, total_steps, schedule, unmask_steps),
+            selection=Increment(budget, total_steps, schedule, unmask_steps, every),
             max_grad_norm=max_grad_norm,
+            norm=norm,
             bias_correction=bias_correction,
             backend=backend,
             maximize=maximize,
@@ -93,4 +101,6 @@ class IncrementalMaskedAdamW(MaskedAdamW):
             differentiable=differentiable,
             fused=fused,
             fuse_backward=fuse_backward,
+            model=model,
+            sampled_backward=sampled_backward,
         )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import operator
+import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from threading import Lock
 from typing import Any
@@ -19,21 +21,24 @@ from sparse_optim.backends.registry import BackendName
 from sparse_optim.delta import Delta
 from sparse_optim.delta._fingerprint import BaseFingerprints
 from sparse_optim.engine.choose import choose
-from sparse_optim.engine.engine import Engine, Method, Source
+from sparse_optim.engine.engine import Engine, Method, Norm, Source
 from sparse_optim.engine.fused_backward import FusedBackward
 from sparse_optim.engine.pool import readable_gradients
+from sparse_optim.engine.sampled import SampledBackward, dense_gradients
 from sparse_optim.engine.scalars import check_capture
 from sparse_optim.optim import checkpoint, state
+from sparse_optim.optim.attach import Attachment, find_layers
 from sparse_optim.optim.dense_groups import plan_dense_step, start_dense, take_dense_step
 from sparse_optim.optim.gradient_watch import GradientWatch
 from sparse_optim.optim.groups import (
-    check_fusable,
     check_max_grad_norm,
     check_method,
     check_new_group,
     check_not_sharded,
     check_rejected,
+    check_takes_gradients,
     normalize_group,
+    resolve_norm,
     split_groups,
 )
 from sparse_optim.optim.readout import delta_of, metrics_of
@@ -64,6 +69,9 @@ class MaskedAdamW(torch.optim.Optimizer):
         selection: `Increment`, `Static`, `Repeat` or `Stochastic`.
         max_grad_norm: clip gradients to this global norm, within the step and without writing
             `.grad`; None does not clip. Use it instead of `clip_grad_norm_`.
+        norm: "all" takes the global norm of every gradient; "active" of the gradients that move
+            something in this step: those of active entries and of dense groups. Default: "active"
+            with sampled_backward, which has no others, else "all".
         bias_correction: "entry" counts Adam's step from the entry's unmasking; "global" from the
             first step, as dense AdamW under a mask does.
         backend: "cpp", "cuda", "triton", "reference", or "auto": the fastest one that is installed
@@ -78,6 +86,14 @@ class MaskedAdamW(torch.optim.Optimizer):
             no gradients, clips nothing and returns 0: use `max_grad_norm`. The results are the
             same bit for bit. Works with any importance, with `Increment` or `Static`, in a single
             process, without gradient accumulation.
+        model: whose layers `sampled_backward` uses; held weakly.
+        sampled_backward: in steps that unmask nothing (a complete set; with `every=r` all but every
+            r-th), Linear, Conv1D and Embedding layers of `model` compute weight gradients at active
+            entries alone: the training step then costs little more than one without weight
+            gradients. Selections are the same; gradients are equal up to the order of summation.
+            `step()` consumes the gradients. Works with `Increment` or `Static`, in a single
+            process; with `fuse_backward` no dense gradient is ever held. May be changed between
+            steps.
 
     Raises:
         ValueError, TypeError: names the argument or parameter, what arrived and what to do.
@@ -87,6 +103,9 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     _step_supports_amp_scaling = True
     _fused_backward: FusedBackward | None = None
+    _sampled: SampledBackward | None = None
+    _attachment: Attachment | None = None
+    _model: weakref.ref[torch.nn.Module] | None = None
     _told_length = False
     scaler_reads_scan = False
     """Set by `sparse_optim.amp.GradScaler` while it steps: it takes `found_inf` from the scan."""
@@ -103,6 +122,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         importance: Importance,
         selection: Selection,
         max_grad_norm: float | None = None,
+        norm: Norm | None = None,
         bias_correction: BiasCorrection = "entry",
         backend: BackendName = "auto",
         maximize: bool = False,
@@ -111,6 +131,8 @@ class MaskedAdamW(torch.optim.Optimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         fuse_backward: bool = False,
+        model: torch.nn.Module | None = None,
+        sampled_backward: bool = False,
     ) -> None:
         check_method(importance, selection, bias_correction)
         check_not_sharded()
@@ -129,12 +151,17 @@ class MaskedAdamW(torch.optim.Optimizer):
         ranked = any(group["unmask"] == "rank" for group in self.param_groups)
         budget = resolve_budget(selection.budget, pool.rankable_entries) if ranked else 0
         self._base = BaseFingerprints().extended(pool.params)
-        method = Method(importance, selection, bias_correction)
+        self._given_norm = norm
+        method = Method(
+            importance, selection, bias_correction, resolve_norm(norm, sampled_backward)
+        )
+        self._model = None if model is None else weakref.ref(model)
         self._engine = Engine(pool, method, selection.targets(budget), chosen)
         self._watch = GradientWatch()
         self._stepping = Lock()
         self._show_state(self._engine)
         self.fuse_backward = fuse_backward
+        self.sampled_backward = sampled_backward
 
     @property
     def engine(self) -> Engine:
@@ -175,6 +202,11 @@ class MaskedAdamW(torch.optim.Optimizer):
         self._max_grad_norm = norm
 
     @property
+    def norm(self) -> Norm:
+        """What the global norm is taken of."""
+        return self._engine.method.norm
+
+    @property
     def fuse_backward(self) -> bool:
         """Whether gradients are taken during the backward pass; may be changed between steps."""
         return self._fused_backward is not None
@@ -183,29 +215,89 @@ class MaskedAdamW(torch.optim.Optimizer):
     def fuse_backward(self, wanted: bool) -> None:
         if wanted == self.fuse_backward:
             return
+        self._check_idle("a change of fuse_backward")
+        fused = None
         if wanted:
-            check_fusable(self.selection, self.capturable, self.max_grad_norm)
-            self._fused_backward = FusedBackward(self._engine, self._dense.params)
+            check_takes_gradients(
+                "fuse_backward", self.selection, self.capturable, self.max_grad_norm
+            )
+            fused = FusedBackward(self._engine, self._dense.params)
         elif self._fused_backward is not None:
-            self._fused_backward.check_idle("a change of fuse_backward")
             self._fused_backward.detach()
-            self._fused_backward = None
+        self._fused_backward = fused
+        if self.sampled_backward:
+            self._attach(self._engine)
+
+    @property
+    def sampled_backward(self) -> bool:
+        """Whether layers give gradients of active entries alone; may be changed between steps."""
+        return self._sampled is not None
+
+    @sampled_backward.setter
+    def sampled_backward(self, wanted: bool) -> None:
+        if wanted == self.sampled_backward:
+            return
+        self._check_idle("a change of sampled_backward")
+        norm = resolve_norm(self._given_norm, wanted)
+        if wanted:
+            check_takes_gradients(
+                "sampled_backward", self.selection, self.capturable, self.max_grad_norm
+            )
+            self._attach(self._engine)
+        else:
+            self._detach()
+        self._engine.method = replace(self._engine.method, norm=norm)
+
+    def _attach(self, engine: Engine) -> None:
+        """Let the model's layers sample, by another engine or another inner source than before."""
+        model = None if self._model is None else self._model()
+        if model is None:
+            raise ValueError(
+                "sampled_backward=True needs the model whose layers give the gradients: pass "
+                "model=model to the optimizer, and keep the model"
+            )
+        before = self._sampled
+        self._detach()
+        layers = find_layers(model, engine.pool.params)
+        if not layers:
+            raise ValueError(
+                "sampled_backward=True, but no Linear, Conv1D or Embedding layer of the model has "
+                "a weight that the optimizer ranks. Pass the model that holds the parameters"
+            )
+        inner = self._fused_backward or engine
+        self._sampled = SampledBackward(engine, inner, self._dense.params, list(layers))
+        self._sampled.stepped = before is not None and before.stepped
+        self._attachment = Attachment(model, layers, self._sampled)
+
+    def _detach(self) -> None:
+        if self._attachment is not None:
+            self._attachment.detach()
+        self._sampled = self._attachment = None
+
+    def dense_gradients(self) -> AbstractContextManager[None]:
+        """A context in which forward passes give ordinary gradients for all entries.
+
+        For calibration, Hessian-vector products and other uses of autograd than training with
+        `sampled_backward=True`; does nothing without.
+        """
+        model = None if self._model is None else self._model()
+        return nullcontext() if model is None else dense_gradients(model)
 
     @property
     def _source(self) -> Source:
-        """Where gradients come from: `.grad`, or the backward pass."""
-        return self._fused_backward or self._engine
+        """Where gradients come from: `.grad`, the backward pass, or the layers."""
+        return self._sampled or self._fused_backward or self._engine
 
     @property
     def holds_gradients(self) -> bool:
         """Whether the next step will find a gradient."""
-        if self._fused_backward is not None and self._fused_backward.holds_any:
+        if self._taker is not None and self._taker.holds_any:
             return True
         params = (*self._engine.pool.params, *self._dense.params)
         return any(param.grad is not None and param.grad.numel() for param in params)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget all gradients, including those that `fuse_backward=True` has taken."""
+        """Forget all gradients, including those that the backward pass has handed over."""
         super().zero_grad(set_to_none)
         self._source.discard()
 
@@ -275,10 +367,11 @@ class MaskedAdamW(torch.optim.Optimizer):
             self._engine.known_hyper,
         )  # fmt: skip
         scaled = self._given("grad_scale") is not None
-        if self.fuse_backward and scaled and not self.scaler_reads_scan:
+        if self._taker is not None and scaled and not self.scaler_reads_scan:
             raise RuntimeError(
-                "torch.amp.GradScaler finds no gradients to inspect with fuse_backward=True, so "
-                "that it would never lower its scale: use sparse_optim.amp.GradScaler"
+                "torch.amp.GradScaler finds no gradients to inspect with fuse_backward=True or "
+                "sampled_backward=True, so that it would never lower its scale: use "
+                "sparse_optim.amp.GradScaler"
             )
 
     def _show_state(self, engine: Engine) -> None:
@@ -321,24 +414,38 @@ class MaskedAdamW(torch.optim.Optimizer):
         """The parameters of all groups, to see whether somebody has replaced them."""
         return [param for group in self.param_groups for param in group["params"]]
 
+    @property
+    def _taker(self) -> SampledBackward | FusedBackward | None:
+        """What takes gradients in the backward pass."""
+        return self._sampled or self._fused_backward
+
     def _check_idle(self, what: str) -> None:
-        if self._fused_backward is not None:
-            self._fused_backward.check_idle(what)
+        if self._taker is not None:
+            self._taker.check_idle(what)
 
     def _adopt(self, engine: Engine) -> None:
         """Go on with another engine; if its hooks cannot be registered, with the one at hand."""
-        before, shown = self._fused_backward, self.state
+        before, shown, sampled = self._fused_backward, self.state, self.sampled_backward
         self._show_state(engine)
-        if before is not None:
-            before.detach()
-            try:
+        try:
+            if before is not None:
+                before.detach()
                 self._fused_backward = FusedBackward(engine, self._dense.params)
-            except BaseException:
+                self._fused_backward.stepped = before.stepped
+            if sampled:
+                self._attach(engine)
+        except BaseException:
+            self._fused_backward, self.state = before, shown
+            if before is not None:
                 before.attach()
-                self.state = shown
-                raise
-            self._fused_backward.stepped = before.stepped
+            raise
         self._engine = engine
+
+    def _undo(self, before: dict[str, Any]) -> None:
+        """Be what `vars` was before a change that failed."""
+        vars(self).update(before)
+        if self.sampled_backward:
+            self._attach(self._engine)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its entries join the pool after all others. The budget stays as it is.
@@ -358,7 +465,7 @@ class MaskedAdamW(torch.optim.Optimizer):
             self._base, self._listed = self._base.extended(pool.params), self._list_params()
             self._adopt(self._engine.with_pool(pool))
         except BaseException:  # also when memory runs out
-            vars(self).update(before)
+            self._undo(before)
             self.param_groups.pop()
             raise
 
@@ -398,7 +505,12 @@ class MaskedAdamW(torch.optim.Optimizer):
             raise ValueError(f"total_steps {total_steps} is below the {step} steps already taken")
         self._check_idle("extend()")
         method = replace(engine.method, selection=selection)
-        self._adopt(engine.resized(method, selection.targets(entries)))
+        resized, before = engine.resized(method, selection.targets(entries)), dict(vars(self))
+        try:
+            self._adopt(resized)
+        except BaseException:
+            self._undo(before)
+            raise
 
     def state_dict(self) -> dict[str, Any]:
         """State in torch's form; `sparse_optim.optim.state` says what is in it.
@@ -442,7 +554,7 @@ class MaskedAdamW(torch.optim.Optimizer):
                 self._base.invalidate()
             self._adopt(loaded)
         except BaseException:
-            vars(self).update(before)
+            self._undo(before)
             raise
         self._optimizer_load_state_dict_pre_hooks = prepare
         self._optimizer_load_state_dict_post_hooks = finish
@@ -486,7 +598,7 @@ class MaskedAdamW(torch.optim.Optimizer):
     def metrics(self) -> dict[str, int | float]:
         """A flat dict of numbers for trackers: counts, norms, bytes; reads the device once."""
         dense = (state.without_ours(self.state[param]) for param in self._dense.params)
-        taken = self._fused_backward.nbytes if self._fused_backward else 0
+        taken = self._taker.nbytes if self._taker else 0
         moments = sum(tensor.nbytes for each in dense for tensor in each.values())
         return metrics_of(self._engine, taken + moments)
 

@@ -47,6 +47,7 @@ class Selection(Protocol):
         budget: entries (int) or share of the pool (float).
         replaces: whether each step drops the set of the one before.
         one_step: whether the whole budget is unmasked at the first step, and never again.
+        every: steps from one that unmasks entries to the next.
         noise_seed: seed of the sample of each step; None if nothing is sampled.
     """
 
@@ -56,6 +57,8 @@ class Selection(Protocol):
     def replaces(self) -> bool: ...
     @property
     def one_step(self) -> bool: ...
+    @property
+    def every(self) -> int: ...
     @property
     def noise_seed(self) -> int | None: ...
 
@@ -85,17 +88,21 @@ class Increment:
         total_steps: optimizer steps of the whole run.
         schedule: how the budget is spread over the steps.
         unmask_steps: spend the budget within this many first steps (default: all of them).
+        every: unmask at every so many-th call alone, the first one included, what the schedule asks
+            for until the next of them. With `sampled_backward=True` the calls between cost no
+            weight gradients.
 
     Raises:
         ValueError: if a number of steps is out of range.
 
-    Reference: Agarwal et al. 2025, Algorithm 1 (increment-S).
+    Reference: Agarwal et al. 2025, Algorithm 1 (increment-S), for any unmasking scheduler u_t.
     """
 
     budget: int | float
     total_steps: int
     schedule: Schedule | Callable[[int], int] = field(default_factory=Uniform)
     unmask_steps: int | None = None
+    every: int = 1
     replaces: ClassVar[bool] = False
     one_step: ClassVar[bool] = False
     noise_seed: ClassVar[None] = None
@@ -110,6 +117,8 @@ class Increment:
                 f"unmask_steps must be 1 to {self.total_steps} (total_steps), "
                 f"got {self.unmask_steps}"
             )
+        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
+            raise ValueError(f"every must be an int of at least 1, got {self.every!r}")
 
     def targets(self, budget: int) -> Tensor:
         """Cumulative targets of a budget in entries; see `Selection`."""
@@ -131,6 +140,7 @@ class _Whole:
     budget: int | float
     replaces: ClassVar[bool] = True
     one_step: ClassVar[bool] = False
+    every: ClassVar[int] = 1
 
     @property
     def noise_seed(self) -> int | None:
