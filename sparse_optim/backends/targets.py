@@ -83,16 +83,20 @@ def ahead(targets: Tensor, steps: int) -> Tensor:
 
 
 def largest_quota(targets: Tensor, steps: int = 1) -> int:
-    """Entries that so many steps unmask at most where none has found too few; of a formula, at
-    most one more for each step."""
+    """Entries that so many steps unmask at most where none has found too few; of a formula, or
+    one more."""
     if not is_formula(targets):
         last = targets.numel() - 1
         return int((targets[min(steps, last) :] - targets[: max(last + 1 - steps, 1)]).max())
-    quotas = [0]
-    for (first, _, gain, power), (last, *_) in pairwise(targets.tolist()):
-        n = last - first
-        quotas.append(-(-gain * (2 * n - 1) // n**2) if power == 2 else -(-gain // n))
-    return min(steps * max(quotas), budget_of(targets))
+
+    def at(step: int) -> Tensor:
+        return target_at(targets, torch.tensor([step], device=targets.device))
+
+    # Within pieces the difference is monotone, so that it is largest where a piece begins or ends.
+    ends = targets[:, 0]
+    begin = torch.cat([ends, ends - steps]).clamp(min=0).tolist()
+    most = max(int(at(t + steps) - at(t)) for t in begin)
+    return min(most + 1, budget_of(targets))
 
 
 def same_targets(first: Tensor, second: Tensor) -> bool:

@@ -1,8 +1,8 @@
 """Whether the budget is spent, as the host knows it: at a fixed lag, never by chance.
 
 On a device, the counts of a call are copied to the host while later calls run. Whether a copy has
-arrived depends on timing, and so may no step: a call learns exactly what was true LAG calls ago,
-and waits for that copy if it must. On the CPU there is nothing to wait for.
+arrived depends on timing, which no step may: a call learns exactly what was true LAG calls ago, and
+waits for that copy if it must. On the CPU there is nothing to wait for.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-LAG = 2  # calls, on devices other than the CPU
+LAG = {"cpu": 0}  # calls, by the type of the device
+LAG_OF_OTHERS = 2
 
 
 class Completion:
@@ -22,12 +23,18 @@ class Completion:
     Args:
         is_complete: whether counts (applied steps, active entries, skipped steps) are those of a
             budget that is spent; what is complete stays complete.
-        lag: in calls.
+        device: type of the device that counts.
         known: whether it is complete already.
+
+    Attributes:
+        lag: in calls.
     """
 
-    def __init__(self, is_complete: Callable[[Sequence[int]], bool], lag: int, known: bool) -> None:
-        self._is_complete, self._lag, self.known = is_complete, lag, known
+    def __init__(
+        self, is_complete: Callable[[Sequence[int]], bool], device: str, known: bool
+    ) -> None:
+        self._is_complete, self.known = is_complete, known
+        self.lag = LAG.get(device, LAG_OF_OTHERS)
         self._queue: deque[bool | tuple[Tensor, torch.cuda.Event | None]] = deque()
 
     def note(self, progress: Tensor) -> None:
@@ -44,7 +51,7 @@ class Completion:
         else:
             copy, event = progress.clone(), None
         self._queue.append((copy, event))
-        if len(self._queue) > self._lag:
+        if len(self._queue) > self.lag:
             self.known = self._read(self._queue.popleft())
 
     @property

@@ -41,7 +41,7 @@ from sparse_optim.backends.operands import (
 )
 from sparse_optim.backends.registry import Backend, load
 from sparse_optim.backends.targets import ahead, budget_of, total_steps
-from sparse_optim.engine.completion import LAG, Completion
+from sparse_optim.engine.completion import Completion
 from sparse_optim.engine.pool import Gradients, Pool, bind_gradients
 from sparse_optim.engine.ranking import Ranking, noise_seed, scores_of, warn_of_scores
 from sparse_optim.engine.scalars import Rows, hyper_rows, write_hyper, write_scalar
@@ -196,8 +196,8 @@ class Engine:
         counts = [0, 0, 0] if self._surely_empty else active.progress.tolist()
         self.calls, self.set_version = counts[0] + counts[2], next(_set_versions)
         self._offsets: tuple[int, list[int]] = (-1, [])
-        lag = 0 if pool.device.type == "cpu" else LAG
-        self.completion = Completion(self._is_complete, lag, known=self._is_complete(counts))
+        complete = self._is_complete(counts)
+        self.completion = Completion(self._is_complete, pool.device.type, complete)
         self.known_hyper: Rows = []
         self._versions = [param._version for param in pool.params]
         self._reread = True  # the next step looks at every parameter
@@ -489,6 +489,7 @@ class Engine:
         threshold: Tensor,
         touched: Touched | None,
         written: bool = False,
+        known: Sequence[bool] = (),
     ) -> Engine:
         """In the state of a checkpoint, which was checked.
 
@@ -498,6 +499,7 @@ class Engine:
             threshold: (), float32, as in `NewEntries`.
             touched: entries that were ever active, where entries leave the set again.
             written: as `written_by_others`.
+            known: as `Completion.flags`; empty for what the counts say.
         """
         pool = self.pool
         active = ActiveSet.empty(pool.params, budget_of(targets), pool.device)
@@ -505,6 +507,8 @@ class Engine:
         engine = Engine(pool, self.method, targets.clone(), self.backend, active, touched)
         engine.work.new.threshold.copy_(threshold)
         engine._written = written
+        if known:
+            engine.completion.flags = known
         return engine
 
     def _derived(self, engine: Engine) -> Engine:

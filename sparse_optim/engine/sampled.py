@@ -145,6 +145,11 @@ class Cover:
             )
 
 
+# Layers find their covers here by number: torch.compile takes the sizes of tensors that it reaches
+# through a module as constant, and would compile anew for each active set.
+COVERS: dict[int, Cover] = {}
+
+
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None, cover: Cover) -> Tensor:
     """`torch.nn.functional.linear` with sampled weight gradients; weight (out, in)."""
     input, weight, bias = _as_autocast(input, weight, bias)

@@ -11,21 +11,25 @@ import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sparse_optim.engine import sampled
-from sparse_optim.engine.sampled import Cover, Exchanged, SampledBackward, Window
+from sparse_optim.engine.sampled import COVERS, Exchanged, SampledBackward, Window
 
 logger = logging.getLogger(__name__)
 
 Forward = Callable[..., Tensor]
 
+_numbers = count()  # of covers
 
-def _linear(cover: Cover, plain: Forward) -> Forward:
+
+def _linear(number: int, plain: Forward) -> Forward:
     def forward(self: nn.Linear, input: Tensor) -> Tensor:
+        cover = COVERS[number]
         if input.dim() < 2 or not cover.samples(self.weight):
             return plain(self, input)
         return sampled.linear(input, self.weight, self.bias, cover)
@@ -33,8 +37,9 @@ def _linear(cover: Cover, plain: Forward) -> Forward:
     return forward
 
 
-def _conv1d(cover: Cover, plain: Forward) -> Forward:
+def _conv1d(number: int, plain: Forward) -> Forward:
     def forward(self: Any, x: Tensor) -> Tensor:
+        cover = COVERS[number]
         if not cover.samples(self.weight):
             return plain(self, x)
         return sampled.conv1d(x, self.weight, self.bias, cover)
@@ -42,8 +47,9 @@ def _conv1d(cover: Cover, plain: Forward) -> Forward:
     return forward
 
 
-def _embedding(cover: Cover, plain: Forward) -> Forward:
+def _embedding(number: int, plain: Forward) -> Forward:
     def forward(self: nn.Embedding, input: Tensor) -> Tensor:
+        cover = COVERS[number]
         if not cover.samples(self.weight):
             return plain(self, input)
         return sampled.embedding(input, self.weight, self.padding_idx, cover)
@@ -56,7 +62,7 @@ class Layer:
     """A layer that can give sampled gradients, and what makes its forward."""
 
     module: nn.Module
-    build: Callable[[Cover, Forward], Forward]
+    build: Callable[[int, Forward], Forward]
 
 
 def find_layers(model: nn.Module, params: Sequence[Tensor]) -> dict[int, list[Layer]]:
@@ -81,7 +87,7 @@ def find_layers(model: nn.Module, params: Sequence[Tensor]) -> dict[int, list[La
     return found
 
 
-def _kind(module: nn.Module) -> Callable[[Cover, Forward], Forward] | None:
+def _kind(module: nn.Module) -> Callable[[int, Forward], Forward] | None:
     forward = type(module).forward
     if forward is nn.Linear.forward:
         return _linear
@@ -139,14 +145,17 @@ class Attachment:
         self, model: nn.Module, layers: Mapping[int, Sequence[Layer]], source: SampledBackward
     ) -> None:
         self._modules: list[weakref.ref[nn.Module]] = []
+        numbers: list[int] = []
         for index, each in layers.items():
+            numbers.append(next(_numbers))
+            COVERS[numbers[-1]] = source.covers[index]
             for layer in each:
-                function = layer.build(source.covers[index], type(layer.module).forward)
+                function = layer.build(numbers[-1], type(layer.module).forward)
                 self._exchange(layer.module, "forward", function, source.window)
         own = vars(model).get("zero_grad")
         if own is None or isinstance(own, Exchanged):
             self._exchange(model, "zero_grad", _zero_grad(source), source.window)
-        self._finalizer = weakref.finalize(source, _detach, self._modules, source.window)
+        self._finalizer = weakref.finalize(source, _detach, self._modules, numbers, source.window)
 
     def _exchange(
         self, module: nn.Module, name: str, function: Callable[..., Any], window: Window
@@ -170,8 +179,12 @@ def _zero_grad(source: SampledBackward) -> Callable[..., None]:
     return zero_grad
 
 
-def _detach(modules: Sequence[weakref.ref[nn.Module]], window: Window) -> None:
+def _detach(
+    modules: Sequence[weakref.ref[nn.Module]], numbers: Sequence[int], window: Window
+) -> None:
     window.closed = True
+    for number in numbers:
+        del COVERS[number]
     for reference in modules:
         module = reference()
         for name in ("forward", "zero_grad") if module is not None else ():

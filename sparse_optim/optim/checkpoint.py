@@ -54,6 +54,7 @@ class EngineState:
         fingerprints: of the base's tensors; none if no step had been taken.
         touched: entries that were ever active; None if the selection keeps its set.
         written: whether other code had written parameters.
+        known: as `Completion.flags`; empty where the checkpoint has none.
     """
 
     segments: Segments
@@ -63,6 +64,7 @@ class EngineState:
     fingerprints: list[str]
     touched: Touched | None
     written: bool
+    known: list[bool]
 
 
 def split(
@@ -121,7 +123,7 @@ def split(
     _check_totals(run, segments, engine.pool.entries)
     found = EngineState(
         segments, run["progress"], run["targets"], run["threshold"], run["fingerprints"],
-        run.get("touched"), bool(run.get("written", False)),
+        run.get("touched"), bool(run.get("written", False)), _read_known(run, engine),
     )  # fmt: skip
     rest = {}
     for group in param_groups:
@@ -164,6 +166,15 @@ def _read_run(state: dict[Any, dict[str, Any]], engine: Engine) -> dict[str, Any
         _check(bits.numel() == size, f"touched has {bits.numel()} bytes, expected {size}")
         run["touched"] = Touched(bits.to(engine.pool.device, copy=True))
     return run
+
+
+def _read_known(run: dict[str, Any], engine: Engine) -> list[bool]:
+    if "known" not in run or not engine.completion.lag:
+        return []
+    _check_tensor(run["known"], "known", torch.uint8)
+    found, wanted = run["known"].numel(), engine.completion.lag + 1
+    _check(found == wanted, f"known has {found} flags, expected {wanted}")
+    return [bool(flag) for flag in run["known"].tolist()]
 
 
 def _check_places(states: Sequence[dict[str, Any]], engine: Engine) -> None:
@@ -232,8 +243,9 @@ def restore(engine: Engine, state: EngineState) -> Engine:
             budget_of(targets), total_steps(targets), budget_of(before), total_steps(before),
         )  # fmt: skip
     return engine.restored(
-        state.segments, state.progress, targets, state.threshold, state.touched, state.written
-    )
+        state.segments, state.progress, targets, state.threshold, state.touched, state.written,
+        state.known,
+    )  # fmt: skip
 
 
 def _whole(

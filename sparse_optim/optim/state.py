@@ -12,6 +12,7 @@
         pool_base          (S, 16), uint8, fingerprints of the base; 0 before the first step
         pool_written       (), uint8, 1 if other code has written parameters, see `Engine`
         pool_touched       as in `Touched`, where entries leave the set again
+        pool_known         uint8, as `Completion.flags`, on devices that the host lags behind
 
 Everything exists from construction on and keeps its size until the budget, the schedule or the
 groups change: torch.distributed.checkpoint takes a step with an optimizer whose state is empty, and
@@ -58,6 +59,10 @@ def pool_state(engine: Engine, fingerprints: Sequence[str]) -> dict[str, Tensor]
     }
     if engine.method.selection.replaces:
         state[OURS + "touched"] = engine.touched.bits
+    if engine.completion.lag:
+        flags = [*engine.completion.flags, *[False] * engine.completion.lag]
+        known = torch.tensor(flags[: engine.completion.lag + 1], device=base.device)
+        state[OURS + "known"] = known.byte()
     return state
 
 

@@ -587,3 +587,40 @@ def test_the_delta_is_the_trained_model():
     apply_delta(base, optimizer.delta(model))
     for a, b in zip(model.parameters(), base.parameters(), strict=True):
         assert_same_bits(a.detach(), b.detach())
+
+
+# Compiled models, and models as people have them.
+
+
+class Compiled(nn.Module):
+    """All kinds of gradients, in a graph that does not break."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(50, 16)
+        self.up, self.down, self.head = nn.Linear(16, 37), nn.Linear(37, 16), nn.Linear(16, 3)
+
+    def forward(self, ids):
+        return self.head(self.down(torch.tanh(self.up(self.words(ids)))).mean(1))
+
+
+# dynamo itself makes an instance of every autograd function.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_two_graphs_are_compiled_in_a_run():
+    """A loud and a quiet one, whatever the size of the active set."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    models = [new_model(Compiled) for _ in range(2)]
+    for model, compiled in zip(models, (True, False), strict=True):
+        optimizer = optimizer_of(model, True, every=16, total_steps=64)
+        called = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+        for step in range(64):
+            loss_of(called, step).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert optimizer.metrics()["active"] == 200
+    assert counters["stats"]["unique_graphs"] == 2
+    assert not counters["graph_break"]
+    for a, b in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(a, b)

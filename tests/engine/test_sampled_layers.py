@@ -60,7 +60,8 @@ def covered(layer: nn.Module, share: float = 0.1) -> tuple[nn.Module, Cover]:
     cover.window.quiet = True
     build = _kind(twin)
     assert build is not None
-    forward = Layer(twin, build).build(cover, type(twin).forward)
+    sampled.COVERS[-1] = cover
+    forward = Layer(twin, build).build(-1, type(twin).forward)
     twin.forward = Exchanged(twin, "forward", forward, cover.window)
     return twin, cover
 
