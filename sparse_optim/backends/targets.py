@@ -14,7 +14,9 @@ here and in each checkpoint.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from fractions import Fraction
 from itertools import pairwise
 
 import torch
@@ -88,15 +90,19 @@ def largest_quota(targets: Tensor, steps: int = 1) -> int:
     if not is_formula(targets):
         last = targets.numel() - 1
         return int((targets[min(steps, last) :] - targets[: max(last + 1 - steps, 1)]).max())
+    rows = targets.tolist()
 
-    def at(step: int) -> Tensor:
-        return target_at(targets, torch.tensor([step], device=targets.device))
+    def at(step: int) -> Fraction:
+        step = min(step, rows[-1][0])
+        begun = [pair for pair in pairwise(rows) if pair[0][0] <= step]
+        (first, target, gain, power), (last, *_) = begun[-1]
+        n, u = last - first, step - first
+        return target + gain * (Fraction(u * (2 * n - u), n * n) if power == 2 else Fraction(u, n))
 
     # Within pieces the difference is monotone, so that it is largest where a piece begins or ends.
-    ends = targets[:, 0]
-    begin = torch.cat([ends, ends - steps]).clamp(min=0).tolist()
-    most = max(int(at(t + steps) - at(t)) for t in begin)
-    return min(most + 1, budget_of(targets))
+    begin = {max(row[0] - ahead, 0) for row in rows for ahead in (0, steps)}
+    most = math.ceil(max(at(t + steps) - at(t) for t in begin))
+    return min(most, budget_of(targets))
 
 
 def same_targets(first: Tensor, second: Tensor) -> bool:
