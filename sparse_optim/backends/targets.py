@@ -90,17 +90,18 @@ def largest_quota(targets: Tensor, steps: int = 1) -> int:
     if not is_formula(targets):
         last = targets.numel() - 1
         return int((targets[min(steps, last) :] - targets[: max(last + 1 - steps, 1)]).max())
-    rows = targets.tolist()
+    rows: list[list[int]] = targets.tolist()
 
     def at(step: int) -> Fraction:
         step = min(step, rows[-1][0])
         begun = [pair for pair in pairwise(rows) if pair[0][0] <= step]
         (first, target, gain, power), (last, *_) = begun[-1]
         n, u = last - first, step - first
-        return target + gain * (Fraction(u * (2 * n - u), n * n) if power == 2 else Fraction(u, n))
+        share = Fraction(u * (2 * n - u), n * n) if power == 2 else Fraction(u, n)
+        return Fraction(target) + gain * share
 
     # Within pieces the difference is monotone, so that it is largest where a piece begins or ends.
-    begin = {max(row[0] - ahead, 0) for row in rows for ahead in (0, steps)}
+    begin = {max(row[0] - back, 0) for row in rows for back in (0, steps)}
     most = math.ceil(max(at(t + steps) - at(t) for t in begin))
     return min(most, budget_of(targets))
 
