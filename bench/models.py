@@ -100,6 +100,10 @@ MODELS = {
     "MiniLM": Model("bert", _bert(384, 6, 1536), 16, 48),
     "BERT-base": Model("bert", _bert(768, 12, 3072), 8, 64),
     "Llama-small": Model("llama", _llama(32000, 512, 8, 1408, 8, 4), 4, 128),
+    # The shape of SmolLM2-135M.
+    "SmolLM2-135M": Model(
+        "llama", {**_llama(49152, 576, 30, 1536, 9, 3), "tie_word_embeddings": True}, 8, 64
+    ),
     # The shape of Llama-3.2-1B.
     "Llama-1B": Model(
         "llama", {**_llama(128256, 2048, 16, 8192, 32, 8), "tie_word_embeddings": True}, 1, 32,

@@ -18,6 +18,7 @@ from sparse_optim.finetune.adapter_kinds import ADAPTERS
 from sparse_optim.finetune.builtin_data import DATASETS, MODELS
 from sparse_optim.finetune.config import FinetuneConfig, field_types, option, settings
 from sparse_optim.finetune.errors import FinetuneError
+from sparse_optim.finetune.settings import members
 from sparse_optim.methods import METHODS
 
 
@@ -100,10 +101,11 @@ def parameter(field: Field[Any]) -> inspect.Parameter:
     default = None if is_required or field.default == () else field.default
     if kind == tuple[str, ...]:
         kind = list[str]
+    is_flag = bool in members(kind)
     if default is None or about.written:
         kind = (about.written or kind) | None
     name = option(field.name)
-    flags = [f"{name}/--no-{name[2:]}" if kind is bool else name]
+    flags = [f"{name}/--no-{name[2:]}" if is_flag else name]
     made = typer.Option(
         *flags,
         *([about.short] if about.short else []),

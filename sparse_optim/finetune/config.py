@@ -21,6 +21,9 @@ DEFAULT_BUDGET = 0.01
 # gained against the paper's whole run on each of three tasks: see bench/results/quality/README.md.
 DEFAULT_UNMASK_SHARE = 0.5
 
+# Steps from one that unmasks to the next: see bench/results/every/README.md.
+DEFAULT_EVERY = 1
+
 RATES = ", ".join(f"{name} {method.lr:g}" for name, method in METHODS.items())
 RANKS = ", ".join(f"{name} {kind.rank}" for name, kind in ADAPTERS.items() if kind.rank)
 
@@ -113,6 +116,9 @@ class FinetuneConfig:
     unmask_share: float = _selection(
         DEFAULT_UNMASK_SHARE, "Spend the budget in this share of the run (1: the paper's ID3)."
     )
+    every: int = _selection(
+        DEFAULT_EVERY, "Unmask at every so many-th step alone; the steps between are faster."
+    )
     bias_correction: Literal["entry", "global"] = _selection(
         "entry", "Count Adam's steps from the unmasking of an entry, or from the start (global)."
     )
@@ -153,6 +159,11 @@ class FinetuneConfig:
     fuse_backward: bool = _training(
         False,
         "Read gradients inside the backward pass and free them: less memory, the same steps.",
+    )
+    sampled_backward: bool | None = _training(
+        None,
+        "On steps that unmask nothing, compute weight gradients of active entries alone: faster, "
+        "the same up to rounding (default: where the method allows it).",
     )
     seed: int = _training(0, "Seed of the fresh head, the order of the examples and dropout.")
     resume: Path | None = _training(None, "Resume from this checkpoint (see --save-every).")
@@ -235,6 +246,8 @@ class FinetuneConfig:
                 "--fuse-backward frees each gradient at once, so --accumulation has nothing to add "
                 "up: drop one of them"
             )
+        if self.every != DEFAULT_EVERY and self.method != "id3":
+            raise FinetuneError(f"--every is for the method id3, not for {self.method}")
         for name in ("adapter_rank", "adapter_alpha", "adapter_targets"):
             if self.adapter is None and getattr(self, name):
                 raise FinetuneError(f"{option(name)} needs --adapter")
@@ -247,7 +260,7 @@ class FinetuneConfig:
 _POSITIVE = (
     *("steps", "epochs", "batch_size", "eval_batch_size", "accumulation", "max_length"),
     *("lr", "head_lr", "adam_eps", "max_grad_norm", "budget", "adapter_rank", "adapter_alpha"),
-    *("eval_every", "log_every", "save_every", "threads"),
+    *("eval_every", "log_every", "save_every", "threads", "every"),
 )
 
 

@@ -383,6 +383,8 @@ def build_optimizer(
         bias_correction=config.bias_correction,
         sparse_score=config.sparse_score,
         fuse_backward=config.fuse_backward,
+        every=config.every,
+        sampled_backward=config.sampled_backward,
         max_grad_norm=config.max_grad_norm,
         backend=config.backend,
         calibration=batches,

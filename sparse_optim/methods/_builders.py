@@ -19,7 +19,9 @@ def id3(request: MethodRequest) -> MaskedAdamW:
     """D3 importance, the budget unmasked step by step (Agarwal et al. 2025, Algorithm 1)."""
     steps = request.total_steps
     unmask_steps = max(1, round(steps * request.unmask_share))
-    selection = Increment(request.given_budget, steps, request.schedule, unmask_steps)
+    selection = Increment(
+        request.given_budget, steps, request.schedule, unmask_steps, request.every
+    )
     return masked_adamw(request, D3(request.d3_exp, request.d3_eps), selection)
 
 

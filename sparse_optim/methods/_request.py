@@ -12,6 +12,7 @@ from torch import nn
 
 from sparse_optim.backends.operands import BiasCorrection
 from sparse_optim.backends.registry import BackendName
+from sparse_optim.optim.attach import can_sample
 from sparse_optim.optim.masked_adamw import MaskedAdamW
 from sparse_optim.policy.importance import Importance
 from sparse_optim.policy.schedule import Schedule, Uniform
@@ -37,6 +38,8 @@ class MethodRequest:
         calibration: returns batches, for methods that score entries before training.
         sparse_score: for "sparse-adapter", a key of `SPARSE_SCORES`.
         fuse_backward: as in `MaskedAdamW`.
+        every: for methods that unmask step by step: as in `Increment`.
+        sampled_backward: as in `MaskedAdamW`; None: where the method and the model allow it.
         seed: for methods that draw entries.
     """
 
@@ -61,6 +64,8 @@ class MethodRequest:
     calibration: Callable[[], Iterable[Any]] | None = None
     sparse_score: str = "snip"
     fuse_backward: bool = False
+    every: int = 1
+    sampled_backward: bool | None = False
     seed: int = 0
 
     @property
@@ -99,6 +104,10 @@ def masked_adamw(
             "the pool is empty: every trainable parameter is fresh (--dense), so the budget would "
             "not be used; name fewer, or use the method 'full'"
         )
+    sampled = request.sampled_backward
+    if sampled is None:
+        params = [param for _, param in request.ranked]
+        sampled = not selection.replaces and can_sample(request.model, params)
     return MaskedAdamW(
         ranked_groups(request),
         request.lr,
@@ -107,16 +116,19 @@ def masked_adamw(
         request.weight_decay,
         importance=importance,
         selection=selection,
-        max_grad_norm=_clip_norm(request),
+        max_grad_norm=_clip_norm(request, sampled),
+        norm="all" if selection.replaces else "active",
         bias_correction=request.bias_correction,
         backend=request.backend,
         fuse_backward=request.fuse_backward,
+        model=request.model,
+        sampled_backward=sampled,
     )
 
 
-def _clip_norm(request: MethodRequest) -> float | None:
+def _clip_norm(request: MethodRequest, sampled: bool) -> float | None:
     """The norm to clip to; inf says that no clipping is intended, where None would warn."""
-    if request.max_grad_norm is None and request.fuse_backward:
+    if request.max_grad_norm is None and (request.fuse_backward or sampled):
         return math.inf
     return request.max_grad_norm
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -85,6 +86,18 @@ def find_layers(model: nn.Module, params: Sequence[Tensor]) -> dict[int, list[La
             continue
         found.setdefault(index, []).append(Layer(module, build))
     return found
+
+
+def can_sample(model: nn.Module, params: Sequence[Tensor]) -> bool:
+    """Whether `sampled_backward=True` has a layer to work with, and one process."""
+    weights = {id(param) for param in params}
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return not (distributed and torch.distributed.get_world_size() > 1) and any(
+        _kind(module) is not None and id(weight) in weights
+        for module in model.modules()
+        for name, weight in module.named_parameters(recurse=False)
+        if name == "weight"
+    )
 
 
 def _kind(module: nn.Module) -> Callable[[int, Forward], Forward] | None:
