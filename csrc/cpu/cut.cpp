@@ -27,9 +27,14 @@ namespace {
 constexpr int kLowBits = 16;
 constexpr int64_t kHighBins = int64_t(1) << (31 - kLowBits);
 constexpr int64_t kLowBins = int64_t(1) << kLowBits;
+// Lower bits that the histogram of `kth` leaves out: its counters fit the L1 and L2 caches.
+constexpr int kKthShift = 17;
 constexpr int64_t kTilesPerTask = 32;
 // Tiles that are scored for a floor: an eighth of the quota, but this many of a small quota.
 constexpr int64_t kScoredTiles = 512;
+// Tiles ahead whose gradients are fetched: 16,000 tiles in 110M entries took 6.5 ms instead of 7.2
+// (8 ahead: 6.8).
+constexpr int64_t kTilesAhead = 2;
 constexpr int64_t kBoundsPerTask = 16384;
 // Up to this quota winners are collected in a buffer, beyond it by radix selection.
 constexpr int64_t kBufferedQuota = 1 << 16;
@@ -51,6 +56,7 @@ class OpenTiles {
     int32_t keys[kMaxTile + 16];
     const int64_t end = std::min(int64_t(tiles_.size()), (task + 1) * kTilesPerTask);
     for (int64_t i = task * kTilesPerTask; i < end; ++i) {
+      if (i + kTilesAhead < end) prefetch_tile(problem_, tiles_[i + kTilesAhead]);
       const Opened tile = open_tile(problem_, tiles_[i], keys);
       visit_reaching(keys, tile.count, limit, [&](int64_t j) {
         visit(int32_t(tile.tensor), int32_t(tile.first + j), keys[j]);
@@ -86,13 +92,29 @@ struct Bin {
 };
 
 // The bin that holds the wanted-th largest.
-Bin find_bin(const std::vector<int64_t>& counts, int64_t wanted) {
+template <class Count>
+Bin find_bin(const std::vector<Count>& counts, int64_t wanted) {
   int64_t above = 0;
   for (int64_t b = int64_t(counts.size()) - 1; b >= 0; --b) {
     if (above + counts[b] >= wanted) return {b, above};
     above += counts[b];
   }
   return {-1, above};
+}
+
+// The k-th largest of values that are not negative; 0 if there are fewer. By a histogram of the
+// upper bits: nth_element alone takes 1.3 ms for the 16,000th of 215,000, this 0.2.
+int32_t kth(const std::vector<int32_t>& values, int64_t k) {
+  if (int64_t(values.size()) < k) return 0;
+  std::vector<int32_t> counts(size_t(1) << (31 - kKthShift)), rest;
+  for (const int32_t value : values) ++counts[value >> kKthShift];
+  const Bin bin = find_bin(counts, k);
+  rest.reserve(counts[bin.index]);
+  for (const int32_t value : values)
+    if (value >> kKthShift == bin.index) rest.push_back(value);
+  const auto place = rest.begin() + (k - bin.above - 1);
+  std::nth_element(rest.begin(), place, rest.end(), std::greater<int32_t>());
+  return *place;
 }
 
 // Values with the largest of each run of 16, which narrows searches for the great ones.
@@ -102,6 +124,8 @@ class Ranked {
       : values_(values), count_(count), blocks_(tiles_of(count, 16)) {
     block_maxima(values, count, blocks_.data());
   }
+
+  int32_t operator[](int64_t i) const { return values_[i]; }
 
   // visit(i) for every values[i] >= limit, in order.
   template <class Visit>
@@ -123,20 +147,13 @@ class Ranked {
   // The k-th largest value; 1, the least positive key, if fewer than k are above 0. The k-th
   // largest maximum of a run is not above it.
   int32_t kth_largest(int64_t k) const {
-    int32_t least = 1;
-    if (k <= int64_t(blocks_.size())) least = std::max(kth(blocks_, k), 1);
+    const int32_t least = std::max(kth(blocks_, k), 1);
     std::vector<int32_t> great;
     visit_reaching(least, [&](int64_t i) { great.push_back(values_[i]); });
-    return int64_t(great.size()) < k ? 1 : kth(std::move(great), k);
+    return std::max(kth(great, k), 1);
   }
 
  private:
-  static int32_t kth(std::vector<int32_t> values, int64_t k) {
-    const auto place = values.begin() + (k - 1);
-    std::nth_element(values.begin(), place, values.end(), std::greater<int32_t>());
-    return *place;
-  }
-
   const int32_t* values_;
   int64_t count_;
   std::vector<int32_t> blocks_;
@@ -188,32 +205,38 @@ struct Opening {
   int32_t floor;               // that at least `quota` entries reach, or 1
 };
 
-// Scores the tiles that promise most. The quota-th largest of the maxima of their runs of 16
-// entries is the floor: each stands for an entry of its own.
-Opening open_by_bound(const Problem& problem, const Ranked& ranked) {
-  const int64_t most = std::min(problem.quota, std::max(kScoredTiles, problem.quota / 8));
-  auto promising = ranked.reaching(ranked.kth_largest(most));
-  const int64_t count = std::min(int64_t(promising.size()), most),
-                runs = tiles_of(problem.tile, 16);
-  promising.resize(count);  // tied tiles beyond that many are not needed for a floor
-  std::vector<int32_t> run_maxima(count * runs), maxima(count);
+// Scores the `count` tiles that promise most. The quota-th largest of the maxima of their runs of
+// 16 entries is a floor: each stands for an entry of its own.
+int32_t score(const Problem& problem, const Ranked& ranked, int64_t count) {
+  auto promising = ranked.reaching(ranked.kth_largest(count));
+  count = std::min(int64_t(promising.size()), count);  // tied tiles beyond are not needed
+  const int64_t runs = tiles_of(problem.tile, 16);
+  std::vector<int32_t> run_maxima(count * runs);
   for_each(problem.threads, tiles_of(count, kTilesPerTask), [&](int64_t task) {
     int32_t opened[kMaxTile + 16];
-    for (int64_t i = task * kTilesPerTask; i < std::min(count, (task + 1) * kTilesPerTask); ++i) {
+    const int64_t end = std::min(count, (task + 1) * kTilesPerTask);
+    for (int64_t i = task * kTilesPerTask; i < end; ++i) {
+      if (i + kTilesAhead < end) prefetch_tile(problem, promising[i + kTilesAhead]);
       block_maxima(opened, open_tile(problem, promising[i], opened).count, &run_maxima[i * runs]);
-      maxima[i] = largest(&run_maxima[i * runs], runs);
     }
   });
-  Opening opening;
-  opening.floor = Ranked(run_maxima.data(), count * runs).kth_largest(problem.quota);
-  const int32_t limit =
-      ranks_by_magnitude(problem.exp) ? least_magnitude(problem, opening.floor) : opening.floor;
-  int64_t scored = 0;
-  ranked.visit_reaching(limit, [&](int64_t tile_index) {
-    while (scored < count && promising[scored] < tile_index) ++scored;
-    const bool known = scored < count && promising[scored] == tile_index;
-    if (!known || maxima[scored] >= opening.floor) opening.tiles.push_back(tile_index);
-  });
+  return Ranked(run_maxima.data(), count * runs).kth_largest(problem.quota);
+}
+
+Opening open_by_bound(const Problem& problem, const Ranked& ranked) {
+  const int64_t count = std::min(problem.quota, std::max(kScoredTiles, problem.quota / 8));
+  Opening opening{{}, score(problem, ranked, count)};
+  opening.tiles = ranked.reaching(
+      ranks_by_magnitude(problem.exp) ? least_magnitude(problem, opening.floor) : opening.floor);
+  if (problem.exp != 0.0 || int64_t(opening.tiles.size()) <= problem.quota) return opening;
+  // Bounds are the keys of entries: the quota-th largest is a floor as well.
+  std::vector<int32_t> maxima;
+  for (const int64_t tile_index : opening.tiles) maxima.push_back(ranked[tile_index]);
+  opening.floor = kth(maxima, problem.quota);
+  size_t kept = 0;
+  for (const int64_t tile_index : opening.tiles)
+    if (ranked[tile_index] >= opening.floor) opening.tiles[kept++] = tile_index;
+  opening.tiles.resize(kept);
   return opening;
 }
 
@@ -226,10 +249,9 @@ int32_t trim(std::vector<Candidate>& candidates, int64_t quota) {
   std::vector<int32_t> keys(candidates.size());
   std::transform(candidates.begin(), candidates.end(), keys.begin(),
                  [](const Candidate& candidate) { return candidate.key; });
-  const auto place = keys.begin() + (quota - 1);
-  std::nth_element(keys.begin(), place, keys.end(), std::greater<int32_t>());
-  const int32_t least = *place;
-  int64_t ties = quota - std::count_if(keys.begin(), place, [&](int32_t k) { return k > least; });
+  const int32_t least = kth(keys, quota);
+  int64_t ties =
+      quota - std::count_if(keys.begin(), keys.end(), [&](int32_t k) { return k > least; });
   size_t kept = 0;
   for (const Candidate candidate : candidates) {
     if (candidate.key < least || (candidate.key == least && ties-- <= 0)) continue;
@@ -245,6 +267,7 @@ int32_t trim(std::vector<Candidate>& candidates, int64_t quota) {
 int32_t collect(const Problem& problem, const OpenTiles& tiles, int32_t floor, NewEntries& found) {
   const int64_t most = std::max(kCandidates, 2 * problem.quota);
   std::vector<Candidate> candidates;
+  candidates.reserve(2 * most);
   int64_t round = std::max(problem.threads.workers, 1);
   for (int64_t first = 0; first < tiles.num_tasks(); first += round) {
     round = std::min(2 * round, kTasksPerRound);
