@@ -9,7 +9,7 @@
 //      whole tiles alone make a poor floor where gradients have many scales, since one tile then
 //      holds many winners.)
 //   3. Tiles with a bound at or above the floor are opened, no other can hold a winner, in bands of
-//      decreasing bounds: half the quota of tiles, then as many, then twice as many. The floor
+//      decreasing bounds: half the quota of tiles, then twice as many each time. The floor
 //      rises to the quota-th best entry so far, so that fewer of the later bands reach it. Where
 //      rows differ in scale, quota 3,200 opens 22,273 tiles of 110M entries without bands, of which
 //      4,546 may hold a winner (exp = 2): 9.5 ms, 3.7 so; quota 16,000 at exp = 0: 6.5 ms, 5.1 so.
