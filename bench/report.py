@@ -19,7 +19,7 @@ from bench import backward, console, goals, gpu_report, quality, sampling
 from bench.environment import RESULTS, ROOT
 from bench.memory import held_bytes
 from bench.plot import draw, draw_gpu
-from bench.results import Results, newest
+from bench.results import SYNTHETIC, Results, newest
 from bench.tables import count, table
 
 PLOT = "![Step time relative to one read of the gradients]({}bench/results/cpu-steps.png)"
@@ -78,6 +78,23 @@ def _step_cells(results: Results, model: str, dtype: str, **labels: float) -> li
         f"{first / 1e3:.2f} to {third / 1e3:.2f}",
         *(f"{ratio:.2f}" for ratio in ratios),
     ]
+
+
+def grads_table(results: Results) -> str:
+    """Show times of our step (slowest exp) and ratios to AdamW, by kind of gradients."""
+    settings, rows = results.data["settings"], []
+    for grads in results.grads():
+        kind = results.of(grads)
+        for model, dtype in kind.cases():
+            for quota in settings["quotas"]:
+                labels = {"budget": min(settings["budgets"]), "quota": quota}
+                exp = kind.slowest_exp(model, dtype, **labels)
+                stages = kind.stages(model, dtype, exp=exp, **labels)
+                rows.append([f"{model} {dtype}, {grads}, k = {quota}", f"{stages['cut'] / 1e3:.2f}",
+                             *_step_cells(kind, model, dtype, exp=exp, **labels)])  # fmt: skip
+    header = ["our step, clipping included", "cut, ms", "step, ms", "quartiles", "/ fused AdamW",
+              "/ clip + fused", "/ read"]  # fmt: skip
+    return table(header, rows)
 
 
 def baselines_table(results: Results) -> str:
@@ -155,13 +172,14 @@ def peaks_table(results: Results) -> str:
 
 
 def shown_quota(results: Results) -> int:
-    """Return the quota of the short tables: the middle one of those measured."""
+    """Return the quota of the short tables: 320, or the middle one of those measured."""
     quotas: list[int] = results.data["settings"]["quotas"]
-    return quotas[len(quotas) // 2]
+    return 320 if 320 in quotas else quotas[len(quotas) // 2]
 
 
 def headline(results: Results) -> str:
     """Show the plot, the range of the ratios by budget, and the memory, for README.md."""
+    results = results.of(SYNTHETIC)
     settings, quota = results.data["settings"], shown_quota(results)
     rows = []
     for budget in settings["budgets"]:
@@ -202,6 +220,7 @@ def _range(values: Sequence[float], form: str = "{:.2f}") -> str:
 
 def main_tables(results: Results) -> str:
     """Show the plot and the main tables, for docs/benchmarks.md."""
+    results = results.of(SYNTHETIC)
     quotas = [shown_quota(results)]
     dtypes = results.data["settings"]["dtypes"]
     parts = [PLOT.format("../")]
@@ -232,18 +251,21 @@ def draw_gpu_steps(folder: Path) -> None:
         draw_gpu(data, folder / "gpu-steps.png")
 
 
-def full_report(results: Results) -> str:
-    """Show every table, and the goals."""
+def full_report(every: Results) -> str:
+    """Show every table, and the goals; tables without kinds of gradients are of synthetic ones."""
+    results = every.of(SYNTHETIC)
     dtypes, quotas = (results.data["settings"][name] for name in ("dtypes", "quotas"))
-    parts = ["# Recorded results", caption(results)]
+    parts = ["# Recorded results", caption(every)]
     for dtype in dtypes:
         parts += [f"## Our step, {dtype}", steps_table(results, dtype, quotas)]
     parts += ["## Baselines", baselines_table(results)]
     parts += ["## Where the time goes", stages_table(results)]
+    if len(every.grads()) > 1:
+        parts += ["## Kinds of gradients", grads_table(every)]
     parts += ["## Memory held", memory_table(results)]
     parts += ["With exp < 0 (4 bytes a tile more):", memory_table(results, exp=-1.0)]
     parts += ["## Memory within a step", peaks_table(results)]
-    parts += ["## Goals", f"```text\n{goals.check(results)}\n```"]
+    parts += ["## Goals", f"```text\n{goals.check(every)}\n```"]
     parts += ["## Sampling", *sampling.section(RESULTS)]
     parts += ["## Whole training steps", *backward.section(RESULTS)]
     return "\n\n".join([*parts, *gpu_section(gpu_report.full_report)]) + "\n"
@@ -276,7 +298,7 @@ def write(results: Results) -> None:
             text = insert(text, name, block)
         path.write_text(text)
     (RESULTS / "tables.md").write_text(full_report(results))
-    draw(results, RESULTS / "cpu-steps.png")
+    draw(results.of(SYNTHETIC), RESULTS / "cpu-steps.png")
     draw_gpu_steps(RESULTS)
 
 
@@ -289,7 +311,7 @@ def main() -> None:
     arguments = parser.parse_args()
     results = Results.load(arguments.results)
     if arguments.plot:
-        draw(results, arguments.plot)
+        draw(results.of(SYNTHETIC), arguments.plot)
     elif not arguments.write:
         print(full_report(results))
     elif results.clean_share() < LEAST_CLEAN:

@@ -13,6 +13,10 @@ from bench.environment import RESULTS
 
 SCHEMA = 1
 
+# Kinds of gradients. Runs that name none are synthetic.
+SYNTHETIC, ROW_SCALED = "synthetic", "row-scaled"
+REAL = ("trec50@1", "trec50@20", "trec50@80", "conll2003@1", "conll2003@20", "conll2003@80")
+
 # A call is clean if its threads waited for a core for at most this share of its time, so that other
 # processes did not slow it down. Medians are over clean calls if there are any.
 CLEAN_DELAY = 0.02
@@ -88,6 +92,15 @@ class Results:
         if data is None:
             raise FileNotFoundError("nothing is recorded yet: run python -m bench.steps")
         return Results(data)
+
+    def of(self, grads: str) -> Results:
+        """Return the results with one kind of gradients alone."""
+        runs = [run for run in self.data["runs"] if run.get("grads", SYNTHETIC) == grads]
+        return Results({**self.data, "runs": runs})
+
+    def grads(self) -> list[str]:
+        """Return the kinds of gradients in the order measured."""
+        return list(dict.fromkeys(run.get("grads", SYNTHETIC) for run in self.data["runs"]))
 
     def cases(self) -> list[tuple[str, str]]:
         """Return each (model, dtype) in the order measured."""

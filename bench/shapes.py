@@ -16,6 +16,7 @@ Shape = tuple[int, ...]
 
 ZERO_ROWS = 0.9  # share of the word embedding's rows without gradient
 LOG_SCALE_MEAN, LOG_SCALE_STD = -9.0, 1.0  # of the gradient scale of a tensor, log-normal
+ROW_POWER = 4  # of the uniform number that scales a row, for gradients of the kind "row-scaled"
 WEIGHT_STD, VECTOR_STD = 0.04, 0.5  # of parameters: matrices; biases and norms
 
 
@@ -93,6 +94,20 @@ def make_params(
             grad[zeros] = 0
         param.grad = grad.to(dtype)
         params.append(param)
+    return params
+
+
+def scale_rows(params: list[Tensor], seed: int = 7) -> list[Tensor]:
+    """Replace gradients by ones whose rows differ in scale: `randn * rand(rows, 1) ** 4`.
+
+    The largest entries of real gradients crowd into few rows as well.
+    """
+    generator = torch.Generator(params[0].device).manual_seed(seed)
+    for param in params:
+        rows = (param.shape[0],) + (1,) * (param.dim() - 1)
+        scale = torch.rand(rows, generator=generator, device=param.device) ** ROW_POWER
+        grad = torch.randn(param.shape, generator=generator, device=param.device)
+        param.grad = grad.mul_(scale).to(param.dtype)
     return params
 
 

@@ -1,9 +1,9 @@
 """Time optimizer steps against AdamW and the read bandwidth: python -m bench.steps
 
-Each run of a model and dtype is a separate process, in which all subjects share one set of
-parameters and gradients and take turns: our step for each budget B, quota k and exp, with clipping;
-its scan alone; AdamW fused and foreach, each without and with clip_grad_norm_; plain reads of the
-gradients. Raw times go to a JSON file, from which bench.report makes tables and a plot.
+Each run of a model, dtype and kind of gradients is a separate process, in which all subjects share
+one set of parameters and gradients and take turns: our step for each budget B, quota k and exp,
+with clipping; its scan alone; AdamW fused and foreach, each without and with clip_grad_norm_; plain
+reads of the gradients. Raw times go to a JSON file, from which bench.report makes tables and plots.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from bench import console, environment, goals, memory
-from bench.results import SCHEMA, Results
-from bench.shapes import DTYPES, MEASURED, MODELS, grads_of, make_params, num_entries
+from bench import console, environment, goals, memory, real_grads
+from bench.results import REAL, ROW_SCALED, SCHEMA, SYNTHETIC, Results
+from bench.shapes import DTYPES, MEASURED, MODELS, grads_of, make_params, scale_rows
 from bench.subjects import adamw, ours, reads, scan_alone
 from bench.timing import interleave
 from bench.verify import check_selection
@@ -35,6 +36,8 @@ class Settings:
         rounds: timed calls of each subject in a run, after `warmup` untimed ones.
         runs: processes per model and dtype.
         budgets, quotas, exps: settings of our steps.
+        grads: kinds of gradients: "synthetic" (shapes.py), "row-scaled", and "trec50@20" for those
+            of step 20 of a real run on TREC-50 (real_grads.py; MiniLM only).
         threads: number of torch threads; 0 keeps torch's default.
     """
 
@@ -44,22 +47,44 @@ class Settings:
     warmup: int = 2
     runs: int = 5
     budgets: tuple[int, ...] = (320_000, 3_500_000)
-    quotas: tuple[int, ...] = (32, 320, 3200)
+    quotas: tuple[int, ...] = (32, 320, 3200, 16000)
     exps: tuple[float, ...] = (0.0, 2.0)
+    grads: tuple[str, ...] = (SYNTHETIC, ROW_SCALED, *REAL)
     threads: int = 0
 
 
-QUICK = Settings(models=("MiniLM",), rounds=3, warmup=1, runs=1, budgets=(320_000,))
+QUICK = Settings(
+    models=("MiniLM",), rounds=3, warmup=1, runs=1, budgets=(320_000,), grads=(SYNTHETIC,)
+)
 
 
-def measure(model: str, dtype: str, run: int, settings: Settings) -> dict[str, Any]:
-    """Run one model and dtype once; return the raw times of all subjects."""
+def params_of(model: str, dtype: str, grads: str) -> list[Tensor]:
+    """Return parameters with gradients of a kind.
+
+    Raises:
+        ValueError: no such kind for this model.
+    """
+    if grads == SYNTHETIC:
+        return make_params(MODELS[model], DTYPES[dtype])
+    if grads == ROW_SCALED:
+        return scale_rows(make_params(MODELS[model], DTYPES[dtype]))
+    dataset, at, step = grads.partition("@")
+    if model != real_grads.MODEL or not at or not step.isdigit():
+        raise ValueError(
+            f"gradients of {model}: expected {SYNTHETIC}, {ROW_SCALED} or, for "
+            f"{real_grads.MODEL}, a data set and a step such as {REAL[0]}; got {grads}"
+        )
+    return real_grads.record(dataset, int(step), DTYPES[dtype])
+
+
+def measure(model: str, dtype: str, grads: str, run: int, settings: Settings) -> dict[str, Any]:
+    """Run one model, dtype and kind of gradients once; return the raw times of all subjects."""
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    params = make_params(MODELS[model], DTYPES[dtype])
-    grads = grads_of(params)
+    params = params_of(model, dtype, grads)
+    dense = grads_of(params)
     smallest = min(settings.budgets)
-    subjects = [*reads(grads), *adamw(params), scan_alone(params, smallest, settings.quotas[0])]
+    subjects = [*reads(dense), *adamw(params), scan_alone(params, smallest, settings.quotas[0])]
     for exp in settings.exps:
         check_selection(params, smallest, settings.quotas[0], exp)
     for budget in settings.budgets:
@@ -70,10 +95,11 @@ def measure(model: str, dtype: str, run: int, settings: Settings) -> dict[str, A
     return {
         "model": model,
         "dtype": dtype,
+        "grads": grads,
         "run": run,
-        "entries": num_entries(MODELS[model]),
+        "entries": sum(param.numel() for param in params),
         "tensors": len(params),
-        "grad_bytes": sum(grad.nbytes for grad in grads),
+        "grad_bytes": sum(grad.nbytes for grad in dense),
         "conditions": watch.end(),
         "subjects": records,
     }
@@ -92,28 +118,30 @@ def measure_all(settings: Settings, path: Path) -> Results:
     if settings.threads:
         data["machine"]["threads"] = settings.threads
     cases = [
-        (model, dtype, run)
+        (model, dtype, grads, run)
         for run in range(settings.runs)
         for model in settings.models
         for dtype in settings.dtypes
+        for grads in settings.grads
+        if grads in (SYNTHETIC, ROW_SCALED) or model == real_grads.MODEL
     ]
     context = multiprocessing.get_context("spawn")
-    for model, dtype, run in cases:
+    for model, dtype, grads, run in cases:
         with ProcessPoolExecutor(max_workers=1, mp_context=context) as process:
-            result = process.submit(measure, model, dtype, run, settings).result()
+            result = process.submit(measure, model, dtype, grads, run, settings).result()
         data["runs"].append(result)
         path.write_text(json.dumps(data, separators=(",", ":")) + "\n")
-        print(_summary(Results(data), model, dtype, run), flush=True)
+        print(_summary(Results(data).of(grads), model, dtype, grads, run), flush=True)
     return Results(data)
 
 
-def _summary(results: Results, model: str, dtype: str, run: int) -> str:
+def _summary(results: Results, model: str, dtype: str, grads: str, run: int) -> str:
     """Summarise a finished run in one line."""
     conditions = results.runs(model, dtype)[-1]["conditions"]
     times = {name: results.time(model, dtype, name) / 1e3 for name in ("read", "fused", "ours")}
     return (
-        f"{model} {dtype} run {run + 1}: read {times['read']:.2f} ms, fused AdamW "
-        f"{times['fused']:.2f} ms, fastest of our steps {times['ours']:.2f} ms; clean calls "
+        f"{model} {dtype}, {grads} gradients, run {run + 1}: read {times['read']:.2f} ms, fused "
+        f"AdamW {times['fused']:.2f} ms, fastest of our steps {times['ours']:.2f} ms; clean calls "
         f"{results.clean_share([(model, dtype)]):.0%}, others' share of the CPU "
         f"{conditions['others_share']:.0%}"
     )
@@ -130,6 +158,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), help="dtypes of parameters")
     parser.add_argument("--budgets", nargs="+", type=int, help="budgets of our step, in entries")
     parser.add_argument("--quotas", nargs="+", type=int, help="entries unmasked per step")
+    parser.add_argument("--grads", nargs="+", help="kinds of gradients, for example trec50@20")
     parser.add_argument("--rounds", type=int, help="timed calls of each subject")
     parser.add_argument("--runs", type=int, help="processes per model and dtype")
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's default)")

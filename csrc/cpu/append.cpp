@@ -7,6 +7,8 @@
 namespace sparse_optim::cpu {
 namespace {
 
+constexpr int64_t kPerTask = 256;
+
 template <class T>
 void merge(T* values, int64_t size, const std::vector<int64_t>& insert_at, const T* added) {
   int64_t end = size;
@@ -24,6 +26,13 @@ float read(DType dtype, const void* data, int64_t position) {
   return value;
 }
 
+// The first position from `at` on that is not below `position`; it is near where entries are many.
+const int32_t* advance(const int32_t* at, const int32_t* end, int32_t position) {
+  int64_t step = 1;
+  for (; step < end - at && at[step] < position; step *= 2) at += step;
+  return std::lower_bound(at, at + std::min(step + 1, int64_t(end - at)), position);
+}
+
 }  // namespace
 
 void append(const Threads& threads, const std::vector<PoolTensor>& pool, const NewEntries& found,
@@ -33,12 +42,21 @@ void append(const Threads& threads, const std::vector<PoolTensor>& pool, const N
   std::vector<int64_t> insert_at(count);
   std::vector<float> grad(count), param(count), zero(count, 0.f);
   const std::vector<int32_t> step(count, int32_t(active.progress[0] + 1));
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t t = found.tensor[i];
-    insert_at[i] = active_from(active, t, found.position[i]) - active.position;
-    grad[i] = read(pool[t].grad_dtype, pool[t].grad, found.position[i]);
-    if (active.master) param[i] = read(pool[t].param_dtype, pool[t].param, found.position[i]);
-  }
+  for_each(threads, tiles_of(count, kPerTask), [&](int64_t task) {
+    const int32_t* at = active.position;
+    int64_t tensor = -1;
+    for (int64_t i = task * kPerTask; i < std::min(count, (task + 1) * kPerTask); ++i) {
+      const int32_t position = found.position[i];
+      if (found.tensor[i] != tensor) {
+        tensor = found.tensor[i];
+        at = active.position + active.offsets[tensor];
+      }
+      at = advance(at, active_end(active, tensor), position);
+      insert_at[i] = at - active.position;
+      grad[i] = read(pool[tensor].grad_dtype, pool[tensor].grad, position);
+      if (active.master) param[i] = read(pool[tensor].param_dtype, pool[tensor].param, position);
+    }
+  });
   for_each(threads, active.master ? 6 : 5, [&](int64_t array) {
     switch (array) {
       case 0: return merge(active.position, size, insert_at, found.position);

@@ -76,6 +76,20 @@ Opened open_tile(const Problem& problem, int64_t tile_index, int32_t* out) {
   return {t, first, count};
 }
 
+void prefetch_tile(const Problem& problem, int64_t tile_index) {
+  const PoolTensor& tensor = problem.pool[tensor_of(problem, tile_index)];
+  const int64_t first = (tile_index - tensor.first_tile) * problem.tile;
+  const int64_t count = std::min(problem.tile, tensor.numel - first);
+  auto fetch = [&](const void* data, DType dtype) {
+    const char* begin = static_cast<const char*>(data) + first * bytes_of(dtype);
+    for (int64_t byte = 0; byte < count * bytes_of(dtype); byte += 64) {
+      __builtin_prefetch(begin + byte);
+    }
+  };
+  if (tensor.grad) fetch(tensor.grad, tensor.grad_dtype);
+  if (tensor.grad && problem.exp != 0.0) fetch(tensor.param, tensor.param_dtype);
+}
+
 void importance_keys(double exp, float eps, const float* grad, const float* param, int64_t count,
                      int32_t* out) {
   visit_importance(exp, eps, [&](auto importance) { keys(importance, grad, param, count, out); });

@@ -14,6 +14,9 @@ struct Opened {
 // where the gradient is missing.
 Opened open_tile(const Problem& problem, int64_t tile_index, int32_t* out);
 
+// Fetches the gradients of a tile that will be opened soon, and the parameters if they count.
+void prefetch_tile(const Problem& problem, int64_t tile_index);
+
 // keys[i] = importance_key(importance(grad[i], param[i]))
 void importance_keys(double exp, float eps, const float* grad, const float* param, int64_t count,
                      int32_t* keys);

