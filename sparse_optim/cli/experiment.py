@@ -13,6 +13,7 @@ from rich.console import Console
 
 from sparse_optim.cli.console import one_line_errors, print_line, quiet_libraries
 from sparse_optim.experiments.ablation import ABLATION
+from sparse_optim.experiments.every import EVERY
 from sparse_optim.experiments.arithmetic import MATH
 from sparse_optim.experiments.glue import ADAPTERS, GLUE, NER
 from sparse_optim.experiments.overrides import Choice, choose, whole
@@ -20,7 +21,7 @@ from sparse_optim.experiments.presets import Experiment
 from sparse_optim.experiments.quality import QUALITY
 from sparse_optim.experiments.stochastic import STOCHASTIC
 
-EXPERIMENTS = (GLUE, NER, ADAPTERS, MATH, STOCHASTIC, QUALITY, ABLATION)
+EXPERIMENTS = (GLUE, NER, ADAPTERS, MATH, STOCHASTIC, QUALITY, ABLATION, EVERY)
 
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="Output folder (default: runs/NAME).")
