@@ -16,13 +16,14 @@
 //
 //   inner from L2, 2 * width / entries of a block (3000 to 4000): 3 bytes a product    43 GB
 //   outer from L2, two sectors for 32 products: 2 bytes                                29 GB, 14 ms
-//   shared memory and L1: 1.5 + 0.8 + 1 wavefronts for 32 products                     6 to 7 ms
-//   instructions: 10 for 32 products                                                   5 ms
+//   shared memory and L1: 4 wavefronts for 32 products                                 8 ms
+//   instructions: 14 for 32 products                                                   7 ms
 //
-// So 15 to 20 ms if these overlap in part, against 90 ms for the dense products, which are faster
-// from a density of some 0.3% on. Not taken: inner read entry by entry (32 bytes a product, 460 GB,
-// 90 ms); both matrices transposed in memory first (20 GB read and 20 written, then 3 to 4 bytes a
-// product, 25 ms, and scratch memory of their size).
+// (The last two count a pass over all entries of a block for each tile of 4096 columns, 2048 of
+// float32: 1.4 on average.) So 15 to 20 ms if these overlap in part, against 90 ms for the dense
+// products, which are faster from a density of some 0.3% on. Not taken: inner read entry by entry
+// (32 bytes a product, 460 GB, 90 ms); both matrices transposed in memory first (20 GB read and 20
+// written, then 3 to 4 bytes a product, 25 ms, and scratch memory of their size).
 //
 // An entry's sum runs over the tokens of a chunk, by fused multiply-adds, then over 16 chunks, then
 // over these sums, always in turn: the same order for every layout and device, and however many
@@ -93,7 +94,7 @@ __device__ inline void put(const Problem& problem, int64_t slot, int64_t entry, 
 }
 
 // Where a thread's entries are: offsets in shared memory and columns of outer. Those that are not
-// in this tile of inner's columns are read at (0, 0), and their sums are dropped.
+// in this tile of inner's columns multiply what is at (0, 0), and their sums are dropped.
 struct Places {
   int inner[kEntries];
   uint32_t outer[kEntries];
