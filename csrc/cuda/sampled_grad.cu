@@ -17,7 +17,7 @@
 //   inner from L2, 2 * width / entries of a block (3000 to 4000): 3 bytes a product    43 GB
 //   outer from L2, two sectors for 32 products: 2 bytes                                29 GB, 14 ms
 //   shared memory and L1: 4 wavefronts for 32 products                                 8 ms
-//   instructions: 14 for 32 products                                                   7 ms
+//   instructions: 15 for 32 products                                                   7 ms
 //
 // (The last two count a pass over all entries of a block for each tile of 4096 columns, 2048 of
 // float32: 1.4 on average.) So 15 to 20 ms if these overlap in part, against 90 ms for the dense
@@ -25,11 +25,12 @@
 // (32 bytes a product, 460 GB, 90 ms); both matrices transposed in memory first (20 GB read and 20
 // written, then 3 to 4 bytes a product, 25 ms, and scratch memory of their size).
 //
-// An entry's sum runs over the tokens of a chunk, by fused multiply-adds, then over 16 chunks, then
-// over these sums, always in turn: the same order for every layout and device, and however many
-// tokens of zero gradient follow. Chunks go to different blocks, so that few entries fill a device;
-// a second kernel adds the sums that they leave in scratch memory. Entries whose position is
-// outside of the weight are left as they are.
+// An entry's sum runs over four tokens, by fused multiply-adds, then over the fours of a chunk,
+// over 16 chunks, and over these, each in turn and from zero, as long sums of float32 lose digits.
+// The order is the same for every layout and device, and however many tokens of zero gradient
+// follow. Chunks go to different blocks, so that few entries fill a device; a second kernel adds
+// the sums that they leave in scratch memory. Entries whose position is outside of the weight are
+// left as they are.
 #include "cuda/device.h"
 
 namespace sparse_optim::cuda {
@@ -196,10 +197,11 @@ __device__ inline void accumulate(const Matrix& outer, int64_t token, int64_t en
 #pragma unroll
     for (int k = 0; k < kBatch; ++k) {
       const auto column = *reinterpret_cast<const Column<Inner>*>(shared + places.inner[first + k]);
-      float& total = sum[first + k];
+      float part = 0.f;
 #pragma unroll
       for (int t = 0; t < kStage; ++t)
-        total = fmaf(to_float(column.token[t]), to_float(value[k][t]), total);
+        part = fmaf(to_float(column.token[t]), to_float(value[k][t]), part);
+      sum[first + k] += part;
     }
   }
 }
@@ -209,14 +211,15 @@ template <class Inner, class Outer>
 __device__ inline void accumulate_any(const Matrix& outer, int64_t token, int tokens,
                                       const Places& places, const unsigned char* shared,
                                       float* sum) {
-#pragma unroll 1
-  for (int t = 0; t < tokens; ++t) {
 #pragma unroll
-    for (int k = 0; k < kEntries; ++k) {
-      const auto* column = reinterpret_cast<const Column<Inner>*>(shared + places.inner[k]);
-      const Outer value = *at<Outer>(outer, token + t, places.outer[k]);
-      sum[k] = fmaf(to_float(column->token[t]), to_float(value), sum[k]);
-    }
+  for (int k = 0; k < kEntries; ++k) {
+    const auto* column = reinterpret_cast<const Column<Inner>*>(shared + places.inner[k]);
+    const Outer* value = at<Outer>(outer, token, places.outer[k]);
+    float part = 0.f;
+#pragma unroll 1
+    for (int t = 0; t < tokens; ++t, value += outer.row_stride)
+      part = fmaf(to_float(column->token[t]), to_float(*value), part);
+    sum[k] += part;
   }
 }
 

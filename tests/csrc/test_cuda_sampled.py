@@ -9,7 +9,7 @@ Faults planted by hand, one at a time, and what caught them (sizes: sizes_dtypes
     stride of rows taken for the width                sizes (a crash)
     stride of columns left out, or not tested for 1   sizes, layout_changes_no_bit
     sums written, not added to `out`                  sizes, chunks_in_rounds
-    only the last of four tokens summed               sizes, 81 in all
+    only the last four tokens of a chunk summed       sizes, 76 in all
     only the last 16 chunks added                     sizes, larger_sizes
     sums of all chunks at the first one's place       sizes, 77 in all
     a barrier left out (four, one at a time)          sizes, 47 to 80 in all
