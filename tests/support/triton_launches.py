@@ -100,8 +100,9 @@ def launches_of_optimizers() -> dict[str, Launch]:
 
 
 def sample(input: torch.Tensor, grad_output: torch.Tensor, transposed: bool) -> None:
-    """The gradients of 100 entries of a weight of 800."""
-    position, out = torch.arange(0, 800, 8, dtype=torch.int32), torch.zeros(100)
+    """The gradients of 100 entries of a weight of 800, the pool's first tensor or a later one."""
+    start = int(transposed)
+    position, out = torch.arange(0, 800, 8, dtype=torch.int32)[start:], torch.zeros(100)[start:]
     registry.load("triton").sampled_grad(input, grad_output, position, transposed, out)
 
 

@@ -179,7 +179,7 @@ def test_runs_of_tokens_are_read_sixteen_bytes_at_a_time(dtype: str, loads: int)
     (name,) = (
         name
         for name in VARIANTS
-        if name.startswith(f"sampled_grad_kernel outer_ptr:*{dtype} inner_ptr:*{dtype} ")
+        if name.startswith(f"sampled_grad_kernel outer_ptr:*{dtype} inner_ptr:*{dtype} TOKENS")
     )
     ptx = compiled(name, 90).asm["ptx"]
     assert len(re.findall(r"ld\.global\.v4\.b32", ptx)) == loads
