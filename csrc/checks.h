@@ -199,6 +199,13 @@ inline int64_t check_update(const Place& place, int64_t num_tensors,
   return hyper.numel() / 6;
 }
 
+// A matrix that may be strided.
+inline Matrix matrix_of(const Place& place, const Tensor& tensor, const char* name) {
+  const DType dtype = place.strided_dtype_of(tensor, name);
+  return {tensor.const_data_ptr(), tensor.size(0),   tensor.size(1),
+          tensor.stride(0),        tensor.stride(1), dtype};
+}
+
 // input (T, in) and grad_output (T, out) may be strided.
 inline void check_sampled(const Place& place, const Tensor& input, const Tensor& grad_output,
                           const Tensor& position, const Tensor& out) {

@@ -217,14 +217,10 @@ void update(Tensor bound, Tensor position, Tensor offsets, Tensor active_grad, T
   ++active.progress[0];
 }
 
-cpu::Matrix matrix_of(const Tensor& tensor, const char* name) {
-  return {tensor.const_data_ptr(), tensor.size(0),   tensor.size(1),
-          tensor.stride(0),        tensor.stride(1), kCpu.strided_dtype_of(tensor, name)};
-}
-
 void sampled_grad(Tensor input, Tensor grad_output, Tensor position, bool transposed, Tensor out) {
   check_sampled(kCpu, input, grad_output, position, out);
-  const cpu::Matrix x = matrix_of(input, "input"), dy = matrix_of(grad_output, "grad_output");
+  const Matrix x = matrix_of(kCpu, input, "input");
+  const Matrix dy = matrix_of(kCpu, grad_output, "grad_output");
   const bool inside =
       cpu::sampled_grad(threads(), transposed ? x : dy, transposed ? dy : x,
                         data<int32_t>(position), position.numel(), data<float>(out));

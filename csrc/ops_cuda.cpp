@@ -1,15 +1,17 @@
-// The CUDA kernels behind torch.ops.sparse_optim.{bind, scan, clip, rank, cut, append, update},
-// whose schemas csrc/ops.cpp defines. LibTorch stable ABI only; compiles without nvcc.
+// The CUDA kernels behind torch.ops.sparse_optim.{bind, scan, clip, rank, cut, append, update,
+// sampled_grad}, whose schemas csrc/ops.cpp defines. LibTorch stable ABI only; compiles without
+// nvcc.
 //
 // Nothing here reads a device tensor, so that no call waits for the device and a step can be
-// captured in a CUDA graph. Checks of contents (tile_offsets, offsets, group_index, new_count) are
-// therefore left to the CPU operators.
+// captured in a CUDA graph. Checks of contents (tile_offsets, offsets, group_index, new_count,
+// position) are therefore left to the CPU operators.
 #include <Python.h>
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/ops.h>
 
 #include "checks.h"
 #include "cuda/kernels.h"
@@ -161,6 +163,19 @@ void update(Tensor bound, Tensor position, Tensor offsets, Tensor active_grad, T
                    data<int32_t>(group_index), bias_correction == "entry", device.stream));
 }
 
+void sampled_grad(Tensor input, Tensor grad_output, Tensor position, bool transposed, Tensor out) {
+  const Device device(input, "input");
+  check_sampled(device.place, input, grad_output, position, out);
+  const Matrix x = matrix_of(device.place, input, "input");
+  const Matrix dy = matrix_of(device.place, grad_output, "grad_output");
+  const int64_t bytes = cuda::sampled_grad_scratch_bytes(x.rows, position.numel());
+  // From the caching allocator: reused in the order of the stream, captured in graphs.
+  const Tensor scratch = torch::stable::new_empty(out, {bytes}, ScalarType::Byte);
+  STD_CUDA_CHECK(cuda::sampled_grad(transposed ? x : dy, transposed ? dy : x,
+                                    data<int32_t>(position), position.numel(), data<float>(out),
+                                    data<uint8_t>(scratch), bytes, device.stream));
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(sparse_optim, CUDA, library) {
@@ -171,6 +186,7 @@ STABLE_TORCH_LIBRARY_IMPL(sparse_optim, CUDA, library) {
   library.impl("cut", TORCH_BOX(&cut));
   library.impl("append", TORCH_BOX(&append));
   library.impl("update", TORCH_BOX(&update));
+  library.impl("sampled_grad", TORCH_BOX(&sampled_grad));
 }
 
 }  // namespace sparse_optim

@@ -13,10 +13,14 @@ from .clip import clip
 from .cut import cut, cut_pieces
 from .launch import bind, total_bytes
 from .rank import rank, rank_pieces
+from .sampled_grad import sampled_grad
 from .scan import scan, scan_pieces
 from .update import update
 
-__all__ = ["TILE", "append", "bind", "clip", "cut", "rank", "scan", "scratch_bytes", "update"]
+__all__ = [
+    "TILE", "append", "bind", "clip", "cut", "rank", "sampled_grad", "scan", "scratch_bytes",
+    "update",
+]  # fmt: skip
 
 # 16 KB of float32: enough work for a program to hide its searches, and 2048 programs for eight
 # million entries. Unmeasured.

@@ -75,6 +75,13 @@ struct DenseGrad {
   DType dtype;
 };
 
+// Values of tokens (rows) and features (columns); strides in elements.
+struct Matrix {
+  const void* data;
+  int64_t rows, columns, row_stride, column_stride;
+  DType dtype;
+};
+
 // One row of `hyper`: what AdamW needs to know of a param group.
 struct Hyper {
   double lr, beta1, beta2, eps, weight_decay, sign;

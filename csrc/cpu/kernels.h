@@ -54,13 +54,6 @@ void append(const Threads& threads, const std::vector<PoolTensor>& pool, const N
 bool update(const Threads& threads, const std::vector<PoolTensor>& pool, Active& active,
             const Hyper* hyper, const int32_t* group_index, bool entry_age, float grad_factor);
 
-// Values of tokens (rows) and features (columns); strides in elements.
-struct Matrix {
-  const void* data;
-  int64_t rows, columns, row_stride, column_stride;
-  DType dtype;
-};
-
 // position = outer column * inner.columns + inner column. False if positions do not ascend within
 // the weight; out is then unchanged.
 bool sampled_grad(const Threads& threads, const Matrix& outer, const Matrix& inner,

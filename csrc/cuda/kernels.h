@@ -90,4 +90,12 @@ cudaError_t update(const Pool& pool, const Active& active, int64_t capacity,
                    int64_t num_groups, const int32_t* group_index, bool entry_age,
                    cudaStream_t stream);
 
+// position = outer column * inner.columns + inner column; entries elsewhere keep their value.
+// Scratch memory of any size will do; that of sampled_grad_scratch_bytes lets more chunks of tokens
+// run at once.
+int64_t sampled_grad_scratch_bytes(int64_t tokens, int64_t count);
+cudaError_t sampled_grad(const Matrix& outer, const Matrix& inner, const int32_t* position,
+                         int64_t count, float* out, void* scratch, int64_t scratch_bytes,
+                         cudaStream_t stream);
+
 }  // namespace sparse_optim::cuda

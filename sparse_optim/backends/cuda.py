@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import importlib
 
-from sparse_optim.backends.cpp import append, bind, clip, cut, rank, scan, update
+from sparse_optim.backends.cpp import append, bind, clip, cut, rank, sampled_grad, scan, update
 
-__all__ = ["TILE", "append", "bind", "clip", "cut", "rank", "scan", "scratch_bytes", "update"]
+__all__ = [
+    "TILE", "append", "bind", "clip", "cut", "rank", "sampled_grad", "scan", "scratch_bytes",
+    "update",
+]  # fmt: skip
 
 # The operators are those of `cpp`; this registers their CUDA kernels.
 _kernels = importlib.import_module("sparse_optim._C_cuda")

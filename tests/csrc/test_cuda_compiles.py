@@ -47,7 +47,9 @@ def test_cuda_sources_compile_link_and_import_without_spills():
     assert checked.returncode == 0, checked.stdout + checked.stderr
     assert "linked and imported" in checked.stdout
     kernels = LINE.findall(checked.stdout)
-    for known in ("scan_kernel", "write_kernel<ExpAny>", "rank_kernel<Sampled>"):
+    for known in (
+        "scan_kernel", "write_kernel<ExpAny>", "rank_kernel<Sampled>", "sampled_grad_kernel",
+    ):  # fmt: skip
         assert {arch for _, arch, name, *_ in kernels if name == known} == ARCHS
     assert [kernel for kernel in kernels if kernel[-2:] != ("0", "0")] == []
 

@@ -13,6 +13,7 @@ from types import ModuleType
 import pytest
 import torch
 from op_cases import DTYPES, EXPS, Case, assert_same_bits, fill_bounds, make_case
+from sampled_cases import all_cases, assert_sampled, make_sampled
 from step_checks import assert_same_sample, assert_same_selection, assert_same_step, case_on
 
 from sparse_optim.backends import reference, scoring
@@ -217,3 +218,62 @@ def test_results_are_the_same_in_every_run(compiled):
         for one, other in zip(result, first or result, strict=True):
             assert_same_bits(one, other)
         first = result
+
+
+# Sampled gradients
+
+
+SAMPLED = dict(all_cases())
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_sampled_sizes(target, name):
+    assert_sampled(ops_of(target), name, SAMPLED[name], target[1])
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sampled_gradients_of_a_wide_weight(target, dtype, transposed):
+    """Several blocks of entries, tiles of columns and chunks of tokens."""
+    widths = (60, 9000) if transposed else (9000, 60)
+    case = make_sampled(300, *widths, 20_000, dtype=dtype, transposed=transposed)
+    assert_sampled(ops_of(target), "wide", case, target[1])
+
+
+def test_sampled_gradients_of_many_tokens(target):
+    case = make_sampled(100_000, 20, 30, 40, dtype=torch.bfloat16)
+    assert_sampled(ops_of(target), "1e5 tokens", case, target[1])
+
+
+def test_sampled_gradients_at_positions_outside_of_the_weight(on_gpu):
+    """Nothing is read or written for them; a check would wait for the device."""
+    case = make_sampled(100, 20, 10, 4)
+    case.position = torch.tensor([-(2**31), -1, 200, 2**31 - 1], dtype=torch.int32)
+    assert_same_bits(case.run(ops_of(on_gpu), on_gpu[1]), case.out)
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+def test_sampled_gradients_are_captured_without_waiting(on_gpu):
+    """A graph adds the gradient once more at each replay."""
+    ops, device = ops_of(on_gpu), on_gpu[1]
+    case = make_sampled(300, 90, 60, 500, dtype=torch.bfloat16)
+    arguments = [
+        each.to(device) for each in (case.input, case.grad_output, case.position, case.out)
+    ]
+    input, grad_output, position, out = arguments
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ops.sampled_grad(input, grad_output, position, False, out)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert_same_bits(out.cpu(), case.run(ops, device))
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ops.sampled_grad(input, grad_output, position, False, out)
+    for _ in range(2):
+        graph.replay()
+        case.out = case.run(ops, device)
+    case.out = case.run(ops, device)
+    assert_same_bits(out.cpu(), case.out)

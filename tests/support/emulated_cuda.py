@@ -68,7 +68,8 @@ def build(folder: Path, sources: Path = ROOT / "csrc") -> Path:
 def load(library: Path) -> None:
     global _library
     _library = ctypes.CDLL(str(library))
-    _library.scratch_bytes.restype = ctypes.c_int64
+    for sizes in (_library.scratch_bytes, _library.sampled_grad_scratch_bytes):
+        sizes.restype = ctypes.c_int64
 
 
 def configure(multiprocessors: int, seed: int) -> None:
@@ -145,14 +146,29 @@ def update(bound, active, scalars, bias_correction) -> None:
     )  # fmt: skip
 
 
+def sampled_grad(input, grad_output, position, transposed, out, scratch_bytes=None) -> None:
+    """`scratch_bytes`: in place of what the launcher asks for."""
+    assert _library is not None
+    outer, inner = (input, grad_output) if transposed else (grad_output, input)
+    count = ctypes.c_int64(position.numel())
+    if scratch_bytes is None:
+        asked = _library.sampled_grad_scratch_bytes(ctypes.c_int64(input.size(0)), count)
+        scratch_bytes = int(asked)
+    with _Poisoned(torch.empty(scratch_bytes + GUARD, dtype=torch.uint8)) as scratch:
+        _call(
+            "sampled_grad", _matrix(outer), _matrix(inner), position, count, out, scratch,
+            ctypes.c_int64(scratch_bytes),
+        )  # fmt: skip
+
+
 class _Poisoned:
     """Scratch memory holds garbage before an operation, and its last bytes are not touched."""
 
     def __init__(self, scratch: Tensor) -> None:
         self._scratch = scratch
 
-    def __enter__(self) -> None:
-        self._scratch.fill_(0xA5)
+    def __enter__(self) -> Tensor:
+        return self._scratch.fill_(0xA5)
 
     def __exit__(self, *exception: object) -> None:
         # By NumPy: a step that runs here must not seem to read the device.
@@ -169,6 +185,12 @@ def _pool(table: Tensor, tiles: Tiles | None = None) -> Pool:
         return Pool(table.data_ptr(), None, table.numel() // 4, 0, 1)
     number = tiles.max.numel()
     return Pool(table.data_ptr(), tiles.offsets.data_ptr(), table.numel() // 4, number, tiles.size)
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    """Matrix of csrc/core/pool.h."""
+    pointer = tensor.data_ptr() if tensor.numel() else 0
+    return torch.tensor([pointer, *tensor.shape, *tensor.stride(), DTYPES[tensor.dtype]])
 
 
 def _active(active: ActiveSet) -> Active:

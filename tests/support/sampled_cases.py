@@ -30,12 +30,22 @@ def column_major(values: Tensor) -> Tensor:
     return values.t().contiguous().t()
 
 
+def every_second_column(values: Tensor) -> Tensor:
+    """Rows that begin at multiples of 16 bytes all the same."""
+    wider = values.new_full((values.size(0), (2 * values.size(1) + 15) // 16 * 16), float("nan"))
+    columns = wider[:, : 2 * values.size(1) : 2]
+    return columns.copy_(values)
+
+
 def expanded(values: Tensor) -> Tensor:
     """The first token for all, with stride 0, as the gradient of a sum."""
     return values[:1].expand(values.shape)
 
 
-LAYOUTS = (contiguous, unaligned, columns_of_wider, every_second_row, column_major, expanded)
+LAYOUTS = (
+    contiguous, unaligned, columns_of_wider, every_second_row, every_second_column, column_major,
+    expanded,
+)  # fmt: skip
 
 # tokens, in, out, active entries: around 16 lanes, blocks of up to 256 tokens, warps, empty sizes
 SIZES = (
@@ -53,6 +63,15 @@ SIZES = (
 LARGE_SIZES = ((1030, 768, 260, 900), (4100, 40, 24, 200))
 
 
+def on(values: Tensor, device: torch.device | str) -> Tensor:
+    """The same values at the same offset and strides."""
+    if values.device == torch.device(device):
+        return values
+    count = values.untyped_storage().nbytes() // values.itemsize
+    whole = values.as_strided((count,), (1,), 0).to(device)
+    return whole.as_strided(values.shape, values.stride(), values.storage_offset())
+
+
 @dataclass
 class SampledCase:
     """One call: input (T, in), grad_output (T, out), position, and what `out` holds before."""
@@ -63,11 +82,12 @@ class SampledCase:
     transposed: bool
     out: Tensor
 
-    def run(self, ops: ModuleType) -> Tensor:
-        """What is in `out` afterwards."""
-        out = self.out.clone()
-        ops.sampled_grad(self.input, self.grad_output, self.position, self.transposed, out)
-        return out
+    def run(self, ops: ModuleType, device: torch.device | str = "cpu") -> Tensor:
+        """What is in `out` afterwards, on the CPU."""
+        input, grad_output = on(self.input, device), on(self.grad_output, device)
+        out = self.out.clone().to(device)
+        ops.sampled_grad(input, grad_output, self.position.to(device), self.transposed, out)
+        return out.cpu()
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The same entries of the dense product in a dtype."""
@@ -133,10 +153,18 @@ def all_cases(large: bool = True) -> Iterator[tuple[str, SampledCase]]:
     yield "mixed dtypes", mixed
 
 
-def assert_sampled(ops: ModuleType, name: str, case: SampledCase) -> None:
-    """The result is right, the same in a second call; tokens of zero gradient change no bit."""
-    got = case.run(ops)
+def assert_close(got: Tensor, name: str, case: SampledCase) -> None:
+    """By the tolerance rule."""
     assert_as_exact(got, case.dense(torch.float32), case.dense(torch.float64), name, scale=8.0)
-    assert_same_bits(case.run(ops), got, name)
+
+
+def assert_sampled(
+    ops: ModuleType, name: str, case: SampledCase, device: torch.device | str = "cpu"
+) -> None:
+    """The result is right, the same in a second call; tokens of zero gradient change no bit."""
+    got = case.run(ops, device)
+    assert_close(got, name, case)
+    assert_same_bits(case.run(ops, device), got, name)
     for count in (1, 40, 300):
-        assert_same_bits(case.with_zero_tokens(count).run(ops), got, f"{name} + {count} tokens")
+        longer = case.with_zero_tokens(count).run(ops, device)
+        assert_same_bits(longer, got, f"{name} + {count} tokens")

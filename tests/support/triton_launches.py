@@ -21,6 +21,8 @@ from sparse_optim.backends import registry
 
 EXACT_EXPS = (-1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
 GENERAL_EXPS = (-0.3, 1.7)  # through pow
+# Arguments whose dtype is the caller's.
+ANY_DTYPE = ("grad_ptr", "matrix_ptr", "outer_ptr", "inner_ptr")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -36,7 +38,7 @@ class Launch(NamedTuple):
 
     @property
     def name(self) -> str:
-        types = [f"{arg}:{kind}" for arg, kind in self.types if arg == "grad_ptr"]
+        types = [f"{arg}:{kind}" for arg, kind in self.types if arg in ANY_DTYPE]
         odd = [f"{arg}:unaligned" for arg, kind in self.types
                if kind.startswith("*") and arg not in self.aligned]  # fmt: skip
         values = [f"{constant}={value}" for constant, value in self.constants]
@@ -90,7 +92,18 @@ def launches_of_optimizers() -> dict[str, Launch]:
         scores = Scores({"body": torch.ones(3000), "more": torch.ones(5000)})
         take_step(importance=scores)
         take_step(importance=scores, selection=Stochastic(100))
+        for dtype, transposed in itertools.product(DTYPES, (False, True)):
+            sample(torch.zeros(300, 20, dtype=dtype), torch.zeros(300, 40, dtype=dtype), transposed)
+        sample(torch.zeros(20, 300).t(), torch.zeros(300, 40, dtype=torch.bfloat16), False)
+        sample(torch.zeros(12001)[1:].view(300, 40), torch.zeros(300, 20), False)
     return launches
+
+
+def sample(input: torch.Tensor, grad_output: torch.Tensor, transposed: bool) -> None:
+    """The gradients of 100 entries of a weight of 800, the pool's first tensor or a later one."""
+    start = int(transposed)
+    position, out = torch.arange(0, 800, 8, dtype=torch.int32)[start:], torch.zeros(100)[start:]
+    registry.load("triton").sampled_grad(input, grad_output, position, transposed, out)
 
 
 def take_step(dtype: torch.dtype = torch.float32, **options: Any) -> None:

@@ -171,3 +171,15 @@ def test_dense_reads_take_sixteen_bytes_at_a_time(kernel: str) -> None:
     """Four such loads of float32 a thread, and two each of bfloat16 and float16."""
     ptx = compiled(of_kernel(kernel), 90).asm["ptx"]
     assert len(re.findall(r"ld\.global\.v4\.b32", ptx)) == 4 + 2 + 2
+
+
+@pytest.mark.parametrize(("dtype", "loads"), [("fp32", 16), ("bf16", 8), ("fp16", 8)])
+def test_runs_of_tokens_are_read_sixteen_bytes_at_a_time(dtype: str, loads: int) -> None:
+    """32 values a thread, of outer and of inner."""
+    (name,) = (
+        name
+        for name in VARIANTS
+        if name.startswith(f"sampled_grad_kernel outer_ptr:*{dtype} inner_ptr:*{dtype} TOKENS")
+    )
+    ptx = compiled(name, 90).asm["ptx"]
+    assert len(re.findall(r"ld\.global\.v4\.b32", ptx)) == loads

@@ -16,8 +16,12 @@ require("triton")
 
 
 @pytest.mark.parametrize(
-    "cases", ["interpreted_operations.py", "interpreted_backward.py", "interpreted_norm.py"]
-)
+    "cases",
+    [
+        "interpreted_operations.py", "interpreted_backward.py", "interpreted_norm.py",
+        "interpreted_sampled.py",
+    ],
+)  # fmt: skip
 def test_interpreted_kernels(cases: str) -> None:
     path = Path(__file__).with_name(cases)
     run = subprocess.run(

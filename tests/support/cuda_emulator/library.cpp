@@ -72,4 +72,23 @@ int update(Pool pool, Active active, int64_t capacity, const float* grad_factor,
                       entry_age != 0, nullptr);
 }
 
+int64_t sampled_grad_scratch_bytes(int64_t tokens, int64_t count) {
+  return cuda::sampled_grad_scratch_bytes(tokens, count);
+}
+
+// outer, inner: data, rows, columns, strides of both, dtype.
+int sampled_grad(const int64_t* outer, const int64_t* inner, const int32_t* position, int64_t count,
+                 float* out, void* scratch, int64_t scratch_bytes) {
+  const auto matrix_of = [](const int64_t* values) {
+    return Matrix{reinterpret_cast<const void*>(values[0]),
+                  values[1],
+                  values[2],
+                  values[3],
+                  values[4],
+                  DType(values[5])};
+  };
+  return cuda::sampled_grad(matrix_of(outer), matrix_of(inner), position, count, out, scratch,
+                            scratch_bytes, nullptr);
+}
+
 }  // extern "C"
