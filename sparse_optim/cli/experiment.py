@@ -13,8 +13,8 @@ from rich.console import Console
 
 from sparse_optim.cli.console import one_line_errors, print_line, quiet_libraries
 from sparse_optim.experiments.ablation import ABLATION
-from sparse_optim.experiments.every import EVERY
 from sparse_optim.experiments.arithmetic import MATH
+from sparse_optim.experiments.every import EVERY
 from sparse_optim.experiments.glue import ADAPTERS, GLUE, NER
 from sparse_optim.experiments.overrides import Choice, choose, whole
 from sparse_optim.experiments.presets import Experiment
