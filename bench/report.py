@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import backward, console, goals, gpu_report, quality, sampling
+from bench import backward, console, goals, gpu_report, quality, sampling, whole_step
 from bench.environment import RESULTS, ROOT
 from bench.memory import held_bytes
 from bench.plot import draw, draw_gpu
@@ -196,6 +196,7 @@ def headline(results: Results) -> str:
             f"{models} in {' and '.join(settings['dtypes'])}:",
             table(["budget", *(f"/ {RATIOS[name]}" for name in RATIOS), "MB held"], rows),
             f"AdamW holds {_range(adamw, '{:.0f}')} MB for the same models.",
+            *whole_step.headline(RESULTS),
             *backward.headline(RESULTS),
         ]
     )
@@ -230,7 +231,7 @@ def main_tables(results: Results) -> str:
         "The tables show the slower of exp = 0 and 2; all tables are in "
         "[bench/results/tables.md](../bench/results/tables.md)."
     )
-    parts += sampling.section(RESULTS) + backward.section(RESULTS)
+    parts += whole_step.section(RESULTS) + sampling.section(RESULTS) + backward.section(RESULTS)
     return "\n\n".join([*parts, *gpu_section(_gpu_main)])
 
 
@@ -267,7 +268,7 @@ def full_report(every: Results) -> str:
     parts += ["## Memory within a step", peaks_table(results)]
     parts += ["## Goals", f"```text\n{goals.check(every)}\n```"]
     parts += ["## Sampling", *sampling.section(RESULTS)]
-    parts += ["## Whole training steps", *backward.section(RESULTS)]
+    parts += ["## Whole training steps", *whole_step.section(RESULTS), *backward.section(RESULTS)]
     return "\n\n".join([*parts, *gpu_section(gpu_report.full_report)]) + "\n"
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from bench.clocks import FLUSH_BYTES
 from bench.shapes import DTYPES, MODELS, grads_of, make_params
 from bench.subjects import midway, reads, snapshot
+from sparse_optim.backends import cpp
 
 ROUNDS, WARMUP = 30, 3
 BUDGET = 320_000
@@ -117,6 +118,33 @@ def test_append(benchmark: Any, params: list[Tensor], flush: Tensor, quota: int)
     arrays = 5 if params[0].dtype == torch.float32 else 6
     step.time(benchmark, "append", arrays * 4 * step.active)
     assert int(step.engine.active.progress[1]) == step.active + quota
+
+
+@pytest.mark.parametrize("what", ["sampled", "dense"])
+@pytest.mark.parametrize(("outputs", "inputs"), [(768, 768), (3072, 768), (768, 3072)])
+@pytest.mark.parametrize("dtype", list(DTYPES))
+def test_sampled_grad(
+    benchmark: Any, flush: Tensor, dtype: str, outputs: int, inputs: int, what: str
+) -> None:
+    """Count both matrices, 1,024 tokens of them, and 8 bytes for each of 0.37% active entries."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1024, inputs, generator=generator).to(DTYPES[dtype])
+    grad = torch.randn(1024, outputs, generator=generator).to(DTYPES[dtype])
+    size = inputs * outputs
+    position = torch.randperm(size, generator=generator)[: int(0.0037 * size)].sort().values.int()
+    out = torch.zeros(position.numel())
+    benchmark.extra_info["moved_bytes"] = x.nbytes + grad.nbytes + 8 * out.numel()
+
+    def sampled() -> None:
+        cpp.sampled_grad(x, grad, position, False, out)
+
+    def dense() -> Tensor:
+        return grad.t() @ x
+
+    benchmark.pedantic(
+        sampled if what == "sampled" else dense, setup=lambda: cool(flush), rounds=ROUNDS,
+        warmup_rounds=WARMUP,
+    )  # fmt: skip
 
 
 def test_update(benchmark: Any, params: list[Tensor], flush: Tensor) -> None:

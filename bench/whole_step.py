@@ -13,6 +13,9 @@ one process, each with a copy of the model:
 The active entries are at random positions, in every row and column: the most expensive case for
 sampling. A run with every=16 costs (loud + 15 quiet) / 16 on average.
 
+Memory is that of a loud step of a model of a billion parameters in bfloat16, in its backward pass,
+and of a step with LoRA: the most that torch holds at once besides weights and optimizer state.
+
 Writes bench/results/cpu-whole-step-<date>.json.
 """
 
@@ -29,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench import backward, console, environment, tables
+from bench import allocations, backward, console, environment, tables
 from bench.models import MODELS, Model
 from bench.results import clean_times, median_us, newest
 from bench.subjects import LR, midway
@@ -46,6 +49,8 @@ MEASURED: dict[str, Model] = {
     "BERT-base": replace(MODELS["BERT-base"], batch=16),
     "SmolLM2-135M": replace(MODELS["SmolLM2-135M"], batch=16),
 }
+MEMORY = {"Llama-1B": replace(MODELS["Llama-1B"], length=512)}
+MEMORY_KINDS = ("loud", "quiet", "LoRA")
 SMALL = {"tiny": MODELS["tiny"]}  # for tests
 
 
@@ -117,6 +122,18 @@ def measure(name: str, dtype: str, rounds: int, warmup: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def memory(model: Model, dtype: torch.dtype | None = None) -> dict[str, int]:
+    """Count the most bytes that a step of each kind holds besides what is held between steps."""
+    found = {}
+    for kind in MEMORY_KINDS:
+        built = replace(model, dtype=dtype or model.dtype).build()
+        step = subject(kind, SHARES[0], built, model.inputs())
+        step.run()  # allocates the state of AdamW
+        found[kind] = allocations.of_call(step.run, torch.device("cpu")).peak
+        del built, step
+    return found
+
+
 def milliseconds(run: dict[str, Any], share: float) -> dict[str, float]:
     """Return the median of each kind, and the mean over a run with every=16."""
     spent = {
@@ -153,6 +170,37 @@ def section(folder: Path) -> list[str]:
     return [] if data is None else [report(data)]
 
 
+def memory_line(data: dict[str, Any]) -> str:
+    """Show the memory of a step in MB, if it was measured."""
+    return " ".join(
+        f"A step of {name} with {model.length} tokens holds at most "
+        f"{counted['loud'] / 1e6:,.0f} MB besides weights and state on a loud step with "
+        f"`fuse_backward=True`, {counted['quiet'] / 1e6:,.0f} on a quiet one, "
+        f"{counted['LoRA'] / 1e6:,.0f} with LoRA."
+        for name, model in MEMORY.items()
+        if (counted := data.get("memory", {}).get(name))
+    )
+
+
+def headline(folder: Path) -> list[str]:
+    """Show whole training steps for README.md; return [] if there are no figures."""
+    data = newest("cpu-whole-step-*.json", folder)
+    if data is None:
+        return []
+    names = {"quiet": "ours, a step that unmasks nothing", "every=16": "ours, mean with `every=16`",
+             "dense": "ours, with dense gradients", "AdamW": "clip + fused AdamW",
+             "LoRA": f"LoRA, r = {backward.LORA_RANK}", "floor": "no weight gradients"}  # fmt: skip
+    rows = []
+    for run in data["runs"]:
+        spent = milliseconds(run, SHARES[0])
+        rows.append([f"{run['model']} {run['dtype']}", *(f"{spent[name]:.0f}" for name in names)])
+    return [
+        "A whole training step (forward, backward, clipping, optimizer) with "
+        f"`sampled_backward=True` and a budget of {SHARES[0]:.1%}, milliseconds:",
+        tables.table(["", *names.values()], rows),
+    ]
+
+
 def report(data: dict[str, Any]) -> str:
     """Describe a results file."""
     records = [record for run in data["runs"] for record in run["subjects"]]
@@ -166,6 +214,7 @@ def report(data: dict[str, Any]) -> str:
             f"LoRA (r = {backward.LORA_RANK}, all Linear modules), and the floor: vectors alone "
             "are trained, so that no weight gradient is computed.",
             table(data["runs"]),
+            memory_line(data),
             f"{data['machine']['threads']} threads, commit {data['commit'][:8]}; "
             f"{clean / calls:.0%} of the calls were clean.",
         ]
@@ -184,6 +233,7 @@ def main() -> None:
     name = f"cpu-whole-step-{date.today().isoformat()}.json"
     parser.add_argument("--out", type=Path, default=environment.RESULTS / name,
                         help="default: bench/results/cpu-whole-step-<date>.json")  # fmt: skip
+    parser.add_argument("--memory", action="store_true", help="measure memory, too")
     arguments = parser.parse_args()
     settings = {"rounds": arguments.rounds, "warmup": arguments.warmup, "shares": SHARES}
     data: dict[str, Any] = {
@@ -195,6 +245,10 @@ def main() -> None:
             data["runs"].append(measure(model, dtype, arguments.rounds, arguments.warmup))
             arguments.out.write_text(json.dumps(data, separators=(",", ":")) + "\n")
             print(table(data["runs"][-1:]), flush=True)
+    for name, model in MEMORY.items() if arguments.memory else ():
+        data.setdefault("memory", {})[name] = memory(model)
+        arguments.out.write_text(json.dumps(data, separators=(",", ":")) + "\n")
+        print(memory_line(data), flush=True)
 
 
 if __name__ == "__main__":

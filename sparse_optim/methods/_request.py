@@ -117,7 +117,7 @@ def masked_adamw(
         importance=importance,
         selection=selection,
         max_grad_norm=_clip_norm(request, sampled),
-        norm="all" if selection.replaces else "active",
+        norm=None if selection.replaces else "active",
         bias_correction=request.bias_correction,
         backend=request.backend,
         fuse_backward=request.fuse_backward,

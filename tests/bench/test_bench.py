@@ -24,6 +24,7 @@ from bench import (
     shapes,
     steps,
     training,
+    whole_step,
 )
 
 
@@ -267,3 +268,26 @@ def test_runs_of_other_models_are_kept_at_the_same_commit(tmp_path):
     path.write_text(json.dumps({**head, "runs": [{"model": "x"}, {"model": "y"}]}))
     assert backward.recorded(path, head, ["x"]) == [{"model": "y"}]
     assert backward.recorded(path, {**head, "commit": "b"}, ["x"]) == []
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_whole_steps_are_measured_and_shown(tmp_path):
+    """Quiet steps give no dense gradient, loud ones unmask; every kind takes its steps."""
+    run = whole_step.measure("tiny", "bfloat16", rounds=1, warmup=0)
+    names = [record["name"] for record in run["subjects"]]
+    assert names == [*whole_step.KINDS, "quiet", "loud", "dense"]
+    counted = whole_step.memory(models.MODELS["tiny"])
+    assert set(counted) == set(whole_step.MEMORY_KINDS)
+    assert all(counted.values())
+    data = {
+        "runs": [run], "commit": "0" * 40, "machine": {"threads": 2}, "date": "2026-01-01",
+        "memory": {"Llama-1B": counted},
+    }  # fmt: skip
+    shown = whole_step.report(data)
+    assert shown.count("| tiny | bfloat16 |") == len(whole_step.SHARES)
+    assert "besides weights and state on a loud step" in shown
+    assert whole_step.headline(tmp_path) == []
+    (tmp_path / "cpu-whole-step-2026-01-01.json").write_text(json.dumps(data))
+    assert "| tiny bfloat16 |" in whole_step.headline(tmp_path)[1]
+    spent = whole_step.milliseconds(run, whole_step.SHARES[0])
+    assert spent["every=16"] == pytest.approx((spent["loud"] + 15 * spent["quiet"]) / 16)

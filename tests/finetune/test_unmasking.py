@@ -11,6 +11,7 @@ pytest.importorskip("accelerate", reason="the main job needs the extra 'finetune
 
 from finetune_jobs import config, make_folders
 
+from sparse_optim.engine import sampled
 from sparse_optim.finetune import FinetuneError
 from sparse_optim.finetune.job import run
 
@@ -72,3 +73,47 @@ def test_gradients_taken_inside_the_backward_pass_give_the_same_model(folders, t
 def test_what_needs_whole_gradients_is_refused(folders, tmp_path, settings, message):
     with pytest.raises(FinetuneError, match=message):
         run(config(folders, tmp_path, "encoder", "sequence", fuse_backward=True, **settings))
+
+
+def test_every_unmasks_in_leaps(folders, tmp_path):
+    options = {"steps": 6, "log_every": 1, "budget": 60, "unmask_share": 1.0, "every": 3}
+    result = run(config(folders, tmp_path / "out", "encoder", "sequence", **options))
+    fresh = result.metrics["model"]["fresh_entries"]
+    assert [row["active"] - fresh for row in result.metrics["log"]] == [30, 30, 30, 60, 60, 60]
+
+
+@pytest.mark.parametrize("method", ["id3", "r-mask", "static-d3"])
+def test_sampled_gradients_are_the_default_and_give_nearly_the_same_model(
+    folders, tmp_path, method, monkeypatch
+):
+    found, calls = [], []
+    function = sampled.weight_grad
+    monkeypatch.setattr(
+        sampled, "weight_grad", lambda *given: calls.append(given) or function(*given)
+    )
+    for sampled_backward in (None, True, False):
+        options = {"method": method, "budget": 40, "steps": 6, "sampled_backward": sampled_backward}
+        output = tmp_path / str(sampled_backward)
+        result = run(config(folders, output, "encoder", "sequence", **options))
+        assert result.metrics["verified"] is True
+        found.append([param.detach() for param in result.model.parameters()])
+        assert bool(calls) is (sampled_backward is not False)
+        calls.clear()
+    assert all(map(torch.equal, found[0], found[1]))
+    for first, last in zip(found[0], found[2], strict=True):
+        torch.testing.assert_close(first, last, rtol=1e-3, atol=1e-4)
+
+
+def test_methods_that_choose_anew_take_whole_gradients(folders, tmp_path):
+    """By default; asked for, sampled gradients are refused."""
+    options = {"method": "repeat-d3", "budget": 40}
+    run(config(folders, tmp_path / "a", "encoder", "sequence", **options))
+    with pytest.raises(FinetuneError, match="sampled_backward=True needs a set that only grows"):
+        run(
+            config(folders, tmp_path / "b", "encoder", "sequence", sampled_backward=True, **options)
+        )
+
+
+def test_every_is_for_id3(folders, tmp_path):
+    with pytest.raises(FinetuneError, match="--every is for the method id3, not for pafi"):
+        config(folders, tmp_path, "encoder", "sequence", method="pafi", every=2)

@@ -194,3 +194,33 @@ def test_the_mixin_goes_with_other_trainers_and_other_optimizers(tmp_path):
     dense.train()
     assert isinstance(dense.raw_optimizer, torch.optim.AdamW)
     assert all("active" not in row for row in dense.state.log_history)
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_sampled_gradients_in_a_trainer(tmp_path, fuse):
+    """It zeroes gradients by the model, and accumulates where nothing is freed at once."""
+    found = []
+    for sampled in (True, False):
+        model = build_model()
+
+        def build(
+            model: nn.Module, total_steps: int, sampled: bool = sampled
+        ) -> IncrementalMaskedAdamW:
+            return IncrementalMaskedAdamW(
+                model.named_parameters(), lr=0.01, budget=200, total_steps=total_steps, every=3,
+                norm="active", max_grad_norm=1.0, model=model, sampled_backward=sampled,
+                fuse_backward=sampled and fuse,
+            )  # fmt: skip
+
+        trainer = SelectiveTrainer(
+            model=model, train_dataset=Rows(), build_optimizer=build,
+            args=arguments(tmp_path / str(sampled), gradient_accumulation_steps=1 if fuse else 2),
+        )  # fmt: skip
+        trainer.train()
+        assert trainer.raw_optimizer.metrics()["active"] == 200
+        found.append(model)
+        losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+        found.append(torch.tensor(losses))
+    torch.testing.assert_close(found[1], found[3], rtol=1e-5, atol=1e-5)
+    for one, other in zip(found[0].parameters(), found[2].parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
