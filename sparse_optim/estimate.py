@@ -19,7 +19,7 @@ GPUS = {
     "l4": 24 * GIB, "rtx4090": 24 * GIB, "a6000": 48 * GIB, "a100-40": 40 * GIB,
     "a100": 80 * GIB, "h100": 80 * GIB, "h200": 140 * GIB,
 }  # fmt: skip
-OPTIMIZERS = ("adamw", "adamw-fp32", "adamw-8bit", "sparse", "in-backward")
+OPTIMIZERS = ("adamw", "adamw-fp32", "adamw-8bit", "sparse", "in-backward", "sampled")
 MARGIN = GIB  # kept free on a GPU for what the estimate leaves out, beside 5% for fragments
 TILE = 4096  # entries, on the GPU backends; a tile takes 16 bytes of work space, or a little more
 
@@ -33,6 +33,7 @@ class Footprint:
         weights: bytes of parameters and buffers.
         step: the most that forward and backward hold at once besides, gradients included.
         step_in_backward: the same, if each gradient is freed as soon as it is computed.
+        step_sampled: the same again, if layers compute no weight gradients.
     """
 
     entries: int
@@ -40,6 +41,7 @@ class Footprint:
     weights: int
     step: int
     step_in_backward: int
+    step_sampled: int
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ class Estimate:
     def step(self) -> int:
         """Bytes of gradients, activations and temporaries, the most at once."""
         model = self.footprint
-        return model.step_in_backward if self.optimizer == "in-backward" else model.step
+        steps = {"in-backward": model.step_in_backward, "sampled": model.step_sampled}
+        return steps.get(self.optimizer, model.step)
 
     @property
     def peak(self) -> int:
@@ -79,8 +82,9 @@ def state_bytes(optimizer: str, footprint: Footprint, itemsize: int, budget: int
     Args:
         optimizer: "adamw" (moments in the parameters' dtype), "adamw-fp32" (float32 moments, and
             master values of parameters of 16 bits), "adamw-8bit" (moments of a byte, float32 scales
-            for blocks of 256), "sparse" (this package) or "in-backward" (the same, with
-            `fuse_backward=True`).
+            for blocks of 256), "sparse" (this package), "in-backward" (the same, with
+            `fuse_backward=True`) or "sampled" (with `sampled_backward=True`, on steps that unmask
+            nothing: all of a set that needs no data; other runs peak at the steps that unmask).
         itemsize: bytes of a parameter's entry.
         budget: entries that may become active.
     """
@@ -94,7 +98,8 @@ def state_bytes(optimizer: str, footprint: Footprint, itemsize: int, budget: int
         case "adamw-8bit":
             return 2 * entries + 2 * 4 * (entries // 256)
     tiles = entries // TILE + footprint.tensors
-    # position, moments, age and gradient of an active entry, its master value; scratch to append
+    # position, moments, age and gradient of an active entry, its master value; scratch to append,
+    # or its sampled gradient
     return (20 + (4 if master else 0) + 8) * budget + 24 * tiles
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from sparse_optim import IncrementalMaskedAdamW, estimate
+from sparse_optim import IncrementalMaskedAdamW, MaskedAdamW, Random, Static, estimate
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 from bench import allocations
@@ -89,6 +89,14 @@ OPTIMIZERS = {
         max_grad_norm=1.0,
         fuse_backward=True,
     ),
+    "sampled": lambda model: MaskedAdamW(
+        model.named_parameters(),
+        importance=Random(0),
+        selection=Static(BUDGET),
+        max_grad_norm=1.0,
+        model=model,
+        sampled_backward=True,
+    ),
 }
 
 
@@ -96,6 +104,7 @@ CASES = [
     *itertools.product(["decoder"], ["float32", "bfloat16"], OPTIMIZERS),
     *itertools.product(["encoder"], ["float32"], OPTIMIZERS),
     ("encoder", "bfloat16", "in-backward"),
+    ("encoder", "bfloat16", "sampled"),
 ]
 footprint_read = functools.cache(read_footprint)  # the same for every optimizer
 
@@ -119,7 +128,7 @@ def test_within_a_tenth_of_what_a_training_step_takes(
 
 
 def test_state_of_each_optimizer():
-    footprint = estimate.Footprint(1_000_000, 3, 4, 4, 2)
+    footprint = estimate.Footprint(1_000_000, 3, 4, 4, 2, 1)
     sizes = {name: estimate.state_bytes(name, footprint, 2, 1000) for name in estimate.OPTIMIZERS}
     assert sizes["adamw"] == 4_000_000
     assert sizes["adamw-fp32"] == 12_000_000
@@ -146,11 +155,11 @@ def test_frozen_and_tied_weights():
     inputs, loss_and_its_gradient, gradient = 2 * 7 * 10 * 4, 8, 400
     assert footprint.step >= inputs + gradient
     assert footprint.step <= 2 * inputs + loss_and_its_gradient + 3 * gradient
-    assert footprint.step_in_backward <= footprint.step
+    assert footprint.step_sampled < footprint.step_in_backward <= footprint.step
 
 
 def test_what_fits():
-    model = estimate.Footprint(0, 0, 8 * estimate.GIB, estimate.GIB, 0)
+    model = estimate.Footprint(0, 0, 8 * estimate.GIB, estimate.GIB, 0, 0)
     sizes = {10.5: "yes", 10.4: "tight", 9: "tight", 8.9: "NO"}
     guess = estimate.Estimate("adamw", 0, model)
     assert {size: guess.fits(int(size * estimate.GIB)) for size in sizes} == sizes

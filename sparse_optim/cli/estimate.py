@@ -38,9 +38,10 @@ def estimate(
 
     Optimizers: adamw keeps moments in the model's dtype, adamw-fp32 in float32 with master values,
     adamw-8bit in one byte each; sparse is this package, in-backward the same with
-    fuse_backward=True. Column step: gradients, activations and temporaries at their peak, counted
-    on fake tensors. The CUDA context, work space within kernels and fragmentation come on top (1
-    GiB and 5%): "yes" fits with them, "tight" only without them.
+    fuse_backward=True, sampled with sampled_backward=True on steps that unmask nothing (for the
+    others see in-backward or sparse). Column step: gradients, activations and temporaries at their
+    peak, counted on fake tensors. The CUDA context, work space within kernels and fragmentation
+    come on top (1 GiB and 5%): "yes" fits with them, "tight" only without them.
     """
     with one_line_errors():
         _check("gpu", gpu, tuple(GPUS))

@@ -22,7 +22,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import count
 from typing import Any, Literal, Protocol
 
@@ -76,6 +76,17 @@ class Method:
     def traits(self) -> Traits:
         """Of the importance."""
         return traits_of(self.importance)
+
+
+def is_complete(method: Method, budget: int, progress: Sequence[int]) -> bool:
+    """Whether nothing will be unmasked any more, by applied steps and active entries."""
+    selection, (step, active, _) = method.selection, progress
+    if selection.replaces:
+        return False
+    # A static set of fixed scores is complete after one step, even if it found too few above 0.
+    if selection.one_step and method.traits.fixed and step > 0:
+        return True
+    return active >= budget
 
 
 class Source(Protocol):
@@ -196,8 +207,9 @@ class Engine:
         counts = [0, 0, 0] if self._surely_empty else active.progress.tolist()
         self.calls, self.set_version = counts[0] + counts[2], next(_set_versions)
         self._offsets: tuple[int, list[int]] = (-1, [])
-        complete = self._is_complete(counts)
-        self.completion = Completion(self._is_complete, pool.device.type, complete)
+        # No method of this engine: what refers to itself lives until the garbage collector comes.
+        known = partial(is_complete, method, self.budget)
+        self.completion = Completion(known, pool.device.type, known(counts))
         self.known_hyper: Rows = []
         self._versions = [param._version for param in pool.params]
         self._reread = True  # the next step looks at every parameter
@@ -215,16 +227,6 @@ class Engine:
     def loud(self) -> bool:
         """Whether the next step may unmask entries, as far as the host knows."""
         return self.calls % self.method.selection.every == 0 and not self.completion.known
-
-    def _is_complete(self, progress: Sequence[int]) -> bool:
-        """Whether nothing will be unmasked any more, by applied steps and active entries."""
-        selection, (step, active, _) = self.method.selection, progress
-        if selection.replaces:
-            return False
-        # A static set of fixed scores is complete after one step, even if it found too few above 0.
-        if selection.one_step and self.method.traits.fixed and step > 0:
-            return True
-        return active >= self.budget
 
     # A step, in order.
 
@@ -405,7 +407,7 @@ class Engine:
     def unmasks(self) -> bool:
         """Whether the next step is to unmask anything; reads counts from the device."""
         progress = self.active.progress
-        if self._is_complete(progress.tolist()):
+        if is_complete(self.method, self.budget, progress.tolist()):
             return False
         return bool(scoring.step_quota(self.loud_targets, progress, max_quota=1))
 

@@ -253,7 +253,7 @@ def weight_grad(
     input: Tensor, grad_output: Tensor, position: Tensor, transposed: bool, backend: str
 ) -> Tensor:
     """Gradient of a weight at `position`, (n,), float32; see `reference.sampled_grad`."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or type(grad_output) is not Tensor:  # fake tensors, too
         found: Tensor = torch.ops.sparse_optim.weight_grad(
             input, grad_output, position, transposed, backend
         )

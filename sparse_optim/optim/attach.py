@@ -12,14 +12,14 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sparse_optim.engine import sampled
-from sparse_optim.engine.sampled import COVERS, Exchanged, SampledBackward, Window
+from sparse_optim.engine.sampled import COVERS, Cover, Exchanged, Window
 
 logger = logging.getLogger(__name__)
 
@@ -76,16 +76,28 @@ def find_layers(model: nn.Module, params: Sequence[Tensor]) -> dict[int, list[La
     """
     places = {id(param): index for index, param in enumerate(params)}
     found: dict[int, list[Layer]] = {}
+    left: list[str] = []
     for name, module in model.named_modules():
         index = places.get(id(dict(module.named_parameters(recurse=False)).get("weight")))
         build = _kind(module)
         if index is None or build is None:
             continue
         if why := _obstacle(module):
-            logger.warning("%s keeps ordinary weight gradients: it has %s", name, why)
+            left.append(f"{name} (it has {why})")
             continue
         found.setdefault(index, []).append(Layer(module, build))
+    if left:
+        logger.warning("layers that keep ordinary weight gradients: %s", ", ".join(left))
     return found
+
+
+class Source(Protocol):
+    """What `Attachment` needs of a source; see `SampledBackward`."""
+
+    window: Window
+    covers: dict[int, Cover]
+
+    def discard(self) -> None: ...
 
 
 def can_sample(model: nn.Module, params: Sequence[Tensor]) -> bool:
@@ -155,7 +167,7 @@ class Attachment:
     """
 
     def __init__(
-        self, model: nn.Module, layers: Mapping[int, Sequence[Layer]], source: SampledBackward
+        self, model: nn.Module, layers: Mapping[int, Sequence[Layer]], source: Source
     ) -> None:
         self._modules: list[weakref.ref[nn.Module]] = []
         numbers: list[int] = []
@@ -181,7 +193,7 @@ class Attachment:
         self._finalizer()
 
 
-def _zero_grad(source: SampledBackward) -> Callable[..., None]:
+def _zero_grad(source: Source) -> Callable[..., None]:
     reference = weakref.ref(source)
 
     def zero_grad(self: nn.Module, set_to_none: bool = True) -> None:
