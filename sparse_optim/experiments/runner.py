@@ -301,6 +301,7 @@ class Runner:
             "lr": cell.lr,
             "seed": cell.seed,
             "unmask_share": 1.0,  # as the paper's ID3
+            "every": 1,
             **({"budget": parse_budget(row.budget)} if row.budget else {}),
             **adapter_settings(row),
             **self.experiment.settings,

@@ -21,8 +21,8 @@ DEFAULT_BUDGET = 0.01
 # gained against the paper's whole run on each of three tasks: see bench/results/quality/README.md.
 DEFAULT_UNMASK_SHARE = 0.5
 
-# Steps from one that unmasks to the next: see bench/results/every/README.md.
-DEFAULT_EVERY = 1
+# Steps from one that unmasks to the next: 16 scored like 1, see bench/results/every/README.md.
+DEFAULT_EVERY = 16
 
 RATES = ", ".join(f"{name} {method.lr:g}" for name, method in METHODS.items())
 RANKS = ", ".join(f"{name} {kind.rank}" for name, kind in ADAPTERS.items() if kind.rank)
@@ -117,7 +117,8 @@ class FinetuneConfig:
         DEFAULT_UNMASK_SHARE, "Spend the budget in this share of the run (1: the paper's ID3)."
     )
     every: int = _selection(
-        DEFAULT_EVERY, "Unmask at every so many-th step alone; the steps between are faster."
+        DEFAULT_EVERY,
+        "id3: unmask at every so many-th step alone; the others are faster (1: the paper's ID3).",
     )
     bias_correction: Literal["entry", "global"] = _selection(
         "entry", "Count Adam's steps from the unmasking of an entry, or from the start (global)."
@@ -246,7 +247,7 @@ class FinetuneConfig:
                 "--fuse-backward frees each gradient at once, so --accumulation has nothing to add "
                 "up: drop one of them"
             )
-        if self.every != DEFAULT_EVERY and self.method != "id3":
+        if self.every not in (1, DEFAULT_EVERY) and self.method != "id3":
             raise FinetuneError(f"--every is for the method id3, not for {self.method}")
         for name in ("adapter_rank", "adapter_alpha", "adapter_targets"):
             if self.adapter is None and getattr(self, name):

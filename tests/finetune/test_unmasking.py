@@ -32,7 +32,7 @@ def folders(tmp_path_factory) -> dict[str, str]:
     ],
 )
 def test_the_budget_is_spent_as_asked(folders, tmp_path, settings, counts):
-    options = {"steps": 4, "log_every": 1, "budget": 40, **settings}
+    options = {"steps": 4, "log_every": 1, "budget": 40, "every": 1, **settings}
     result = run(config(folders, tmp_path / "out", "encoder", "sequence", **options))
     fresh = result.metrics["model"]["fresh_entries"]
     assert [row["active"] - fresh for row in result.metrics["log"]] == counts
@@ -42,7 +42,7 @@ def test_bias_correction_reaches_the_optimizer(folders, tmp_path):
     """An entry unmasked at step 2 moves by its lr, or by half of it: two different models."""
     weights = {}
     for kind in ("entry", "global"):
-        options = {"steps": 4, "budget": 40, "bias_correction": kind}
+        options = {"steps": 4, "budget": 40, "bias_correction": kind, "every": 1}
         result = run(config(folders, tmp_path / kind, "encoder", "sequence", **options))
         weights[kind] = [param.detach() for param in result.model.parameters()]
     assert not all(map(torch.equal, weights["entry"], weights["global"]))
