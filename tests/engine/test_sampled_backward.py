@@ -2,7 +2,20 @@
 
 That these tests can fail: faults that were planted by hand, and a test that saw each.
 
-    (see FAULTS)
+    leaf of an earlier set kept                       test_a_run_is_that_of_dense_gradients
+    dense part not gathered, or written over          test_a_weight_that_is_also_used_functionally
+    active gradients of the step before kept          test_a_run_is_that_of_dense_gradients
+    gradients not consumed                            test_a_weight_that_is_also_used_functionally
+    stamp not checked                                 test_backward_of_a_forward_pass_before_the_step
+    sets without data not taken at first              test_sets_without_data_never_see_a_dense_...
+    norm of what moves not taken                      test_a_run_is_that_of_dense_gradients
+    a loud step unmasks for itself alone              test_non_finite_gradients_skip_quiet_and_...
+    row of the padding not left out                   test_importances_and_static_sets
+    model.zero_grad() discards nothing                test_zero_grad_discards
+    second gradient with backward hooks not refused   test_a_second_backward
+    completion known before its lag                   test_every.py
+    cast of the weight left to autocast               test_sampled_layers.py
+    column-major inputs multiplied as others          test_sampled_layers.py
 """
 
 from __future__ import annotations
@@ -291,6 +304,23 @@ def test_a_second_backward(fuse):
         optimizer.step()
     optimizer.zero_grad()
     train(model, optimizer, 1)
+
+
+def test_a_second_backward_through_sampled_weights_alone():
+    """With fuse_backward, where no other gradient says so."""
+    layer = nn.Linear(8, 8, bias=False)
+    optimizer = IncrementalMaskedAdamW(
+        layer.parameters(), budget=9, total_steps=9, every=3, max_grad_norm=1.0, model=layer,
+        sampled_backward=True, fuse_backward=True,
+    )  # fmt: skip
+    for _ in range(2):
+        layer(torch.randn(3, 8)).sum().backward()
+        optimizer.step()
+    layer(torch.randn(3, 8)).sum().backward()
+    with pytest.raises(RuntimeError, match="second gradient before step"):
+        layer(torch.randn(3, 8)).sum().backward()
+    with pytest.raises(RuntimeError, match="cannot be accumulated"):
+        optimizer.step()
 
 
 def test_backward_of_a_forward_pass_before_the_step():

@@ -100,6 +100,23 @@ def test_projections(kind, shape, dtype):
     assert_as_exact(cover.leaf.grad, entries.float(), want, scale=10.0)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradients_that_are_not_contiguous(bias):
+    """Of outputs that are transposed before they are used: sums over tokens go another way."""
+    layer = nn.Linear(12, 64, bias=bias)
+    twin, _ = covered(layer)
+    for shape in ((5, 300, 12), (2, 5, 300, 12)):
+        x, weights = torch.randn(shape), torch.randn(64, *shape[:-1])
+        found = []
+        for each in (twin, layer):
+            each.zero_grad()
+            given = x.clone().requires_grad_()
+            (each(given).movedim(-1, 0) * weights).sum().backward()
+            found.append((given.grad, each.bias.grad if bias else torch.empty(0)))
+        for got, want in zip(*found, strict=True):
+            assert_same_bits(got, want)
+
+
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
 @pytest.mark.parametrize("ids", [torch.int64, torch.int32])
 @pytest.mark.parametrize("padding", [None, 3])

@@ -36,7 +36,7 @@ def backend_with(monkeypatch):
 
     def install(**operations):
         module = types.ModuleType("tried_backend")
-        names = ("bind", "scan", "clip", "rank", "cut", "append", "update")
+        names = ("bind", "scan", "clip", "rank", "cut", "append", "update", "sampled_grad")
         for name in ("TILE", "scratch_bytes", *names):
             setattr(module, name, operations.get(name, getattr(reference, name)))
         monkeypatch.setitem(sys.modules, "tried_backend", module)
@@ -71,6 +71,10 @@ def cut_with_ties_to_the_higher_index(bound, tiles, active, rule, targets, found
 def scan_with_a_norm_too_great(bound, dense_grads, tiles, active, norms, found_inf, scratch):
     reference.scan(bound, dense_grads, tiles, active, norms, found_inf, scratch)
     norms.mul_(1.001)
+
+
+def sampled_grad_without_the_last_token(input, grad_output, *arguments):
+    reference.sampled_grad(input[:-1], grad_output[:-1], *arguments)
 
 
 def clip_with_a_factor_too_small(*arguments):
@@ -116,6 +120,7 @@ def update_that_moves_frozen_entries(bound, active, scalars, bias_correction):
 FAULTS = [
     ("cut", cut_with_ties_to_the_higher_index, "it unmasks other entries.*step 2 of D3"),
     ("cut", cut_with_a_wrong_threshold, "the least importance that it unmasks differs"),
+    ("sampled_grad", sampled_grad_without_the_last_token, "weight gradients of active entries are"),
     ("cut", fails, "it raised ValueError: no such kernel$"),
     ("bind", fails, "it raised ValueError: no such kernel$"),
     ("rank", fails, "it raised ValueError: no such kernel$"),
