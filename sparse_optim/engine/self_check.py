@@ -102,8 +102,8 @@ def _sampled_difference(backend: str, device: torch.device) -> str | None:
             position = torch.randperm(3500, generator=generator)[:300].sort().values.int()
             want, got = torch.zeros(300), torch.zeros(300, device=device)
             load("reference").sampled_grad(input, grad, position, transposed, want)
-            moved = (each.to(device) for each in (input, grad, position))
-            load(backend).sampled_grad(*moved, transposed, got)
+            x, dy, where = (each.to(device) for each in (input, grad, position))
+            load(backend).sampled_grad(x, dy, where, transposed, got)
             if not torch.allclose(got.cpu(), want, rtol=TOLERANCE, atol=TOLERANCE * TOKENS):
                 return "weight gradients of active entries are further off than rounding explains"
     return None
