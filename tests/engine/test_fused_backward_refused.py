@@ -115,7 +115,7 @@ def test_unscaling_from_outside_is_refused():
     optimizer = build(net, fuse=True)
     scaler = GradScaler("cpu")
     scaler.scale(loss_of(net, torch.Generator())).backward()
-    with pytest.raises(RuntimeError, match="unscale_ finds no gradients"):
+    with pytest.raises(RuntimeError, match="unscale_ does not find the gradients"):
         scaler.unscale_(optimizer)
     scaler.step(optimizer)
     scaler.update()

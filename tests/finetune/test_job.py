@@ -55,7 +55,7 @@ def test_every_task_writes_a_delta_that_rebuilds_the_model(
     folders, tmp_path, model, dataset, task, metric
 ):
     output = tmp_path / "out"
-    result = run(config(folders, output, model, dataset))
+    result = run(config(folders, output, model, dataset, every=1))
     metrics = json.loads((output / "metrics.json").read_text())
     assert (metrics["task"], metrics["metric"]["name"]) == (task, metric)
     assert metrics["verified"] is True

@@ -15,6 +15,8 @@ from unittest import mock
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sparse_optim.engine.completion import Completion
+
 READS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal")
 MASKS = ("index", "index_put", "index_put_")
 
@@ -38,6 +40,10 @@ def _refused(tensor: torch.Tensor) -> None:
 
 @contextlib.contextmanager
 def refused() -> Iterator[None]:
-    """Reads of tensors raise AssertionError."""
-    with mock.patch.object(torch.Tensor, "tolist", _refused), _Refusing():
+    """Reads of tensors raise AssertionError.
+
+    On a device, `Completion.note` reads a copy in the host's memory, of an earlier call.
+    """
+    note = mock.patch.object(Completion, "note")
+    with note, mock.patch.object(torch.Tensor, "tolist", _refused), _Refusing():
         yield
