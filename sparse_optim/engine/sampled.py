@@ -40,6 +40,9 @@ from sparse_optim.engine.pool import Gradients
 DENSE_SHARE = {torch.float32: 0.2, torch.bfloat16: 0.1, torch.float16: 0.1}
 
 
+CLOSED = (False, -2)  # the stamp of a window whose source is gone
+
+
 class Window:
     """What the layers of a source have in common between two calls of step().
 
@@ -139,9 +142,9 @@ class Cover:
         """Raise RuntimeError if a forward pass had another active set."""
         if stamp is not None and stamp != self.window.stamp:
             raise RuntimeError(
-                "backward() after step(), of a forward pass before it: with sampled_backward=True "
-                "the active entries have changed since. Call backward() before step(), or use "
-                "`with optimizer.dense_gradients():` around both passes"
+                "backward() after step(), or after a change of the optimizer, of a forward pass "
+                "before it: with sampled_backward=True the active entries have changed since. Call "
+                "backward() first, or use `with optimizer.dense_gradients():` around both passes"
             )
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sparse_optim.engine import sampled
-from sparse_optim.engine.sampled import COVERS, Cover, Exchanged, Window
+from sparse_optim.engine.sampled import CLOSED, COVERS, Cover, Exchanged, Window
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +30,8 @@ _numbers = count()  # of covers
 
 def _linear(number: int, plain: Forward) -> Forward:
     def forward(self: nn.Linear, input: Tensor) -> Tensor:
-        cover = COVERS[number]
-        if input.dim() < 2 or not cover.samples(self.weight):
+        cover = COVERS.get(number)
+        if cover is None or input.dim() < 2 or not cover.samples(self.weight):
             return plain(self, input)
         return sampled.linear(input, self.weight, self.bias, cover)
 
@@ -40,8 +40,8 @@ def _linear(number: int, plain: Forward) -> Forward:
 
 def _conv1d(number: int, plain: Forward) -> Forward:
     def forward(self: Any, x: Tensor) -> Tensor:
-        cover = COVERS[number]
-        if not cover.samples(self.weight):
+        cover = COVERS.get(number)
+        if cover is None or not cover.samples(self.weight):
             return plain(self, x)
         return sampled.conv1d(x, self.weight, self.bias, cover)
 
@@ -50,8 +50,8 @@ def _conv1d(number: int, plain: Forward) -> Forward:
 
 def _embedding(number: int, plain: Forward) -> Forward:
     def forward(self: nn.Embedding, input: Tensor) -> Tensor:
-        cover = COVERS[number]
-        if not cover.samples(self.weight):
+        cover = COVERS.get(number)
+        if cover is None or not cover.samples(self.weight):
             return plain(self, input)
         return sampled.embedding(input, self.weight, self.padding_idx, cover)
 
@@ -207,7 +207,7 @@ def _zero_grad(source: Source) -> Callable[..., None]:
 def _detach(
     modules: Sequence[weakref.ref[nn.Module]], numbers: Sequence[int], window: Window
 ) -> None:
-    window.closed = True
+    window.closed, window.stamp = True, CLOSED
     for number in numbers:
         del COVERS[number]
     for reference in modules:

@@ -338,6 +338,34 @@ def test_backward_of_a_forward_pass_before_the_step():
     assert model.words.weight.grad.any()
 
 
+def test_backward_after_the_optimizer_has_changed():
+    """The gradient would go nowhere."""
+    for change in (
+        lambda one: one.extend(total_steps=20),
+        lambda one: setattr(one, "sampled_backward", False),
+        lambda one: one.load_state_dict(one.state_dict()),
+    ):
+        model = new_model()
+        optimizer = optimizer_of(model, True)
+        go_quiet(model, optimizer)
+        loss = loss_of(model, 1)
+        change(optimizer)
+        with pytest.raises(RuntimeError, match="or after a change of the optimizer"):
+            loss.backward()
+
+
+def test_another_library_that_wraps_the_forward_pass_later():
+    """accelerate's hooks keep the forward that they find, and call it after we have detached."""
+    model = new_model()
+    optimizer = optimizer_of(model, True)
+    kept = model.up.forward
+    model.up.forward = lambda x: kept(x)
+    train(model, optimizer, 3)
+    optimizer.sampled_backward = False
+    loss_of(model, 5).backward()
+    assert model.up.weight.grad.any()
+
+
 def test_steps_that_are_left_out_do_not_count():
     """Loudness is constant between two calls of step()."""
     model = new_model()
