@@ -66,7 +66,7 @@ class _Layers:
         self.window.quiet = True
         self.covers = {index: Cover(self.window, params[index], "reference") for index in indices}
         for cover in self.covers.values():
-            cover.renew(torch.zeros(1), torch.zeros(1, dtype=torch.int32))
+            cover.renew(torch.zeros(1, dtype=torch.float32), torch.zeros(1, dtype=torch.int32))
 
     def discard(self) -> None:
         """For the model's `zero_grad`."""

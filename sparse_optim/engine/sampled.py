@@ -36,9 +36,12 @@ from sparse_optim.engine.fused_backward import FusedBackward, check_not_distribu
 from sparse_optim.engine.pool import Gradients
 
 # From this share of active entries on, the dense product is taken and read at these entries. On two
-# cores both take the same at 20% in float32 and 12% in bfloat16.
-DENSE_SHARE = {torch.float32: 0.2, torch.bfloat16: 0.1, torch.float16: 0.1}
-
+# cores both take the same at 20% in float32 and 12% in bfloat16. On GPUs, whose dense products are
+# faster, the shares are predictions (see csrc/cuda/sampled_grad.cu) that nobody has measured.
+DENSE_SHARE = {
+    "cpu": {torch.float32: 0.2, torch.bfloat16: 0.1, torch.float16: 0.1},
+    "cuda": {torch.float32: 0.03, torch.bfloat16: 0.003, torch.float16: 0.003},
+}
 
 CLOSED = (False, -2)  # the stamp of a window whose source is gone
 
@@ -118,7 +121,10 @@ class Cover:
 
     def __init__(self, window: Window, param: Tensor, backend: str) -> None:
         self.window, self.param, self.backend = window, param, backend
-        self.renew(torch.empty(0, device=param.device), torch.empty(0, device=param.device).int())
+        self.renew(
+            torch.empty(0, dtype=torch.float32, device=param.device),
+            torch.empty(0, dtype=torch.int32, device=param.device),
+        )
 
     def renew(self, values: Tensor, position: Tensor) -> None:
         """Take another active set; `values`, (n,), float32, lend their memory."""
@@ -199,7 +205,7 @@ class _Projection(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ctx.cover, ctx.transposed, ctx.position = cover, transposed, cover.position
         ctx.stamp = None if torch.compiler.is_compiling() else cover.window.stamp
-        ctx.shape, ctx.dtype = input.shape, input.dtype
+        ctx.shape = input.shape
         # As torch.nn.functional.linear does; sums over the bias follow the same shape.
         ctx.flat = transposed or input.dim() == 2 or (input.dim() == 3 and input.is_contiguous())
         rows = input.reshape(-1, input.size(-1))
@@ -220,7 +226,7 @@ class _Projection(torch.autograd.Function):
         # First, so that the gradient of the input is in the cache for what comes next: a backward
         # pass of BERT-base took 28 ms less of 1,060.
         if input is None:
-            of_leaf = torch.zeros(ctx.position.numel(), device=grad.device)
+            of_leaf = _zeros(ctx.position)
         else:
             tokens = input.reshape(-1, input.size(-1))
             of_leaf = weight_grad(tokens, grad, ctx.position, ctx.transposed, ctx.cover.backend)
@@ -271,12 +277,18 @@ def _weight_grad(
     input: Tensor, grad_output: Tensor, position: Tensor, transposed: bool, backend: str
 ) -> Tensor:
     size = input.size(1) * grad_output.size(1)
-    if position.numel() > DENSE_SHARE[grad_output.dtype] * size:
+    share = DENSE_SHARE["cpu" if input.device.type == "cpu" else "cuda"][grad_output.dtype]
+    if position.numel() > share * size:
         outer, inner = (input, grad_output) if transposed else (grad_output, input)
         return outer.t().mm(inner).view(-1)[position.long()].float()
-    out = torch.zeros(position.numel(), device=input.device)
+    out = _zeros(position)
     load(backend).sampled_grad(input, grad_output, position, transposed, out)
     return out
+
+
+def _zeros(position: Tensor) -> Tensor:
+    """A float32 for each position, whatever torch's default dtype is."""
+    return torch.zeros(position.numel(), dtype=torch.float32, device=position.device)
 
 
 def _weight_grad_shape(
@@ -310,7 +322,7 @@ def lookup_grad(
     """
     width, tokens = grad_output.size(-1), ids.numel()
     if not tokens or not position.numel():
-        return torch.zeros(position.numel(), device=position.device)
+        return _zeros(position)
     row, column = position.long() // width, position.long() % width
     ordered, order = ids.reshape(-1).long().sort(stable=True)
     place = torch.zeros_like(ordered)  # which of the distinct ids a token has, 0, 1, ...

@@ -168,6 +168,25 @@ def test_dense_weights_take_the_dense_product(monkeypatch, transposed):
     torch.testing.assert_close(cover.leaf.grad, want)
 
 
+def test_another_default_dtype():
+    """As a library sets while it loads a model in bfloat16, or for a whole run."""
+    for layer, given in (
+        (nn.Linear(12, 7), torch.randn(5, 12)),
+        (nn.Embedding(9, 4), torch.ones(3).int()),
+    ):
+        twin, cover = covered(layer)
+        torch.set_default_dtype(torch.float64)
+        try:
+            twin(given).sum().backward()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        want = layer(given).sum()
+        want.backward()
+        entries = layer.weight.grad.view(-1)[cover.position.long()]
+        torch.testing.assert_close(cover.leaf.grad, entries)
+        assert cover.leaf.grad.dtype == torch.float32
+
+
 def test_the_input_is_kept_only_for_active_entries():
     kept = []
     for share in (0.0, 0.1):
