@@ -7,12 +7,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from calibration_cases import CLASSES, SCORES, assert_close, make_batches, make_model
+from calibration_cases import (
+    CLASSES,
+    SCORES,
+    assert_close,
+    make_batches,
+    make_model,
+    trainable,
+)
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from sparse_optim import MaskedAdamW, Random, Static
 from sparse_optim.calibration import fisher, grasp, snip
 
 
@@ -192,3 +200,22 @@ def test_errors_say_what_to_do_and_leave_the_model_alone(call, message):
         call(model)
     assert [module.training for module in model.modules()] == modes
     assert all(param.grad is None for param in model.parameters())
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_a_model_whose_layers_sample_is_scored_as_ever(name):
+    """In the middle of a run with sampled_backward=True, on a quiet step."""
+    model, twin = make_model(), make_model()
+    optimizer = MaskedAdamW(
+        trainable(model).items(), lr=0.0, weight_decay=0.0, importance=Random(0),
+        selection=Static(9), max_grad_norm=1.0, model=model, sampled_backward=True,
+    )  # fmt: skip
+    model(**make_batches()[0]).loss.backward()
+    assert model.body.weight.grad is None
+    optimizer.step()
+    for each in (model, twin):
+        torch.manual_seed(1)
+        each.scores = SCORES[name](each, make_batches())
+    assert_close(model.scores, twin.scores)
+    model(**make_batches()[0]).loss.backward()
+    assert model.body.weight.grad is None
