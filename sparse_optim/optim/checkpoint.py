@@ -363,6 +363,6 @@ def _check_totals(run: dict[str, Any], segments: Segments, pool_entries: int) ->
     for segment in segments:
         unmasked = segment["unmask_step"]
         _check(
-            bool(((unmasked >= 1) & (unmasked <= step)).all()),
-            f"entries were unmasked outside of steps 1 to {step}",
+            bool(((unmasked >= 1) & (unmasked <= max(step, 1))).all()),
+            f"entries were unmasked outside of steps 1 to {max(step, 1)}",
         )

@@ -129,6 +129,37 @@ def test_sets_without_data_never_see_a_dense_gradient(importance):
         assert_same_bits(got, want)
 
 
+@pytest.mark.parametrize("skipped", [0, 2])
+def test_such_a_set_is_saved_before_the_first_step(skipped):
+    """After a forward pass, or after steps that infinities skipped: nothing was applied yet."""
+    found = []
+    for resumed in (False, True):
+        model = new_model()
+
+        def build(model: nn.Module = model) -> MaskedAdamW:
+            return MaskedAdamW(
+                model.parameters(), lr=0.01, importance=Random(1), selection=Static(99),
+                max_grad_norm=1.0, model=model, sampled_backward=True,
+            )  # fmt: skip
+
+        optimizer = build()
+        for step in range(skipped):
+            (loss_of(model, step) * math.inf).backward()
+            optimizer.step()
+        loss_of(model, 9)
+        assert optimizer.metrics()["active"] == 99
+        if resumed:
+            state = copy.deepcopy(optimizer.state_dict())
+            optimizer.sampled_backward = False
+            optimizer = build()
+            optimizer.load_state_dict(state)
+        train(model, optimizer, 3)
+        assert optimizer.metrics()["skipped_steps"] == skipped
+        found.append([param.detach() for param in model.parameters()])
+    for one, other in zip(*found, strict=True):
+        assert_same_bits(one, other)
+
+
 def _shift(module: nn.Module) -> None:
     for param in module.parameters(recurse=False):
         param.data.add_(0.25)
