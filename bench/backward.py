@@ -32,7 +32,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from bench import allocations, console, environment, tables
 from bench.gpu_subjects import EIGHT_BIT, adamw_kinds
 from bench.models import MODELS
-from bench.results import clean_times, median_us, newest
+from bench.results import clean_share, clean_times, median_us, newest
 from bench.subjects import LR, midway
 from bench.timing import Subject, interleave
 from sparse_optim.finetune.readings import state_bytes
@@ -227,8 +227,6 @@ def report(data: dict[str, Any]) -> str:
         sizes = [*alive, counted["two_largest"], *(counted[kind]["live_bytes"] for kind in KINDS)]
         held.append([run["model"], *(f"{size / 1e6:.0f}" for size in sizes)])
     records = [record for run in data["runs"] for record in run["subjects"]]
-    clean = sum(len(clean_times(record)) for record in records)
-    calls = max(sum(len(record["us"]) for record in records), 1)
     return "\n\n".join(
         [
             "Whole training steps of ID3 (B = 320K) with a gradient buffer and with "
@@ -241,7 +239,7 @@ def report(data: dict[str, Any]) -> str:
             ),
             "Step: the maximum memory of a step in addition to weights and optimizer state "
             f"(gradients, activations, temporaries). {data['machine']['threads']} threads, commit "
-            f"{data['commit'][:8]}; {clean / calls:.0%} of the calls were clean.",
+            f"{data['commit'][:8]}; {clean_share(records):.0%} of the calls were clean.",
         ]
     )  # fmt: skip
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,12 @@ def clean_times(record: Record) -> list[int]:
     """Return the microseconds of the clean calls."""
     pairs = zip(record["us"], record["delay_us"], strict=True)
     return [spent for spent, delay in pairs if delay <= CLEAN_DELAY * spent]
+
+
+def clean_share(records: Sequence[Record]) -> float:
+    """Return the share of the calls of these records that were clean."""
+    calls = sum(len(record["us"]) for record in records)
+    return sum(len(clean_times(record)) for record in records) / max(calls, 1)
 
 
 def median_us(record: Record) -> float:
@@ -151,14 +157,8 @@ class Results:
     def clean_share(self, cases: Iterable[tuple[str, str]] | None = None) -> float:
         """Return the share of all calls that were clean."""
         kept = set(cases or self.cases())
-        records = [
-            record
-            for run in self.data["runs"]
-            if (run["model"], run["dtype"]) in kept
-            for record in run["subjects"]
-        ]
-        total = sum(len(record["us"]) for record in records)
-        return sum(len(clean_times(record)) for record in records) / max(total, 1)
+        runs = (run for run in self.data["runs"] if (run["model"], run["dtype"]) in kept)
+        return clean_share([record for run in runs for record in run["subjects"]])
 
     def stages(self, model: str, dtype: str, **labels: Any) -> dict[str, float]:
         """Return the microseconds of each stage of our step, and "python": the rest."""

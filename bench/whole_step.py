@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from bench import allocations, backward, console, environment, tables
 from bench.models import MODELS, Model
-from bench.results import clean_times, median_us, newest
+from bench.results import clean_share, median_us, newest
 from bench.subjects import LR, midway
 from bench.timing import Subject, interleave
 
@@ -204,8 +204,6 @@ def headline(folder: Path) -> list[str]:
 def report(data: dict[str, Any]) -> str:
     """Describe a results file."""
     records = [record for run in data["runs"] for record in run["subjects"]]
-    clean = sum(len(clean_times(record)) for record in records)
-    calls = max(sum(len(record["us"]) for record in records), 1)
     return "\n\n".join(
         [
             "Whole training steps of 1,024 tokens (MiniLM 768), clipping included, with "
@@ -216,7 +214,7 @@ def report(data: dict[str, Any]) -> str:
             table(data["runs"]),
             memory_line(data),
             f"{data['machine']['threads']} threads, commit {data['commit'][:8]}; "
-            f"{clean / calls:.0%} of the calls were clean.",
+            f"{clean_share(records):.0%} of the calls were clean.",
         ]
     )
 

@@ -10,7 +10,7 @@ entry is a dot product of two runs of memory.
 Bytes: both matrices read and written once by the transpose, then 2 values per entry and token, of
 which consecutive entries of a row share one. Predicted, not measured, for 3.5M entries of a 7B
 model in bfloat16 and 4096 tokens: 41 GB by the transposes and 29 to 57 GB through L2, 25 ms against
-90 ms for the dense products; csrc/cuda/sampled_grad.cu needs no transposed copy.
+90 ms for the dense products; the CUDA kernel needs no transposed copy.
 
 Not bitwise equal to the reference: each of TOKENS lanes sums every TOKENS-th token in turn, then
 the lanes are added in pairs. The order does not depend on the layout or on tokens of zero gradient

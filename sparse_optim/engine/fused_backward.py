@@ -36,15 +36,37 @@ from sparse_optim.engine.ranking import perturbed, scores_of, warn_of_scores
 BATCH_BYTES = 1 << 20
 
 
-def check_not_distributed(option: str = "fuse_backward") -> None:
-    """Raise RuntimeError where several processes train together."""
+def is_distributed() -> bool:
+    """Whether several processes train together."""
     distributed = torch.distributed
     started = distributed.is_available() and distributed.is_initialized()
-    if started and distributed.get_world_size() > 1:
+    return started and distributed.get_world_size() > 1
+
+
+def check_not_distributed(option: str = "fuse_backward") -> None:
+    """Raise RuntimeError where several processes train together."""
+    if is_distributed():
         raise RuntimeError(
             f"{option}=True does not work with several processes: gradients would be taken before "
             f"DistributedDataParallel averages them; leave {option} False"
         )
+
+
+def would_lose(what: str, option: str) -> RuntimeError:
+    """The error for a change while gradients were taken that no step has used."""
+    return RuntimeError(
+        f"{what} between backward() and step() would lose the gradients that {option}=True has "
+        "taken: call step() or zero_grad() first"
+    )
+
+
+def nothing_came(option: str) -> RuntimeError:
+    """The error for a second step on the gradients of one backward pass."""
+    return RuntimeError(
+        f"no gradient has come since the last step(): with {option}=True a step consumes the "
+        "gradients, and cannot be repeated. Call backward() before step(), or zero_grad() after "
+        "the last one to say that there are none"
+    )
 
 
 class _Hook:
@@ -114,10 +136,7 @@ class FusedBackward:
     def check_idle(self, what: str) -> None:
         """Raise RuntimeError if gradients were taken that no step has used."""
         if self.holds_any:
-            raise RuntimeError(
-                f"{what} between backward() and step() would lose the gradients that "
-                "fuse_backward=True has taken: call step() or zero_grad() first"
-            )
+            raise would_lose(what, "fuse_backward")
 
     def discard(self) -> None:
         """Forget what was taken, as `zero_grad()` forgets gradients."""
@@ -267,11 +286,7 @@ class FusedBackward:
     def _check_not_again(self) -> None:
         no_dense = all(param.grad is None for param in self._dense)
         if self.stepped and not self.holds_any and no_dense:
-            raise RuntimeError(
-                "no gradient has come since the last step(): with fuse_backward=True a step "
-                "consumes the gradients, and cannot be repeated. Call backward() before step(), or "
-                "zero_grad() after the last one to say that there are none"
-            )
+            raise nothing_came("fuse_backward")
 
     def _scan(self, part: _Part, grad: Tensor) -> None:
         ops = self._engine.ops

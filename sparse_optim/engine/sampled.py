@@ -32,7 +32,12 @@ from torch.nn import functional
 
 from sparse_optim.backends.registry import load
 from sparse_optim.engine.engine import Engine
-from sparse_optim.engine.fused_backward import FusedBackward, check_not_distributed
+from sparse_optim.engine.fused_backward import (
+    FusedBackward,
+    check_not_distributed,
+    nothing_came,
+    would_lose,
+)
 from sparse_optim.engine.pool import Gradients
 
 # From this share of active entries on, the dense product is taken and read at these entries. On two
@@ -388,10 +393,7 @@ class SampledBackward:
     def check_idle(self, what: str) -> None:
         """Raise RuntimeError if gradients were taken that no step has used."""
         if self.holds_any:
-            raise RuntimeError(
-                f"{what} between backward() and step() would lose the gradients that "
-                "sampled_backward=True has taken: call step() or zero_grad() first"
-            )
+            raise would_lose(what, "sampled_backward")
 
     def discard(self) -> None:
         """Forget what the layers gave, as `zero_grad()` forgets gradients."""
@@ -419,11 +421,7 @@ class SampledBackward:
         for index, cover in self.covers.items():
             present[index] = present[index] or cover.leaf.grad is not None
         if self.stepped and not any(present) and not any(grad.numel() for grad in dense):
-            raise RuntimeError(
-                "no gradient has come since the last step(): with sampled_backward=True a step "
-                "consumes the gradients, and cannot be repeated. Call backward() before step(), or "
-                "zero_grad() after the last one to say that there are none"
-            )
+            raise nothing_came("sampled_backward")
         if quiet or self._hooks is not None:
             return self._engine.bind_stand_ins(present, dense)
         return grads

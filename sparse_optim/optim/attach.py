@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sparse_optim.engine import sampled
+from sparse_optim.engine.fused_backward import is_distributed
 from sparse_optim.engine.sampled import CLOSED, COVERS, Cover, Exchanged, Window
 
 logger = logging.getLogger(__name__)
@@ -91,8 +91,8 @@ def find_layers(model: nn.Module, params: Sequence[Tensor]) -> dict[int, list[La
     return found
 
 
-class Source(Protocol):
-    """What `Attachment` needs of a source; see `SampledBackward`."""
+class Owner(Protocol):
+    """What `Attachment` needs of the source that gives the covers; see `SampledBackward`."""
 
     window: Window
     covers: dict[int, Cover]
@@ -103,8 +103,7 @@ class Source(Protocol):
 def can_sample(model: nn.Module, params: Sequence[Tensor]) -> bool:
     """Whether `sampled_backward=True` has a layer to work with, and one process."""
     weights = {id(param) for param in params}
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return not (distributed and torch.distributed.get_world_size() > 1) and any(
+    return not is_distributed() and any(
         _kind(module) is not None and id(weight) in weights
         for module in model.modules()
         for name, weight in module.named_parameters(recurse=False)
@@ -167,7 +166,7 @@ class Attachment:
     """
 
     def __init__(
-        self, model: nn.Module, layers: Mapping[int, Sequence[Layer]], source: Source
+        self, model: nn.Module, layers: Mapping[int, Sequence[Layer]], source: Owner
     ) -> None:
         self._modules: list[weakref.ref[nn.Module]] = []
         numbers: list[int] = []
@@ -193,7 +192,7 @@ class Attachment:
         self._finalizer()
 
 
-def _zero_grad(source: Source) -> Callable[..., None]:
+def _zero_grad(source: Owner) -> Callable[..., None]:
     reference = weakref.ref(source)
 
     def zero_grad(self: nn.Module, set_to_none: bool = True) -> None:

@@ -26,6 +26,7 @@ import io
 import math
 import pickle
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -54,12 +55,12 @@ def assert_close_runs(got: MaskedAdamW, want: MaskedAdamW, exact_set: bool = Tru
         torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-4)
 
 
-def both(**options) -> list[tuple[nn.Module, MaskedAdamW]]:
+def both(build: Callable[[], nn.Module] = Block, **options) -> list[tuple[nn.Module, MaskedAdamW]]:
     """A sampled run and the dense one that it must be like."""
     fuse = options.pop("fuse_backward", False)
     runs = []
     for sampled in (True, False):
-        model = new_model()
+        model = new_model(build)
         optimizer = optimizer_of(model, sampled, **options)
         if sampled:
             optimizer.fuse_backward = fuse
@@ -192,13 +193,10 @@ def test_activation_checkpointing(reentrant):
                 hidden = hidden + checkpoint(step, hidden, use_reentrant=reentrant)
             return self.head(self.out(self.norm(hidden)).mean(1))
 
-    results = []
-    for sampled in (True, False):
-        model = new_model(Recomputed)
-        optimizer = optimizer_of(model, sampled)
-        train(model, optimizer, 7)
-        results.append(optimizer)
-    assert_close_runs(*results)
+    runs = both(Recomputed)
+    for run in runs:
+        train(*run, 7)
+    assert_close_runs(runs[0][1], runs[1][1])
 
 
 def test_a_weight_that_is_also_used_functionally():
@@ -242,13 +240,10 @@ class Attention(nn.Module):
 
 
 def test_weights_without_a_layer_keep_dense_gradients():
-    results = []
-    for sampled in (True, False):
-        model = new_model(Attention)
-        optimizer = optimizer_of(model, sampled)
-        train(model, optimizer, 9)
-        results.append(optimizer)
-    assert_close_runs(*results)
+    runs = both(Attention)
+    for run in runs:
+        train(*run, 9)
+    assert_close_runs(runs[0][1], runs[1][1])
 
 
 def test_non_finite_gradients_skip_quiet_and_loud_steps():
