@@ -21,6 +21,7 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
+#include <limits>
 
 #include "core/importance.h"
 #include "cpu/open_tile.h"
@@ -36,9 +37,10 @@ constexpr int kKthShift = 17;
 constexpr int64_t kTilesPerTask = 32;
 // Tiles that are scored for a floor: an eighth of the quota, but this many of a small quota.
 constexpr int64_t kScoredTiles = 512;
-// Tiles ahead whose gradients are fetched: 16,000 tiles in 110M entries took 6.5 ms instead of 7.2
-// (8 ahead: 6.8). Touching each page 6 or 16 tiles ahead gained nothing, nor did reading parameters
-// (exp > 0) only where the gradient alone can reach the floor.
+// Tiles ahead that are fetched: 16,000 tiles in 110M entries took 6.5 ms instead of 7.2 (8 ahead:
+// 6.8). Into L2: exp = 2 with quota 16,000 takes 6.8 ms so, 8.7 where each line waits for a place
+// in L1. Touching each page 6 or 16 tiles ahead gained nothing, nor did reading parameters (exp >
+// 0) only where the gradient alone can reach the floor.
 constexpr int64_t kTilesAhead = 2;
 constexpr int64_t kBoundsPerTask = 16384;
 // Up to this quota winners are collected in a buffer, beyond it by radix selection.
@@ -51,6 +53,7 @@ constexpr int64_t kCandidates = 4096;
 constexpr int64_t kTasksPerRound = 64, kFirstRound = 8;
 // Tiles that are opened before the floor is raised and the others are looked at again.
 constexpr int64_t kFirstBand = 512;
+constexpr int32_t kAboveAll = std::numeric_limits<int32_t>::max();  // no key is
 
 // The tiles that may hold a winner, in ascending order, opened anew at each visit.
 class OpenTiles {
@@ -135,35 +138,42 @@ class Ranked {
     block_maxima(values, count, blocks_.data());
   }
 
-  int32_t operator[](int64_t i) const { return values_[i]; }
-
-  // visit(i) for every values[i] >= limit, in order.
-  template <class Visit>
-  void visit_reaching(int32_t limit, Visit&& visit) const {
-    for (size_t b = 0; b < blocks_.size(); ++b) {
-      if (blocks_[b] < limit) continue;
-      const int64_t first = 16 * int64_t(b), end = std::min(count_, first + 16);
-      for (int64_t i = first; i < end; ++i)
-        if (values_[i] >= limit) visit(i);
-    }
+  // All i with least <= values[i] < bound, in order.
+  std::vector<int64_t> between(int32_t least, int32_t bound) const {
+    return select<int64_t>(
+        least, [](int64_t i, int32_t) { return i; }, [&](int32_t value) { return value < bound; });
   }
+  std::vector<int64_t> reaching(int32_t least) const { return between(least, kAboveAll); }
 
-  std::vector<int64_t> reaching(int32_t limit) const {
-    std::vector<int64_t> found;
-    visit_reaching(limit, [&](int64_t i) { found.push_back(i); });
-    return found;
-  }
-
-  // The k-th largest value; 1, the least positive key, if fewer than k are above 0. The k-th
-  // largest maximum of a run is not above it.
-  int32_t kth_largest(int64_t k) const {
-    const int32_t least = std::max(kth(blocks_, k), 1);
-    std::vector<int32_t> great;
-    visit_reaching(least, [&](int64_t i) { great.push_back(values_[i]); });
-    return std::max(kth(great, k), 1);
+  // The k-th largest value, but no less than `least`. The k-th largest maximum of a run is not
+  // above it.
+  int32_t kth_largest(int64_t k, int32_t least = 1) const {
+    least = std::max(kth(blocks_, k), least);
+    const auto great = select<int32_t>(
+        least, [](int64_t, int32_t value) { return value; }, [](int32_t) { return true; });
+    return std::max(kth(great, k), least);
   }
 
  private:
+  // of(i, values[i]) for every values[i] >= least that also meets the condition, in order. Without
+  // a branch for each value, which no processor foresees.
+  template <class T, class Of, class Meets>
+  std::vector<T> select(int32_t least, Of&& of, Meets&& meets) const {
+    std::vector<T> found(1024);
+    size_t kept = 0;
+    for (size_t b = 0; b < blocks_.size(); ++b) {
+      if (blocks_[b] < least) continue;
+      const int64_t first = 16 * int64_t(b), end = std::min(count_, first + 16);
+      if (kept + 16 > found.size()) found.resize(2 * found.size());
+      for (int64_t i = first; i < end; ++i) {
+        found[kept] = of(i, values_[i]);
+        kept += (values_[i] >= least) & meets(values_[i]);
+      }
+    }
+    found.resize(kept);
+    return found;
+  }
+
   const int32_t* values_;
   int64_t count_;
   std::vector<int32_t> blocks_;
@@ -215,11 +225,6 @@ int32_t least_bound(const Problem& problem, int32_t floor) {
   return ranks_by_magnitude(problem.exp) ? least_magnitude(problem, floor) : floor;
 }
 
-struct Opening {
-  std::vector<int64_t> tiles;  // that may hold a winner, ascending
-  int32_t floor;               // that at least `quota` entries reach, or 1
-};
-
 // Scores the `count` tiles that promise most. The quota-th largest of the maxima of their runs of
 // 16 entries is a floor: each stands for an entry of its own.
 int32_t score(const Problem& problem, const Ranked& ranked, int64_t count) {
@@ -238,20 +243,12 @@ int32_t score(const Problem& problem, const Ranked& ranked, int64_t count) {
   return Ranked(run_maxima.data(), count * runs).kth_largest(problem.quota);
 }
 
-Opening open_by_bound(const Problem& problem, const Ranked& ranked) {
+// A key that at least `quota` entries reach, or 1.
+int32_t first_floor(const Problem& problem, const Ranked& ranked) {
   const int64_t count = std::min(problem.quota, std::max(kScoredTiles, problem.quota / 8));
-  Opening opening{{}, score(problem, ranked, count)};
-  opening.tiles = ranked.reaching(least_bound(problem, opening.floor));
-  if (problem.exp != 0.0 || int64_t(opening.tiles.size()) <= problem.quota) return opening;
-  // Bounds are the keys of entries: the quota-th largest is a floor as well.
-  std::vector<int32_t> maxima;
-  for (const int64_t tile_index : opening.tiles) maxima.push_back(ranked[tile_index]);
-  opening.floor = kth(maxima, problem.quota);
-  size_t kept = 0;
-  for (const int64_t tile_index : opening.tiles)
-    if (ranked[tile_index] >= opening.floor) opening.tiles[kept++] = tile_index;
-  opening.tiles.resize(kept);
-  return opening;
+  const int32_t floor = score(problem, ranked, count);
+  // Where bounds are the keys of entries, the quota-th largest is a floor as well.
+  return problem.exp == 0.0 ? ranked.kth_largest(problem.quota, floor) : floor;
 }
 
 struct Candidate {
@@ -304,23 +301,21 @@ std::vector<Candidate> collect(const Problem& problem, const OpenTiles& tiles, i
 
 // The winners, by opening tiles in bands of decreasing bounds: after the first of them the floor is
 // close to the last winner's key, and few of the other tiles still reach it.
-int32_t collect_bands(const Problem& problem, const Ranked& ranked, Opening opening,
+int32_t collect_bands(const Problem& problem, const Ranked& ranked, int32_t floor,
                       NewEntries& found) {
   std::vector<Candidate> best;
-  for (int64_t band = std::max(kFirstBand, problem.quota / 2); !opening.tiles.empty(); band *= 2) {
-    const int32_t possible = least_bound(problem, opening.floor);
-    std::vector<int32_t> bounds;
-    for (const int64_t tile_index : opening.tiles) bounds.push_back(ranked[tile_index]);
-    const int32_t last = std::max(kth(bounds, band), possible);
-    std::vector<int64_t> now, later;
-    for (size_t i = 0; i < bounds.size(); ++i)
-      if (bounds[i] >= possible) (bounds[i] >= last ? now : later).push_back(opening.tiles[i]);
-    const auto more = collect(problem, OpenTiles(problem, std::move(now)), opening.floor);
+  int64_t opened = 0, band = std::max(kFirstBand, problem.quota / 2);
+  int32_t done = kAboveAll;  // tiles with bounds from here on have been opened
+  for (; done > least_bound(problem, floor); band *= 2) {
+    const int32_t last = ranked.kth_largest(opened + band, least_bound(problem, floor));
+    auto tiles = ranked.between(last, done);
+    opened += int64_t(tiles.size());
+    done = last;
+    const auto more = collect(problem, OpenTiles(problem, std::move(tiles)), floor);
     std::vector<Candidate> both(best.size() + more.size());
     std::merge(best.begin(), best.end(), more.begin(), more.end(), both.begin());
     best.swap(both);
-    if (int64_t(best.size()) >= problem.quota) opening.floor = trim(best, problem.quota);
-    opening.tiles.swap(later);
+    if (int64_t(best.size()) >= problem.quota) floor = trim(best, problem.quota);
   }
   int32_t least = best.empty() ? 0 : kInfinityBits;
   for (size_t i = 0; i < best.size(); ++i) {
@@ -394,11 +389,10 @@ int32_t cut(const Problem& problem, const int32_t* tile_max, const float* param_
     tile_max = bounds.data();
   }
   const Ranked ranked(tile_max, problem.num_tiles);
-  Opening opening = open_by_bound(problem, ranked);
-  if (problem.quota <= kBufferedQuota)
-    return collect_bands(problem, ranked, std::move(opening), found);
-  const OpenTiles tiles(problem, std::move(opening.tiles));
-  return write(problem, tiles, radix_select(tiles, opening.floor, problem.quota), found);
+  const int32_t floor = first_floor(problem, ranked);
+  if (problem.quota <= kBufferedQuota) return collect_bands(problem, ranked, floor, found);
+  const OpenTiles tiles(problem, ranked.reaching(least_bound(problem, floor)));
+  return write(problem, tiles, radix_select(tiles, floor, problem.quota), found);
 }
 
 }  // namespace sparse_optim::cpu

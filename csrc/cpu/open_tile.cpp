@@ -83,7 +83,7 @@ void prefetch_tile(const Problem& problem, int64_t tile_index) {
   auto fetch = [&](const void* data, DType dtype) {
     const char* begin = static_cast<const char*>(data) + first * bytes_of(dtype);
     for (int64_t byte = 0; byte < count * bytes_of(dtype); byte += 64) {
-      __builtin_prefetch(begin + byte);
+      __builtin_prefetch(begin + byte, 0, 2);  // to read, into L2
     }
   };
   if (tensor.grad) fetch(tensor.grad, tensor.grad_dtype);
