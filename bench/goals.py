@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.memory import held_bytes
-from bench.results import REAL, ROW_SCALED, SYNTHETIC, Results
+from bench.results import ROW_SCALED, SYNTHETIC, Results
 
 EXPS = (0.0, 2.0)
 SMALL, LARGE = 320_000, 3_500_000  # budgets
@@ -120,7 +120,6 @@ GOALS = [
     *_adamw("BERT-base fp32, B=320K, k=3200", "fp32", SMALL, (3200,), 0.40, 0.24),
     *_adamw("BERT-base fp32, B=3.5M, all k", "fp32", LARGE, (32, 320, 3200), 0.65, 0.40),
     *_of_kinds("all gradients", "BERT-base", (SYNTHETIC, ROW_SCALED)),
-    *_of_kinds("real gradients", "MiniLM", REAL),
     Goal("BERT-base and DeBERTa-base, B=320K, fp32 and bf16: scan / read", 1.10, _scan(BOTH)),
     Goal(
         "BERT-base and DeBERTa-base fp32, B=320K, k<=320: step / read",
