@@ -10,6 +10,7 @@ from sparse_optim.version import __version__
 
 if TYPE_CHECKING:
     from sparse_optim.delta import Delta, apply_delta, load_delta, save_delta
+    from sparse_optim.finetune.reuse import load_model
     from sparse_optim.optim.id3 import IncrementalMaskedAdamW
     from sparse_optim.optim.masked_adamw import MaskedAdamW
     from sparse_optim.policy.importance import (
@@ -43,6 +44,7 @@ __all__ = [
     "__version__",
     "apply_delta",
     "load_delta",
+    "load_model",
     "save_delta",
 ]
 
@@ -51,6 +53,7 @@ _NAMES = {
     "sparse_optim.amp": ("amp",),
     "sparse_optim.analysis": ("analysis",),
     "sparse_optim.calibration": ("calibration",),
+    "sparse_optim.finetune.reuse": ("load_model",),
     "sparse_optim.integrations": ("integrations",),
     "sparse_optim.methods": ("methods",),
     "sparse_optim.delta": ("Delta", "apply_delta", "load_delta", "save_delta", "delta"),

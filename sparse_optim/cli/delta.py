@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from sparse_optim.cli.console import one_line_errors, plain, print_line
+from sparse_optim.cli.console import one_line_errors, plain, print_line, quiet_libraries
 
 if TYPE_CHECKING:
     from sparse_optim.delta import Delta  # torch: the commands import it, --help does not
@@ -37,17 +37,35 @@ def inspect(delta_file: Annotated[Path, typer.Argument(help="A delta file.")]) -
 
 
 def apply(
-    base_folder: Annotated[Path, typer.Argument(help="Folder of the model that was fine-tuned.")],
-    delta_file: Annotated[Path, typer.Argument(help="A delta file.")],
+    base: Annotated[
+        str,
+        typer.Argument(help="Model that was fine-tuned: built-in name, folder or hub id."),
+    ],
+    delta_file: Annotated[Path, typer.Argument(help="A delta file, or a folder of finetune.")],
     out_folder: Annotated[Path, typer.Argument(help="Folder to write: new or empty.")],
 ) -> None:
-    """Merge a delta into a model folder: base + delta as a full checkpoint."""
-    with one_line_errors():
-        from sparse_optim.delta import load_delta, merge_folder
+    """Write base + delta as a model folder that transformers loads.
 
-        delta = load_delta(delta_file)
-        merged = merge_folder(base_folder, delta, out_folder)
+    A delta that finetune wrote becomes the class that was trained, with its labels and tokenizer.
+    Any other delta is merged into a copy of the base's files.
+    """
+    with one_line_errors():
+        quiet_libraries()
+        from sparse_optim.delta import load_delta, merge_folder
+        from sparse_optim.finetune.models import find_model, local_folder
+        from sparse_optim.finetune.reuse import find_delta, rebuild, write_model
+        from sparse_optim.finetune.spec import read_spec
+
+        delta = load_delta(find_delta(delta_file))
         entries = f"{delta.num_entries:,} entries and {len(delta.dense)} dense tensors"
+        spec = read_spec(delta)
+        if spec is not None:
+            tuned = rebuild(delta, spec, base)
+            write_model(tuned, out_folder)
+            print_line(f"{out_folder}: {entries} merged into {type(tuned.model).__name__}")
+            return
+        folder = Path(base) if Path(base).is_dir() else local_folder(find_model(base))
+        merged = merge_folder(folder, delta, out_folder)
         print_line(f"{out_folder}: {entries} merged into {', '.join(merged.files)}")
         if merged.prefix:
             print_line(f"names matched across the prefix {merged.prefix!r}")

@@ -22,11 +22,13 @@ def register(app: typer.Typer) -> None:
 
 def export_peft(
     delta_file: Annotated[Path, typer.Argument(help="A delta file.")],
-    base: Annotated[
-        str,
-        typer.Option("--base", help="Model that was fine-tuned: built-in name, folder or hub id."),
-    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write: new or empty.")],
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="Model that was fine-tuned: built-in name, folder, hub id (default: the delta's)."
+        ),
+    ] = None,
     r: Annotated[
         int | None, typer.Option(help="r of the ShiraConfig (default: the smallest that fits).")
     ] = None,
@@ -41,29 +43,54 @@ def export_peft(
 ) -> None:
     """Write a delta as an adapter folder for peft (SHiRA)."""
     with one_line_errors():
+        quiet_libraries()
         from sparse_optim.delta import load_delta
+        from sparse_optim.finetune.reuse import find_delta
         from sparse_optim.integrations.shira import export_shira
 
-        delta = load_delta(delta_file)
-        written = export_shira(delta, _load_base(base, delta, task), output, r=r, allow_whole=whole)
+        delta = load_delta(find_delta(delta_file))
+        model = _load_base(base, delta, task)
+        written = export_shira(delta, model, output, r=r, allow_whole=whole)
         print_line(
             f"{output}: {written.entries:,} entries in {len(written.layers)} layers, r={written.r} "
             f"({written.stored:,} stored, zeros included)"
         )
         if written.whole:
             print_line(f"stored whole: {', '.join(written.whole)}")
-        print_line(
-            "load it with peft.PeftModel.from_pretrained(model, folder); the model needs the class "
+        print_line(f"load it so: {_loading(delta, model, output)}")
+
+
+def _loading(delta: Delta, model: nn.Module, folder: Path) -> str:
+    """Python that loads the adapter, in one line."""
+    from sparse_optim.finetune.card import load_adapter
+    from sparse_optim.finetune.spec import read_spec
+
+    spec = read_spec(delta)
+    if spec is None:
+        return (
+            f"peft.PeftModel.from_pretrained(model, {str(folder)!r}); the model needs the class "
             "and the number of labels that were fine-tuned"
         )
+    return load_adapter(str(folder), spec, model).replace("\n\n", "; ")
 
 
-def _load_base(name: str, delta: Delta, task: str | None) -> nn.Module:
-    """Load the base model as the class that `finetune` used, or the class in its config.json."""
-    from sparse_optim.finetune.models import DTYPES, find_model, load_bare_model
+def _load_base(name: str | None, delta: Delta, task: str | None) -> nn.Module:
+    """Build the base model that the delta's note describes, or the class in its config.json."""
+    from sparse_optim.finetune.build import build
+    from sparse_optim.finetune.errors import FinetuneError
+    from sparse_optim.finetune.models import DTYPES, find_model, load_bare_model, load_tokenizer
+    from sparse_optim.finetune.spec import read_spec
 
-    quiet_libraries()
+    spec = read_spec(delta)
+    if spec is not None:
+        if task not in (None, spec.task):
+            raise FinetuneError(f"--task {task}: the delta was trained for {spec.task}")
+        source = find_model(name or spec.base)
+        return build(source, spec, load_tokenizer(source)).model
+    if name is None:
+        raise FinetuneError(
+            "the delta does not say which model was fine-tuned: name it with --base"
+        )
     dtypes = {str(values.dtype).removeprefix("torch.") for values in delta.sparse.values()}
     dtype = next((name for name in DTYPES if dtypes == {name}), "float32")
-    noted = delta.method.get("task")
-    return load_bare_model(find_model(name), task or (str(noted) if noted else None), dtype)
+    return load_bare_model(find_model(name), task, dtype)

@@ -26,11 +26,11 @@ from sparse_optim.experiments.plan import cells
 from sparse_optim.experiments.presets import Experiment, ExperimentError, Row, TaskPreset
 from sparse_optim.finetune.builtin_data import DATASETS
 from sparse_optim.finetune.config import FinetuneConfig, parse_budget
-from sparse_optim.finetune.data import TaskData
 from sparse_optim.finetune.errors import FinetuneError
 from sparse_optim.finetune.job import Inputs, Trained, load_inputs, train_model, write_results
-from sparse_optim.finetune.models import LoadedModel, ModelSource, load_model, set_threads
+from sparse_optim.finetune.models import LoadedModel, ModelSource, load_base_model, set_threads
 from sparse_optim.finetune.report import jsonable
+from sparse_optim.finetune.spec import ModelSpec
 from sparse_optim.version import __version__
 
 # Share of train that tuning cells are evaluated on; the split of the runs stays unseen.
@@ -134,15 +134,13 @@ class ModelCache:
     def __call__(
         self,
         source: ModelSource,
-        data: TaskData,
+        spec: ModelSpec,
         tokenizer: PreTrainedTokenizerBase,
-        dtype: str,
-        pooling: str,
     ) -> LoadedModel:
-        """Same as `load_model`."""
-        key = (source, data.task, dtype, pooling)
+        """Same as `load_base_model`."""
+        key = (source, spec.task, spec.dtype, spec.pooling)
         if key not in self.kept:
-            loaded = load_model(source, data, tokenizer, dtype, pooling)
+            loaded = load_base_model(source, spec, tokenizer)
             size = sum(tensor.nbytes for tensor in loaded.model.state_dict().values())
             if loaded.fresh or size > KEPT_MODEL_BYTES:
                 return loaded

@@ -12,7 +12,7 @@ from sparse_optim.finetune.adapter_kinds import ADAPTERS, AdapterRequest
 from sparse_optim.finetune.errors import FinetuneError
 from sparse_optim.integrations.adapters import adapter_groups
 from sparse_optim.integrations.bottleneck import add_bottlenecks, save_bottlenecks
-from sparse_optim.integrations.peft_package import import_peft
+from sparse_optim.integrations.peft_package import import_peft, in_transformers
 
 
 def lora(model: nn.Module, request: AdapterRequest, **options: Any) -> nn.Module:
@@ -109,6 +109,11 @@ def attach_adapter(
 def save_adapter(model: nn.Module, folder: Path) -> None:
     """Write the adapter with peft, or with `save_bottlenecks`."""
     if hasattr(model, "peft_config"):
+        base = model.get_base_model()  # type: ignore[operator]
+        if not in_transformers(base):
+            # `AutoModelFor...` would put the adapter on the standard class of the base's files:
+            # with this configuration beside it, it says that the class is another.
+            base.config.save_pretrained(folder)
         # Embeddings are trained only as modules_to_save; "auto" would ask the hub about them.
         model.save_pretrained(str(folder), save_embedding_layers=False)  # type: ignore[operator]
     else:

@@ -58,7 +58,8 @@ class TaskData:
     """Examples in canonical columns: `text`, `text_pair` and `label`, or some of them.
 
     `label` is a class index, a float, a list of class indices, or the response of a prompt;
-    `label_names` are the classes in order, None without classes.
+    `label_names` are the classes in order, None without classes; `columns` are the names in the
+    data set.
     """
 
     name: str
@@ -67,6 +68,7 @@ class TaskData:
     evaluation: Dataset
     eval_split: str
     label_names: list[str] | None
+    columns: Columns
 
 
 def load_data(request: DataRequest) -> TaskData:
@@ -90,7 +92,7 @@ def load_data(request: DataRequest) -> TaskData:
         train, evaluation = (index_labels(s, label_names) for s in (train, evaluation))
     elif task == "regression":
         train, evaluation = (float_labels(s, columns.label) for s in (train, evaluation))
-    return TaskData(request.dataset, task, train, evaluation, eval_split, label_names)
+    return TaskData(request.dataset, task, train, evaluation, eval_split, label_names, columns)
 
 
 def load_splits(request: DataRequest) -> DatasetDict:

@@ -19,12 +19,14 @@ import torch
 from datasets import Dataset
 from rich.console import Console
 from torch import nn
-from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArguments
 
 from sparse_optim.delta import Delta, apply_delta, load_delta, save_delta
 from sparse_optim.files import replacing
 from sparse_optim.finetune.adapter_kinds import DEFAULT_RATE
-from sparse_optim.finetune.adapters import attach_adapter, save_adapter
+from sparse_optim.finetune.adapters import save_adapter
+from sparse_optim.finetune.build import LoadModel, build
+from sparse_optim.finetune.card import load_adapter, load_folder, load_run, write_card
 from sparse_optim.finetune.checkpoints import (
     ManifestWriter,
     check_inputs,
@@ -41,7 +43,7 @@ from sparse_optim.finetune.models import (
     ModelSource,
     check_lengths,
     find_model,
-    load_model,
+    load_base_model,
     load_tokenizer,
     set_threads,
 )
@@ -60,6 +62,8 @@ from sparse_optim.finetune.plots import draw_curves
 from sparse_optim.finetune.progress import ConsoleProgress
 from sparse_optim.finetune.readings import make_delta
 from sparse_optim.finetune.report import collect, write_json
+from sparse_optim.finetune.reuse import Tuned, write_model
+from sparse_optim.finetune.spec import KEY, spec_of
 from sparse_optim.finetune.stopping import Stopper
 from sparse_optim.finetune.tasks import TASKS, Task
 from sparse_optim.finetune.trainer import JobTrainer
@@ -68,8 +72,6 @@ from sparse_optim.methods import METHODS, MethodRequest
 from sparse_optim.policy.schedule import SCHEDULES
 
 logger = logging.getLogger(__name__)
-
-LoadModel = Callable[[ModelSource, TaskData, PreTrainedTokenizerBase, str, str], LoadedModel]
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ def train_model(
     config: FinetuneConfig,
     inputs: Inputs,
     console: Console | None,
-    load: LoadModel = load_model,
+    load: LoadModel = load_base_model,
     *,
     stops: bool = False,
 ) -> Trained:
@@ -192,15 +194,20 @@ def write_results(config: FinetuneConfig, inputs: Inputs, trained: Trained) -> F
     """Write delta, metrics and plot, and check that base + delta is the trained model."""
     with replaced_results(config.output) as folder:
         delta_path = folder / DELTA_FILE
-        save_delta(
-            describe_delta(trained.trainer, trained.loaded, config, inputs.data.task), delta_path
-        )
-        if config.adapter is not None:
-            save_adapter(trained.loaded.model, folder / ADAPTER_FOLDER)
-        if config.save_model:
-            trained.trainer.save_model(str(folder / MODEL_FOLDER))
+        save_delta(describe_delta(trained.trainer, trained.loaded, config, inputs.data), delta_path)
         metrics = trained.metrics | {"delta_bytes": delta_path.stat().st_size, "verified": None}
-        write_config(resolved(config), folder / CONFIG_FILE)
+        settings, spec, model = resolved(config), spec_of(config, inputs.data), trained.loaded.model
+        write_config(settings, folder / CONFIG_FILE)
+        card = partial(write_card, spec=spec, config=settings, metrics=metrics)
+        card(folder, load_run(str(config.output)))
+        if config.adapter is not None:
+            place = ADAPTER_FOLDER
+            save_adapter(model, folder / place)
+            card(folder / place, load_adapter(str(config.output / place), spec, model))
+        if config.save_model:
+            place = MODEL_FOLDER
+            write_model(Tuned(model, inputs.tokenizer, spec), folder / place)
+            card(folder / place, load_folder(str(config.output / place), spec, model))
         trained.trainer.recorder.save(folder, config.method, metrics["metric"]["name"])
         try:
             draw_curves(metrics, folder / PLOT_FILE)
@@ -265,24 +272,11 @@ def data_request(config: FinetuneConfig) -> DataRequest:
     )
 
 
-def load_base(config: FinetuneConfig, inputs: Inputs, load: LoadModel = load_model) -> LoadedModel:
-    """Load the base model, with its adapter if there is one; `--dense` parameters count as fresh.
-
-    Fresh values depend only on the seed: a second call returns the same model.
-    """
-    set_seed(config.seed)
-    loaded = load(inputs.source, inputs.data, inputs.tokenizer, config.dtype, config.pooling)
-    names = [name for name, _ in loaded.model.named_parameters()]
-    for prefix in config.dense:
-        if not any(name.startswith(prefix) for name in names):
-            raise FinetuneError(f"--dense: no parameter's name begins with {prefix!r}")
-    dense = {name for name in names if name.startswith(config.dense)} if config.dense else set()
-    fresh = loaded.fresh | dense
-    if config.adapter is None:
-        return LoadedModel(loaded.model, fresh)
-    placing = (config.adapter_alpha, config.adapter_targets)
-    adapted = attach_adapter(loaded.model, config.adapter, config.adapter_rank, fresh, *placing)
-    return LoadedModel(*adapted)
+def load_base(
+    config: FinetuneConfig, inputs: Inputs, load: LoadModel = load_base_model
+) -> LoadedModel:
+    """Load the model that the job begins with; a second call returns the same model."""
+    return build(inputs.source, spec_of(config, inputs.data), inputs.tokenizer, load)
 
 
 def make_trainer(config: FinetuneConfig, inputs: Inputs, loaded: LoadedModel) -> JobTrainer:
@@ -431,14 +425,13 @@ def evaluated_at(trainer: JobTrainer) -> float | None:
 
 
 def describe_delta(
-    trainer: JobTrainer, loaded: LoadedModel, config: FinetuneConfig, task: str
+    trainer: JobTrainer, loaded: LoadedModel, config: FinetuneConfig, data: TaskData
 ) -> Delta:
-    """The delta of the training, with a note of method, base and data."""
+    """The delta of the training, with a note of method, data and how to build the model."""
     delta = make_delta(trainer.raw_optimizer, loaded.model)
-    note = {"name": config.method, "base": config.model, "dataset": config.dataset, "task": task}
-    if config.adapter is not None:
-        note["adapter"] = config.adapter
-    return dataclasses.replace(delta, method={**note, **delta.method})
+    note = {"name": config.method, "dataset": config.dataset}
+    model = {KEY: spec_of(config, data).note()}
+    return dataclasses.replace(delta, method={**note, **delta.method, **model})
 
 
 def differing_tensors(base: nn.Module, trained: nn.Module, delta_path: Path) -> list[str]:

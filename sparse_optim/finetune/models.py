@@ -15,7 +15,14 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -23,16 +30,20 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils.hub import cached_file
 
 from sparse_optim.finetune.builtin_data import MODELS
-from sparse_optim.finetune.data import TaskData
 from sparse_optim.finetune.errors import FinetuneError
 from sparse_optim.finetune.hub import hub_error, require_hub
-from sparse_optim.finetune.mean_pooling import MeanPooledBert
-from sparse_optim.finetune.tasks import TASKS, model_arguments
+from sparse_optim.finetune.mean_pooling import MeanPooledBert, MeanPooledBertConfig
+from sparse_optim.finetune.spec import ModelSpec
+from sparse_optim.finetune.tasks import TASKS
 
 logger = logging.getLogger(__name__)
 
 POSITIONS = re.compile(r"(^|\.)(wpe|(position_embeddings|embed_positions|position_embedding))$")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SEQUENCE_CLASS = "AutoModelForSequenceClassification"
+
+AutoConfig.register(MeanPooledBertConfig.model_type, MeanPooledBertConfig)
+AutoModelForSequenceClassification.register(MeanPooledBertConfig, MeanPooledBert)
 
 
 @dataclass(frozen=True)
@@ -78,6 +89,26 @@ def find_model(name: str) -> ModelSource:
     return ModelSource(name, name)
 
 
+def local_folder(source: ModelSource) -> Path:
+    """The folder of a base model's files; a hub model is downloaded.
+
+    Raises:
+        FinetuneError: a GGUF file, or the hub does not give the model.
+    """
+    if source.gguf_file is not None:
+        raise FinetuneError(
+            f"{source.name} is a GGUF file: load it with transformers and save it as a folder"
+        )
+    if Path(source.location).is_dir():
+        return Path(source.location)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source.location))
+    except Exception as error:  # the hub's client raises many kinds
+        raise hub_error("model", source.name, MODELS, error) from error
+
+
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """Load the model's tokenizer; without a padding token, pad with the end token."""
     try:
@@ -93,12 +124,8 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(
-    source: ModelSource,
-    data: TaskData,
-    tokenizer: PreTrainedTokenizerBase,
-    dtype: str,
-    pooling: str = "auto",
+def load_base_model(
+    source: ModelSource, spec: ModelSpec, tokenizer: PreTrainedTokenizerBase
 ) -> LoadedModel:
     """Load the base model with the head that the task needs.
 
@@ -110,13 +137,22 @@ def load_model(
         FinetuneError: the model cannot be loaded, or the task is causal-lm and it is an encoder.
     """
     try:
-        if data.task == "causal-lm":
+        if spec.task == "causal-lm":
             check_generates(source)
-        model, info = choose_class(source, data.task, pooling).from_pretrained(
+        arguments = spec.model_arguments()
+        kind: Any
+        if is_mean_pooled(source, spec):
+            values, _ = BertConfig.get_config_dict(source.location)
+            values["model_type"] = MeanPooledBertConfig.model_type
+            config = MeanPooledBertConfig.from_dict(values, **arguments)
+            kind, arguments = MeanPooledBert, {"config": config}
+        else:
+            kind = getattr(transformers, TASKS[spec.task].model_class)
+        model, info = kind.from_pretrained(
             source.location,
             **source.gguf,
-            **model_arguments(data),
-            dtype=DTYPES[dtype],
+            **arguments,
+            dtype=DTYPES[spec.dtype],
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
@@ -156,29 +192,31 @@ def load_bare_model(source: ModelSource, task: str | None, dtype: str) -> PreTra
     return model
 
 
-def choose_class(source: ModelSource, task: str, pooling: str) -> Any:
-    """The standard class for the task, or `MeanPooledBert` for a BERT trained with mean pooling.
+def is_mean_pooled(source: ModelSource, spec: ModelSpec) -> bool:
+    """Whether the job's class is `MeanPooledBert`, or else the standard one of the task.
 
-    "auto" reads the note of an earlier job in config.json, then the file in which
+    "auto" reads the model type that an earlier job wrote, then the file in which
     sentence-transformers models declare how they pool.
+
+    Raises:
+        FinetuneError: mean pooling is asked for, and the model is no BERT.
     """
-    standard = getattr(transformers, TASKS[task].model_class)
-    if pooling == "cls" or TASKS[task].model_class != "AutoModelForSequenceClassification":
-        return standard
-    config = AutoConfig.from_pretrained(source.location, **source.gguf)
-    if config.model_type != "bert":
-        if pooling == "mean":
-            raise FinetuneError(
-                f"--pooling mean is for BERT, and {source.name} is {config.model_type}"
-            )
-        return standard
-    if pooling == "auto" and getattr(config, "classifier_pooling", None) != "mean":
-        file = cached_file(
-            source.location, "1_Pooling/config.json", _raise_exceptions_for_missing_entries=False
-        )
-        if file is None or not json.loads(Path(file).read_text()).get("pooling_mode_mean_tokens"):
-            return standard
-    return MeanPooledBert
+    if spec.pooling == "cls" or TASKS[spec.task].model_class != SEQUENCE_CLASS:
+        return False
+    kind = AutoConfig.from_pretrained(source.location, **source.gguf).model_type
+    if kind == MeanPooledBertConfig.model_type:
+        return True
+    if spec.pooling == "mean":
+        if kind != "bert":
+            raise FinetuneError(f"--pooling mean is for BERT, and {source.name} is {kind}")
+        return True
+    if kind != "bert":
+        return False
+    file = cached_file(
+        source.location, "1_Pooling/config.json", _raise_exceptions_for_missing_entries=False
+    )
+    declared = {} if file is None else json.loads(Path(file).read_text())
+    return bool(declared.get("pooling_mode_mean_tokens"))
 
 
 def without_quantizer(model: PreTrainedModel) -> PreTrainedModel:

@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 
 from sparse_optim.analysis import ALLOCATION_FILE
 from sparse_optim.files import remove
+from sparse_optim.finetune.card import CARD_FILE
 from sparse_optim.finetune.checkpoints import check_checkpoint, read_record, step_of
 from sparse_optim.finetune.config import FinetuneConfig
 from sparse_optim.finetune.config_file import CONFIG_FILE
@@ -26,7 +27,7 @@ from sparse_optim.finetune.errors import FinetuneError
 
 DELTA_FILE, METRICS_FILE, PLOT_FILE = "delta.safetensors", "metrics.json", "curves.png"
 MODEL_FOLDER, ADAPTER_FOLDER, CHECKPOINTS = "model", "adapter", "checkpoints"
-FILES = (DELTA_FILE, METRICS_FILE, CONFIG_FILE, PLOT_FILE, ALLOCATION_FILE)
+FILES = (DELTA_FILE, METRICS_FILE, CONFIG_FILE, PLOT_FILE, ALLOCATION_FILE, CARD_FILE)
 RESULTS = (*FILES, MODEL_FOLDER, ADAPTER_FOLDER)
 LOCK, NEW, OLD = ".lock", ".sparse-optim-new-", ".sparse-optim-old-"
 JOURNAL = "journal.json"  # in an OLD folder: which folder the new results come from, and which

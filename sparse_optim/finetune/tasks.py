@@ -18,7 +18,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from sparse_optim.finetune.data import TaskData
 from sparse_optim.finetune.errors import FinetuneError
 
 IGNORED = -100  # label of tokens that carry no loss
@@ -312,16 +311,3 @@ TASKS = {
         preprocess_logits=token_losses,
     ),
 }
-
-
-def model_arguments(data: TaskData) -> dict[str, Any]:
-    """Arguments for `from_pretrained` that describe the labels."""
-    if data.task == "regression":
-        return {"num_labels": 1, "problem_type": "regression"}
-    if data.label_names is None:
-        return {}
-    return {
-        "num_labels": len(data.label_names),
-        "id2label": dict(enumerate(data.label_names)),
-        "label2id": {name: index for index, name in enumerate(data.label_names)},
-    }

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from sparse_optim.delta import Delta, DeltaError, SparseValues, merge
 from sparse_optim.delta._names import match_names, renamed
 from sparse_optim.files import replacing
-from sparse_optim.integrations.peft_package import import_peft
+from sparse_optim.integrations.peft_package import base_class, import_peft
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of every name in a peft file
@@ -108,6 +108,7 @@ def export_shira(
         modules_to_save=whole or None,
         base_model_name_or_path=getattr(base, "name_or_path", None) or None,
         inference_mode=True,
+        auto_mapping=base_class(base),
     )
     _write(config, tensors, out)
     return ShiraExport(

@@ -166,7 +166,7 @@ def test_apply_errors_are_one_line(tmp_path, run):
     delta = write_delta(tmp_path / "delta", example_delta(base))
     out = tmp_path / "out"
     assert "no such file" in run("apply", folder, tmp_path / "none", out, code=1)
-    assert "found none" in run("apply", tmp_path / "none", delta, out, code=1)
+    assert "no such file or folder" in run("apply", tmp_path / "none", delta, out, code=1)
     assert "new or empty folder" in run("apply", folder, delta, folder, code=1)
     (tmp_path / "empty").mkdir()
     assert "no model.safetensors" in run("apply", tmp_path / "empty", delta, out, code=1)

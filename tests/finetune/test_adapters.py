@@ -92,7 +92,7 @@ def test_the_adapter_is_trained_verified_and_saved(folder, tmp_path, kind, metho
         assert torch.equal(trained[held[0]], tensor), name
     assert torch.equal(scores(from_files(kind, folder, tmp_path / "out")), scores(model))
     note = load_delta(tmp_path / "out" / "delta.safetensors").method
-    assert (note["name"], note["adapter"]) == (method, kind)
+    assert (note["name"], note["model"]["adapter"]) == (method, kind)
 
 
 def test_pafi_on_a_fresh_adapter_warns_of_the_zeros_that_it_takes_first(folder, tmp_path):
@@ -228,7 +228,7 @@ def test_export_peft_computes_the_same(folder, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--task", "chess"), "unknown task 'chess'"),
+        (("--task", "chess"), "the delta was trained for sequence-classification"),
         (("--base", "nowhere/nothing"), "cannot load model 'nowhere/nothing'"),
     ],
 )

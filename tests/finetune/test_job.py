@@ -303,7 +303,8 @@ def test_an_encoder_trained_with_mean_pooling_keeps_it(folders, tmp_path):
     output = tmp_path / "out"
     result = run(config(ours, output, "encoder", "sequence", save_model=True))
     assert result.metrics["verified"] is True
-    assert result.metrics["model"]["fresh"] == ["classifier.bias", "classifier.weight"]
+    fresh = ["mean_classifier.bias", "mean_classifier.weight"]
+    assert result.metrics["model"]["fresh"] == fresh
 
     ids = torch.tensor([[2, 5, 6, 3, 0, 0], [2, 7, 8, 9, 10, 3]])
     mask = (ids != 0).long()
@@ -312,7 +313,7 @@ def test_an_encoder_trained_with_mean_pooling_keeps_it(folders, tmp_path):
         scores = model(ids, mask).logits
         hidden = model.bert(ids, attention_mask=mask).last_hidden_state
         means = torch.stack([hidden[0, :4].mean(0), hidden[1].mean(0)])
-        torch.testing.assert_close(scores, model.classifier(means))
+        torch.testing.assert_close(scores, model.mean_classifier(means))
         elsewhere = AutoModelForSequenceClassification.from_pretrained(
             output / "model", trust_remote_code=True
         ).eval()

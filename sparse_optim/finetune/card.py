@@ -1,0 +1,120 @@
+"""The model card (README.md) of a result, and the lines that load it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sparse_optim.finetune.config import FinetuneConfig
+from sparse_optim.finetune.spec import ModelSpec
+from sparse_optim.finetune.tasks import TASKS
+from sparse_optim.integrations.peft_package import in_transformers
+from sparse_optim.methods import METHODS
+
+CARD_FILE = "README.md"
+PIPELINES = {
+    "sequence-classification": "text-classification",
+    "regression": "text-classification",
+    "token-classification": "token-classification",
+    "causal-lm": "text-generation",
+}
+
+
+def load_run(run: str) -> str:
+    """Python that loads the result of a job from its folder or hub id."""
+    return f"import sparse_optim\n\nmodel, tokenizer = sparse_optim.load_model({run!r})"
+
+
+def load_folder(folder: str, spec: ModelSpec, model: Any) -> str:
+    """Python that uses a whole model folder."""
+    trust = ", trust_remote_code=True" if not in_transformers(model) else ""
+    return (
+        "from transformers import pipeline\n\n"
+        f"model = pipeline({PIPELINES[spec.task]!r}, {folder!r}{trust})"
+    )
+
+
+def load_adapter(folder: str, spec: ModelSpec, model: Any) -> str:
+    """Python that loads an adapter folder on its base."""
+    if spec.adapter == "pfeiffer":
+        return (
+            "from sparse_optim.integrations.bottleneck import load_bottlenecks\n\n"
+            f"load_bottlenecks(base, {folder!r})  # base: the model with the head of this task"
+        )
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    options = ""
+    if spec.labels is not None and len(spec.labels) != 2:
+        options = f", num_labels={len(spec.labels)}"
+    if spec.problem_type == "regression":
+        options = ", num_labels=1"
+    if not in_transformers(base):
+        options += f", import_allowlist=[{type(base).__module__!r}]"
+    return (
+        "from peft import AutoPeftModel\n\n"
+        f"model = AutoPeftModel.from_pretrained({folder!r}{options})"
+    )
+
+
+def write_card(
+    folder: Path,
+    use: str,
+    spec: ModelSpec,
+    config: FinetuneConfig,
+    metrics: Mapping[str, Any],
+) -> None:
+    """Write the card of a result.
+
+    Args:
+        folder: gets README.md.
+        use: Python that loads what is in the folder.
+        config: the job, with the method's defaults filled in.
+        metrics: as in metrics.json.
+    """
+    from huggingface_hub import ModelCardData
+
+    is_hub_id = not Path(spec.base).is_absolute() and "/" in spec.base
+    header = ModelCardData(
+        base_model=spec.base if is_hub_id else None,
+        library_name="transformers" if config.adapter is None else "peft",
+        pipeline_tag=PIPELINES[spec.task],
+        tags=["sparse-optim", config.method],
+        metrics=[metrics["metric"]["name"]],
+    )
+    changed, parameters = metrics["active_entries"], metrics["model"]["parameters"]
+    data = metrics["data"]
+    rows = {
+        "base model": Path(spec.base).name,
+        "data": f"{Path(config.dataset).name}: {data['train_examples']:,} training examples, "
+        f"{data['eval_examples']:,} for evaluation ({data['eval_split']})",
+        "task": spec.task,
+        "method": f"{config.method} ({METHODS[config.method].about})",
+        "adapter": config.adapter,
+        "budget": config.budget,
+        "learning rate": config.lr,
+        "steps": metrics["steps"],
+        "batch size": config.batch_size * config.accumulation,
+        "seed": config.seed,
+    }
+    known = ("loss", *TASKS[spec.task].metrics)
+    values = {name: value for name, value in metrics["final"].items() if name in known}
+    lines = [
+        f"---\n{header.to_yaml()}\n---",
+        f"# {Path(spec.base).name} fine-tuned on {Path(config.dataset).name}",
+        f"{changed:,} of {parameters:,} parameters ({changed / parameters:.2%}) were trained, with "
+        "sparse_optim.",
+        f"## Use\n\n```python\n{use}\n```",
+        "## Results\n\n" + _table(f"on {data['eval_split']}", values),
+        "## Training\n\n" + _table("", {name: value for name, value in rows.items() if value}),
+    ]
+    if spec.labels is not None:
+        lines.append("## Labels\n\n" + ", ".join(f"`{name}`" for name in spec.labels))
+    (folder / CARD_FILE).write_text("\n\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _table(heading: str, rows: Mapping[str, Any]) -> str:
+    shown = (
+        f"| {name} | {value:.4g} |" if isinstance(value, float) else f"| {name} | {value} |"
+        for name, value in rows.items()
+    )
+    return "\n".join([f"| {heading} | |", "| :-- | :-- |", *shown])

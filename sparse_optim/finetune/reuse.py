@@ -1,0 +1,161 @@
+"""Use the result of a job: build its model again from a run folder or a delta file."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from sparse_optim.delta import Delta, apply_delta, load_delta
+from sparse_optim.files import replacing
+from sparse_optim.finetune.build import build
+from sparse_optim.finetune.errors import FinetuneError
+from sparse_optim.finetune.hub import hub_error, require_hub
+from sparse_optim.finetune.models import find_model, load_tokenizer
+from sparse_optim.finetune.output import DELTA_FILE
+from sparse_optim.finetune.spec import ModelSpec, read_spec
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A fine-tuned model: the trained weights, the tokenizer, and how it was built."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    spec: ModelSpec
+
+
+def load_model(
+    run: str | os.PathLike[str],
+    *,
+    base: str | None = None,
+    device: str | torch.device | None = None,
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Load the model that a job trained, in evaluation mode, and its tokenizer.
+
+    The base is loaded as the class that was trained, with its labels and its adapter; then the
+    delta is applied. The result has the bits of the trained model.
+
+    Args:
+        run: a folder that `finetune` wrote, its delta file, or the hub id of a pushed run.
+        base: where the base model is now (built-in name, folder, GGUF file or hub id), if it is no
+            longer where the job found it.
+        device: moves the model there.
+
+    Raises:
+        FinetuneError: no delta there, a delta that does not say how its model is built, or a base
+            that cannot be loaded.
+        DeltaError: a damaged delta, or another base.
+
+    Example:
+        >>> import sparse_optim
+        >>> from transformers import pipeline
+        >>> model, tokenizer = sparse_optim.load_model("out")  # doctest: +SKIP
+        >>> classify = pipeline("text-classification", model=model, tokenizer=tokenizer)  # doctest: +SKIP
+    """  # noqa: E501
+    tuned = load_tuned(run, base)
+    model = tuned.model if device is None else tuned.model.to(device)
+    return model, tuned.tokenizer
+
+
+def load_tuned(run: str | os.PathLike[str], base: str | None = None) -> Tuned:
+    """Same as `load_model`, with the note of how the model was built."""
+    path = find_delta(run)
+    delta = load_delta(path)
+    return rebuild(delta, described(delta, path), base)
+
+
+def find_delta(run: str | os.PathLike[str]) -> Path:
+    """The delta file of a run folder, a file itself, or that of a run on the hub.
+
+    Raises:
+        FinetuneError: there is none.
+    """
+    path = Path(run).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        if (path / DELTA_FILE).is_file():
+            return path / DELTA_FILE
+        raise FinetuneError(
+            f"{path} has no {DELTA_FILE}: give a folder that `sparse-optim finetune` wrote"
+        )
+    require_hub("run", str(run), ())
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(str(run), DELTA_FILE))
+    except Exception as error:  # the hub's client raises many kinds
+        raise hub_error("run", str(run), (), error) from error
+
+
+def described(delta: Delta, path: Path) -> ModelSpec:
+    """The model that a delta's note describes.
+
+    Raises:
+        FinetuneError: it describes none.
+    """
+    spec = read_spec(delta)
+    if spec is None:
+        raise FinetuneError(
+            f"{path} does not say how its model is built (`sparse-optim finetune` writes that): "
+            "build the model as you did for training, then call sparse_optim.apply_delta"
+        )
+    return spec
+
+
+def rebuild(delta: Delta, spec: ModelSpec, base: str | None = None) -> Tuned:
+    """Build the model of a note, apply the delta, and switch to evaluation mode."""
+    if base is not None:
+        spec = dataclasses.replace(spec, base=base)
+    source = find_model(spec.base)
+    tokenizer = load_tokenizer(source)
+    with quiet():
+        model = build(source, spec, tokenizer).model
+    apply_delta(model, delta)
+    model.eval()
+    return Tuned(model, tokenizer, spec)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers' report of a head that the base lacks: the delta has it."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def write_model(tuned: Tuned, folder: Path) -> None:
+    """Write a model folder: weights, configuration, tokenizer. It appears whole or not at all.
+
+    An adapter of peft is merged into the weights.
+
+    Raises:
+        FinetuneError: the folder is not empty, or no class of transformers can hold the model.
+        OSError: the folder cannot be written.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FinetuneError(f"{folder}: expected a new or empty folder: choose another name")
+    model = tuned.model
+    if hasattr(model, "peft_config"):
+        model = model.merge_and_unload()
+    elif tuned.spec.adapter is not None:
+        raise FinetuneError(
+            f"no class of transformers has {tuned.spec.adapter} adapters: use "
+            "sparse_optim.load_model, or load the run's folder adapter/"
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(folder) as temporary:
+        model.save_pretrained(temporary)
+        tuned.tokenizer.save_pretrained(temporary)

@@ -1,0 +1,126 @@
+"""What is needed to build a job's model again: kept in the delta's note, under "model"."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from sparse_optim.delta import Delta
+from sparse_optim.finetune.builtin_data import MODELS
+from sparse_optim.finetune.columns import Columns
+from sparse_optim.finetune.config import FinetuneConfig
+from sparse_optim.finetune.data import TaskData
+from sparse_optim.finetune.errors import FinetuneError
+from sparse_optim.finetune.settings import convert
+
+KEY = "model"  # of the delta's `method`
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The model of a job: base, task, labels and adapter, and how its texts were read.
+
+    Attributes:
+        base: built-in name, absolute path of a folder or GGUF file, or hub id.
+        task: the name of a task.
+        labels: the classes in order; None without classes.
+        problem_type: as in transformers' config; None: one of several classes.
+        pooling: "auto", "cls" or "mean".
+        dtype: of the weights.
+        seed: of fresh values; those of an adapter are not in the delta.
+        dense: beginnings of names of parameters that were trained whole.
+        adapter, adapter_rank, adapter_alpha, adapter_targets: as in `FinetuneConfig`.
+        max_length: tokens at which examples were cut.
+        metric: the metric that the job reported.
+        columns: the columns that the job read.
+    """
+
+    base: str
+    task: str
+    labels: tuple[str, ...] | None = None
+    problem_type: str | None = None
+    pooling: str = "auto"
+    dtype: str = "float32"
+    seed: int = 0
+    dense: tuple[str, ...] = ()
+    adapter: str | None = None
+    adapter_rank: int | None = None
+    adapter_alpha: float | None = None
+    adapter_targets: tuple[str, ...] = ()
+    max_length: int = 128
+    metric: str | None = None
+    columns: Columns = field(default_factory=Columns)
+
+    def note(self) -> dict[str, Any]:
+        """The values that JSON can hold, for `read_spec`; None and empty ones are left out."""
+        values = dataclasses.asdict(self)
+        values["columns"] = {k: v for k, v in values["columns"].items() if v is not None}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in values.items()
+            if value not in (None, (), {})
+        }
+
+    def model_arguments(self) -> dict[str, Any]:
+        """Arguments for `from_pretrained` that describe the labels."""
+        arguments: dict[str, Any] = {}
+        if self.problem_type is not None:
+            arguments["problem_type"] = self.problem_type
+        if self.problem_type == "regression":
+            arguments["num_labels"] = 1
+        if self.labels is not None:
+            arguments["num_labels"] = len(self.labels)
+            arguments["id2label"] = dict(enumerate(self.labels))
+            arguments["label2id"] = {name: index for index, name in enumerate(self.labels)}
+        return arguments
+
+
+def spec_of(config: FinetuneConfig, data: TaskData) -> ModelSpec:
+    """The model of a job."""
+    base = Path(config.model).expanduser()
+    is_path = config.model not in MODELS and base.exists()
+    return ModelSpec(
+        base=str(base.resolve()) if is_path else config.model,
+        task=data.task,
+        labels=None if data.label_names is None else tuple(data.label_names),
+        problem_type="regression" if data.task == "regression" else None,
+        pooling=config.pooling,
+        dtype=config.dtype,
+        seed=config.seed,
+        dense=config.dense,
+        adapter=config.adapter,
+        adapter_rank=config.adapter_rank,
+        adapter_alpha=config.adapter_alpha,
+        adapter_targets=config.adapter_targets,
+        max_length=config.max_length,
+        metric=config.metric,
+        columns=data.columns,
+    )
+
+
+def read_spec(delta: Delta) -> ModelSpec | None:
+    """The model that a delta's note describes; None: it describes none.
+
+    Raises:
+        FinetuneError: the note has an unknown entry, or a value of the wrong type.
+    """
+    note = delta.method.get(KEY)
+    if note is None:
+        return None
+    if not isinstance(note, dict) or not {"base", "task"} <= note.keys():
+        raise FinetuneError("the delta's note of its model is damaged: it lacks base or task")
+    hints = get_type_hints(ModelSpec)
+    unknown = sorted(note.keys() - hints.keys())
+    if unknown:
+        raise FinetuneError(
+            f"the delta's note of its model has an unknown entry {unknown[0]!r}: a newer version "
+            "of sparse-optim wrote it"
+        )
+    try:
+        columns = Columns(**note.get("columns", {}))
+        values = {name: convert(note[name], hints[name]) for name in note if name != "columns"}
+    except TypeError as error:
+        raise FinetuneError(f"the delta's note of its model is damaged: {error}") from None
+    return ModelSpec(**values, columns=columns)
