@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from sparse_optim.finetune.reuse import load_model
     from sparse_optim.optim.id3 import IncrementalMaskedAdamW
     from sparse_optim.optim.masked_adamw import MaskedAdamW
+    from sparse_optim.optim.param_groups import param_groups
     from sparse_optim.policy.importance import (
         D3,
         ActivationWeightGradient,
@@ -45,6 +46,7 @@ __all__ = [
     "apply_delta",
     "load_delta",
     "load_model",
+    "param_groups",
     "save_delta",
 ]
 
@@ -60,6 +62,7 @@ _NAMES = {
     "sparse_optim.optim": ("optim",),
     "sparse_optim.optim.id3": ("IncrementalMaskedAdamW",),
     "sparse_optim.optim.masked_adamw": ("MaskedAdamW",),
+    "sparse_optim.optim.param_groups": ("param_groups",),
     "sparse_optim.policy": ("policy",),
     "sparse_optim.policy.importance": (
         *("D3", "ActivationWeightGradient", "Magnitude", "Random", "Scores", "Snip"),

@@ -15,6 +15,7 @@ from sparse_optim.methods import METHODS
 CARD_FILE = "README.md"
 PIPELINES = {
     "sequence-classification": "text-classification",
+    "multi-label-classification": "text-classification",
     "regression": "text-classification",
     "token-classification": "token-classification",
     "causal-lm": "text-generation",
@@ -46,7 +47,7 @@ def load_adapter(folder: str, spec: ModelSpec, model: Any) -> str:
     options = ""
     if spec.labels is not None and len(spec.labels) != 2:
         options = f", num_labels={len(spec.labels)}"
-    if spec.problem_type == "regression":
+    if spec.task == "regression":
         options = ", num_labels=1"
     if not in_transformers(base):
         options += f", import_allowlist=[{type(base).__module__!r}]"

@@ -26,7 +26,6 @@ class ModelSpec:
         base: built-in name, absolute path of a folder or GGUF file, or hub id.
         task: the name of a task.
         labels: the classes in order; None without classes.
-        problem_type: as in transformers' config; None: one of several classes.
         pooling: "auto", "cls" or "mean".
         dtype: of the weights.
         seed: of fresh values; those of an adapter are not in the delta.
@@ -40,7 +39,6 @@ class ModelSpec:
     base: str
     task: str
     labels: tuple[str, ...] | None = None
-    problem_type: str | None = None
     pooling: str = "auto"
     dtype: str = "float32"
     seed: int = 0
@@ -65,16 +63,17 @@ class ModelSpec:
 
     def model_arguments(self) -> dict[str, Any]:
         """Arguments for `from_pretrained` that describe the labels."""
-        arguments: dict[str, Any] = {}
-        if self.problem_type is not None:
-            arguments["problem_type"] = self.problem_type
-        if self.problem_type == "regression":
-            arguments["num_labels"] = 1
-        if self.labels is not None:
-            arguments["num_labels"] = len(self.labels)
-            arguments["id2label"] = dict(enumerate(self.labels))
-            arguments["label2id"] = {name: index for index, name in enumerate(self.labels)}
-        return arguments
+        if self.task == "regression":
+            return {"num_labels": 1, "problem_type": "regression"}
+        if self.labels is None:
+            return {}
+        several = self.task == "multi-label-classification"
+        return {
+            **({"problem_type": "multi_label_classification"} if several else {}),
+            "num_labels": len(self.labels),
+            "id2label": dict(enumerate(self.labels)),
+            "label2id": {name: index for index, name in enumerate(self.labels)},
+        }
 
 
 def spec_of(config: FinetuneConfig, data: TaskData) -> ModelSpec:
@@ -85,7 +84,6 @@ def spec_of(config: FinetuneConfig, data: TaskData) -> ModelSpec:
         base=str(base.resolve()) if is_path else config.model,
         task=data.task,
         labels=None if data.label_names is None else tuple(data.label_names),
-        problem_type="regression" if data.task == "regression" else None,
         pooling=config.pooling,
         dtype=config.dtype,
         seed=config.seed,
