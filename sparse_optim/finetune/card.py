@@ -15,6 +15,7 @@ from sparse_optim.methods import METHODS
 CARD_FILE = "README.md"
 PIPELINES = {
     "sequence-classification": "text-classification",
+    "multi-label-classification": "text-classification",
     "regression": "text-classification",
     "token-classification": "token-classification",
     "causal-lm": "text-generation",

@@ -14,6 +14,7 @@ from sparse_optim.finetune.config import FinetuneConfig
 from sparse_optim.finetune.data import TaskData
 from sparse_optim.finetune.errors import FinetuneError
 from sparse_optim.finetune.settings import convert
+from sparse_optim.finetune.tasks import TASKS
 
 KEY = "model"  # of the delta's `method`
 
@@ -33,6 +34,7 @@ class ModelSpec:
         dense: beginnings of names of parameters that were trained whole.
         adapter, adapter_rank, adapter_alpha, adapter_targets: as in `FinetuneConfig`.
         max_length: tokens at which examples were cut.
+        chat: whether prompts were turns of the chat template, as in `FinetuneConfig`.
         metric: the metric that the job reported.
         columns: the columns that the job read.
     """
@@ -50,6 +52,7 @@ class ModelSpec:
     adapter_alpha: float | None = None
     adapter_targets: tuple[str, ...] = ()
     max_length: int = 128
+    chat: bool | None = None
     metric: str | None = None
     columns: Columns = field(default_factory=Columns)
 
@@ -80,12 +83,13 @@ class ModelSpec:
 def spec_of(config: FinetuneConfig, data: TaskData) -> ModelSpec:
     """The model of a job."""
     base = Path(config.model).expanduser()
+    task = TASKS[data.task]
     is_path = config.model not in MODELS and base.exists()
     return ModelSpec(
         base=str(base.resolve()) if is_path else config.model,
         task=data.task,
         labels=None if data.label_names is None else tuple(data.label_names),
-        problem_type="regression" if data.task == "regression" else None,
+        problem_type=task.problem_type,
         pooling=config.pooling,
         dtype=config.dtype,
         seed=config.seed,
@@ -94,7 +98,8 @@ def spec_of(config: FinetuneConfig, data: TaskData) -> ModelSpec:
         adapter_rank=config.adapter_rank,
         adapter_alpha=config.adapter_alpha,
         adapter_targets=config.adapter_targets,
-        max_length=config.max_length,
+        max_length=config.max_length or task.max_length,
+        chat=config.chat,
         metric=config.metric,
         columns=data.columns,
     )
