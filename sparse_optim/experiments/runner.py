@@ -41,7 +41,7 @@ AT_THE_END = 10**9  # steps between evaluations, more than any run has
 # Fields of the configuration that decide what is loaded and tokenised.
 DATA_FIELDS = (
     *("model", "dataset", "dataset_config", "task", "train_split", "eval_split", "eval_fraction"),
-    *("max_train_examples", "max_eval_examples", "max_length"),
+    *("max_train_examples", "max_eval_examples", "max_length", "packing", "chat"),
 )
 
 # Larger base models are loaded again for each cell, not kept beside the one that is trained.

@@ -7,18 +7,33 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from sparse_optim.finetune.errors import FinetuneError
+from sparse_optim.finetune.hub import did_you_mean
 
+# Names as `spelling` returns them: "Review Text" is review_text.
 TEXT_PAIRS = (
     ("sentence1", "sentence2"),
+    ("sentence_1", "sentence_2"),
+    ("sentence_a", "sentence_b"),
     ("question1", "question2"),
     ("premise", "hypothesis"),
     ("question", "sentence"),
     ("question", "passage"),
+    ("query", "passage"),
+    ("query", "document"),
+    ("claim", "evidence"),
     ("text1", "text2"),
+    ("text_1", "text_2"),
     ("text_a", "text_b"),
+    ("text", "text_pair"),
 )
-TEXTS = ("text", "sentence", "content", "review", "tweet", "question", "comment", "document")
-LABELS = ("label", "labels", "target", "class", "score", "sentiment", "rating", "stars", "category")
+TEXTS = (
+    *("text", "texts", "sentence", "content", "review", "review_text", "tweet", "question"),
+    *("comment", "comment_text", "document", "body", "message", "utterance", "query", "headline"),
+)
+LABELS = (
+    *("label", "labels", "target", "class", "score", "sentiment", "rating", "stars", "category"),
+    *("categories", "emotion", "emotions", "intent", "topic", "topics", "genres", "y"),
+)
 TOKENS = ("tokens", "words")
 TAGS = ("ner_tags", "tags", "ner", "labels", "label", "pos_tags")
 PROMPTS = (
@@ -27,10 +42,21 @@ PROMPTS = (
     ("instruction", "output"),
     ("instruction", "response"),
     ("question", "answer"),
+    ("query", "response"),
+    ("problem", "solution"),
     ("input", "output"),
 )
+MESSAGES = ("messages", "conversations", "conversation")
+INSTRUCTION = "instruction"
+CONTEXTS = ("input", "context")  # the second part of an instruction: Alpaca's name, Dolly's name
 
-TaskName = Literal["sequence-classification", "regression", "token-classification", "causal-lm"]
+TaskName = Literal[
+    "sequence-classification",
+    "multi-label-classification",
+    "regression",
+    "token-classification",
+    "causal-lm",
+]
 TASK_NAMES: tuple[str, ...] = get_args(TaskName)
 
 
@@ -38,8 +64,9 @@ TASK_NAMES: tuple[str, ...] = get_args(TaskName)
 class Columns:
     """Column names of a data set, chosen by the user or guessed; None: the task has no such column.
 
-    `text` has lists of words for token classification. For a causal LM with responses, `text` has
-    the prompts and `label` the responses.
+    `text` has lists of words for token classification. For a causal LM, `text` has plain texts or
+    conversations if there is no `label`, else prompts with their responses in `label`; `text_pair`
+    then has what an instruction refers to (Alpaca's `input`).
     """
 
     text: str | None = None
@@ -47,44 +74,49 @@ class Columns:
     label: str | None = None
 
 
-def guess_task(found: Sequence[str], label_kind: str | None, chosen: Columns) -> str:
+def guess_task(
+    found: Sequence[str], label_kind: str | None, chosen: Columns, *, words: bool
+) -> str:
     """Guess the task from the columns.
 
     Args:
         found: column names of the data set.
         label_kind: "list", "float" or "class"; None: there is no label column.
         chosen: columns that the user named.
+        words: whether the text is lists of words.
     """
+    generates = first(MESSAGES, found) if chosen.text is None else None
+    if label_kind is None or (chosen.label is None and (generates or first_pair(PROMPTS, found))):
+        return "causal-lm"
     if label_kind == "list":
-        return "token-classification"
-    if label_kind is not None and not (chosen.label is None and first_pair(PROMPTS, found)):
-        return "regression" if label_kind == "float" else "sequence-classification"
-    return "causal-lm"
+        return "token-classification" if words else "multi-label-classification"
+    return "regression" if label_kind == "float" else "sequence-classification"
 
 
 def guess_label(found: Sequence[str], chosen: Columns) -> str | None:
     """The label column, before the task is known."""
     if chosen.label is not None:
-        return chosen.label
+        return match(chosen.label, found)
     names = TAGS if first(TOKENS, found) else LABELS
     return first(names, found)
 
 
 def resolve_columns(found: Sequence[str], task: str, chosen: Columns) -> Columns:
-    """Guess the columns that the user did not name.
+    """Guess the columns that the user did not name; names match without regard to case.
 
     Raises:
         FinetuneError: a named column is missing, or none can be guessed; lists the columns.
     """
-    for option, name in (
-        ("--text-column", chosen.text),
-        ("--text-pair-column", chosen.text_pair),
-        ("--label-column", chosen.label),
-    ):
-        if name is not None and name not in found:
-            raise FinetuneError(f"{option}: no column {name!r}; the data set has {listed(found)}")
-    columns = guess_columns(found, task, chosen)
-    used = [name for name in (columns.text, columns.text_pair, columns.label) if name is not None]
+    named = {}
+    for field, name in vars(chosen).items():
+        named[field] = None if name is None else match(name, found)
+        if name is not None and named[field] is None:
+            raise FinetuneError(
+                f"--{field.replace('_', '-')}-column: no column {name!r}"
+                f"{did_you_mean(name, found)}; the data set has {listed(found)}"
+            )
+    columns = guess_columns(found, task, Columns(**named))
+    used = [name for name in vars(columns).values() if name is not None]
     if len(set(used)) < len(used):
         raise FinetuneError(
             f"column {max(used, key=used.count)!r} cannot have two uses: --text-column is "
@@ -99,22 +131,32 @@ def guess_columns(found: Sequence[str], task: str, chosen: Columns) -> Columns:
     if task == "causal-lm":
         return resolve_causal(found, chosen)
     if task == "token-classification":
+        if chosen.text_pair is not None:
+            raise FinetuneError("--text-pair-column is not for token-classification: drop it")
         text = chosen.text or first(TOKENS, found)
         label = chosen.label or first(TAGS, found)
         return required(found, Columns(text, None, label), "words", "tags")
-    pair = (None, None) if chosen.text else first_pair(TEXT_PAIRS, found) or (None, None)
-    text = chosen.text or pair[0] or first(TEXTS, found)
     label = chosen.label or first(LABELS, found)
-    return required(found, Columns(text, chosen.text_pair or pair[1], label), "text", "labels")
+    pair = first_pair(TEXT_PAIRS, found) if chosen.text is None else None
+    text = chosen.text or (pair[0] if pair else first(TEXTS, found))
+    text_pair = chosen.text_pair or (pair[1] if pair else None)
+    return required(found, Columns(text, text_pair, label), "text", "labels")
 
 
 def resolve_causal(found: Sequence[str], chosen: Columns) -> Columns:
-    """Prompt and response, or one text column."""
-    prompts = first_pair(PROMPTS, found)
-    if chosen.text is None and chosen.label is None and prompts:
-        return Columns(prompts[0], None, prompts[1])
-    text = chosen.text or first(TEXTS, found)
-    return required(found, Columns(text, None, chosen.label), "text", None)
+    """A conversation, an instruction with its context, prompt and response, or one text column."""
+    if chosen == Columns():
+        messages, pair = first(MESSAGES, found), first_pair(PROMPTS, found)
+        if messages is not None:
+            return Columns(messages)
+        if pair is not None:
+            context = first(CONTEXTS, found) if spelling(pair[0]) == INSTRUCTION else None
+            return Columns(pair[0], context, pair[1])
+    if chosen.text_pair is not None and chosen.label is None:
+        raise FinetuneError("--text-pair-column of causal-lm needs --label-column (the responses)")
+    prompts = tuple(prompt for prompt, _ in PROMPTS) if chosen.label is not None else ()
+    text = chosen.text or first(prompts + TEXTS, found)
+    return required(found, Columns(text, chosen.text_pair, chosen.label), "text", None)
 
 
 def required(
@@ -134,16 +176,30 @@ def required(
     return columns
 
 
+def spelling(name: str) -> str:
+    """A column name without regard to case, spaces and hyphens: "Review Text" is review_text."""
+    return "_".join(name.lower().replace("-", " ").split())
+
+
+def match(name: str, found: Sequence[str]) -> str | None:
+    """The column of this name: as it is written, else the first that is spelled alike."""
+    if name in found:
+        return name
+    return next((column for column in found if spelling(column) == spelling(name)), None)
+
+
 def first(names: Sequence[str], found: Sequence[str]) -> str | None:
-    """The first of `names` that is in `found`."""
-    return next((name for name in names if name in found), None)
+    """The column for the first of `names` that the data set has."""
+    return next((column for name in names if (column := match(name, found)) is not None), None)
 
 
-def first_pair(
-    pairs: Sequence[tuple[str, str]], found: Sequence[str]
-) -> tuple[str, str] | tuple[None, None] | None:
-    """The first pair with both names in `found`."""
-    return next((pair for pair in pairs if pair[0] in found and pair[1] in found), None)
+def first_pair(pairs: Sequence[tuple[str, str]], found: Sequence[str]) -> tuple[str, str] | None:
+    """The columns for the first pair that the data set has."""
+    for one, other in pairs:
+        columns = match(one, found), match(other, found)
+        if columns[0] is not None and columns[1] is not None:
+            return columns[0], columns[1]
+    return None
 
 
 def listed(names: Sequence[str]) -> str:

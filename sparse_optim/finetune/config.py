@@ -188,7 +188,19 @@ class FinetuneConfig:
     )
     max_train_examples: int | None = _data(None, "Train on a sample of at most this size.")
     max_eval_examples: int | None = _data(None, "Evaluate on a sample of at most this size.")
-    max_length: int = _data(128, "Truncate examples to this number of tokens.")
+    max_length: int | None = _data(
+        None, "Cut examples to this number of tokens (default: 128, for causal-lm 1024)."
+    )
+    chat: bool | None = _data(
+        None,
+        "causal-lm: render prompts and responses with the tokenizer's chat template (default: only "
+        "instructions, as in Alpaca, and conversations).",
+    )
+    packing: bool = _data(
+        False,
+        "causal-lm: fill rows of --max-length tokens with several examples that do not see each "
+        "other; --batch-size counts rows.",
+    )
     metric: str | None = _results(
         None,
         "Report this metric: accuracy, matthews, f1, pearson_spearman, perplexity, ... "

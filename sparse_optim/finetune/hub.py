@@ -60,6 +60,8 @@ def hub_error(kind: str, name: str, builtins: Iterable[str], error: Exception) -
     reason = (str(_cause(error)).strip().splitlines() or [type(error).__name__])[0]
     if is_offline_mode() and not Path(name).exists():
         reason = "it is not in the hub cache, and HF_HUB_OFFLINE prevents a download"
+    if Path(name).expanduser().exists():
+        return FinetuneError(f"cannot load {kind} {name!r}: {reason}")
     return FinetuneError(
         f"cannot load {kind} {name!r}{did_you_mean(name, builtins)}: {reason} "
         f"(built-in {kind}s: {', '.join(builtins)}; or a local folder, or a hub id)"

@@ -58,7 +58,9 @@ from sparse_optim.finetune.output import (
     locked,
     replaced_results,
 )
+from sparse_optim.finetune.packing import check_packing
 from sparse_optim.finetune.plots import draw_curves
+from sparse_optim.finetune.prepare import prepare
 from sparse_optim.finetune.progress import ConsoleProgress
 from sparse_optim.finetune.readings import make_delta
 from sparse_optim.finetune.report import collect, write_json
@@ -100,6 +102,8 @@ def run(config: FinetuneConfig, console: Console | None = None) -> FinetuneResul
         check_output(config)
         set_threads(config.threads)
         inputs = load_inputs(config)
+        for line in inputs.notes:
+            tell(console, line)
         trained = train_model(config, inputs, console, stops=True)
         try:
             return write_results(config, inputs, trained)
@@ -114,7 +118,7 @@ class Inputs:
     """The tokenised data of a job; jobs that differ in method, rate or seed share it.
 
     Attributes:
-        longest: tokens of the longest example.
+        train_set, eval_set, longest, counts, notes: see `Prepared`.
     """
 
     source: ModelSource
@@ -124,6 +128,8 @@ class Inputs:
     train_set: Dataset
     eval_set: Dataset
     longest: int
+    counts: dict[str, Any]
+    notes: tuple[str, ...]
 
 
 def load_inputs(config: FinetuneConfig) -> Inputs:
@@ -137,11 +143,8 @@ def load_inputs(config: FinetuneConfig) -> Inputs:
     task = TASKS[data.task]
     task.check_metric(config.metric)
     tokenizer = load_tokenizer(source)
-    train_set, eval_set = (
-        task.encode(split, tokenizer, config.max_length) for split in (data.train, data.evaluation)
-    )
-    longest = max(len(ids) for part in (train_set, eval_set) for ids in part["input_ids"])
-    return Inputs(source, data, task, tokenizer, train_set, eval_set, longest)
+    prepared = prepare(data, tokenizer, config)
+    return Inputs(source, data, task, tokenizer, **vars(prepared))
 
 
 @dataclass(frozen=True)
@@ -171,6 +174,8 @@ def train_model(
     check_method(config)
     loaded = load_base(config, inputs, load)
     check_lengths(loaded.model, inputs.longest)
+    if config.packing:
+        check_packing(loaded.model)
     trainer = make_trainer(config, inputs, loaded)
     metric = inputs.task.check_metric(config.metric)
     stopper = Stopper(partial(tell, console))
@@ -186,7 +191,7 @@ def train_model(
     with stopper.listening() if stops else nullcontext():
         seconds = train(trainer, config, metric, console)
     stopper.check(trainer.state.global_step, trainer.state.max_steps)
-    metrics = collect(config, trainer, inputs.data, loaded, metric)
+    metrics = collect(config, trainer, inputs.data, inputs.counts, loaded, metric)
     return Trained(loaded, trainer, seconds, metrics | {"train_seconds": seconds})
 
 
@@ -269,6 +274,7 @@ def data_request(config: FinetuneConfig) -> DataRequest:
         eval_fraction=config.eval_fraction,
         max_train_examples=config.max_train_examples,
         max_eval_examples=config.max_eval_examples,
+        chat=config.chat,
     )
 
 

@@ -52,7 +52,8 @@ class MeanPooledBert(BertForSequenceClassification):
 
         Args:
             input_ids, attention_mask, token_type_ids: (batch, length), int64.
-            labels: (batch,), int64 classes, or floats for regression.
+            labels: (batch,), int64 classes, or floats for regression; (batch, classes), 1.0 or
+                0.0, for several labels an example.
         """
         encoded = self.bert(input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
         hidden = encoded.last_hidden_state
@@ -61,6 +62,8 @@ class MeanPooledBert(BertForSequenceClassification):
         loss = None
         if labels is not None and self.config.problem_type == "regression":
             loss = functional.mse_loss(logits.squeeze(-1), labels.to(logits.dtype))
+        elif labels is not None and self.config.problem_type == "multi_label_classification":
+            loss = functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
         elif labels is not None:
             loss = functional.cross_entropy(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)

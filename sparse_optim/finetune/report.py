@@ -21,6 +21,7 @@ def collect(
     config: FinetuneConfig,
     trainer: JobTrainer,
     data: TaskData,
+    counts: Mapping[str, Any],
     loaded: LoadedModel,
     metric: str,
 ) -> dict[str, Any]:
@@ -50,8 +51,7 @@ def collect(
             "fresh": sorted(loaded.fresh),
         },
         "data": {
-            "train_examples": len(data.train),
-            "eval_examples": len(data.evaluation),
+            **counts,
             "eval_split": data.eval_split,
             "label_names": data.label_names,
         },

@@ -14,6 +14,7 @@ from sparse_optim.finetune.config import FinetuneConfig
 from sparse_optim.finetune.data import TaskData
 from sparse_optim.finetune.errors import FinetuneError
 from sparse_optim.finetune.settings import convert
+from sparse_optim.finetune.tasks import TASKS
 
 KEY = "model"  # of the delta's `method`
 
@@ -32,6 +33,8 @@ class ModelSpec:
         dense: beginnings of names of parameters that were trained whole.
         adapter, adapter_rank, adapter_alpha, adapter_targets: as in `FinetuneConfig`.
         max_length: tokens at which examples were cut.
+        chat: whether a causal LM was trained on conversations.
+        chat: whether prompts were turns of the chat template, as in `FinetuneConfig`.
         metric: the metric that the job reported.
         columns: the columns that the job read.
     """
@@ -48,6 +51,7 @@ class ModelSpec:
     adapter_alpha: float | None = None
     adapter_targets: tuple[str, ...] = ()
     max_length: int = 128
+    chat: bool | None = None
     metric: str | None = None
     columns: Columns = field(default_factory=Columns)
 
@@ -63,13 +67,11 @@ class ModelSpec:
 
     def model_arguments(self) -> dict[str, Any]:
         """Arguments for `from_pretrained` that describe the labels."""
-        if self.task == "regression":
-            return {"num_labels": 1, "problem_type": "regression"}
+        kind = TASKS[self.task].problem_type
+        arguments: dict[str, Any] = {} if kind is None else {"problem_type": kind}
         if self.labels is None:
-            return {}
-        several = self.task == "multi-label-classification"
-        return {
-            **({"problem_type": "multi_label_classification"} if several else {}),
+            return arguments | ({"num_labels": 1} if kind == "regression" else {})
+        return arguments | {
             "num_labels": len(self.labels),
             "id2label": dict(enumerate(self.labels)),
             "label2id": {name: index for index, name in enumerate(self.labels)},
@@ -79,6 +81,7 @@ class ModelSpec:
 def spec_of(config: FinetuneConfig, data: TaskData) -> ModelSpec:
     """The model of a job."""
     base = Path(config.model).expanduser()
+    task = TASKS[data.task]
     is_path = config.model not in MODELS and base.exists()
     return ModelSpec(
         base=str(base.resolve()) if is_path else config.model,
@@ -92,7 +95,8 @@ def spec_of(config: FinetuneConfig, data: TaskData) -> ModelSpec:
         adapter_rank=config.adapter_rank,
         adapter_alpha=config.adapter_alpha,
         adapter_targets=config.adapter_targets,
-        max_length=config.max_length,
+        max_length=config.max_length or task.max_length,
+        chat="messages" in data.train.column_names if data.task == "causal-lm" else None,
         metric=config.metric,
         columns=data.columns,
     )

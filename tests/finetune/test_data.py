@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from importlib.metadata import PackageNotFoundError, distribution
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("datasets", reason="the main job needs the extra 'finetune'")
 
+from data_rows import write_jsonl
 from datasets import ClassLabel, Dataset, DatasetDict
 
 from sparse_optim.finetune import hub
@@ -25,11 +24,6 @@ def needs_package(name: str) -> None:
         distribution(name)
     except PackageNotFoundError:
         pytest.skip(f"the data package {name} is not installed")
-
-
-def write_jsonl(path: Path, rows: list[dict]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 @pytest.mark.parametrize(
@@ -172,6 +166,10 @@ def test_token_and_generation_columns(tmp_path):
     asked = [{"instruction": "1 + 1", "output": "2", "answer": "2"}] * 3
     data = load_data(DataRequest(write_jsonl(tmp_path / "asked.jsonl", asked)))
     assert data.task == "causal-lm"
+    turns = [{"role": "user", "content": "1 + 1"}, {"role": "assistant", "content": "2"}]
+    assert data.train[0] == {"messages": turns}
+    asked = [{"prompt": "1 + 1", "completion": "2"}] * 3
+    data = load_data(DataRequest(write_jsonl(tmp_path / "asked.jsonl", asked)))
     assert data.train[0] == {"text": "1 + 1", "label": "2"}
     plain = [{"text": "once"}] * 3
     data = load_data(DataRequest(write_jsonl(tmp_path / "plain.jsonl", plain)))

@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+from transformers import EvalPrediction
 
-from sparse_optim.finetune.tasks import entities, entity_scores
+from sparse_optim.finetune.metrics import entities, entity_scores, multi_label_metrics
 
 pytest.importorskip("transformers")
 
@@ -42,3 +43,11 @@ def test_scores_of_entities_equal_seqeval():
     assert entity_scores(*ids, counted, names) == pytest.approx((0.2, 1 / 3, 0.25), abs=1e-15)
     nothing = np.full_like(ids[0], names.index("O"))
     assert entity_scores(nothing, ids[1], counted, names) == (0.0, 0.0, 0.0)
+
+
+def test_scores_of_several_labels():
+    """Three examples, two classes: 2 of 3 true decisions found, 1 false one, 1 exact set."""
+    truth = np.array([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0]])
+    logits = np.array([[2.0, -1.0], [3.0, -0.1], [-4.0, 0.1]])
+    scores = multi_label_metrics(EvalPrediction(logits, truth), ["x", "y"])
+    assert scores == pytest.approx({"f1_micro": 2 / 3, "f1_macro": 0.5, "subset_accuracy": 1 / 3})
