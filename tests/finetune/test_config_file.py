@@ -18,7 +18,7 @@ from sparse_optim.cli.main import app
 from sparse_optim.delta import content_fingerprint, load_delta
 from sparse_optim.finetune import FinetuneConfig, FinetuneError
 from sparse_optim.finetune.config_file import read_config, write_config
-from sparse_optim.finetune.job import resolved
+from sparse_optim.finetune.defaults import resolved
 
 BASE = {"model": "minilm", "dataset": "trec6", "output": Path("out")}
 
