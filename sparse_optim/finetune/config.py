@@ -269,6 +269,11 @@ class FinetuneConfig:
     def _check_combinations(self) -> None:
         if self.save_total_limit is not None and self.save_every is None:
             raise FinetuneError("--save-total-limit is for checkpoints: add --save-every")
+        if self.patience is not None and self.best is False:
+            raise FinetuneError(
+                "--patience stops after the best evaluation, and --no-best keeps the model of the "
+                "last: drop one of them"
+            )
         if self.amp == "fp16" and self.dtype == "float16":
             raise FinetuneError(
                 "--amp fp16 scales the loss, which weights in float16 do not allow: use --dtype "

@@ -211,7 +211,8 @@ def train_model(
         seconds = train(trainer, config, metric, console)
     stopper.check(trainer.state.global_step, trainer.state.max_steps)
     if trainer.best is not None:
-        tell(console, trainer.best.describe())
+        if console is not None:  # the metrics have it, too
+            tell(console, trainer.best.describe())
         kept = trainer.best.kept
         if kept is not None and kept.step != trainer.state.global_step:
             restore_best(loaded.model, kept, load_base(config, inputs, load).model)

@@ -14,10 +14,8 @@ from sparse_optim.finetune.errors import FinetuneError
 from sparse_optim.finetune.hub import did_you_mean
 from sparse_optim.methods import METHODS
 
-# They rank by activations or calibration passes, which processes do not share.
-ONE_PROCESS = frozenset(
-    {"fish", "child-tuning-d", "sparse-adapter", "stochastic-tuning", "top-tuning"}
-)
+# They score by calibration passes, which each process runs on examples of its own.
+ONE_PROCESS = frozenset({"fish", "child-tuning-d", "sparse-adapter"})
 
 
 def check_method(config: FinetuneConfig) -> None:
