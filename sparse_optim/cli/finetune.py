@@ -198,14 +198,17 @@ def read_option(name: str, value: Any) -> Any:
 
 def run_and_show(config: FinetuneConfig, debug: bool) -> None:
     """Run the job and print its outcome; of several processes, the first prints."""
-    console = Console(quiet=not is_first())
+    console = Console()
     check_method(config)
-    show(console, describe_request(config))
+    if is_first():
+        show(console, describe_request(config))
     if not debug:
         quiet_libraries()
     from sparse_optim.finetune.job import run  # transformers takes seconds to import
 
     metrics = run(config, console).metrics
+    if not is_first():
+        return
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column()
     table.add_column(overflow="fold")

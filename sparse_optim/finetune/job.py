@@ -367,6 +367,7 @@ def training_arguments(config: FinetuneConfig, train_size: int) -> TrainingArgum
         use_cpu=config.cpu or not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available() and not config.cpu,
         disable_tqdm=True,
+        log_level_replica="passive",  # as the caller set it: "warning" would print on each process
         report_to=config.report_to,
     )
 

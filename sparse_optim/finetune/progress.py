@@ -44,8 +44,10 @@ class Announcer(TrainerCallback):
         """Print it."""
         usage = usage_of(getattr(optimizer, "optimizer", optimizer))
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        several = f" ({args.world_size} processes)" if args.world_size > 1 else ""
-        rows = describe_run(usage, batch, state.max_steps, f"{args.device}{several}")
+        device = str(args.device)
+        if args.world_size > 1:
+            device = f"{args.device.type} ({args.world_size} processes)"
+        rows = describe_run(usage, batch, state.max_steps, device)
         show(self.console, rows)
 
 

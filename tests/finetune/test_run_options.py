@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,8 @@ def test_recomputed_activations_give_the_same_delta(folders, tmp_path, model, da
         result = run(config(folders, tmp_path / str(recomputes), model, dataset, **job))
         marked = [m for m in result.model.modules() if getattr(m, "gradient_checkpointing", False)]
         assert bool(marked) == recomputes == result.metrics["used"]["gradient_checkpointing"]
-        deltas[recomputes] = load_delta(result.output / "delta.safetensors")
+        delta = load_delta(result.output / "delta.safetensors")
+        deltas[recomputes] = dataclasses.replace(delta, method={})  # it may name an object
     assert content_fingerprint(deltas[True]) == content_fingerprint(deltas[False])
     assert deltas[True].num_entries + len(deltas[True].dense) > 0
 
