@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -131,6 +131,10 @@ class ConsoleProgress(TrainerCallback):
     ) -> None:
         """Remove the bar."""
         self._bar.stop()
+
+    def renderable(self) -> RenderableType:
+        """The bar as it is now."""
+        return self._bar.get_renderable()
 
     def stop(self) -> None:
         """Give the terminal back after an error or an interrupt."""
