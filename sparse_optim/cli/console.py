@@ -73,10 +73,16 @@ def print_line(line: str) -> None:
 
 def quiet_libraries() -> None:
     """Silence progress bars, reports and hints of the libraries."""
-    import datasets
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    quiet_datasets()
+
+
+def quiet_datasets() -> None:
+    """Silence the library `datasets` alone, which needs no torch."""
+    import datasets
+
     datasets.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()

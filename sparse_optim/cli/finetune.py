@@ -7,23 +7,26 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields
 from glob import escape, glob
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sparse_optim.cli.console import one_line_errors, plain, quiet_libraries
+from sparse_optim.cli.console import one_line_errors, plain, quiet_datasets, quiet_libraries
 from sparse_optim.finetune.adapter_kinds import ADAPTERS
 from sparse_optim.finetune.builtin_data import DATASETS, MODELS
 from sparse_optim.finetune.config import FinetuneConfig, field_types, option, settings
 from sparse_optim.finetune.errors import FinetuneError
 from sparse_optim.finetune.processes import is_first
 from sparse_optim.finetune.settings import members
-from sparse_optim.finetune.summary import describe_request, show
+from sparse_optim.finetune.summary import describe_data, describe_request, show
 from sparse_optim.finetune.validate import check_method
 from sparse_optim.methods import METHODS
+
+if TYPE_CHECKING:
+    from sparse_optim.finetune.data import TaskData
 
 
 def listing(title: str, known: Mapping[str, Any]) -> str:
@@ -196,17 +199,30 @@ def read_option(name: str, value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def load(config: FinetuneConfig, debug: bool) -> TaskData:
+    """Load the data, without torch."""
+    if not debug:
+        quiet_datasets()
+    from sparse_optim.finetune.data import load_data
+    from sparse_optim.finetune.request import data_request
+
+    return load_data(data_request(config))
+
+
 def run_and_show(config: FinetuneConfig, debug: bool) -> None:
     """Run the job and print its outcome; of several processes, the first prints."""
     console = Console()
     check_method(config)
     if is_first():
         show(console, describe_request(config))
+    data = load(config, debug)
+    if is_first():
+        show(console, describe_data(data))
     if not debug:
         quiet_libraries()
-    from sparse_optim.finetune.job import run  # transformers takes seconds to import
+    from sparse_optim.finetune.job import run  # torch and transformers take seconds to import
 
-    metrics = run(config, console).metrics
+    metrics = run(config, console, data).metrics
     if not is_first():
         return
     table = Table(show_header=False, box=None, pad_edge=False)

@@ -36,10 +36,9 @@ from sparse_optim.finetune.checkpoints import (
     hash_examples,
     hash_weights,
 )
-from sparse_optim.finetune.columns import Columns
 from sparse_optim.finetune.config import LAST, FinetuneConfig
 from sparse_optim.finetune.config_file import CONFIG_FILE, write_config
-from sparse_optim.finetune.data import DataRequest, TaskData, load_data
+from sparse_optim.finetune.data import TaskData, load_data
 from sparse_optim.finetune.defaults import learning_rate, resolved
 from sparse_optim.finetune.errors import FinetuneError
 from sparse_optim.finetune.models import (
@@ -65,10 +64,10 @@ from sparse_optim.finetune.output import (
 from sparse_optim.finetune.plots import draw_curves
 from sparse_optim.finetune.progress import Announcer, ConsoleProgress
 from sparse_optim.finetune.report import collect, write_json
+from sparse_optim.finetune.request import data_request
 from sparse_optim.finetune.reuse import Tuned, write_model
 from sparse_optim.finetune.spec import KEY, spec_of
 from sparse_optim.finetune.stopping import Stopper
-from sparse_optim.finetune.summary import describe_inputs, show
 from sparse_optim.finetune.tasks import TASKS, Task
 from sparse_optim.finetune.trainer import JobTrainer
 from sparse_optim.finetune.validate import (
@@ -92,12 +91,15 @@ class FinetuneResult:
     model: nn.Module
 
 
-def run(config: FinetuneConfig, console: Console | None = None) -> FinetuneResult:
+def run(
+    config: FinetuneConfig, console: Console | None = None, data: TaskData | None = None
+) -> FinetuneResult:
     """Fine-tune; write delta, metrics, config.yaml, curves.png, allocation.jsonl, and the adapter.
 
     Args:
         config: the job.
         console: shows progress; None: no progress is shown.
+        data: the job's data, if it is loaded already.
 
     Under torchrun all processes train, and the first one writes and shows progress.
 
@@ -116,9 +118,7 @@ def run(config: FinetuneConfig, console: Console | None = None) -> FinetuneResul
         if is_first:
             check_output(config)
         set_threads(config.threads)
-        inputs = load_inputs(config)
-        if is_first and console is not None:
-            show(console, describe_inputs(inputs))
+        inputs = load_inputs(config, data)
         trained = train_model(config, inputs, console if is_first else None, stops=True)
         processes.leave()
         if not is_first:
@@ -148,14 +148,17 @@ class Inputs:
     longest: int
 
 
-def load_inputs(config: FinetuneConfig) -> Inputs:
+def load_inputs(config: FinetuneConfig, data: TaskData | None = None) -> Inputs:
     """Find the model, load and tokenise the data.
+
+    Args:
+        data: the data, if it is loaded already.
 
     Raises:
         FinetuneError: wrong input, in one line.
     """
     source = find_model(config.model)
-    data = load_data(data_request(config))
+    data = data or load_data(data_request(config))
     task = TASKS[data.task]
     task.check_metric(config.metric)
     tokenizer = load_tokenizer(source)
@@ -285,21 +288,6 @@ def rescue(
             continue
         return FinetuneError(f"{problem}; the results are in {folder}")
     return FinetuneError(f"{problem}, nor can the folder for temporary files or your home folder")
-
-
-def data_request(config: FinetuneConfig) -> DataRequest:
-    """The data settings of the configuration."""
-    return DataRequest(
-        dataset=config.dataset,
-        config=config.dataset_config,
-        task=config.task,
-        columns=Columns(config.text_column, config.text_pair_column, config.label_column),
-        train_split=config.train_split,
-        eval_split=config.eval_split,
-        eval_fraction=config.eval_fraction,
-        max_train_examples=config.max_train_examples,
-        max_eval_examples=config.max_eval_examples,
-    )
 
 
 def load_base(

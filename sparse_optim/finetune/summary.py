@@ -1,7 +1,7 @@
 """Say what the command understood, before it takes time over it.
 
-In three parts, each as soon as it is known: the request before torch is imported, the data before
-the model is loaded, and the run before its first step. This module imports no torch.
+In three parts, each as soon as it is known: the request before anything slow is imported, the data
+before torch is, and the run before its first step. This module imports no torch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sparse_optim.finetune.config import FinetuneConfig
 from sparse_optim.finetune.defaults import resolved
 
 if TYPE_CHECKING:
-    from sparse_optim.finetune.job import Inputs
+    from sparse_optim.finetune.data import TaskData
     from sparse_optim.finetune.readings import Usage
 
 LABEL_WIDTH = 8
@@ -103,12 +103,11 @@ def _entries_of(file: Path) -> int:
     return sum(math.prod(about["shape"]) for about in floats)
 
 
-def describe_inputs(inputs: Inputs) -> Rows:
+def describe_data(data: TaskData) -> Rows:
     """Splits, columns and task, with the columns and labels that were recognised."""
-    data = inputs.data
     yield (
         "splits",
-        f"{len(inputs.train_set):,} examples to train on, {len(inputs.eval_set):,} of "
+        f"{len(data.train):,} examples to train on, {len(data.evaluation):,} of "
         f"{data.eval_split} to evaluate",
     )
     named = {

@@ -41,8 +41,7 @@ def test_the_version_needs_nothing_slow():
     assert shown == f"sparse-optim {sparse_optim.__version__}\nimported:\n"
 
 
-def test_the_request_is_shown_before_anything_slow_is_imported():
-    """And an unknown method is said without waiting for torch."""
+def test_what_it_understood_is_shown_before_torch_is_imported():
     pytest.importorskip("typer", reason="the command needs the extra 'finetune'")
     code = """
 import sys
@@ -50,14 +49,18 @@ from sparse_optim.cli import finetune
 def stop():
     print("imported:", *[name for name in {slow!r} if name in sys.modules])
     raise SystemExit
-finetune.quiet_libraries = stop
+finetune.{last} = stop
 from sparse_optim.cli.main import app
 app(["finetune", "-m", "minilm", "-d", "trec6", "-o", "/nowhere"], standalone_mode=False)
 """
-    shown = run(code.format(slow=SLOW))
+    shown = run(code.format(slow=SLOW, last="quiet_datasets"))
     assert "MiniLM-L6 encoder" in shown
     assert "id3, 1% of the entries, lr 0.0005" in shown
     assert shown.endswith("imported:\n")
+    shown = run(code.format(slow=SLOW, last="quiet_libraries"))
+    assert "4,499 examples to train on, 881 of test to evaluate" in shown
+    assert "6 labels: ABBR, DESC" in shown
+    assert shown.endswith("imported: datasets\n")
 
 
 @pytest.mark.parametrize(
