@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.text import Text
 
 from sparse_optim.errors import SparseOptimError
+from sparse_optim.finetune.processes import is_first_here
+from sparse_optim.finetune.summary import plain as plain
 
 
 @contextmanager
@@ -54,14 +56,13 @@ def describe(error: Exception) -> str:
     return message
 
 
-def plain(text: str) -> Text:
-    """Text without markup. Names and metadata come from files of strangers: control characters,
-    terminal escapes and lone surrogates are shown as Python escapes."""
-    return Text("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text))
-
-
 def print_error(message: str) -> None:
-    """Print an error to stderr, not wrapped."""
+    """Print an error to stderr, not wrapped; of several processes of torchrun, one of each machine.
+
+    Each machine, because its own files may be what is wrong.
+    """
+    if not is_first_here():
+        return
     Console(stderr=True).print(Text("Error: ", "bold red") + plain(message), soft_wrap=True)
 
 
@@ -72,10 +73,16 @@ def print_line(line: str) -> None:
 
 def quiet_libraries() -> None:
     """Silence progress bars, reports and hints of the libraries."""
-    import datasets
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    quiet_datasets()
+
+
+def quiet_datasets() -> None:
+    """Silence the library `datasets` alone, which needs no torch."""
+    import datasets
+
     datasets.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()

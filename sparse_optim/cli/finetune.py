@@ -5,21 +5,28 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields
+from glob import escape, glob
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sparse_optim.cli.console import one_line_errors, plain, quiet_libraries
+from sparse_optim.cli.console import one_line_errors, plain, quiet_datasets, quiet_libraries
 from sparse_optim.finetune.adapter_kinds import ADAPTERS
 from sparse_optim.finetune.builtin_data import DATASETS, MODELS
 from sparse_optim.finetune.config import FinetuneConfig, field_types, option, settings
 from sparse_optim.finetune.errors import FinetuneError
+from sparse_optim.finetune.processes import is_first
 from sparse_optim.finetune.settings import members
+from sparse_optim.finetune.summary import describe_data, describe_request, show
+from sparse_optim.finetune.validate import check_method
 from sparse_optim.methods import METHODS
+
+if TYPE_CHECKING:
+    from sparse_optim.finetune.data import TaskData
 
 
 def listing(title: str, known: Mapping[str, Any]) -> str:
@@ -50,6 +57,14 @@ budget.
 {listing("Adapters (--adapter; the method then trains only their entries):", ADAPTERS)}
 """
 
+NAMED: dict[str, Mapping[str, Any]] = {
+    "model": MODELS,
+    "dataset": DATASETS,
+    "method": METHODS,
+    "adapter": ADAPTERS,
+}
+PLACES = ("model", "dataset")  # or a path
+
 ConfigFile = Annotated[
     Path | None,
     typer.Option(
@@ -78,7 +93,7 @@ def build_command() -> Callable[..., None]:
             given = {name: values[name] for name in values if is_given(context, name)}
             stored = read_file(config_file)
             check_required({**stored, **given}, context)
-            run_and_show(make_config(stored, given, config_file), Console(), debug)
+            run_and_show(make_config(stored, given, config_file), debug)
 
     keyword = inspect.Parameter.KEYWORD_ONLY
     parameters = [
@@ -112,6 +127,7 @@ def parameter(field: Field[Any]) -> inspect.Parameter:
         help=f"{about.help} Required, here or in --config." if is_required else about.help,
         rich_help_panel=about.panel,
         show_default=default is not None and default is not False,
+        autocompletion=completion(field.name),
     )
     return inspect.Parameter(
         field.name,
@@ -119,6 +135,19 @@ def parameter(field: Field[Any]) -> inspect.Parameter:
         default=default,
         annotation=Annotated[kind, made],
     )
+
+
+def completion(name: str) -> Callable[[str], list[tuple[str, str]]] | None:
+    """What a shell offers for the value of an option: names, and files where a path will do."""
+    if name not in NAMED:
+        return None
+
+    def offer(incomplete: str) -> list[tuple[str, str]]:
+        known = [(each, item.about) for each, item in NAMED[name].items()]
+        paths = [(path, "") for path in glob(f"{escape(incomplete)}*")] if name in PLACES else []
+        return [(value, help) for value, help in known if value.startswith(incomplete)] + paths
+
+    return offer
 
 
 def is_given(context: typer.Context, name: str) -> bool:
@@ -170,13 +199,32 @@ def read_option(name: str, value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def run_and_show(config: FinetuneConfig, console: Console, debug: bool) -> None:
-    """Run the job and print its outcome."""
+def load(config: FinetuneConfig, debug: bool) -> TaskData:
+    """Load the data, without torch."""
+    if not debug:
+        quiet_datasets()
+    from sparse_optim.finetune.data import load_data
+    from sparse_optim.finetune.request import data_request
+
+    return load_data(data_request(config))
+
+
+def run_and_show(config: FinetuneConfig, debug: bool) -> None:
+    """Run the job and print its outcome; of several processes, the first prints."""
+    console = Console()
+    check_method(config)
+    if is_first():
+        show(console, describe_request(config))
+    data = load(config, debug)
+    if is_first():
+        show(console, describe_data(data))
     if not debug:
         quiet_libraries()
-    from sparse_optim.finetune.job import run  # transformers: not needed for --help
+    from sparse_optim.finetune.job import run  # torch and transformers take seconds to import
 
-    metrics = run(config, console).metrics
+    metrics = run(config, console, data).metrics
+    if not is_first():
+        return
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column()
     table.add_column(overflow="fold")

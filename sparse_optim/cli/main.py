@@ -7,23 +7,50 @@ and shell completion answer at once.
 from __future__ import annotations
 
 import sys
+from typing import Annotated
+
+from sparse_optim.version import __version__
 
 try:
     import typer
 
     from sparse_optim.cli import analyse, delta, estimate, experiment, finetune, peft
+    from sparse_optim.cli.console import print_line
 except ModuleNotFoundError as error:
     if (error.name or "").startswith("sparse_optim"):
         raise
     sys.exit(f"sparse-optim needs {error.name}: pip install 'sparse-optim[finetune]'")
 
+
+def print_version(wanted: bool) -> None:
+    """Print the version and exit."""
+    if wanted:
+        print_line(f"sparse-optim {__version__}")
+        raise typer.Exit
+
+
 app = typer.Typer(
     name="sparse-optim",
-    help="Selective fine-tuning: train few entries of a model, save them as a small delta.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback(
+    help="Selective fine-tuning: train few entries of a model, save them as a small delta."
+)
+def root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Options of the command itself."""
+
+
 for command in (finetune, experiment, delta, analyse, peft, estimate):
     command.register(app)
 

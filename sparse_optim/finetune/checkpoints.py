@@ -18,11 +18,13 @@ import xxhash
 from datasets import Dataset
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
 
 from sparse_optim.delta._fingerprint import raw_bytes
 from sparse_optim.files import replacing
 from sparse_optim.finetune.config import FinetuneConfig, option
 from sparse_optim.finetune.errors import FinetuneError
+from sparse_optim.finetune.processes import wait_for_all
 
 MANIFEST = "manifest.json"
 PIECE_BYTES = 1 << 24
@@ -31,9 +33,12 @@ FREE = frozenset(
     {
         *("output", "resume", "overwrite", "verify", "save_model", "report_to", "metric"),
         *("eval_every", "log_every", "save_every", "eval_batch_size", "eval_split"),
-        *("max_eval_examples", "threads", "cpu", "backend"),
+        *("max_eval_examples", "threads", "cpu", "backend", "gradient_checkpointing"),
+        "save_total_limit",
     }
 )
+# But they decide which evaluation is the best.
+JUDGES = frozenset({"metric", "eval_every", "eval_split", "max_eval_examples"})
 PLACES = ("model", "dataset")  # may be given as a path, which may have moved
 
 
@@ -51,8 +56,14 @@ class ManifestWriter(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Hash the files of the checkpoint of this step."""
-        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        """Hash the files of the checkpoint of this step; then remove the oldest ones.
+
+        The Trainer would remove them first: a job killed in between would have no whole checkpoint.
+        """
+        wait_for_all()  # each process writes the state of its random numbers
+        if not state.is_world_process_zero:
+            return
+        folder = folder_of(args, state)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         record = {
             "config": comparable(self.config),
@@ -65,6 +76,31 @@ class ManifestWriter(TrainerCallback):
         }
         with replacing(folder / MANIFEST) as temporary:
             temporary.write_text(json.dumps(record, indent=1))
+        rotate_checkpoints(str(args.output_dir), self.config.save_total_limit, use_mtime=True)
+
+
+def folder_of(args: TrainingArguments, state: TrainerState) -> Path:
+    """The Trainer's folder for a checkpoint of this step."""
+    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+
+
+def find_last(folder: Path, config: FinetuneConfig) -> Path:
+    """The newest checkpoint in a folder that can resume a job.
+
+    Raises:
+        FinetuneError: there is none, or what keeps the newest from resuming it.
+    """
+    found = [path for path in folder.glob("checkpoint-*") if step_of(path) is not None]
+    found.sort(key=lambda path: step_of(path) or 0, reverse=True)
+    if not found:
+        raise FinetuneError(
+            f"--resume last: no checkpoint in {folder}: begin without --resume, and with "
+            "--save-every to get some"
+        )
+    for path in found:
+        if find_problem(path, config) is None:
+            return path
+    raise FinetuneError(f"--resume last: {found[0]}: {find_problem(found[0], config)}")
 
 
 def check_checkpoint(folder: Path, config: FinetuneConfig) -> None:
@@ -145,7 +181,8 @@ def read_record(file: Path) -> dict[str, Any]:
 
 def comparable(config: FinetuneConfig) -> dict[str, Any]:
     """The settings that determine what is trained, as JSON gives them back."""
-    values = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE}
+    free = FREE - JUDGES if config.keeps_best else FREE
+    values = {name: value for name, value in dataclasses.asdict(config).items() if name not in free}
     for name in PLACES:
         if Path(values[name]).expanduser().exists():
             values[name] = Path(values[name]).expanduser().resolve().name

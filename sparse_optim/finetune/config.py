@@ -24,6 +24,8 @@ DEFAULT_UNMASK_SHARE = 0.5
 # Steps from one that unmasks to the next: 16 scored like 1, see bench/results/every/README.md.
 DEFAULT_EVERY = 16
 
+LAST = Path("last")  # as --resume: the newest checkpoint in the output folder
+
 RATES = ", ".join(f"{name} {method.lr:g}" for name, method in METHODS.items())
 RANKS = ", ".join(f"{name} {kind.rank}" for name, kind in ADAPTERS.items() if kind.rank)
 
@@ -157,6 +159,10 @@ class FinetuneConfig:
         1.0, "Clip gradients to this norm; 0: no clipping.", written=float, read=zero_is_none
     )
     group_by_length: bool = _training(False, "Batch examples of similar length, to save padding.")
+    gradient_checkpointing: bool = _training(
+        False,
+        "Recompute activations in the backward pass: less memory, about a third more time a step.",
+    )
     fuse_backward: bool = _training(
         False,
         "Read gradients inside the backward pass and free them: less memory, the same steps.",
@@ -167,7 +173,16 @@ class FinetuneConfig:
         "the same up to rounding (default: where the method allows it).",
     )
     seed: int = _training(0, "Seed of the fresh head, the order of the examples and dropout.")
-    resume: Path | None = _training(None, "Resume from this checkpoint (see --save-every).")
+    patience: int | None = _training(
+        None, "Stop after this number of evaluations in a row without a better --metric."
+    )
+    best: bool | None = _training(
+        None,
+        "Keep the model of the best evaluation, not of the last step (default: with --patience).",
+    )
+    resume: Path | None = _training(
+        None, "Resume from this checkpoint (see --save-every), or the last one of --output: last."
+    )
     task: TaskName | None = _data(None, "Task (default: guessed from the columns).")
     dataset_config: str | None = _data(None, "Configuration of a hub data set, such as rte.")
     text_column: str | None = _data(
@@ -213,6 +228,9 @@ class FinetuneConfig:
     save_every: int | None = _results(
         None, "Steps between checkpoints (default: save no checkpoints)."
     )
+    save_total_limit: int | None = _results(
+        None, "Keep at most this number of checkpoints, the newest ones (default: all)."
+    )
     save_model: bool = _results(False, "Also write the whole trained model.")
     report_to: str = _results(
         "none", "Also log to a tracker: tensorboard, wandb, mlflow, ... or none."
@@ -220,7 +238,9 @@ class FinetuneConfig:
     overwrite: bool = _results(False, "Replace the results of an earlier job.")
     verify: bool = _results(True, "Check that base + delta is the trained model.")
     dtype: Literal["float32", "bfloat16", "float16"] = _machine("float32", "dtype of the weights.")
-    amp: Literal["none", "bf16"] = _machine("none", "Autocast.")
+    amp: Literal["none", "bf16", "fp16"] = _machine(
+        "none", "Autocast: bf16, or on a GPU fp16 with loss scaling."
+    )
     cpu: bool = _machine(False, "Use the CPU.")
     threads: int | None = _machine(None, "Number of CPU threads.")
 
@@ -253,7 +273,24 @@ class FinetuneConfig:
             )
         self._check_combinations()
 
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the result is the model of the best evaluation."""
+        return self.patience is not None if self.best is None else self.best
+
     def _check_combinations(self) -> None:
+        if self.save_total_limit is not None and self.save_every is None:
+            raise FinetuneError("--save-total-limit is for checkpoints: add --save-every")
+        if self.patience is not None and self.best is False:
+            raise FinetuneError(
+                "--patience stops after the best evaluation, and --no-best keeps the model of the "
+                "last: drop one of them"
+            )
+        if self.amp == "fp16" and self.dtype == "float16":
+            raise FinetuneError(
+                "--amp fp16 scales the loss, which weights in float16 do not allow: use --dtype "
+                "float32, or drop --amp"
+            )
         if self.fuse_backward and self.accumulation > 1:
             raise FinetuneError(
                 "--fuse-backward frees each gradient at once, so --accumulation has nothing to add "
@@ -273,7 +310,8 @@ class FinetuneConfig:
 _POSITIVE = (
     *("steps", "epochs", "batch_size", "eval_batch_size", "accumulation", "max_length"),
     *("lr", "head_lr", "adam_eps", "max_grad_norm", "budget", "adapter_rank", "adapter_alpha"),
-    *("eval_every", "log_every", "save_every", "threads", "every"),
+    *("eval_every", "log_every", "save_every", "threads", "every", "patience"),
+    "save_total_limit",
 )
 
 

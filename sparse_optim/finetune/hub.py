@@ -6,7 +6,7 @@ import difflib
 import ssl
 import urllib.error
 import urllib.request
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -57,7 +57,7 @@ def hub_error(kind: str, name: str, builtins: Iterable[str], error: Exception) -
     """Turn what a library raised into one line that says what to do."""
     from huggingface_hub import is_offline_mode
 
-    reason = (str(_cause(error)).strip().splitlines() or [type(error).__name__])[0]
+    reason = _reason(kind, name, error)
     if is_offline_mode() and not Path(name).exists():
         reason = "it is not in the hub cache, and HF_HUB_OFFLINE prevents a download"
     if Path(name).expanduser().exists():
@@ -66,6 +66,32 @@ def hub_error(kind: str, name: str, builtins: Iterable[str], error: Exception) -
         f"cannot load {kind} {name!r}{did_you_mean(name, builtins)}: {reason} "
         f"(built-in {kind}s: {', '.join(builtins)}; or a local folder, or a hub id)"
     )
+
+
+def _reason(kind: str, name: str, error: Exception) -> str:
+    """What a library's error says in its first line, or what to do where later lines say it."""
+    from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    log_in = "log in with `hf auth login`"
+    chain = list(_chain(error))
+    if any(isinstance(each, GatedRepoError) or " a gated " in str(each) for each in chain):
+        page = f"https://huggingface.co/{'datasets/' if kind == 'data set' else ''}{name}"
+        return f"it is gated: ask for access on its page, {page}, and {log_in}"
+    if any(isinstance(each, (RepositoryNotFoundError, DatasetNotFoundError)) for each in chain):
+        return f"the hub has no such {kind}, or it is private: then {log_in}"
+    lines = str(_cause(error)).strip().splitlines() or [type(error).__name__]
+    if lines[0] == "Config name is missing." and len(lines) > 1:
+        known = lines[1].partition(": ")[2]
+        return f"it has several configurations: choose one of {known} with --dataset-config"
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and those that it was raised from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -20,23 +20,26 @@ from datasets import Dataset
 from rich.console import Console
 from torch import nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArguments
+from transformers.integrations.integration_utils import TensorBoardCallback, default_logdir
 
 from sparse_optim.delta import Delta, apply_delta, load_delta, save_delta
 from sparse_optim.files import replacing
-from sparse_optim.finetune.adapter_kinds import DEFAULT_RATE
+from sparse_optim.finetune import processes
 from sparse_optim.finetune.adapters import save_adapter
+from sparse_optim.finetune.best import Evaluated
 from sparse_optim.finetune.build import LoadModel, build
 from sparse_optim.finetune.card import load_adapter, load_folder, load_run, write_card
 from sparse_optim.finetune.checkpoints import (
     ManifestWriter,
     check_inputs,
+    find_last,
     hash_examples,
     hash_weights,
 )
-from sparse_optim.finetune.columns import Columns
-from sparse_optim.finetune.config import DEFAULT_BUDGET, FinetuneConfig
+from sparse_optim.finetune.config import LAST, FinetuneConfig
 from sparse_optim.finetune.config_file import CONFIG_FILE, write_config
-from sparse_optim.finetune.data import DataRequest, TaskData, load_data
+from sparse_optim.finetune.data import TaskData, load_data
+from sparse_optim.finetune.defaults import learning_rate, resolved
 from sparse_optim.finetune.errors import FinetuneError
 from sparse_optim.finetune.models import (
     LoadedModel,
@@ -61,15 +64,20 @@ from sparse_optim.finetune.output import (
 from sparse_optim.finetune.packing import check_packing
 from sparse_optim.finetune.plots import draw_curves
 from sparse_optim.finetune.prepare import prepare
-from sparse_optim.finetune.progress import ConsoleProgress
-from sparse_optim.finetune.readings import make_delta
+from sparse_optim.finetune.progress import Announcer, ConsoleProgress
 from sparse_optim.finetune.report import collect, write_json
+from sparse_optim.finetune.request import data_request
 from sparse_optim.finetune.reuse import Tuned, write_model
 from sparse_optim.finetune.spec import KEY, spec_of
 from sparse_optim.finetune.stopping import Stopper
 from sparse_optim.finetune.tasks import TASKS, Task
 from sparse_optim.finetune.trainer import JobTrainer
-from sparse_optim.finetune.validate import check_method, check_schedule, check_tracker
+from sparse_optim.finetune.validate import (
+    check_machine,
+    check_method,
+    check_schedule,
+    check_tracker,
+)
 from sparse_optim.methods import METHODS, MethodRequest
 from sparse_optim.policy.schedule import SCHEDULES
 
@@ -85,12 +93,17 @@ class FinetuneResult:
     model: nn.Module
 
 
-def run(config: FinetuneConfig, console: Console | None = None) -> FinetuneResult:
+def run(
+    config: FinetuneConfig, console: Console | None = None, data: TaskData | None = None
+) -> FinetuneResult:
     """Fine-tune; write delta, metrics, config.yaml, curves.png, allocation.jsonl, and the adapter.
 
     Args:
         config: the job.
         console: shows progress; None: no progress is shown.
+        data: the job's data, if it is loaded already.
+
+    Under torchrun all processes train, and the first one writes and shows progress.
 
     Raises:
         FinetuneError: wrong input, in one line.
@@ -98,13 +111,22 @@ def run(config: FinetuneConfig, console: Console | None = None) -> FinetuneResul
     check_method(config)
     check_tracker(config.report_to)
     check_schedule(config)
-    with locked(config.output):
-        check_output(config)
+    check_machine(config)
+    if config.resume == LAST:
+        last = find_last(config.output / CHECKPOINTS, config)
+        config = dataclasses.replace(config, resume=last)
+    is_first = processes.is_first()
+    with locked(config.output) if is_first else nullcontext():
+        if is_first:
+            check_output(config)
         set_threads(config.threads)
-        inputs = load_inputs(config)
-        for line in inputs.notes:
+        inputs = load_inputs(config, data)
+        for line in inputs.notes if is_first else ():
             tell(console, line)
-        trained = train_model(config, inputs, console, stops=True)
+        trained = train_model(config, inputs, console if is_first else None, stops=True)
+        processes.leave()
+        if not is_first:
+            return FinetuneResult(trained.metrics, config.output, trained.loaded.model)
         try:
             return write_results(config, inputs, trained)
         except FinetuneError:  # the results are there, and the message says what is wrong
@@ -132,14 +154,17 @@ class Inputs:
     notes: tuple[str, ...]
 
 
-def load_inputs(config: FinetuneConfig) -> Inputs:
+def load_inputs(config: FinetuneConfig, data: TaskData | None = None) -> Inputs:
     """Find the model, load and tokenise the data.
+
+    Args:
+        data: the data, if it is loaded already.
 
     Raises:
         FinetuneError: wrong input, in one line.
     """
     source = find_model(config.model)
-    data = load_data(data_request(config))
+    data = data or load_data(data_request(config))
     task = TASKS[data.task]
     task.check_metric(config.metric)
     tokenizer = load_tokenizer(source)
@@ -186,11 +211,19 @@ def train_model(
         }
         if config.resume is not None:
             check_inputs(config.resume, hashes)
+            if trainer.best is not None:
+                trainer.best.restore(config.resume)
         trainer.add_callback(ManifestWriter(config, hashes))
         trainer.add_callback(stopper)
     with stopper.listening() if stops else nullcontext():
         seconds = train(trainer, config, metric, console)
     stopper.check(trainer.state.global_step, trainer.state.max_steps)
+    if trainer.best is not None:
+        if console is not None:  # the metrics have it, too
+            tell(console, trainer.best.describe())
+        kept = trainer.best.kept
+        if kept is not None and kept.step != trainer.state.global_step:
+            restore_best(loaded.model, kept, load_base(config, inputs, load).model)
     metrics = collect(config, trainer, inputs.data, inputs.counts, loaded, metric)
     return Trained(loaded, trainer, seconds, metrics | {"train_seconds": seconds})
 
@@ -199,7 +232,7 @@ def write_results(config: FinetuneConfig, inputs: Inputs, trained: Trained) -> F
     """Write delta, metrics and plot, and check that base + delta is the trained model."""
     with replaced_results(config.output) as folder:
         delta_path = folder / DELTA_FILE
-        save_delta(describe_delta(trained.trainer, trained.loaded, config, inputs.data), delta_path)
+        save_delta(describe_delta(trained.trainer, config, inputs.data), delta_path)
         metrics = trained.metrics | {"delta_bytes": delta_path.stat().st_size, "verified": None}
         settings, spec, model = resolved(config), spec_of(config, inputs.data), trained.loaded.model
         write_config(settings, folder / CONFIG_FILE)
@@ -262,22 +295,6 @@ def rescue(
     return FinetuneError(f"{problem}, nor can the folder for temporary files or your home folder")
 
 
-def data_request(config: FinetuneConfig) -> DataRequest:
-    """The data settings of the configuration."""
-    return DataRequest(
-        dataset=config.dataset,
-        config=config.dataset_config,
-        task=config.task,
-        columns=Columns(config.text_column, config.text_pair_column, config.label_column),
-        train_split=config.train_split,
-        eval_split=config.eval_split,
-        eval_fraction=config.eval_fraction,
-        max_train_examples=config.max_train_examples,
-        max_eval_examples=config.max_eval_examples,
-        chat=config.chat,
-    )
-
-
 def load_base(
     config: FinetuneConfig, inputs: Inputs, load: LoadModel = load_base_model
 ) -> LoadedModel:
@@ -288,6 +305,10 @@ def load_base(
 def make_trainer(config: FinetuneConfig, inputs: Inputs, loaded: LoadedModel) -> JobTrainer:
     """Make the trainer for the tokenised examples."""
     task, names = inputs.task, inputs.data.label_names or []
+    if config.gradient_checkpointing and not loaded.model.supports_gradient_checkpointing:
+        raise FinetuneError(
+            f"--gradient-checkpointing: {type(loaded.model).__name__} does not support it: drop it"
+        )
     trainer = JobTrainer(
         partial(build_optimizer, config, loaded),
         model=loaded.model,
@@ -300,13 +321,19 @@ def make_trainer(config: FinetuneConfig, inputs: Inputs, loaded: LoadedModel) ->
         preprocess_logits_for_metrics=task.preprocess_logits,
     )
     trainer.remove_callback(PrinterCallback)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            # Where people look: the Trainer would take the folder of the checkpoints.
+            callback.logging_dir = str(config.output / default_logdir())
+    if config.keeps_best:
+        trainer.keep_best(task.check_metric(config.metric), config.patience)
     return trainer
 
 
 def training_arguments(config: FinetuneConfig, train_size: int) -> TrainingArguments:
     """Arguments of the Trainer, which must not clip if the optimizer already does."""
     method = METHODS[config.method]
-    per_step = config.batch_size * config.accumulation
+    per_step = config.batch_size * config.accumulation * processes.count()
     steps = config.steps or max(1, math.ceil(train_size / per_step * config.epochs))
     return TrainingArguments(
         output_dir=str(config.output / CHECKPOINTS),
@@ -321,6 +348,8 @@ def training_arguments(config: FinetuneConfig, train_size: int) -> TrainingArgum
         weight_decay=config.weight_decay,
         max_grad_norm=0.0 if method.clips else config.max_grad_norm or 0.0,
         bf16=config.amp == "bf16",
+        fp16=config.amp == "fp16",
+        **recomputation(config),
         train_sampling_strategy="group_by_length" if config.group_by_length else "random",
         logging_steps=config.log_every or max(1, steps // 100),
         eval_strategy="steps",
@@ -331,25 +360,20 @@ def training_arguments(config: FinetuneConfig, train_size: int) -> TrainingArgum
         use_cpu=config.cpu or not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available() and not config.cpu,
         disable_tqdm=True,
+        log_level_replica="passive",  # as the caller set it: "warning" would print on each process
         report_to=config.report_to,
     )
 
 
-def learning_rate(config: FinetuneConfig) -> float:
-    """The user's learning rate, else the method's; on an adapter at least DEFAULT_RATE."""
-    default = METHODS[config.method].lr
-    return config.lr or (default if config.adapter is None else max(default, DEFAULT_RATE))
-
-
-def resolved(config: FinetuneConfig) -> FinetuneConfig:
-    """The configuration with the method's defaults filled in."""
-    method = METHODS[config.method]
-    return dataclasses.replace(
-        config,
-        lr=learning_rate(config),
-        adam_eps=config.adam_eps or method.adam_eps,
-        budget=config.budget or (DEFAULT_BUDGET if method.budget == "given" else None),
-    )
+def recomputation(config: FinetuneConfig) -> dict[str, Any]:
+    """The Trainer's arguments for gradient checkpointing."""
+    if not config.gradient_checkpointing:
+        return {}
+    renamed = hasattr(TrainingArguments, "activation_checkpointing")  # the old names warn
+    kind = "activation" if renamed else "gradient"
+    # The reentrant kind gives no gradients behind frozen embeddings.
+    options = {"use_reentrant": False}
+    return {f"{kind}_checkpointing": True, f"{kind}_checkpointing_kwargs": options}
 
 
 def build_optimizer(
@@ -402,7 +426,8 @@ def train(
     """Train, evaluate at the end, and return the seconds that took."""
     progress = None
     if console is not None:
-        progress = ConsoleProgress(console, metric, f"{config.method} on {config.dataset}")
+        trainer.add_callback(Announcer(console))
+        progress = ConsoleProgress(console, metric, config.method)
         trainer.add_callback(progress)
     begin = time.perf_counter()
     try:
@@ -414,6 +439,17 @@ def train(
         if progress is not None:
             progress.stop()
     return time.perf_counter() - begin
+
+
+def restore_best(model: nn.Module, kept: Evaluated, base: nn.Module) -> None:
+    """Write the model of the best evaluation into a trained one.
+
+    Args:
+        model: Mutated.
+        base: the base model. Mutated.
+    """
+    apply_delta(base, kept.delta)
+    model.load_state_dict(base.state_dict())
 
 
 def tell(console: Console | None, line: str) -> None:
@@ -430,11 +466,9 @@ def evaluated_at(trainer: JobTrainer) -> float | None:
     return steps[-1] if steps else None
 
 
-def describe_delta(
-    trainer: JobTrainer, loaded: LoadedModel, config: FinetuneConfig, data: TaskData
-) -> Delta:
+def describe_delta(trainer: JobTrainer, config: FinetuneConfig, data: TaskData) -> Delta:
     """The delta of the training, with a note of method, data and how to build the model."""
-    delta = make_delta(trainer.raw_optimizer, loaded.model)
+    delta = trainer.delta()
     note = {"name": config.method, "dataset": config.dataset}
     model = {KEY: spec_of(config, data).note()}
     return dataclasses.replace(delta, method={**note, **delta.method, **model})

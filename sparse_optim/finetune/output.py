@@ -27,6 +27,7 @@ from sparse_optim.finetune.errors import FinetuneError
 
 DELTA_FILE, METRICS_FILE, PLOT_FILE = "delta.safetensors", "metrics.json", "curves.png"
 MODEL_FOLDER, ADAPTER_FOLDER, CHECKPOINTS = "model", "adapter", "checkpoints"
+TRACKS = "runs"  # of TensorBoard: a folder for each job, beside those of earlier ones
 FILES = (DELTA_FILE, METRICS_FILE, CONFIG_FILE, PLOT_FILE, ALLOCATION_FILE, CARD_FILE)
 RESULTS = (*FILES, MODEL_FOLDER, ADAPTER_FOLDER)
 LOCK, NEW, OLD = ".lock", ".sparse-optim-new-", ".sparse-optim-old-"
@@ -49,7 +50,7 @@ def check_output(config: FinetuneConfig) -> None:
     if _contents(output) and not (config.overwrite or goes_on):
         saved = (output / CHECKPOINTS).glob("checkpoint-*")
         newest = max(saved, key=lambda path: step_of(path) or 0, default=None)
-        hint = f"; --resume {newest} goes on from there" if newest else ""
+        hint = f"; --resume last goes on from {newest}" if newest else ""
         raise FinetuneError(
             f"--output: {output} is not empty; add --overwrite or name another{hint}"
         )
@@ -66,7 +67,7 @@ def _contents(output: Path) -> list[Path]:
     """What an output folder holds, but for what a killed job leaves before its first checkpoint."""
     if not output.is_dir():
         return []
-    leftover = (LOCK, CHECKPOINTS) if not _holds(output / CHECKPOINTS) else (LOCK,)
+    leftover = (LOCK, TRACKS, *(() if _holds(output / CHECKPOINTS) else (CHECKPOINTS,)))
     return [
         path
         for path in output.iterdir()

@@ -5,9 +5,50 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console, RenderableType
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from sparse_optim.finetune.readings import usage_of
+from sparse_optim.finetune.summary import describe_run, show
+
+WIDE = 100  # columns of a terminal that has room for the active entries
+
+
+class Announcer(TrainerCallback):
+    """Says what is trained and how, once the optimizer is there.
+
+    Args:
+        console: where to write.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **_: Any,
+    ) -> None:
+        """Print it."""
+        usage = usage_of(getattr(optimizer, "optimizer", optimizer))
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        device = str(args.device)
+        if args.world_size > 1:
+            device = f"{args.device.type} ({args.world_size} processes)"
+        rows = describe_run(usage, batch, state.max_steps, device)
+        show(self.console, rows)
 
 
 class ConsoleProgress(TrainerCallback):
@@ -28,12 +69,7 @@ class ConsoleProgress(TrainerCallback):
         self._first_step = 0
         self._begin = 0.0
         self._bar = Progress(
-            TextColumn("{task.description}", style="bold", markup=False),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}  active {task.fields[active]}"),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
+            *columns(console.width),
             console=console,
             transient=True,
             disable=not console.is_terminal,
@@ -84,7 +120,7 @@ class ConsoleProgress(TrainerCallback):
         """One line, above the bar where there is one."""
         rate = f"  {self.rate(state):.2f} steps/s"
         self.console.print(
-            f"{self.title}  step {state.global_step}/{state.max_steps}  {text}{rate}",
+            f"step {state.global_step}/{state.max_steps}  {text}{rate}",
             highlight=False,
             markup=False,
             soft_wrap=True,
@@ -96,6 +132,28 @@ class ConsoleProgress(TrainerCallback):
         """Remove the bar."""
         self._bar.stop()
 
+    def renderable(self) -> RenderableType:
+        """The bar as it is now."""
+        return self._bar.get_renderable()
+
     def stop(self) -> None:
         """Give the terminal back after an error or an interrupt."""
         self._bar.stop()
+
+
+def columns(width: int) -> list[ProgressColumn]:
+    """The columns of the bar: all of them fit a terminal of 80 columns.
+
+    Args:
+        width: of the terminal, in characters.
+    """
+    active = "  active {task.fields[active]}" if width >= WIDE else ""
+    name = Column(no_wrap=True, overflow="ellipsis", max_width=18)
+    return [
+        TextColumn("{task.description}", style="bold", markup=False, table_column=name),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        TextColumn("loss {task.fields[loss]}" + active, table_column=Column(no_wrap=True)),
+        TextColumn("{task.fields[rate]}", table_column=Column(no_wrap=True)),
+        TimeRemainingColumn(table_column=Column(no_wrap=True)),
+    ]

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from sparse_optim.finetune.config import FinetuneConfig
 from sparse_optim.finetune.data import TaskData
+from sparse_optim.finetune.defaults import resolved
 from sparse_optim.finetune.models import LoadedModel
-from sparse_optim.finetune.readings import active_entries, state_bytes
+from sparse_optim.finetune.readings import active_entries, state_bytes, usage_of
 from sparse_optim.finetune.trainer import JobTrainer
 
 
@@ -25,7 +27,11 @@ def collect(
     loaded: LoadedModel,
     metric: str,
 ) -> dict[str, Any]:
-    """The content of metrics.json, without what is known of the files."""
+    """The content of metrics.json, without what is known of the files.
+
+    `config` is what the user gave; `used` has the values that the run used, defaults filled in. The
+    metric, `final` and the active entries are those of the best evaluation if it was kept.
+    """
     history = trainer.state.log_history
     log = [without(row, "epoch") for row in history if "loss" in row]
     evaluations = [
@@ -34,14 +40,20 @@ def collect(
         if "eval_loss" in row
     ]
     optimizer, stopwatch = trainer.raw_optimizer, trainer.stopwatch
+    kept = trainer.best and trainer.best.kept
+    final = evaluations[-1]
+    if kept:
+        final = next(row for row in evaluations if row["step"] == kept.step)
     parameters = sum(param.numel() for param in loaded.model.parameters())
     fresh = [p for name, p in loaded.model.named_parameters() if name in loaded.fresh]
     return {
         "config": {name: jsonable(value) for name, value in vars(config).items()},
-        "metric": {"name": metric, "value": evaluations[-1][metric]},
+        "used": used_values(config, trainer, data),
+        "metric": {"name": metric, "value": final[metric], "step": final["step"]},
         "task": data.task,
         "steps": trainer.state.global_step,
-        "active_entries": active_entries(optimizer),
+        "stopped_early": trainer.best is not None and trainer.best.stopped,
+        "active_entries": kept.active if kept else active_entries(optimizer),
         "state_bytes": state_bytes(optimizer),
         "step_ms": stopwatch.step_ms(),
         "update_ms": stopwatch.update_ms(),
@@ -55,11 +67,45 @@ def collect(
             "eval_split": data.eval_split,
             "label_names": data.label_names,
         },
-        "final": without(evaluations[-1], "step"),
+        "final": without(final, "step"),
         "evaluations": evaluations,
         "log": log,
         "versions": versions(),
         "device": str(trainer.args.device),
+    }
+
+
+def used_values(config: FinetuneConfig, trainer: JobTrainer, data: TaskData) -> dict[str, Any]:
+    """The values that the run used, with nothing left to a default."""
+    filled, usage = resolved(config), usage_of(trainer.raw_optimizer)
+    args, examples = trainer.args, cast(Sized, trainer.train_dataset)
+    return {
+        "lr": filled.lr,
+        "head_lr": config.head_lr or filled.lr,
+        "adam_eps": filled.adam_eps,
+        "budget_entries": usage.budget,
+        "ranked_entries": usage.ranked,
+        "budget_share": usage.budget / usage.ranked if usage.ranked else None,
+        "dense_entries": usage.dense,
+        "backend": usage.backend,
+        "gradients": usage.gradients,
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "device": str(args.device),
+        "processes": args.world_size,
+        "dtype": config.dtype,
+        "amp": config.amp,
+        "seed": config.seed,
+        "steps": trainer.state.global_step,
+        "planned_steps": trainer.state.max_steps,
+        "warmup_steps": args.get_warmup_steps(trainer.state.max_steps),
+        "batch_size": args.train_batch_size,
+        "accumulation": args.gradient_accumulation_steps,
+        "train_examples": len(examples),
+        "max_length": config.max_length,
+        "eval_every": args.eval_steps,
+        "columns": dataclasses.asdict(data.columns),
+        "train_split": config.train_split,
+        "eval_split": data.eval_split,
     }
 
 

@@ -12,7 +12,9 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from sparse_optim.finetune.checkpoints import folder_of
 from sparse_optim.finetune.errors import FinetuneError
+from sparse_optim.finetune.processes import count, largest
 
 
 class JobStoppedError(FinetuneError):
@@ -30,6 +32,9 @@ class JobStoppedError(FinetuneError):
 class Stopper(TrainerCallback):
     """Stops the training at the end of the step in which a signal arrives.
 
+    Several processes agree on the step, at the next that is logged: to ask at each would wait for
+    the device.
+
     Args:
         say: shows a line to the user.
     """
@@ -38,6 +43,7 @@ class Stopper(TrainerCallback):
         self.signal: int | None = None
         self.checkpoint: Path | None = None
         self._is_over = False
+        self._is_stopping = False
         self._say = say
 
     @contextmanager
@@ -61,27 +67,32 @@ class Stopper(TrainerCallback):
         if self._is_over:
             self._say("The training is over: writing its results; Ctrl-C again stops at once.")
         else:
-            self._say("Stopping after this step, with a checkpoint; Ctrl-C again stops at once.")
+            soon = "after this step" if count() == 1 else "at the next step that is logged"
+            self._say(f"Stopping {soon}, with a checkpoint; Ctrl-C again stops at once.")
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Ask the Trainer to save and stop, if a signal has arrived."""
         self._is_over = state.global_step >= state.max_steps
+        if count() > 1:
+            if state.global_step % args.logging_steps:
+                return
+            self.signal = largest(self.signal or 0, args.device) or None
         if self.signal is not None and state.global_step < state.max_steps:
-            control.should_save = control.should_training_stop = True
+            control.should_save = control.should_training_stop = self._is_stopping = True
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Note where the last checkpoint is."""
-        self.checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        self.checkpoint = folder_of(args, state)
 
     def check(self, step: int, last_step: int) -> None:
         """Raise JobStoppedError if a signal has cut the training short."""
-        if self.signal is not None and step < last_step:
+        if self.signal is not None and self._is_stopping:
             raise JobStoppedError(
-                f"stopped at step {step} of {last_step}. The same command with --resume "
-                f"{self.checkpoint} goes on",
+                f"stopped at step {step} of {last_step}, with a checkpoint in {self.checkpoint}. "
+                "The same command with --resume last goes on",
                 self.signal,
             )

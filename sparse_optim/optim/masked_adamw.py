@@ -603,13 +603,15 @@ class MaskedAdamW(torch.optim.Optimizer):
         return metrics_of(self._engine, taken + moments)
 
     @torch.no_grad()
-    def delta(self, model: torch.nn.Module | None = None) -> Delta:
+    def delta(self, model: torch.nn.Module | None = None, *, finished: bool = True) -> Delta:
         """What fine-tuning changed so far: active entries, and dense groups whole.
 
         Args:
             model: gives the names, where the optimizer was not built from named parameters; tied
                 names; and buffers that training may move (running statistics), which are stored
                 whole. Without it a delta has parameters alone.
+            finished: whether the run is over. False, for a snapshot: no warning that fewer steps
+                than `total_steps` were taken.
 
         Raises:
             ValueError: a parameter has no name, or is not the model's.
@@ -626,5 +628,6 @@ class MaskedAdamW(torch.optim.Optimizer):
                 "call optimizer.refresh() first; else take "
                 "sparse_optim.delta.Delta.from_models(base, model)"
             )
-        self._check_length()
+        if finished:
+            self._check_length()
         return delta_of(self._engine, self._dense, self.param_groups, self._base.values, model)

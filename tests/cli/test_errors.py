@@ -36,7 +36,11 @@ def test_an_error_is_one_line_on_stderr(tmp_path, command):
     arguments = [text.format(tmp=tmp_path) for text in COMMANDS[command]]
     result = CliRunner().invoke(app, [command, *arguments])
     assert result.exit_code == 1, result.output
-    assert result.stdout == ""
+    if command == "finetune":  # it says first what it understood
+        labels = [line.split()[0] for line in result.stdout.splitlines()]
+        assert labels == ["model", "data", "method"]
+    else:
+        assert result.stdout == ""
     assert result.stderr.startswith("Error: ")
     assert result.stderr.count("\n") == 1
     if command != "diff":  # its message names no path

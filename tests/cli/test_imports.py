@@ -35,6 +35,34 @@ def run(code: str, **environment: str) -> str:
     return done.stdout
 
 
+def test_the_version_needs_nothing_slow():
+    pytest.importorskip("typer", reason="the command needs the extra 'finetune'")
+    shown = run(RUN.format(arguments=("--version",), slow=SLOW))
+    assert shown == f"sparse-optim {sparse_optim.__version__}\nimported:\n"
+
+
+def test_what_it_understood_is_shown_before_torch_is_imported():
+    pytest.importorskip("typer", reason="the command needs the extra 'finetune'")
+    code = """
+import sys
+from sparse_optim.cli import finetune
+def stop():
+    print("imported:", *[name for name in {slow!r} if name in sys.modules])
+    raise SystemExit
+finetune.{last} = stop
+from sparse_optim.cli.main import app
+app(["finetune", "-m", "minilm", "-d", "trec6", "-o", "/nowhere"], standalone_mode=False)
+"""
+    shown = run(code.format(slow=SLOW, last="quiet_datasets"))
+    assert "MiniLM-L6 encoder" in shown
+    assert "id3, 1% of the entries, lr 0.0005" in shown
+    assert shown.endswith("imported:\n")
+    shown = run(code.format(slow=SLOW, last="quiet_libraries"))
+    assert "4,499 examples to train on, 881 of test to evaluate" in shown
+    assert "6 labels: ABBR, DESC" in shown
+    assert shown.endswith("imported: datasets\n")
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -59,7 +87,17 @@ def test_help_imports_nothing_slow(arguments):
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"), [("sparse-optim ", "finetune"), ("sparse-optim finetune --ba", "budget")]
+    ("words", "expected"),
+    [
+        ("sparse-optim ", "finetune"),
+        ("sparse-optim finetune --ba", "budget"),
+        ("sparse-optim finetune --method st", "stochastic-tuning"),
+        ("sparse-optim finetune --adapter d", "dora"),
+        ("sparse-optim finetune -m min", "minilm"),
+        ("sparse-optim finetune -m READ", "README.md"),
+        ("sparse-optim finetune -d conll", "conll2003"),
+        ("sparse-optim finetune --amp f", "fp16"),
+    ],
 )
 def test_completion_imports_nothing_slow(words, expected):
     pytest.importorskip("typer", reason="the command needs the extra 'finetune'")

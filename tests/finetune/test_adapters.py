@@ -21,7 +21,8 @@ from sparse_optim import apply_delta, load_delta, save_delta
 from sparse_optim.cli.main import app
 from sparse_optim.finetune import FinetuneConfig, FinetuneError
 from sparse_optim.finetune.adapter_kinds import ADAPTERS, DEFAULT_RATE
-from sparse_optim.finetune.job import learning_rate, run
+from sparse_optim.finetune.defaults import learning_rate
+from sparse_optim.finetune.job import run
 from sparse_optim.integrations import adapter_parameters, load_bottlenecks
 
 pytestmark = [

@@ -22,6 +22,8 @@ from typer.testing import CliRunner
 
 from sparse_optim.cli.main import app
 from sparse_optim.finetune import FinetuneConfig, FinetuneError, job, output
+from sparse_optim.finetune import checkpoints as module
+from sparse_optim.finetune.checkpoints import find_last
 from sparse_optim.finetune.job import run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -135,6 +137,38 @@ def test_other_training_examples_are_refused(folders, checkpoints, tmp_path):
         resume(given, checkpoints / "checkpoint-4", tmp_path / "out")
 
 
+def test_last_is_the_newest_whole_checkpoint(folders, checkpoints, tmp_path):
+    job = config(folders, tmp_path, "encoder", "sequence", save_every=2)
+    assert find_last(checkpoints, job) == checkpoints / "checkpoint-6"
+    (checkpoints / "checkpoint-6" / "manifest.json").unlink()
+    assert find_last(checkpoints, job) == checkpoints / "checkpoint-4"
+    other = config(folders, tmp_path, "encoder", "sequence", seed=5)
+    with pytest.raises(FinetuneError, match=r"--resume last: .*checkpoint-6: it is incomplete"):
+        find_last(checkpoints, other)
+    with pytest.raises(FinetuneError, match=r"last: no checkpoint in .*out/checkpoints: begin"):
+        resume(folders, Path("last"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_oldest_checkpoints_go_once_the_newest_is_whole(folders, tmp_path, monkeypatch):
+    """The Trainer removed them before: a job killed in between had no whole one."""
+    rotate, saved = module.rotate_checkpoints, []
+
+    def watch(folder: str, limit: int | None, **options: bool) -> None:
+        newest = max(Path(folder).glob("checkpoint-*"), key=lambda path: path.name)
+        assert (newest / "manifest.json").exists()
+        saved.append(newest.name)
+        rotate(folder, limit, **options)
+
+    monkeypatch.setattr(module, "rotate_checkpoints", watch)
+    job = {"save_every": 2, "save_total_limit": 1}
+    run(config(folders, tmp_path / "one", "encoder", "sequence", **job))
+    assert saved == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    (left,) = (tmp_path / "one" / "checkpoints").iterdir()
+    assert left.name == "checkpoint-6"
+    resume(folders, left, tmp_path / "two", **job)
+
+
 # Signals.
 
 JOB = """
@@ -188,11 +222,12 @@ def test_a_signal_saves_a_checkpoint_that_ends_as_the_unbroken_run(folders, tmp_
     assert process.returncode == code, err
     assert "Stopping after this step, with a checkpoint" in out
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
-    assert f"--resume {checkpoint} goes on" in " ".join(err.split())
+    told = f"with a checkpoint in {checkpoint}. The same command with --resume last goes on"
+    assert told in " ".join(err.split())
     assert not (tmp_path / "run" / "delta.safetensors").exists()
-    with pytest.raises(FinetuneError, match=f"--resume {checkpoint} goes on from there"):
+    with pytest.raises(FinetuneError, match=f"--resume last goes on from {checkpoint}"):
         run(config(folders, tmp_path / "run", "encoder", "sequence", steps=12))
-    resume(folders, checkpoint, tmp_path / "run", steps=12)
+    resume(folders, Path("last"), tmp_path / "run", steps=12)
     run(config(folders, tmp_path / "whole", "encoder", "sequence", steps=12))
     ours, theirs = (load_file(tmp_path / name / "delta.safetensors") for name in ("run", "whole"))
     assert ours.keys() == theirs.keys()

@@ -18,7 +18,7 @@ from sparse_optim.cli.main import app
 from sparse_optim.delta import content_fingerprint, load_delta
 from sparse_optim.finetune import FinetuneConfig, FinetuneError
 from sparse_optim.finetune.config_file import read_config, write_config
-from sparse_optim.finetune.job import resolved
+from sparse_optim.finetune.defaults import resolved
 
 BASE = {"model": "minilm", "dataset": "trec6", "output": Path("out")}
 
@@ -73,7 +73,7 @@ def test_values(tmp_path, text, value):
         ("output: [a]", r"output: expected a path, got \['a'\]"),
         ("dense: classifier", "dense: expected a list of text, got 'classifier'"),
         ("dense: [1]", "dense: expected a list of text"),
-        ("amp: fp8", "amp: expected none, bf16, got 'fp8'"),
+        ("amp: fp8", "amp: expected none, bf16, fp16, got 'fp8'"),
         ("budget: lots", "budget: --budget: expected entries"),
         ("budget: true", "budget: expected a whole number or a number or null, got True"),
         ("max_grad_norm: much", "max_grad_norm: expected a number or null"),

@@ -33,7 +33,7 @@ def folders(tmp_path_factory) -> dict[str, str]:
         ({"metric": "rouge"}, "no metric 'rouge'.*accuracy"),
         ({"dtype": "int8"}, "--dtype must be one of float32, bfloat16, float16, got 'int8'"),
         ({"pooling": "max"}, "--pooling must be one of auto, cls, mean, got 'max'"),
-        ({"amp": "fp8"}, "--amp must be one of none, bf16, got 'fp8'"),
+        ({"amp": "fp8"}, "--amp must be one of none, bf16, fp16, got 'fp8'"),
         ({"unmask_schedule": "cosine"}, "--unmask-schedule must be one of uniform, linear"),
         ({"unmask_share": 0.0}, "--unmask-share must be above 0 and at most 1"),
         ({"bias_correction": "none"}, "--bias-correction must be one of entry, global"),

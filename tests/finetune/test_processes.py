@@ -1,0 +1,108 @@
+"""Several processes, as torchrun starts them: all train, one writes and prints."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="the job needs the extra 'finetune'")
+
+from finetune_jobs import make_folders
+
+from sparse_optim.finetune import FinetuneConfig, FinetuneError
+from sparse_optim.finetune.processes import count, is_first, is_first_here, largest
+from sparse_optim.finetune.validate import check_machine
+
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_gloo_available(), reason="torch has no gloo"
+)
+
+
+def start_two(*arguments: str) -> list[subprocess.CompletedProcess[str]]:
+    """Run the command in two processes that train together; their outcomes, by rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "sparse_optim", "finetune", *arguments],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={
+                **{**os.environ, **group, "RANK": rank, "LOCAL_RANK": rank},
+                **{"OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+            },
+        )
+        for rank in ("0", "1")
+    ]  # fmt: skip
+    ended = []
+    for process in running:
+        out, err = process.communicate(timeout=120)
+        ended.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
+    return ended
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_one_writes_and_prints(tmp_path: Path):
+    folders = make_folders(tmp_path / "tiny")
+    first, second = start_two(
+        *("-m", folders["encoder"], "-d", folders["sequence"], "-o", str(tmp_path / "out")),
+        *("--cpu", "--steps", "4", "--batch-size", "4", "--max-length", "16", "--budget", "500"),
+        *("--eval-fraction", "0.25", "--save-every", "2", "--best", "--threads", "1"),
+    )
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert "4 steps of 8 examples on cpu (2 processes)" in first.stdout
+    assert "ordinary gradients" in first.stdout
+    assert "yes, bit for bit" in first.stdout
+    assert second.stdout == ""
+    # torch's own warnings apart, which it logs on each process
+    assert not [line for line in second.stderr.splitlines() if not line.startswith("[rank1]:[W")]
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["used"]["processes"] == 2
+    assert metrics["active_entries"] == 500 + metrics["model"]["fresh_entries"]
+    files = {path.name for path in (tmp_path / "out" / "checkpoints" / "checkpoint-4").iterdir()}
+    assert {"rng_state_0.pth", "rng_state_1.pth", "manifest.json", "best.safetensors"} <= files
+    manifest = tmp_path / "out" / "checkpoints" / "checkpoint-4" / "manifest.json"
+    assert "rng_state_1.pth" in json.loads(manifest.read_text())["files"]
+
+
+def test_an_error_is_printed_once(tmp_path: Path):
+    first, second = start_two("-m", "minilm", "-d", "trec6", "-o", str(tmp_path), "--lr", "0")
+    assert (first.returncode, second.returncode) == (1, 1)
+    assert "--lr must be above 0" in first.stderr
+    assert second.stdout == second.stderr == ""
+
+
+def test_numbers_of_processes(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "2")
+    assert (count(), is_first(), is_first_here()) == (1, True, True)  # a cluster's, not torchrun's
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert (count(), is_first(), is_first_here()) == (4, False, True)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert is_first_here() is False
+    assert largest(7, torch.device("cpu")) == 7  # before the group exists
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"fuse_backward": True}, "--fuse-backward needs one process, and torchrun started 2"),
+        ({"sampled_backward": True}, "--sampled-backward needs one process"),
+        ({"method": "fish"}, "--method fish chooses entries by the examples of one process"),
+    ],
+)
+def test_what_needs_one_process_is_refused(monkeypatch, settings, message):
+    config = FinetuneConfig("minilm", "trec6", Path("out"), **settings)
+    check_machine(config)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(FinetuneError, match=message):
+        check_machine(config)
