@@ -9,10 +9,17 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, LogNorm
-from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, PercentFormatter
 
 from sparse_optim.analysis.measures import AllocationGrid, allocation_grid
-from sparse_optim.analysis.plot_style import COLOURS, GREY, new_figure, plain, save
+from sparse_optim.analysis.plot_style import (
+    COLOURS,
+    GREY,
+    new_figure,
+    plain,
+    save,
+    steps_below,
+)
 from sparse_optim.analysis.record import AllocationRecord, Snapshot
 
 Records = Mapping[str, AllocationRecord]  # by the name that the legend shows
@@ -50,7 +57,7 @@ def draw_sparsity(records: Records, path: Path) -> None:
     plain((sparsity_axes, entropy_axes))
     if len(records) > 1:
         sparsity_axes.legend(frameon=False, fontsize=9)
-    _steps_below(entropy_axes)
+    steps_below(entropy_axes)
     save(figure, path)
 
 
@@ -195,7 +202,7 @@ def draw_growth(record: AllocationRecord, title: str, path: Path) -> None:
                     loc="center left", bbox_to_anchor=(1.0, 0.5))  # fmt: skip
         axes.margins(x=0)
     plain((module_axes, layer_axes))
-    _steps_below(layer_axes)
+    steps_below(layer_axes)
     save(figure, path)
 
 
@@ -230,9 +237,3 @@ def _title(text: str, records: Records) -> str:
 
 def _colours(runs: Mapping[str, object]) -> list[str]:
     return [COLOURS[at % len(COLOURS)] for at in range(len(runs))]
-
-
-def _steps_below(axes: Axes) -> None:
-    axes.set_xlabel("step")
-    axes.set_xlim(left=0)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -11,7 +11,7 @@ import sys
 try:
     import typer
 
-    from sparse_optim.cli import analyse, delta, estimate, experiment, finetune, peft
+    from sparse_optim.cli import analyse, compare, delta, estimate, experiment, finetune, peft
 except ModuleNotFoundError as error:
     if (error.name or "").startswith("sparse_optim"):
         raise
@@ -24,7 +24,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-for command in (finetune, experiment, delta, analyse, peft, estimate):
+for command in (finetune, experiment, delta, analyse, compare, peft, estimate):
     command.register(app)
 
 

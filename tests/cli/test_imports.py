@@ -46,6 +46,7 @@ def run(code: str, **environment: str) -> str:
         ("apply", "--help"),
         ("diff", "--help"),
         ("analyse", "--help"),
+        ("compare", "--help"),
         ("export-peft", "--help"),
         ("estimate", "--help"),
     ],
