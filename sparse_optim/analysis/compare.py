@@ -35,10 +35,15 @@ class DataKey:
 
     @property
     def title(self) -> str:
-        """For headings: metric, data set, split and number of examples."""
+        """For headings: the metric and the examples."""
+        return f"{self.metric} on {self.place}"
+
+    @property
+    def place(self) -> str:
+        """Data set, split and number of examples."""
         name = f"{self.dataset} {self.dataset_config}" if self.dataset_config else self.dataset
         split = f"{self.held_out:g} of {self.split}" if self.held_out else self.split
-        return f"{self.metric} on {name} ({split}, {self.examples:,} examples)"
+        return f"{name} ({split}, {self.examples:,} examples)"
 
 
 @dataclass(frozen=True)
