@@ -67,9 +67,9 @@ def print_error(message: str) -> None:
     Console(stderr=True).print(Text("Error: ", "bold red") + plain(message), soft_wrap=True)
 
 
-def print_line(line: str) -> None:
-    """Print a line to stdout, not wrapped."""
-    Console().print(plain(line), soft_wrap=True)
+def print_line(line: str, *, err: bool = False) -> None:
+    """Print a line to stdout, or to stderr, not wrapped."""
+    Console(stderr=err).print(plain(line), soft_wrap=True)
 
 
 def print_json(value: Any) -> None:
