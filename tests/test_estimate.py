@@ -326,6 +326,17 @@ def test_a_model_without_linear_modules_has_no_adapter_rows(tmp_path):
     assert alone.output.count("\n") == 1
 
 
+def test_a_deberta_is_counted_without_looking_at_labels(tmp_path):
+    from transformers import DebertaV2Config
+
+    sizes = {"vocab_size": 50, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = DebertaV2Config(**sizes, intermediate_size=8, max_position_embeddings=32)
+    config.architectures = ["DebertaV2Model"]
+    config.save_pretrained(tmp_path)
+    planner, _ = make_planner(str(tmp_path), "float32", 16, checkpointing=False)
+    assert planner.footprint("plain", 2).step > 2 * 16 * 8 * 4
+
+
 def test_a_damaged_or_unknown_config_is_one_line(tmp_path):
     for text, message in (
         ("{", "cannot load model"),

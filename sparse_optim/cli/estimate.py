@@ -186,6 +186,8 @@ def make_planner(name: str, dtype: str, sequence: int, checkpointing: bool) -> t
         generates = False
     kind = AutoModelForCausalLM if generates else AutoModelForSequenceClassification
     config.use_cache = False
+    if not generates:
+        config.problem_type = "single_label_classification"  # else DeBERTa looks at the labels
 
     def build() -> torch.nn.Module:
         try:
