@@ -4,6 +4,7 @@
 from their modules: they need the extra "finetune".
 """
 
+from sparse_optim.analysis.compare import METRICS_FILE, Run, groups_of, load_runs
 from sparse_optim.analysis.measures import (
     AllocationGrid,
     allocation_grid,
@@ -21,12 +22,16 @@ from sparse_optim.analysis.record import (
 
 __all__ = [
     "ALLOCATION_FILE",
+    "METRICS_FILE",
     "AllocationGrid",
     "AllocationRecord",
     "RecordError",
+    "Run",
     "Snapshot",
     "allocation_grid",
+    "groups_of",
     "load_record",
+    "load_runs",
     "save_record",
     "sparsity_entropy",
     "tensor_sparsity",

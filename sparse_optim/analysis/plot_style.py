@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 BLUE, ORANGE, GREEN, GREY = "#2563a8", "#d9730d", "#2f8f5b", "#8a8f98"
 COLOURS = (BLUE, ORANGE, GREEN, "#8b4fb3", "#c23b4e", "#0f8b8d", "#b08900", "#6b4f3a")
@@ -21,6 +24,14 @@ def new_figure(width: float, height: float, title: str) -> Figure:
     return figure
 
 
+def run_colours(number: int) -> list[str]:
+    """A colour for each run; no two are equal."""
+    if number <= len(COLOURS):
+        return list(COLOURS[:number])
+    shades = colormaps["turbo"]
+    return [to_hex(shades(0.04 + 0.92 * at / (number - 1))) for at in range(number)]
+
+
 def plain(axes: Iterable[Axes]) -> None:
     """A light grid, no box."""
     for one in axes:
@@ -29,6 +40,13 @@ def plain(axes: Iterable[Axes]) -> None:
         one.spines[["top", "right"]].set_visible(False)
         one.spines[["left", "bottom"]].set_color(GREY)
         one.tick_params(colors="#4a4f57", labelsize=9)
+
+
+def steps_below(axes: Axes) -> None:
+    """The x axis is the step: whole numbers, from 0."""
+    axes.set_xlabel("step")
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def save(figure: Figure, path: Path) -> None:

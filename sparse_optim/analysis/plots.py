@@ -1,4 +1,4 @@
-"""Pictures of records: sparsity and entropy, metric, allocation."""
+"""Pictures of records: sparsity and entropy, allocation, growth."""
 
 from __future__ import annotations
 
@@ -8,25 +8,39 @@ from pathlib import Path
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap, LogNorm
-from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import BoundaryNorm, ListedColormap, LogNorm, to_hex
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, FuncFormatter, PercentFormatter
 
 from sparse_optim.analysis.measures import AllocationGrid, allocation_grid
-from sparse_optim.analysis.plot_style import COLOURS, GREY, new_figure, plain, save
+from sparse_optim.analysis.plot_style import (
+    COLOURS,
+    GREY,
+    new_figure,
+    plain,
+    run_colours,
+    save,
+    steps_below,
+)
 from sparse_optim.analysis.record import AllocationRecord, Snapshot
 
 Records = Mapping[str, AllocationRecord]  # by the name that the legend shows
 
+LISTED_LAYERS = 8  # more layers have a scale of colours instead of a legend
 SHOWN_MODULES = 7  # in the picture of growth; the rest is added up
 OTHERS = "#c9cdd2"
 LABELLED_LAYERS = 16  # with more, numbers in the cells would not be legible
+LABELLED_TICKS = 40  # at most so many layers have their number below a heat map
+WIDEST = 14.0  # inches of a heat map
 
 
 def draw_sparsity(records: Records, path: Path) -> None:
     """Tensor sparsity and sparsity entropy against the step (Figures 8 and 9), one line a run."""
     figure = new_figure(7.2, 6.2, _title("Where the active entries are", records))
     sparsity_axes, entropy_axes = figure.subplots(2, 1, sharex=True)
-    for colour, (name, record) in zip(_colours(records), records.items(), strict=True):
+    colours = run_colours(len(records))
+    for colour, (name, record) in zip(colours, records.items(), strict=True):
         style = {"color": colour, "linewidth": 1.8, "label": name}
         sparsity_axes.plot(record.steps, record.tensor_sparsity(), **style)
         # Before the first entry is unmasked there is no entropy to draw.
@@ -50,71 +64,8 @@ def draw_sparsity(records: Records, path: Path) -> None:
     plain((sparsity_axes, entropy_axes))
     if len(records) > 1:
         sparsity_axes.legend(frameon=False, fontsize=9)
-    _steps_below(entropy_axes)
+    steps_below(entropy_axes)
     save(figure, path)
-
-
-def draw_metric(records: Records, metric: str, path: Path) -> None:
-    """Evaluation metric against the entries unmasked so far (Figure 5), one line for each run.
-
-    A run with a constant number of active entries (static, repeat) is a horizontal line at its last
-    value. Runs with different budgets add the last value against the budget (Figure 6).
-    """
-    compared = len({record.budget for record in records.values()}) > 1
-    title = _title(f"{metric.replace('_', ' / ')} and unmasked entries", records)
-    figure = new_figure(7.2, 7.2 if compared else 4.2, title)
-    axes = figure.subplots(2 if compared else 1, 1, squeeze=False)[:, 0]
-    for colour, (name, record) in zip(_colours(records), records.items(), strict=True):
-        found = record.evaluations(metric)
-        if not found:
-            continue
-        active, values = [row[1] for row in found], [row[2] for row in found]
-        if len(set(active)) == 1 and len(records) > 1:
-            axes[0].axhline(values[-1], color=colour, linestyle="--", linewidth=1.6,
-                            label=f"{name} (last value; {active[-1]:,} at every step)")  # fmt: skip
-        else:
-            axes[0].plot(active, values, color=colour, marker="o", markersize=4.5, label=name)
-            _note_steps(axes[0], found, colour)
-            axes[0].margins(x=0.1)
-    axes[0].set_xlabel("active entries")
-    axes[0].margins(y=0.15)
-    if compared:
-        _draw_budgets(axes[1], records, metric)
-    for one in axes:
-        one.set_ylabel(metric.replace("_", " / "))
-        one.xaxis.set_major_formatter(EngFormatter(sep=""))
-        if len(records) > 1:
-            one.legend(frameon=False, fontsize=9)
-    plain(axes)
-    save(figure, path)
-
-
-def _note_steps(axes: Axes, found: Sequence[tuple[int, int, float]], colour: str) -> None:
-    """Name the first and the last step of those that share the last number of active entries.
-
-    Once the budget is spent, points are above one another, and the line does not show their order.
-    """
-    spent = [row for row in found if row[1] == found[-1][1]]
-    for step, active, value in (spent[0], spent[-1]) if len(spent) > 1 else ():
-        axes.annotate(f"step {step}", (active, value), xytext=(7, 0), textcoords="offset points",
-                      ha="left", va="center", color=colour, fontsize=8.5)  # fmt: skip
-
-
-def _draw_budgets(axes: Axes, records: Records, metric: str) -> None:
-    """Last value of the metric against the budget, one line for each method."""
-    methods: dict[str, list[tuple[int, float]]] = {}
-    for record in records.values():
-        found = record.evaluations(metric)
-        if found:
-            methods.setdefault(record.method, []).append((record.budget, found[-1][2]))
-    for colour, (method, ends) in zip(_colours(methods), methods.items(), strict=True):
-        budgets, values = zip(*sorted(ends), strict=True)
-        axes.plot(budgets, values, color=colour, marker="s", markersize=4.5, label=method)
-    axes.set_xscale("log")
-    axes.set_xticks(sorted({record.budget for record in records.values()}))
-    axes.minorticks_off()
-    axes.set_xlabel("budget (entries)")
-    axes.margins(y=0.15)
 
 
 def draw_allocation(record: AllocationRecord, title: str, path: Path) -> None:
@@ -125,7 +76,7 @@ def draw_allocation(record: AllocationRecord, title: str, path: Path) -> None:
     }
     rows, columns = next(iter(grids.values())).size.shape
     down, across = (len(grids), 1) if columns > LABELLED_LAYERS else (1, len(grids))
-    width = 2.6 + across * max(2.6, 0.42 * columns)
+    width = 2.6 + across * min(WIDEST, max(2.6, 0.42 * columns))
     height = min(60.0, 1.2 + down * (0.4 + 0.24 * rows))
     figure = new_figure(width, height, f"Allocation: {title}")
     panels = figure.subplots(down, across, sharey=True, squeeze=False).reshape(-1)
@@ -141,7 +92,7 @@ def draw_allocation(record: AllocationRecord, title: str, path: Path) -> None:
         axes.set_yticks(range(rows), grid.modules, fontsize=8)
     bar = figure.colorbar(panels[-1].images[-1], ax=list(panels), shrink=0.6, pad=0.01)
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}%"))
-    bar.set_label("active share of the tensor", fontsize=9)
+    bar.set_label("active share of the tensor (grey: none)", fontsize=9)
     bar.ax.tick_params(labelsize=8)
     save(figure, path)
 
@@ -150,7 +101,7 @@ def _label_cells(axes: Axes, grid: AllocationGrid, norm: LogNorm) -> None:
     """Number of active entries in each cell; a dot where a tensor has none."""
     rows, columns = grid.size.shape
     short = EngFormatter(places=0, sep="")
-    every = max(1, columns // LABELLED_LAYERS)
+    every = -(-columns // LABELLED_TICKS)
     ticks = range(0, columns, every)
     names = ["none" if grid.layers[at] is None else str(grid.layers[at]) for at in ticks]
     axes.set_xticks(ticks, names, fontsize=8)
@@ -183,20 +134,44 @@ def draw_growth(record: AllocationRecord, title: str, path: Path) -> None:
     modules, bands = _largest(last.modules, by_module)
     colours = [*COLOURS[:SHOWN_MODULES], OTHERS][: len(modules)]
     module_axes.stackplot(record.steps, bands, labels=modules, colors=colours)
-    layers = ["no layer" if layer is None else f"layer {layer}" for layer in last.layers]
-    shades = _layer_colours(last.layers)
-    layer_axes.stackplot(record.steps, by_layer, labels=layers, colors=shades)
+    layer_axes.stackplot(record.steps, by_layer, colors=_layer_colours(last.layers), labels=[
+        "no layer" if layer is None else f"layer {layer}" for layer in last.layers
+    ])  # fmt: skip
     for axes in (module_axes, layer_axes):
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))
         axes.set_ylabel("active entries")
-        handles, labels = axes.get_legend_handles_labels()
-        every = max(1, len(labels) // LABELLED_LAYERS)
-        axes.legend(handles[::-every], labels[::-every], frameon=False, fontsize=8,
-                    loc="center left", bbox_to_anchor=(1.0, 0.5))  # fmt: skip
         axes.margins(x=0)
+    _legend_at_the_right(module_axes)
+    numbered = [layer for layer in last.layers if layer is not None]
+    if len(numbered) > LISTED_LAYERS:
+        _layer_scale(figure, layer_axes, numbered, outside=None in last.layers)
+    else:
+        _legend_at_the_right(layer_axes)
     plain((module_axes, layer_axes))
-    _steps_below(layer_axes)
+    steps_below(layer_axes)
     save(figure, path)
+
+
+def _legend_at_the_right(axes: Axes) -> None:
+    """The bands by name, the topmost first."""
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(handles[::-1], labels[::-1], frameon=False, fontsize=8, loc="center left",
+                bbox_to_anchor=(1.0, 0.5))  # fmt: skip
+
+
+def _layer_scale(figure: Figure, axes: Axes, layers: list[int], outside: bool) -> None:
+    """A scale of the layers' colours; the grey band below them is outside the layers."""
+    colours = ListedColormap(_layer_colours(layers))
+    edges = np.arange(len(layers) + 1) - 0.5
+    bar = figure.colorbar(ScalarMappable(BoundaryNorm(edges, len(layers)), colours),
+                          cax=axes.inset_axes((1.02, 0.0, 0.025, 1.0)))  # fmt: skip
+    bar.minorticks_off()
+    every = -(-len(layers) // LABELLED_LAYERS)
+    at = range(0, len(layers), every)
+    bar.set_ticks(list(at), labels=[str(layers[index]) for index in at])
+    bar.set_label("layer" + (" (grey: in no layer)" if outside else ""), fontsize=9)
+    bar.ax.tick_params(labelsize=8, length=0)
+    bar.outline.set_visible(False)
 
 
 def _largest(modules: list[str], by_module: np.ndarray) -> tuple[list[str], np.ndarray]:
@@ -210,11 +185,14 @@ def _largest(modules: list[str], by_module: np.ndarray) -> tuple[list[str], np.n
     return names, bands
 
 
-def _layer_colours(layers: list[int | None]) -> list[object]:
+def _layer_colours(layers: Sequence[int | None]) -> list[str]:
     """Grey for tensors outside the layers, then light to dark."""
     numbered = [layer for layer in layers if layer is not None]
     shades = colormaps["YlGnBu"](np.linspace(0.25, 0.95, max(1, len(numbered))))
-    return [*[OTHERS] * (len(layers) - len(numbered)), *shades[: len(numbered)]]
+    return [
+        *[OTHERS] * (len(layers) - len(numbered)),
+        *(to_hex(shade) for shade in shades[: len(numbered)]),
+    ]
 
 
 def _first_and_last(record: AllocationRecord) -> list[Snapshot]:
@@ -226,13 +204,3 @@ def _first_and_last(record: AllocationRecord) -> list[Snapshot]:
 def _title(text: str, records: Records) -> str:
     """The title, with the name of the run if there is only one, and so no legend."""
     return f"{text}: {next(iter(records))}" if len(records) == 1 else text
-
-
-def _colours(runs: Mapping[str, object]) -> list[str]:
-    return [COLOURS[at % len(COLOURS)] for at in range(len(runs))]
-
-
-def _steps_below(axes: Axes) -> None:
-    axes.set_xlabel("step")
-    axes.set_xlim(left=0)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))

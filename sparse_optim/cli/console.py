@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -66,9 +68,14 @@ def print_error(message: str) -> None:
     Console(stderr=True).print(Text("Error: ", "bold red") + plain(message), soft_wrap=True)
 
 
-def print_line(line: str) -> None:
-    """Print a line to stdout, not wrapped."""
-    Console().print(plain(line), soft_wrap=True)
+def print_line(line: str, *, err: bool = False) -> None:
+    """Print a line to stdout, or to stderr, not wrapped."""
+    Console(stderr=err).print(plain(line), soft_wrap=True)
+
+
+def print_json(value: Any) -> None:
+    """Print strict JSON to stdout, and nothing else: for options `--json`."""
+    typer.echo(json.dumps(value, indent=2, allow_nan=False))
 
 
 def quiet_libraries() -> None:

@@ -9,10 +9,24 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from sparse_optim.cli.console import one_line_errors, plain, print_line, quiet_libraries
+from sparse_optim.cli.console import (
+    one_line_errors,
+    plain,
+    print_json,
+    print_line,
+    quiet_libraries,
+)
+from sparse_optim.cli.delta_facts import (
+    check_related,
+    check_related_models,
+    facts_of,
+    overlap_facts,
+)
 
 if TYPE_CHECKING:
     from sparse_optim.delta import Delta  # torch: the commands import it, --help does not
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -22,12 +36,24 @@ def register(app: typer.Typer) -> None:
     app.command("diff")(diff)
 
 
-def inspect(delta_file: Annotated[Path, typer.Argument(help="A delta file.")]) -> None:
-    """Show the contents of a delta file."""
+def inspect(
+    delta_file: Annotated[Path, typer.Argument(help="A delta file, or a folder of finetune.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show the contents of a delta file.
+
+    --json prints {"method", "sparse_entries", "sparse_numel", "tensor_bytes", "unmask_steps" (first
+    and last, or null), "originals", "fingerprint", "parent", "removed_entries", "sparse": a list of
+    {"name", "shape", "dtype", "entries", "bytes"}, "dense": a list of {"name", "shape", "dtype",
+    "bytes"}}.
+    """
     with one_line_errors():
         from sparse_optim.delta import load_delta
 
-        delta = load_delta(delta_file)
+        delta = load_delta(_delta_path(delta_file))
+        if as_json:
+            print_json(facts_of(delta))
+            return
         console = Console()
         console.print(_summary(delta_file, delta))
         if delta.num_entries:
@@ -77,32 +103,89 @@ def apply(
 
 
 def diff(
-    a: Annotated[Path, typer.Argument(help="A delta file, or the folder of the base model.")],
-    b: Annotated[Path, typer.Argument(help="A delta file, or the folder of the tuned model.")],
+    a: Annotated[
+        Path,
+        typer.Argument(help="A delta file or folder of finetune, or a base model's folder."),
+    ],
+    b: Annotated[
+        Path,
+        typer.Argument(help="A delta file or folder of finetune, or a tuned model's folder."),
+    ],
     out: Annotated[
-        Path | None, typer.Option(help="Two folders: write the changes from A to B to this file.")
+        Path | None, typer.Option(help="Two models: write the changes from A to B to this file.")
     ] = None,
     originals: Annotated[
-        bool, typer.Option(help="Two folders: also store the base's values, for reverting.")
+        bool, typer.Option(help="Two models: also store the base's values, for reverting.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Compare two deltas, or make a delta from two model folders."""
-    with one_line_errors():
-        from sparse_optim.delta import Delta, DeltaError, folder_tensors, load_delta, save_delta
+    """Compare two deltas, or make a delta from two model folders.
 
-        if a.is_dir() != b.is_dir():
+    Deltas that share no parameter or no base, and models that share no tensor, are an error.
+
+    --json prints, for two deltas, {"both", "only_a", "only_b", "equal" (entries), "max_difference",
+    "mean_difference", "same_base", "jaccard", "dense_in_both"}; for two models what
+    `inspect --json` prints of their delta.
+    """
+    with one_line_errors():
+        from sparse_optim.delta import DeltaError, load_delta
+
+        first, second = _delta_path(a), _delta_path(b)
+        if first.is_dir() != second.is_dir():
             raise DeltaError("expected two delta files or two model folders, got one of each")
-        if not a.is_dir():
-            if out is not None or originals:
-                raise DeltaError("--out and --originals are for two model folders")
-            _show_overlap(load_delta(a), load_delta(b))
+        if first.is_dir():
+            _diff_models(first, second, out, originals, as_json)
             return
-        delta = Delta.from_models(folder_tensors(a), folder_tensors(b), store_original=originals)
-        if out is not None:
-            save_delta(delta, out)
+        if out is not None or originals:
+            raise DeltaError("--out and --originals are for two model folders")
+        _diff_deltas(load_delta(first), load_delta(second), as_json)
+
+
+def _delta_path(path: Path) -> Path:
+    """The delta in a folder that finetune wrote; any other path as it is."""
+    if not path.is_dir():
+        return path
+    from sparse_optim.finetune.output import DELTA_FILE
+
+    return path / DELTA_FILE if (path / DELTA_FILE).is_file() else path
+
+
+def _diff_deltas(a: Delta, b: Delta, as_json: bool) -> None:
+    from sparse_optim.delta import overlap
+
+    check_related(a, b)
+    found = overlap_facts(a, b, overlap(a, b))
+    if as_json:
+        print_json(found)
+        return
+    table = _facts("A and B")
+    table.add_row("entries in both", f"{found['both']:,}")
+    table.add_row("only in A", f"{found['only_a']:,}")
+    table.add_row("only in B", f"{found['only_b']:,}")
+    table.add_row("Jaccard", f"{found['jaccard']:.4f}")
+    table.add_row("in both, equal bits", f"{found['equal']:,}")
+    table.add_row("largest |a - b|", f"{found['max_difference']:.6g}")
+    table.add_row("mean |a - b|", f"{found['mean_difference']:.6g}")
+    table.add_row("dense in both", f"{found['dense_in_both']:,}")
+    table.add_row("same base", "yes" if found["same_base"] else "no, where they overlap")
+    Console().print(table)
+
+
+def _diff_models(a: Path, b: Path, out: Path | None, originals: bool, as_json: bool) -> None:
+    from sparse_optim.delta import Delta, folder_tensors, save_delta
+
+    base, tuned = folder_tensors(a), folder_tensors(b)
+    lines = check_related_models(base, tuned)
+    delta = Delta.from_models(base, tuned, store_original=originals)
+    if out is not None:
+        save_delta(delta, out)
+        lines.append(f"{out}: {out.stat().st_size:,} bytes")
+    if as_json:
+        print_json(facts_of(delta))
+    else:
         Console().print(_summary(b, delta))
-        if out is not None:
-            print_line(f"{out}: {out.stat().st_size:,} bytes")
+    for line in lines:
+        print_line(line, err=as_json)
 
 
 def _facts(title: str) -> Table:
@@ -113,33 +196,25 @@ def _facts(title: str) -> Table:
 
 
 def _summary(path: Path, delta: Delta) -> Table:
-    from sparse_optim.delta import content_fingerprint
-
-    table = _facts(str(path))
+    facts, table = facts_of(delta), _facts(str(path))
     arguments = {key: value for key, value in delta.method.items() if key != "name"}
     table.add_row("method", plain(str(delta.method.get("name", "unknown"))))
     for key, value in arguments.items():
         table.add_row(plain(f"  {key}"), plain(str(value)))
-    numel = sum(values.numel for values in delta.sparse.values())
-    share = f" ({delta.num_entries / numel:.4%} of {numel:,})" if numel else ""
-    table.add_row("sparse entries", f"{delta.num_entries:,}{share}")
+    entries, numel = facts["sparse_entries"], facts["sparse_numel"]
+    share = f" ({entries / numel:.4%} of {numel:,})" if numel else ""
+    table.add_row("sparse entries", f"{entries:,}{share}")
     table.add_row("sparse parameters", f"{len(delta.sparse):,}")
     table.add_row("dense tensors", f"{len(delta.dense):,}")
-    table.add_row("tensor bytes", f"{delta.nbytes:,}")
-    steps = [
-        values.unmask_step
-        for values in delta.sparse.values()
-        if values.unmask_step is not None and values.num_entries
-    ]
-    if steps:
-        first, last = min(int(step.min()) for step in steps), max(int(step.max()) for step in steps)
+    table.add_row("tensor bytes", f"{facts['tensor_bytes']:,}")
+    if facts["unmask_steps"]:
+        first, last = facts["unmask_steps"]
         table.add_row("unmask steps", f"{first:,} to {last:,}")
-    originals = any(values.original is not None for values in delta.sparse.values())
-    table.add_row("originals", "stored" if originals or delta.dense_original else "not stored")
-    table.add_row("fingerprint", content_fingerprint(delta))
-    if delta.parent is not None:
-        removed = sum(position.numel() for position in delta.removed.values())
-        table.add_row("increment over", f"{delta.parent} ({removed:,} entries removed)")
+    table.add_row("originals", "stored" if facts["originals"] else "not stored")
+    table.add_row("fingerprint", facts["fingerprint"])
+    if facts["parent"] is not None:
+        removed = facts["removed_entries"]
+        table.add_row("increment over", f"{facts['parent']} ({removed:,} entries removed)")
     return table
 
 
@@ -175,20 +250,3 @@ def _dense_table(delta: Delta) -> Table:
         dtype = str(tensor.dtype).removeprefix("torch.")
         table.add_row(plain(name), shape, dtype, f"{tensor.nbytes:,}")
     return table
-
-
-def _show_overlap(delta_a: Delta, delta_b: Delta) -> None:
-    from sparse_optim.delta import overlap
-
-    found = overlap(delta_a, delta_b)
-    table = _facts("A and B")
-    table.add_row("entries in both", f"{found.both:,}")
-    table.add_row("only in A", f"{found.only_a:,}")
-    table.add_row("only in B", f"{found.only_b:,}")
-    table.add_row("Jaccard", f"{found.jaccard:.4f}")
-    table.add_row("in both, equal bits", f"{found.equal:,}")
-    table.add_row("largest |a - b|", f"{found.max_difference:.6g}")
-    table.add_row("mean |a - b|", f"{found.mean_difference:.6g}")
-    table.add_row("dense in both", f"{len(delta_a.dense.keys() & delta_b.dense.keys()):,}")
-    table.add_row("same base", "yes" if found.same_base else "no, where they overlap")
-    Console().print(table)

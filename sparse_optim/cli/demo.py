@@ -9,30 +9,22 @@ with the encoder frozen, and prints the quality and the cost of each.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
+from sparse_optim.analysis.compare import Run, run_of, table_of
+from sparse_optim.analysis.comparison_plot import draw_comparison
+from sparse_optim.cli.compare import show
 from sparse_optim.cli.console import one_line_errors, print_line, quiet_libraries
 from sparse_optim.finetune.config import FinetuneConfig
 
 MODEL, DATASET = "minilm", "trec6"
-COLUMNS = (
-    "method",
-    "test\naccuracy",
-    "entries\ntrained",
-    "state\nMB",
-    "step\nms",
-    "update\nms",
-    "delta\nMB",
-    "exact",
-)
+PICTURE = "comparison.png"
 KEPT = (
     *("metric", "active_entries", "state_bytes", "step_ms", "update_ms", "delta_bytes"),
     *("verified", "train_seconds", "versions", "device"),
@@ -87,36 +79,13 @@ def announce(output: Path, steps: int, console: Console) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def row(title: str, metrics: Mapping[str, Any]) -> tuple[str, ...]:
-    """The cells of one run."""
-    return (
-        title,
-        f"{metrics['metric']['value']:.3f}",
-        f"{metrics['active_entries']:,}",
-        f"{metrics['state_bytes'] / 1e6:.2f}",
-        f"{metrics['step_ms']:.0f}",
-        f"{metrics['update_ms']:.1f}",
-        f"{metrics['delta_bytes'] / 1e6:.2f}",
-        "yes" if metrics["verified"] else "NO",
-    )
-
-
-def show(rows: list[tuple[str, ...]], console: Console) -> None:
-    """The table on the console."""
-    table = Table(box=box.SIMPLE_HEAD, title=f"{MODEL} on {DATASET}", title_justify="left")
-    for index, column in enumerate(COLUMNS):
-        table.add_column(column, justify="left" if index == 0 else "right")
-    for cells in rows:
-        table.add_row(*cells)
-    console.print(table)
-
-
-def write(results: Mapping[str, Any], rows: list[tuple[str, ...]], output: Path) -> None:
-    """The results as JSON, and the table as Markdown."""
+def write(results: Mapping[str, Any], runs: Sequence[Run], output: Path) -> None:
+    """The results as JSON, the table as Markdown, and the picture."""
     (output / "demo.json").write_text(json.dumps(results, indent=2) + "\n")
-    headings = tuple(column.replace("\n", " ") for column in COLUMNS)
-    lines = [headings, tuple("---" for _ in COLUMNS), *rows]
+    headings, rows = table_of(runs)
+    lines = [headings, ["---" for _ in headings], *rows]
     (output / "demo.md").write_text("".join(f"| {' | '.join(cells)} |\n" for cells in lines))
+    draw_comparison(runs, output / PICTURE)
 
 
 def main(
@@ -131,18 +100,15 @@ def main(
         console = Console()
         announce(output, steps, console)
         results: dict[str, Any] = {}
-        rows = []
+        runs = []
         for contender in CONTENDERS:
-            metrics = run(configuration(contender, output, steps), console).metrics
+            config = configuration(contender, output, steps)
+            metrics = run(config, console).metrics
             results[contender.method] = {name: metrics[name] for name in KEPT}
-            rows.append(row(contender.title, metrics))
-        show(rows, console)
-        write(results, rows, output)
-        console.print(
-            "state: optimizer state. update: the part of a step that clips and updates. exact: "
-            "base + delta == trained model, bit for bit, from the file and a newly loaded base.",
-        )
-        print_line(f"Deltas, metrics and curves are in {output}/.")
+            runs.append(run_of(contender.title, config.output, metrics))
+        show(runs, console)
+        write(results, runs, output)
+        print_line(f"Deltas, metrics and curves are in {output}/, the comparison in {PICTURE}.")
 
 
 if __name__ == "__main__":

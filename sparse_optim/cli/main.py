@@ -14,7 +14,7 @@ from sparse_optim.version import __version__
 try:
     import typer
 
-    from sparse_optim.cli import analyse, delta, estimate, experiment, finetune, peft
+    from sparse_optim.cli import analyse, compare, delta, estimate, experiment, finetune, peft, use
     from sparse_optim.cli.console import print_line
 except ModuleNotFoundError as error:
     if (error.name or "").startswith("sparse_optim"):
@@ -51,7 +51,7 @@ def root(
     """Options of the command itself."""
 
 
-for command in (finetune, experiment, delta, analyse, peft, estimate):
+for command in (finetune, use, compare, delta, analyse, peft, estimate, experiment):
     command.register(app)
 
 

@@ -51,7 +51,11 @@ from sparse_optim.finetune.values import check_values, describe_empty, is_list
 
 @dataclass(frozen=True)
 class DataRequest:
-    """The data settings of a job; None: choose a default."""
+    """The data settings of a job; None: choose a default.
+
+    Attributes:
+        labels: the classes in order; None: as the data has them.
+    """
 
     dataset: str
     config: str | None = None
@@ -63,6 +67,7 @@ class DataRequest:
     max_train_examples: int | None = None
     max_eval_examples: int | None = None
     chat: bool | None = None
+    labels: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -119,7 +124,7 @@ def load_data(request: DataRequest) -> TaskData:
     evaluation = take_some(evaluation, request.max_eval_examples)
     names = None
     if task.endswith("classification"):
-        names = find_label_names(train, evaluation)
+        names = list(request.labels or find_label_names(train, evaluation))
         train, evaluation = index_labels(train, names), index_labels(evaluation, names)
         notes += describe_unseen(train, evaluation, names)
     if names is not None and task == "multi-label-classification":

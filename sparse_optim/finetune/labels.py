@@ -68,15 +68,26 @@ def describe_unseen(train: Dataset, evaluation: Dataset, names: list[str]) -> li
 
 
 def index_labels(split: Dataset, names: list[str]) -> Dataset:
-    """Replace class names, or lists of them, by indices."""
-    if declared_names(split) is not None:
+    """Replace class names, or lists of them, by indices into `names`.
+
+    Raises:
+        FinetuneError: a class is not among them.
+    """
+    declared = declared_names(split)
+    if declared == names:
         return split
-    index = {name: position for position, name in enumerate(names)}
+    index = {name: number for number, name in enumerate(names)}
+
+    def position(label: Any) -> int:
+        if declared is not None and label < 0:
+            raise FinetuneError(UNLABELLED)
+        name = label_name(label) if declared is None else declared[label]
+        if name not in index:
+            raise FinetuneError(f"the model has no class {name!r}; it has {', '.join(names)}")
+        return index[name]
 
     def indexed(label: Any) -> Any:
-        if isinstance(label, (list, tuple)):
-            return [index[label_name(tag)] for tag in label]
-        return index[label_name(label)]
+        return [*map(position, label)] if isinstance(label, (list, tuple)) else position(label)
 
     return replace_labels(split, [indexed(label) for label in split["label"]])
 

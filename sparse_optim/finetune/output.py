@@ -18,6 +18,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from sparse_optim.analysis import ALLOCATION_FILE
+from sparse_optim.analysis import METRICS_FILE as METRICS_FILE
 from sparse_optim.files import remove
 from sparse_optim.finetune.card import CARD_FILE
 from sparse_optim.finetune.checkpoints import check_checkpoint, read_record, step_of
@@ -25,7 +26,7 @@ from sparse_optim.finetune.config import FinetuneConfig
 from sparse_optim.finetune.config_file import CONFIG_FILE
 from sparse_optim.finetune.errors import FinetuneError
 
-DELTA_FILE, METRICS_FILE, PLOT_FILE = "delta.safetensors", "metrics.json", "curves.png"
+DELTA_FILE, PLOT_FILE = "delta.safetensors", "curves.png"
 MODEL_FOLDER, ADAPTER_FOLDER, CHECKPOINTS = "model", "adapter", "checkpoints"
 TRACKS = "runs"  # of TensorBoard: a folder for each job, beside those of earlier ones
 FILES = (DELTA_FILE, METRICS_FILE, CONFIG_FILE, PLOT_FILE, ALLOCATION_FILE, CARD_FILE)

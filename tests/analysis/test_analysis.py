@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -153,7 +154,8 @@ pytest.importorskip("typer", reason="the rest needs the extra 'finetune'")
 
 from typer.testing import CliRunner  # noqa: E402
 
-from sparse_optim.analysis import plots  # noqa: E402
+from sparse_optim.analysis import metric_plot, plots  # noqa: E402
+from sparse_optim.analysis.metric_plot import MetricPanel, draw_metric  # noqa: E402
 from sparse_optim.analysis.recorder import AllocationRecorder  # noqa: E402
 from sparse_optim.cli.main import app  # noqa: E402
 
@@ -301,21 +303,117 @@ def test_increment_and_repeat_are_drawn_together(tmp_path):
     assert both["allocation-1.png"] == alone["allocation.png"]
 
 
-def test_steps_are_named_once_the_budget_is_spent(tmp_path, monkeypatch):
-    """Such points lie above one another: first and last of them are told apart."""
-    figures = []
-    monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure))
-    spent = AllocationRecord(
-        tensors={"w": [30]}, budget=20, method="id3", metric="accuracy",
-        snapshots=[Snapshot(step, [min(20, 2 * step)], {"accuracy": step / 40})
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn, none of them written."""
+    found = []
+    for module in (metric_plot, plots):
+        monkeypatch.setattr(module, "save", lambda figure, path: found.append(figure))
+    return found
+
+
+def spent_record(method: str = "id3", budget: int = 20) -> AllocationRecord:
+    return AllocationRecord(
+        tensors={"w": [30]}, budget=budget, method=method, metric="accuracy",
+        snapshots=[Snapshot(step, [min(budget, 2 * step)], {"accuracy": step / 40})
                    for step in (5, 10, 15, 20)],
     )  # fmt: skip
-    plots.draw_metric({"run": spent}, "accuracy", tmp_path / "unused.png")
+
+
+def test_steps_are_named_once_the_budget_is_spent(figures, tmp_path):
+    """Such points lie above one another: first and last of them are told apart."""
+    spent = spent_record()
+    draw_metric([MetricPanel("", "accuracy", {"run": spent})], tmp_path / "unused.png")
     noted = {text.get_text(): text.xy for text in figures[0].axes[0].texts}
     assert noted == {"step 10": (20, 0.25), "step 20": (20, 0.5)}
     spent.snapshots[:] = spent.snapshots[:2]
-    plots.draw_metric({"run": spent}, "accuracy", tmp_path / "unused.png")
+    draw_metric([MetricPanel("", "accuracy", {"run": spent})], tmp_path / "unused.png")
     assert not figures[1].axes[0].texts
+
+
+def test_a_growing_run_that_is_evaluated_late_is_not_called_constant(figures, tmp_path):
+    late = spent_record()
+    for snapshot in late.snapshots[:2]:
+        snapshot.metrics.clear()
+    draw_metric([MetricPanel("", "accuracy", {"late": late, "other": spent_record()})], tmp_path)
+    axes = figures[0].axes[0]
+    assert [text.get_text() for text in axes.get_legend().texts] == [
+        "late (dashed: its last value)",
+        "other",
+    ]
+    points, dashed, _ = axes.lines
+    assert points.get_xydata().tolist() == [[20, 0.375], [20, 0.5]]
+    assert dashed.get_ydata() == [0.5, 0.5]
+
+
+def test_seeds_of_a_budget_are_not_joined_and_methods_keep_the_colour_of_a_run(figures, tmp_path):
+    runs = {"a": spent_record(), "b": spent_record(), "c": spent_record("repeat-d3", 10)}
+    runs["b"].snapshots[-1].metrics["accuracy"] = 0.7
+    draw_metric([MetricPanel("", "accuracy", runs)], tmp_path)
+    curves, budgets = figures[0].axes
+    line, points, _, _ = budgets.lines
+    assert line.get_xydata().tolist() == [[20, pytest.approx(0.6)]]
+    assert points.get_xydata().tolist() == [[20, 0.5], [20, 0.7]]
+    assert [entry.get_color() for entry in budgets.lines[::2]] == [
+        curves.lines[0].get_color(),
+        curves.lines[2].get_color(),
+    ]
+
+
+def test_runs_on_other_data_have_a_panel_of_their_own(tmp_path, figures):
+    folders = [write(tmp_path / name, make_record()) for name in ("a", "b", "c")]
+    for folder, dataset in zip(folders, ("trec6", "trec6", "sst2"), strict=True):
+        settings = {"dataset": dataset, "method": "id3", "model": "minilm", "dtype": "float32"}
+        settings |= dict.fromkeys(("batch_size", "max_length", "seed"), 8)
+        metrics = dict.fromkeys(
+            ("active_entries", "state_bytes", "step_ms", "update_ms", "delta_bytes", "verified"), 1
+        )
+        metrics |= {"config": settings, "metric": {"name": "accuracy", "value": 0.5}, "steps": 2}
+        metrics |= {"data": {"eval_split": "test", "eval_examples": 9}, "evaluations": []}
+        metrics |= {"model": {"parameters": 9}, "device": "cpu"}
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+    result = analyse(*folders, "-o", tmp_path / "all")
+    assert result.exit_code == 0, result.output
+    assert "sst2 (test, 9 examples)" in result.output
+    (figure,) = (each for each in figures if each.get_suptitle().startswith("Metric"))
+    drawn = {
+        axes.get_title(loc="left"): [
+            line.get_label() for line in axes.lines if line.get_marker() == "o"
+        ]
+        for axes in figure.axes
+    }
+    assert drawn == {"trec6 (test, 9 examples)": ["a", "b"], "sst2 (test, 9 examples)": ["c"]}
+
+
+def test_layers_of_a_deep_model_are_a_scale_and_not_a_legend(figures, tmp_path):
+    def growth(layers: int):
+        tensors = {f"model.layers.{at}.mlp.weight": [8] for at in range(layers)}
+        snapshots = [Snapshot(step, [step] * layers) for step in (0, 3)]
+        record = AllocationRecord("id3", "loss", 3 * layers, tensors, snapshots)
+        plots.draw_growth(record, "run", tmp_path)
+        figures[-1].canvas.draw()
+        return figures[-1].axes[1]
+
+    assert len(growth(8).get_legend().texts) == 8
+    deep = growth(30)
+    assert deep.get_legend() is None
+    (scale,) = deep.child_axes
+    names = [text.get_text() for text in scale.get_yticklabels()]
+    assert names == [str(at) for at in range(0, 30, 2)]
+    boxes = [text.get_window_extent() for text in scale.get_yticklabels()]
+    assert all(low.y1 <= high.y0 for low, high in itertools.pairwise(boxes))  # none overlap
+
+
+def test_the_json_has_what_the_table_has(tmp_path):
+    result = analyse(write(tmp_path / "run", make_record()), "--json")
+    assert result.exit_code == 0, result.output
+    printed = json.loads(result.stdout)
+    (run,) = printed["runs"]
+    assert run["modules"] == {"embed": 6, "a": 4, "b": 2}
+    assert run["metric"] == {"name": "accuracy", "value": 0.75}
+    assert (run["active"], run["tensors_reached"], run["tensors"], run["data"]) == (12, 3, 5, None)
+    assert all(Path(picture).is_file() for picture in printed["pictures"])
+    assert len(printed["pictures"]) == 4
 
 
 def test_runs_of_the_same_name_are_told_apart_by_their_paths(tmp_path):
@@ -332,6 +430,7 @@ def test_a_run_without_evaluations_has_no_metric_picture(tmp_path):
     result = analyse(write(tmp_path / "run", record))
     assert result.exit_code == 0, result.output
     assert "metric.png" not in pictures(tmp_path / "run" / "analysis")
+    assert "run: not in metric.png, for it was never evaluated" in result.output
 
 
 def test_errors_are_one_line_with_an_exit_code(tmp_path):
@@ -343,7 +442,7 @@ def test_errors_are_one_line_with_an_exit_code(tmp_path):
         ((tmp_path / "nowhere",), "nowhere has no allocation.jsonl"),
         ((run, tmp_path), "has no allocation.jsonl"),
         ((tmp_path / "empty",), "empty: no entry was ever active"),
-        ((run, "--metric", "f1"), "no run recorded 'f1'; known: accuracy, loss"),
+        ((run, "--metric", "f1"), "run has no 'f1'; it recorded accuracy, loss"),
     ):
         result = analyse(*arguments)
         assert result.exit_code == 1

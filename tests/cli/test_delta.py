@@ -278,6 +278,70 @@ def test_diff_errors(tmp_path, run):
     assert "No such file" in error
 
 
+def test_diff_of_unrelated_deltas_says_so(tmp_path, run):
+    base = example_base()
+    delta = example_delta(base)
+    paths = [write_delta(tmp_path / "delta", delta)]
+
+    def diff_with(other):
+        return run("diff", paths[0], write_delta(tmp_path / "other", other), code=1)
+
+    # The heads have one name and shape, and the models nothing else.
+    renamed_delta = example_delta(renamed(base, "other."))
+    assert "no parameter of the same name and shape in common" in diff_with(renamed_delta)
+    elsewhere = example_delta({name: tensor + 1 for name, tensor in base.items()})
+    assert "different bases. None of the 3 parameters in both had" in diff_with(elsewhere)
+    partly = example_delta(base | {"c.bias": base["c.bias"] + 1})
+    related = run("diff", paths[0], write_delta(tmp_path / "partly", partly))
+    assert "no, where they overlap" in related
+    whole = Delta(sparse={}, dense={"a.weight": base["a.weight"]})
+    assert "entries in both" in run("diff", paths[0], write_delta(tmp_path / "whole", whole))
+
+
+def test_diff_of_unrelated_models_says_so(tmp_path, run):
+    base = example_base()
+    folder = write_folder(tmp_path / "base", base)
+    other = write_folder(tmp_path / "other", renamed(base, "other."))
+    out = tmp_path / "delta"
+    assert "A and B are unrelated models" in run("diff", folder, other, "--out", out, code=1)
+    assert not out.exists()
+    partly = {name: base[name] for name in ("a.weight", "b.weight")} | {"x": torch.ones(2)}
+    text = run("diff", folder, write_folder(tmp_path / "partly", partly))
+    assert "1 tensors only in A are not in the delta" in text
+    assert "1 tensors of B, new or of another shape, are stored whole" in text
+
+
+def test_json_is_all_that_stdout_has(tmp_path, run):
+    base = example_base()
+    delta = replace(example_delta(base), method={"name": "id3", "lr": float("nan")})
+    path = write_delta(tmp_path / "delta", delta)
+    shown = json.loads(run("inspect", path, "--json"))
+    assert shown["method"] == {"name": "id3", "lr": None}
+    assert (shown["sparse_entries"], shown["sparse_numel"], shown["originals"]) == (18, 115, True)
+    assert shown["fingerprint"] == content_fingerprint(delta)
+    assert shown["sparse"][1] == {
+        "name": "b.weight", "shape": [5, 4, 3], "dtype": "bfloat16", "entries": 6,
+        "bytes": delta.sparse["b.weight"].nbytes,
+    }  # fmt: skip
+    assert [each["name"] for each in shown["dense"]] == ["head.weight"]
+    both = json.loads(run("diff", path, write_delta(tmp_path / "b", delta.prefix(6)), "--json"))
+    assert (both["both"], both["only_a"], both["only_b"], both["same_base"]) == (6, 12, 0, True)
+    tuned = merge(delta, base)
+    folders = [write_folder(tmp_path / "base", base), write_folder(tmp_path / "tuned", tuned)]
+    made = json.loads(run("diff", *folders, "--out", tmp_path / "made", "--json"))
+    assert made == json.loads(run("inspect", tmp_path / "made", "--json"))
+
+
+def test_a_folder_of_finetune_stands_for_its_delta(tmp_path, run):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    delta = example_delta(example_base())
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write_delta(tmp_path / name / "delta.safetensors", delta)
+    assert content_fingerprint(delta) in run("inspect", tmp_path / "a")
+    assert "in both, equal bits" in run("diff", tmp_path / "a", tmp_path / "b")
+
+
 def test_a_folder_takes_a_composed_delta(tmp_path):
     base = example_base()
     parent, delta = example_delta(base, seed=3), example_delta(base)

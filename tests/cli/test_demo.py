@@ -37,5 +37,6 @@ def test_the_demo_compares_three_methods(tmp_path, monkeypatch, capsys):
     assert "3 times: ID3, 1%, full AdamW, head only; 3 steps" in printed.partition("\n")[0]
     assert "Takes about 1 min" in printed
     assert "exact" in printed
+    assert (tmp_path / "out" / "comparison.png").stat().st_size > 1000
     for method in results:
         assert (tmp_path / "out" / method / "curves.png").stat().st_size > 1000

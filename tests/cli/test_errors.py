@@ -26,6 +26,7 @@ COMMANDS = {
     "apply": ("{tmp}", "{tmp}/[x].safetensors", "{tmp}/out"),
     "diff": ("{tmp}/[x].safetensors", "{tmp}"),
     "analyse": ("{tmp}/[x]",),
+    "compare": ("{tmp}/[x]",),
     "export-peft": ("{tmp}/[x].safetensors", "--base", "minilm", "-o", "{tmp}/out"),
     "estimate": ("-m", "/no/[x]"),
 }

@@ -74,6 +74,7 @@ app(["finetune", "-m", "minilm", "-d", "trec6", "-o", "/nowhere"], standalone_mo
         ("apply", "--help"),
         ("diff", "--help"),
         ("analyse", "--help"),
+        ("compare", "--help"),
         ("export-peft", "--help"),
         ("estimate", "--help"),
     ],
