@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields
 from glob import escape, glob
@@ -14,7 +15,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sparse_optim.cli.console import one_line_errors, plain, quiet_datasets, quiet_libraries
+from sparse_optim.cli.console import (
+    one_line_errors,
+    plain,
+    print_line,
+    quiet_datasets,
+    quiet_libraries,
+)
 from sparse_optim.finetune.adapter_kinds import ADAPTERS
 from sparse_optim.finetune.builtin_data import DATASETS, MODELS
 from sparse_optim.finetune.config import FinetuneConfig, field_types, option, settings
@@ -242,3 +249,10 @@ def run_and_show(config: FinetuneConfig, debug: bool) -> None:
     ):
         table.add_row(Text(label, "bold"), plain(text))
     console.print(table, highlight=False)
+    folder = shlex.quote(str(config.output))
+    is_pair = metrics["used"]["columns"]["text_pair"] and metrics["task"] != "causal-lm"
+    text = '"A text" "and its pair"' if is_pair else '"A text"'
+    console.print()
+    print_line(f"Use it:    sparse-optim predict {folder} {text}")
+    print_line(f"Measure:   sparse-optim evaluate {folder} LABELLED_DATA")
+    print_line(f"In Python: model, tokenizer = sparse_optim.load_model({str(config.output)!r})")

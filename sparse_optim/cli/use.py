@@ -76,7 +76,10 @@ def predict(
             print_line(f"{out}: {len(rows):,} predictions")
             return
         for row in rows:
-            print_line(json.dumps(row, ensure_ascii=False) if as_json else _line(row))
+            if as_json:
+                typer.echo(json.dumps(row))
+            else:
+                _print(row)
 
 
 def evaluate(
@@ -93,7 +96,7 @@ def evaluate(
 
         found = predicting.evaluate(_load(run, base), data, split=split, batch_size=batch_size)
         if as_json:
-            print_line(json.dumps(found))
+            typer.echo(json.dumps(found))
             return
         table = Table(show_header=False, box=None, pad_edge=False)
         for name, value in found.items():
@@ -115,20 +118,23 @@ def _load(run: str, base: str | None) -> Tuned:
     return tuned
 
 
-def _line(row: dict[str, Any]) -> str:
-    """A prediction for a person: what was found, then the text."""
+def _print(row: dict[str, Any]) -> None:
+    """Show what was found, then the text."""
+    texts = [str(row[name]) for name in ("text", "text_pair") if name in row]
     if "response" in row:
-        return str(row["response"])
+        for line in row["response"].splitlines():
+            print_line(line)
+        return
     if "tags" in row:
-        return " ".join(
-            f"{word}/{tag}" for word, tag in zip(row["words"], row["tags"], strict=True)
-        )
-    text = "\t".join(str(row[name]) for name in ("text", "text_pair") if name in row)
-    if "labels" in row:
-        return f"{', '.join(row['labels']) or '-'}\t{text}"
-    if "value" in row:
-        return f"{row['value']:.4f}\t{text}"
-    return f"{row['label']}\t{row['score']:.4f}\t{text}"
+        pairs = zip(row["words"], row["tags"], strict=True)
+        cells = [" ".join(f"{word}/{tag or '?'}" for word, tag in pairs)]
+    elif "labels" in row:
+        cells = [", ".join(row["labels"]) or "-", *texts]
+    elif "value" in row:
+        cells = [f"{row['value']:.4f}", *texts]
+    else:
+        cells = [row["label"], f"{row['score']:.4f}", *texts]
+    typer.echo("\t".join(plain(cell).plain for cell in cells))
 
 
 def _write(rows: list[dict[str, Any]], out: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,10 +19,12 @@ from sparse_optim.delta import Delta, apply_delta, load_delta
 from sparse_optim.files import replacing
 from sparse_optim.finetune.build import build
 from sparse_optim.finetune.errors import FinetuneError
-from sparse_optim.finetune.hub import hub_error, require_hub
+from sparse_optim.finetune.hub import hub_is_reachable
 from sparse_optim.finetune.models import find_model, load_tokenizer
 from sparse_optim.finetune.output import DELTA_FILE
 from sparse_optim.finetune.spec import ModelSpec, read_spec
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -88,13 +91,15 @@ def find_delta(run: str | os.PathLike[str]) -> Path:
         raise FinetuneError(
             f"{path} has no {DELTA_FILE}: give a folder that `sparse-optim finetune` wrote"
         )
-    require_hub("run", str(run), ())
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, is_offline_mode
 
+    if not HUB_ID.fullmatch(str(run)) or not (is_offline_mode() or hub_is_reachable()):
+        raise FinetuneError(f"{run}: no such folder or file (and no hub id that can be reached)")
     try:
         return Path(hf_hub_download(str(run), DELTA_FILE))
     except Exception as error:  # the hub's client raises many kinds
-        raise hub_error("run", str(run), (), error) from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise FinetuneError(f"cannot load {run} from the hub: {reason}") from error
 
 
 def described(delta: Delta, path: Path) -> ModelSpec:
