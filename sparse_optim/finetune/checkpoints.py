@@ -53,6 +53,12 @@ class ManifestWriter(TrainerCallback):
     def __init__(self, config: FinetuneConfig, inputs: dict[str, str]) -> None:
         self.config, self.inputs = config, inputs
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Log, evaluate and save as often as this job says, not as the one that is resumed did."""
+        state.compute_steps(args, state.max_steps)
+
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:

@@ -453,7 +453,9 @@ def restore_best(model: nn.Module, kept: Evaluated, base: nn.Module) -> None:
 
 
 def tell(console: Console | None, line: str) -> None:
-    """Show a line on the console, or log it."""
+    """Show a line on the console, or log it; of several processes, the first."""
+    if not processes.is_first():
+        return
     if console is None:
         logger.warning(line)
     else:

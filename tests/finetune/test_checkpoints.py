@@ -121,8 +121,11 @@ def test_a_checkpoint_of_another_job_is_refused(folders, checkpoints, tmp_path, 
 
 
 def test_settings_that_change_nothing_may_differ(folders, checkpoints, tmp_path):
-    settings = {"verify": False, "eval_every": 6, "save_every": 3, "threads": 1}
-    resume(folders, checkpoints / "checkpoint-4", tmp_path / "out", **settings)
+    settings = {"verify": False, "eval_every": 5, "save_every": 5, "threads": 1}
+    resume(folders, checkpoints / "checkpoint-2", tmp_path / "out", **settings)
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert [row["step"] for row in metrics["evaluations"]] == [1, 2, 5, 6]
+    assert (tmp_path / "out" / "checkpoints" / "checkpoint-5").exists()
     assert (tmp_path / "out" / "delta.safetensors").exists()
 
 
