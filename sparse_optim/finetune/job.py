@@ -199,9 +199,9 @@ def train_model(
     check_method(config)
     loaded = load_base(config, inputs, load)
     check_lengths(loaded.model, inputs.longest)
+    trainer = make_trainer(config, inputs, loaded)
     if config.packing:
         check_packing(loaded.model)
-    trainer = make_trainer(config, inputs, loaded)
     metric = inputs.task.check_metric(config.metric)
     stopper = Stopper(partial(tell, console))
     if stops:
