@@ -16,6 +16,7 @@ from sparse_optim.finetune.data import TaskData
 from sparse_optim.finetune.defaults import resolved
 from sparse_optim.finetune.models import LoadedModel
 from sparse_optim.finetune.readings import active_entries, state_bytes, usage_of
+from sparse_optim.finetune.tasks import TASKS
 from sparse_optim.finetune.trainer import JobTrainer
 
 
@@ -101,7 +102,7 @@ def used_values(config: FinetuneConfig, trainer: JobTrainer, data: TaskData) -> 
         "batch_size": args.train_batch_size,
         "accumulation": args.gradient_accumulation_steps,
         "train_examples": len(examples),
-        "max_length": config.max_length,
+        "max_length": config.max_length or TASKS[data.task].max_length,
         "eval_every": args.eval_steps,
         "columns": dataclasses.asdict(data.columns),
         "train_split": config.train_split,
