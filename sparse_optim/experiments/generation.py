@@ -16,6 +16,7 @@ from sparse_optim.experiments.presets import ExperimentError, TaskPreset
 from sparse_optim.experiments.runner import Decoding, RunOptions
 from sparse_optim.finetune.config import FinetuneConfig
 from sparse_optim.finetune.job import Inputs, Trained
+from sparse_optim.finetune.tasks import TASKS
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ def measure_exact_match(
             trained.loaded.model,
             inputs.tokenizer,
             [prompt_of(row["instruction"]) + "\n" for row in rows],
-            config.eval_batch_size,
+            config.eval_batch_size or TASKS["causal-lm"].eval_batch_size,
             options.decoding,
         )
         right = [

@@ -140,7 +140,9 @@ class FinetuneConfig:
     steps: int | None = _training(None, "Optimizer steps (default: set by --epochs).")
     epochs: float = _training(3.0, "Passes over the training examples.")
     batch_size: int = _training(16, "Batch size.")
-    eval_batch_size: int = _training(64, "Batch size in evaluation.")
+    eval_batch_size: int | None = _training(
+        None, "Batch size in evaluation (default: 64, for causal-lm 8)."
+    )
     accumulation: int = _training(1, "Gradient accumulation steps.")
     lr: float | None = _training(
         None,

@@ -199,9 +199,9 @@ def train_model(
     check_method(config)
     loaded = load_base(config, inputs, load)
     check_lengths(loaded.model, inputs.longest)
+    trainer = make_trainer(config, inputs, loaded)
     if config.packing:
         check_packing(loaded.model)
-    trainer = make_trainer(config, inputs, loaded)
     metric = inputs.task.check_metric(config.metric)
     stopper = Stopper(partial(tell, console))
     if stops:
@@ -312,7 +312,7 @@ def make_trainer(config: FinetuneConfig, inputs: Inputs, loaded: LoadedModel) ->
     trainer = JobTrainer(
         partial(build_optimizer, config, loaded),
         model=loaded.model,
-        args=training_arguments(config, len(inputs.train_set)),
+        args=training_arguments(config, task, len(inputs.train_set)),
         train_dataset=inputs.train_set,
         eval_dataset=inputs.eval_set,
         processing_class=inputs.tokenizer,
@@ -330,7 +330,7 @@ def make_trainer(config: FinetuneConfig, inputs: Inputs, loaded: LoadedModel) ->
     return trainer
 
 
-def training_arguments(config: FinetuneConfig, train_size: int) -> TrainingArguments:
+def training_arguments(config: FinetuneConfig, task: Task, train_size: int) -> TrainingArguments:
     """Arguments of the Trainer, which must not clip if the optimizer already does."""
     method = METHODS[config.method]
     per_step = config.batch_size * config.accumulation * processes.count()
@@ -340,7 +340,7 @@ def training_arguments(config: FinetuneConfig, train_size: int) -> TrainingArgum
         max_steps=config.steps or -1,
         num_train_epochs=config.epochs,
         per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=config.eval_batch_size,
+        per_device_eval_batch_size=config.eval_batch_size or task.eval_batch_size,
         gradient_accumulation_steps=config.accumulation,
         learning_rate=learning_rate(config),
         lr_scheduler_type=config.schedule,

@@ -59,17 +59,22 @@ class PadGeneration:
 def check_packing(model: nn.Module) -> None:
     """Raise FinetuneError if a model lets packed examples see each other.
 
-    Two rows have the same second example after different first ones: its logits must be equal.
+    Two rows have the same second example after different first ones: its logits must be equal. They
+    are not with a cache of keys and values, which the Trainer turns off in the model's config.
+
+    Args:
+        model: as the Trainer has set it up.
     """
     base = getattr(model, "get_base_model", lambda: model)()  # of peft's wrapper
     if "position_ids" not in inspect.signature(base.forward).parameters:
         raise FinetuneError("--packing: the model takes no position_ids: drop --packing")
-    ids = torch.tensor([[1, 2, 3, 4, 5, 6], [3, 1, 2, 4, 5, 6]])
-    positions = torch.tensor([[0, 1, 2, 0, 1, 2]]).expand_as(ids)
+    device = next(model.parameters()).device
+    ids = torch.tensor([[1, 2, 3, 4, 5, 6], [3, 1, 2, 4, 5, 6]], device=device)
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2]], device=device).expand_as(ids)
     training = model.training
     model.eval()
     with torch.no_grad():
-        logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 3:]
+        logits = model(input_ids=ids, position_ids=positions).logits[:, 3:]
     model.train(training)
     if not torch.equal(logits[0], logits[1]):
         raise FinetuneError("--packing: the model mixes packed examples: drop --packing")

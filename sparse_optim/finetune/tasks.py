@@ -44,7 +44,8 @@ class Task:
 
     `metrics` has the names of the values that `compute` returns; the first is the default.
     `problem_type` is that of transformers' config, None for one of several classes and for text.
-    `max_length` is the default number of tokens to which examples are cut.
+    `max_length` is the default number of tokens to which examples are cut, `eval_batch_size` the
+    default batch size in evaluation: logits over a vocabulary take gigabytes.
     """
 
     model_class: str
@@ -55,6 +56,7 @@ class Task:
     preprocess_logits: Callable[[Any, Tensor], Tensor] | None = None
     problem_type: str | None = None
     max_length: int = 128
+    eval_batch_size: int = 64
 
     def encode(
         self, split: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int
@@ -132,5 +134,6 @@ TASKS = {
         ("perplexity", "token_loss"),
         preprocess_logits=token_losses,
         max_length=1024,
+        eval_batch_size=8,
     ),
 }

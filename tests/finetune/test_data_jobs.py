@@ -41,6 +41,11 @@ def folders(tmp_path_factory) -> dict[str, str]:
     return found
 
 
+def test_the_length_that_was_used_is_recorded(folders, tmp_path):
+    job = config(folders, tmp_path / "out", "decoder", "prompt", max_length=None, steps=1)
+    assert run(job).metrics["used"]["max_length"] == 1024
+
+
 def test_what_is_cut_and_dropped_is_said_and_recorded(folders, tmp_path):
     """45 examples became 24 without a word, and the report said 45."""
     console = Console(record=True, width=200)
@@ -90,6 +95,15 @@ def test_the_default_length_is_that_of_the_task_and_noted_with_the_delta(folders
     for model, dataset, length in (("decoder", "prompt", 1024), ("encoder", "tagged", 128)):
         job = config(folders, tmp_path / "out", model, dataset, max_length=None)
         assert spec_of(job, load_inputs(job).data).max_length == length
+
+
+def test_evaluation_of_language_models_has_small_batches(folders, tmp_path):
+    """Logits of 64 texts of 1024 tokens over a vocabulary of 49,000 take 13 GB."""
+    for model, dataset, size in (("decoder", "prompt", 8), ("encoder", "tagged", 64)):
+        job = config(folders, tmp_path / "out", model, dataset)
+        inputs = load_inputs(job)
+        trainer = make_trainer(job, inputs, load_base(job, inputs))
+        assert trainer.args.per_device_eval_batch_size == size
 
 
 def test_every_task_has_a_pipeline_for_its_model_card():
