@@ -107,8 +107,8 @@ def describe_data(data: TaskData) -> Rows:
     """Splits, columns and task, with the columns and labels that were recognised."""
     yield (
         "splits",
-        f"{len(data.train):,} examples to train on, {len(data.evaluation):,} of "
-        f"{data.eval_split} to evaluate",
+        f"{len(data.train):,} examples to train on, {len(data.evaluation):,} to evaluate "
+        f"({data.eval_split})",
     )
     named = {
         "text": data.columns.text,

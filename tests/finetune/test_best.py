@@ -16,8 +16,9 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from sparse_optim.delta import Delta, load_delta
 from sparse_optim.finetune import FinetuneError
-from sparse_optim.finetune.best import BestModel
+from sparse_optim.finetune.best import LOWER_IS_BETTER, BestModel
 from sparse_optim.finetune.job import run, same_bits
+from sparse_optim.finetune.tasks import TASKS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -53,6 +54,14 @@ def judged(values: list[float], metric: str, patience: int | None = None) -> Bes
 def test_which_evaluation_is_the_best(metric, values, step):
     kept = judged(values, metric).kept
     assert (kept.step, kept.value) == (step, values[step - 1])
+
+
+def test_every_metric_is_known_to_be_better_high_or_low():
+    """A new metric belongs here, or in LOWER_IS_BETTER."""
+    known = {metric for task in TASKS.values() for metric in task.metrics}
+    higher = {"accuracy", "subset_accuracy", "matthews", "precision", "recall", "pearson"}
+    higher |= {"f1", "f1_positive", "f1_micro", "f1_macro", "spearman", "pearson_spearman"}
+    assert known - LOWER_IS_BETTER == higher
 
 
 def test_a_metric_that_is_never_a_number_keeps_nothing():

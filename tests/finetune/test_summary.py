@@ -82,7 +82,7 @@ def test_the_stored_entries_are_those_of_the_model(folders):
 def test_columns_labels_and_splits_are_shown(folders, tmp_path):
     data = load_data(data_request(config(folders, tmp_path, "encoder", "sequence")))
     assert dict(describe_data(data)) == {
-        "splits": "48 examples to train on, 16 of 0.25 of train to evaluate",
+        "splits": "48 examples to train on, 16 to evaluate (0.25 of train)",
         "columns": "text: text, label: label",
         "task": "sequence-classification, 2 labels: many, none",
     }
