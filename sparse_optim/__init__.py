@@ -10,7 +10,7 @@ from sparse_optim.version import __version__
 
 if TYPE_CHECKING:
     from sparse_optim.delta import Delta, apply_delta, load_delta, save_delta
-    from sparse_optim.finetune.reuse import load_model
+    from sparse_optim.finetune.reuse import load_model as load_model
     from sparse_optim.optim.id3 import IncrementalMaskedAdamW
     from sparse_optim.optim.masked_adamw import MaskedAdamW
     from sparse_optim.optim.param_groups import param_groups
@@ -45,7 +45,6 @@ __all__ = [
     "__version__",
     "apply_delta",
     "load_delta",
-    "load_model",
     "param_groups",
     "save_delta",
 ]

@@ -113,6 +113,8 @@ def read_spec(delta: Delta) -> ModelSpec | None:
         return None
     if not isinstance(note, dict) or not {"base", "task"} <= note.keys():
         raise FinetuneError("the delta's note of its model is damaged: it lacks base or task")
+    if note["task"] not in TASKS:
+        raise FinetuneError(f"the delta is for an unknown task {note['task']!r}")
     hints = get_type_hints(ModelSpec)
     unknown = sorted(note.keys() - hints.keys())
     if unknown:

@@ -64,6 +64,7 @@ def test_every_task_writes_a_delta_that_rebuilds_the_model(
     assert metrics["evaluations"][-1]["step"] == metrics["steps"] == 6
     assert metrics["delta_bytes"] == (output / "delta.safetensors").stat().st_size
     assert sorted(path.name for path in output.iterdir()) == [
+        "README.md",
         "allocation.jsonl",
         "config.yaml",
         "curves.png",
