@@ -15,8 +15,9 @@ from sparse_optim.finetune.settings import convert
 
 CONFIG_FILE = "config.yaml"
 
-# Repeating a run from its file must not replace the results beside the file.
-NOT_WRITTEN = ("overwrite",)
+# Repeating a run from its file must not replace the results beside the file, and begins at the
+# beginning: it ends where the resumed run did, and the checkpoint may be gone by then.
+NOT_WRITTEN = ("overwrite", "resume")
 
 HEADER = "# Repeat this run: sparse-optim finetune --config {} --output ANOTHER_FOLDER\n"
 
@@ -44,7 +45,7 @@ def read_config(path: Path) -> dict[str, Any]:
 def write_config(config: FinetuneConfig, path: Path) -> None:
     """Write a configuration so that `read_config` gives it back.
 
-    A setting that is None by default and None here is left out; so is `overwrite`.
+    A setting that is None by default and None here is left out; so are `overwrite` and `resume`.
     """
     import yaml
 

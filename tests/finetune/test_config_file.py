@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -103,7 +103,7 @@ def test_files_that_cannot_be_read(tmp_path):
     [
         {},
         {"max_grad_norm": None, "budget": 300, "dense": ("a", "b"), "verify": False},
-        {"lr": 1e-05, "adam_eps": 1e-08, "budget": 0.01, "resume": Path("x/checkpoint-3")},
+        {"lr": 1e-05, "adam_eps": 1e-08, "budget": 0.01, "patience": 3, "best": True},
         {"adapter": "lora", "adapter_targets": ("query",), "task": "regression", "amp": "bf16"},
         {"model": "no: 'colon' # ü", "eval_split": "on"},
     ],
@@ -114,6 +114,8 @@ def test_what_is_written_is_read_back(tmp_path, changed):
     found = read_config(tmp_path / "config.yaml")
     assert FinetuneConfig(**found) == config
     assert "overwrite" not in found
+    write_config(replace(config, resume=Path("x/checkpoint-3")), tmp_path / "config.yaml")
+    assert read_config(tmp_path / "config.yaml") == found
     left_out = {field.name for field in fields(config)} - found.keys() - {"overwrite"}
     assert all(getattr(config, name) is None for name in left_out)
 
