@@ -203,7 +203,7 @@ def table_of(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
                 *(run.method for _ in methods),
                 *(str(run.settings[name]) for name in settings),
             ),
-            "-" if run.value is None else f"{run.value:.4g}",
+            "-" if run.value is None else f"{run.value:.4f}",
             f"{run.active_entries:,}",
             f"{run.state_bytes / 1e6:.2f}",
             f"{run.step_ms:.1f}",

@@ -18,6 +18,7 @@ from sparse_optim.finetune.errors import FinetuneError
 if TYPE_CHECKING:
     from sparse_optim.analysis.compare import Run
 
+NAME_WIDTH = 16  # columns of a name before it is folded
 PICTURES = (".png", ".pdf", ".svg")
 
 
@@ -66,18 +67,23 @@ def show(runs: Sequence[Run], console: Console) -> None:
 
     for data, group in groups_of(runs).items():
         headings, rows = table_of(group)
-        table = Table(box=box.SIMPLE_HEAD, title=plain(data.title), title_justify="left")
-        for heading in headings:
+        table = Table(box=box.SIMPLE_HEAD, title=plain(data.title), title_justify="left",
+                      collapse_padding=True, pad_edge=False)  # fmt: skip
+        for at, heading in enumerate(headings):
+            longest = max(len(cells[at]) for cells in rows)
             left = heading in ("run", "method", "model", "device", "dtype")
             table.add_column(
                 Text("\n").join(map(plain, heading.split(" ", 1))),
                 justify="left" if left else "right",
                 overflow="fold",
                 no_wrap=not left,
+                min_width=min(longest, NAME_WIDTH),
             )
         for cells in rows:
             table.add_row(*map(plain, cells))
-        console.print(table)
+        least = console.measure(table, options=console.options.update(max_width=1000)).minimum
+        # A narrower console would lose columns without a word.
+        Console(file=console.file, width=max(console.width, least)).print(table)
     console.print(
         "state: optimizer state. update: the part of a step that clips and updates. exact: base + "
         "delta is the trained model, bit for bit (-: not checked).",

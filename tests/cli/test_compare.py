@@ -36,8 +36,8 @@ def write(folder: Path, **changes: object) -> Path:
     return folder
 
 
-def compare(*arguments: object):
-    environment = {"COLUMNS": "160", "NO_COLOR": "1", "TERM": "dumb"}
+def compare(*arguments: object, columns: int = 160):
+    environment = {"COLUMNS": str(columns), "NO_COLOR": "1", "TERM": "dumb"}
     return CliRunner().invoke(app, ["compare", *map(str, arguments)], env=environment)
 
 
@@ -47,9 +47,25 @@ def test_one_table_and_one_picture(tmp_path):
     assert shown.exit_code == 0, shown.output
     lines = [" ".join(line.split()) for line in shown.output.splitlines()]
     assert lines[0] == "accuracy on trec6 (test, 100 examples)"
-    assert "id3 0.75 1,234 2.00 160.0 4.50 3.00 yes" in lines
-    assert "full 0.75 1,234 180.00 160.0 4.50 3.00 yes" in lines
+    assert "id3 0.7500 1,234 2.00 160.0 4.50 3.00 yes" in lines
+    assert "full 0.7500 1,234 180.00 160.0 4.50 3.00 yes" in lines
     assert (tmp_path / "all.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_names_are_whole_on_a_terminal_of_80_columns(tmp_path):
+    runs = [write(tmp_path / "full AdamW", method="full", active_entries=22_567_686),
+            write(tmp_path / "head only", method="frozen", step_ms=1091.7)]  # fmt: skip
+    shown = compare(*runs, "-o", tmp_path / "all.png", columns=80)
+    lines = [" ".join(line.split()) for line in shown.output.splitlines()]
+    assert "full AdamW full 0.7500 22,567,686 2.00 160.0 4.50 3.00 yes" in lines
+    assert "head only frozen 0.7500 1,234 2.00 1091.7 4.50 3.00 yes" in lines
+
+
+def test_no_column_is_lost_on_a_narrow_terminal(tmp_path):
+    runs = [write(tmp_path / ("long" * 9 + str(at)), seed=at, adapter="lora") for at in range(2)]
+    shown = compare(*runs, "-o", tmp_path / "all.png", columns=60)
+    (row,) = (line for line in shown.output.splitlines() if line.split()[-1:] == ["exact"])
+    assert row.split()[-4:] == ["ms", "ms", "MB", "exact"]
 
 
 def test_json_is_all_that_stdout_has(tmp_path):
