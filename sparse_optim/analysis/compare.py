@@ -19,12 +19,16 @@ from sparse_optim.analysis.record import RecordError
 METRICS_FILE = "metrics.json"
 
 # Settings that change quality or cost: a table names those that differ between its runs.
-SETTINGS = ("model", "device", "dtype", "batch_size", "max_length", "steps", "seed")
+SETTINGS = ("model", "device", "dtype", "batch_size", "max_length", "lr", "steps", "seed")
 
 
 @dataclass(frozen=True)
 class DataKey:
-    """What runs must share for their metrics to be comparable."""
+    """What runs must share for their metrics to be comparable.
+
+    Attributes:
+        tokens: for language models, how texts were cut, which perplexity depends on; else "".
+    """
 
     dataset: str
     dataset_config: str | None
@@ -32,6 +36,7 @@ class DataKey:
     held_out: float | None
     examples: int
     metric: str
+    tokens: str = ""
 
     @property
     def title(self) -> str:
@@ -43,7 +48,8 @@ class DataKey:
         """Data set, split and number of examples."""
         name = f"{self.dataset} {self.dataset_config}" if self.dataset_config else self.dataset
         split = f"{self.held_out:g} of {self.split}" if self.held_out else self.split
-        return f"{name} ({split}, {self.examples:,} examples)"
+        tokens = f", {self.tokens}" if self.tokens else ""
+        return f"{name} ({split}, {self.examples:,} examples{tokens})"
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,7 @@ def run_of(name: str, folder: Path, metrics: Mapping[str, Any]) -> Run:
     try:
         config, data, metric = metrics["config"], metrics["data"], metrics["metric"]["name"]
         adapter = config.get("adapter")
+        settings = _settings(metrics)
         return Run(
             name=name,
             folder=str(folder),
@@ -105,10 +112,9 @@ def run_of(name: str, folder: Path, metrics: Mapping[str, Any]) -> Run:
                 held_out=config.get("eval_fraction"),
                 examples=data["eval_examples"],
                 metric=metric,
+                tokens=_tokens(settings) if metrics.get("task") == "causal-lm" else "",
             ),
-            settings={
-                key: metrics[key] if key in ("device", "steps") else config[key] for key in SETTINGS
-            },
+            settings={key: settings[key] for key in SETTINGS},
             value=metrics["metric"]["value"],
             active_entries=metrics["active_entries"],
             parameters=metrics["model"]["parameters"],
@@ -127,6 +133,17 @@ def run_of(name: str, folder: Path, metrics: Mapping[str, Any]) -> Run:
         raise RecordError(
             f"{folder / METRICS_FILE} lacks {error}: another version wrote it; run the job again"
         ) from error
+
+
+def _settings(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that the run used; of an earlier version, those that the user gave."""
+    measured = {key: metrics[key] for key in ("device", "steps")}
+    return {**metrics["config"], **measured, **metrics.get("used", {})}
+
+
+def _tokens(settings: Mapping[str, Any]) -> str:
+    extras = [name for name in ("packing", "chat") if settings.get(name)]
+    return ", ".join([f"at most {settings['max_length']} tokens", *extras])
 
 
 def load_runs(folders: Sequence[Path]) -> list[Run]:
@@ -186,6 +203,12 @@ def differing_settings(runs: Sequence[Run]) -> list[str]:
     return [name for name in SETTINGS if len({str(run.settings[name]) for run in runs}) > 1]
 
 
+def _text(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def table_of(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     """Headings and cells of the table of one group; settings that differ have a column."""
     settings = differing_settings(runs)
@@ -201,9 +224,9 @@ def table_of(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
             *(
                 run.name,
                 *(run.method for _ in methods),
-                *(str(run.settings[name]) for name in settings),
+                *(_text(run.settings[name]) for name in settings),
             ),
-            "-" if run.value is None else f"{run.value:.4g}",
+            "-" if run.value is None else f"{run.value:.4f}",
             f"{run.active_entries:,}",
             f"{run.state_bytes / 1e6:.2f}",
             f"{run.step_ms:.1f}",

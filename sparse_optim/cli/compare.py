@@ -18,6 +18,7 @@ from sparse_optim.finetune.errors import FinetuneError
 if TYPE_CHECKING:
     from sparse_optim.analysis.compare import Run
 
+NAME_WIDTH = 16  # columns of a name before it is folded
 PICTURES = (".png", ".pdf", ".svg")
 
 
@@ -41,9 +42,9 @@ def compare(
     table and a panel each. Settings that differ between runs are shown.
 
     --json prints {"runs": [...], "picture": path}. Each run has name, folder, method, data
-    (dataset, dataset_config, split, held_out, examples, metric), settings, value (of the metric, at
-    the end), active_entries, parameters, state_bytes, step_ms, update_ms, delta_bytes, verified and
-    evaluations (pairs of step and value).
+    (dataset, dataset_config, split, held_out, examples, metric, tokens), settings, value (of the
+    metric, at the end), active_entries, parameters, state_bytes, step_ms, update_ms, delta_bytes,
+    verified and evaluations (pairs of step and value).
     """
     with one_line_errors():
         from sparse_optim.analysis.compare import load_runs
@@ -66,18 +67,23 @@ def show(runs: Sequence[Run], console: Console) -> None:
 
     for data, group in groups_of(runs).items():
         headings, rows = table_of(group)
-        table = Table(box=box.SIMPLE_HEAD, title=plain(data.title), title_justify="left")
-        for heading in headings:
+        table = Table(box=box.SIMPLE_HEAD, title=plain(data.title), title_justify="left",
+                      collapse_padding=True, pad_edge=False)  # fmt: skip
+        for at, heading in enumerate(headings):
+            longest = max(len(cells[at]) for cells in rows)
             left = heading in ("run", "method", "model", "device", "dtype")
             table.add_column(
                 Text("\n").join(map(plain, heading.split(" ", 1))),
                 justify="left" if left else "right",
                 overflow="fold",
                 no_wrap=not left,
+                min_width=min(longest, NAME_WIDTH),
             )
         for cells in rows:
             table.add_row(*map(plain, cells))
-        console.print(table)
+        least = console.measure(table, options=console.options.update(max_width=1000)).minimum
+        # A narrower console would lose columns without a word.
+        Console(file=console.file, width=max(console.width, least)).print(table)
     console.print(
         "state: optimizer state. update: the part of a step that clips and updates. exact: base + "
         "delta is the trained model, bit for bit (-: not checked).",

@@ -364,7 +364,7 @@ def test_runs_on_other_data_have_a_panel_of_their_own(tmp_path, figures):
     folders = [write(tmp_path / name, make_record()) for name in ("a", "b", "c")]
     for folder, dataset in zip(folders, ("trec6", "trec6", "sst2"), strict=True):
         settings = {"dataset": dataset, "method": "id3", "model": "minilm", "dtype": "float32"}
-        settings |= dict.fromkeys(("batch_size", "max_length", "seed"), 8)
+        settings |= dict.fromkeys(("batch_size", "max_length", "lr", "seed"), 8)
         metrics = dict.fromkeys(
             ("active_entries", "state_bytes", "step_ms", "update_ms", "delta_bytes", "verified"), 1
         )

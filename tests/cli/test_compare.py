@@ -21,7 +21,7 @@ def write(folder: Path, **changes: object) -> Path:
     """A run's metrics.json, as `finetune` writes it, with other settings or results."""
     config = {"model": "minilm", "dataset": "trec6", "method": "id3", "adapter": None}
     config |= {"dataset_config": None, "eval_fraction": None, "dtype": "float32"}
-    config |= {"batch_size": 16, "max_length": 24, "seed": 0}
+    config |= {"batch_size": 16, "max_length": 24, "seed": 0, "lr": None}
     results = {
         "config": config | {name: changes.pop(name) for name in list(changes) if name in config},
         "metric": {"name": "accuracy", "value": 0.75},
@@ -36,8 +36,8 @@ def write(folder: Path, **changes: object) -> Path:
     return folder
 
 
-def compare(*arguments: object):
-    environment = {"COLUMNS": "160", "NO_COLOR": "1", "TERM": "dumb"}
+def compare(*arguments: object, columns: int = 160):
+    environment = {"COLUMNS": str(columns), "NO_COLOR": "1", "TERM": "dumb"}
     return CliRunner().invoke(app, ["compare", *map(str, arguments)], env=environment)
 
 
@@ -47,9 +47,25 @@ def test_one_table_and_one_picture(tmp_path):
     assert shown.exit_code == 0, shown.output
     lines = [" ".join(line.split()) for line in shown.output.splitlines()]
     assert lines[0] == "accuracy on trec6 (test, 100 examples)"
-    assert "id3 0.75 1,234 2.00 160.0 4.50 3.00 yes" in lines
-    assert "full 0.75 1,234 180.00 160.0 4.50 3.00 yes" in lines
+    assert "id3 0.7500 1,234 2.00 160.0 4.50 3.00 yes" in lines
+    assert "full 0.7500 1,234 180.00 160.0 4.50 3.00 yes" in lines
     assert (tmp_path / "all.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_names_are_whole_on_a_terminal_of_80_columns(tmp_path):
+    runs = [write(tmp_path / "full AdamW", method="full", active_entries=22_567_686),
+            write(tmp_path / "head only", method="frozen", step_ms=1091.7)]  # fmt: skip
+    shown = compare(*runs, "-o", tmp_path / "all.png", columns=80)
+    lines = [" ".join(line.split()) for line in shown.output.splitlines()]
+    assert "full AdamW full 0.7500 22,567,686 2.00 160.0 4.50 3.00 yes" in lines
+    assert "head only frozen 0.7500 1,234 2.00 1091.7 4.50 3.00 yes" in lines
+
+
+def test_no_column_is_lost_on_a_narrow_terminal(tmp_path):
+    runs = [write(tmp_path / ("long" * 9 + str(at)), seed=at, adapter="lora") for at in range(2)]
+    shown = compare(*runs, "-o", tmp_path / "all.png", columns=60)
+    (row,) = (line for line in shown.output.splitlines() if line.split()[-1:] == ["exact"])
+    assert row.split()[-4:] == ["ms", "ms", "MB", "exact"]
 
 
 def test_json_is_all_that_stdout_has(tmp_path):
@@ -61,17 +77,20 @@ def test_json_is_all_that_stdout_has(tmp_path):
     (found,) = printed["runs"]
     assert found["data"] == {
         "dataset": "trec6", "dataset_config": None, "split": "test", "held_out": None,
-        "examples": 100, "metric": "accuracy",
+        "examples": 100, "metric": "accuracy", "tokens": "",
     }  # fmt: skip
     assert (found["name"], found["value"], found["verified"]) == ("id3", 0.75, None)
     assert found["evaluations"] == [[10, 0.5], [20, 0.75]]
 
 
 def test_settings_that_differ_have_a_column(tmp_path):
-    runs = load_runs([write(tmp_path / "a"), write(tmp_path / "b", seed=7, adapter="lora")])
+    """With the values that the run used in place of defaults."""
+    tuned = {"used": {"lr": 7e-4}, "seed": 7, "adapter": "lora"}
+    runs = load_runs([write(tmp_path / "a"), write(tmp_path / "b", **tuned)])
     headings, cells = table_of(runs)
-    assert headings[:4] == ["run", "method", "seed", "accuracy"]
-    assert [row[:3] for row in cells] == [["a", "id3", "0"], ["b", "id3 on lora", "7"]]
+    assert headings[:5] == ["run", "method", "lr", "seed", "accuracy"]
+    expected = [["a", "id3", "-", "0"], ["b", "id3 on lora", "0.0007", "7"]]
+    assert [row[:4] for row in cells] == expected
 
 
 @pytest.mark.parametrize(
@@ -81,6 +100,7 @@ def test_settings_that_differ_have_a_column(tmp_path):
         {"eval_fraction": 0.2},
         {"data": {"eval_split": "test", "eval_examples": 50}},
         {"metric": {"name": "f1", "value": 0.75}},
+        {"task": "causal-lm", "used": {"max_length": 512}},
     ],
 )
 def test_other_data_or_another_metric_is_never_joined(tmp_path, monkeypatch, other):
