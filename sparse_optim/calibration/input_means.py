@@ -46,6 +46,9 @@ class InputMeans:
     Reference: Akbar-Tajari and Pilehvar, Stochastic Tuning, section 2.2 and footnote 4.
     """
 
+    def __repr__(self) -> str:  # part of a delta's note, which must not name an address
+        return "InputMeans()"
+
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._arguments = list(inspect.signature(model.forward).parameters)

@@ -34,7 +34,7 @@ FREE = frozenset(
         *("output", "resume", "overwrite", "verify", "save_model", "report_to", "metric"),
         *("eval_every", "log_every", "save_every", "eval_batch_size", "eval_split"),
         *("max_eval_examples", "threads", "cpu", "backend", "gradient_checkpointing"),
-        "save_total_limit",
+        *("save_total_limit", "push_to_hub"),
     }
 )
 # But they decide which evaluation is the best.
@@ -146,12 +146,14 @@ def find_problem(folder: Path, config: FinetuneConfig) -> str | None:
     theirs, ours = record.get("config"), comparable(config)
     if not isinstance(theirs, dict):
         return f"it is damaged: {MANIFEST} is not what was saved"
-    differing = [name for name in ours if theirs.get(name) != ours[name]]
+    # An earlier version did not have every setting: it trained as the default does.
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    theirs = json.loads(json.dumps(defaults, default=str)) | theirs
+    differing = [name for name in ours if theirs[name] != ours[name]]
     if differing:
         name = differing[0]
         return (
-            f"it is of another job: {option(name)} was {theirs.get(name)!r}, now it is "
-            f"{ours[name]!r}"
+            f"it is of another job: {option(name)} was {theirs[name]!r}, now it is {ours[name]!r}"
         )
     return None
 

@@ -234,6 +234,7 @@ class FinetuneConfig:
         None, "Keep at most this number of checkpoints, the newest ones (default: all)."
     )
     save_model: bool = _results(False, "Also write the whole trained model.")
+    push_to_hub: str | None = _results(None, "Upload the results to this repository: USER/NAME.")
     report_to: str = _results(
         "none", "Also log to a tracker: tensorboard, wandb, mlflow, ... or none."
     )

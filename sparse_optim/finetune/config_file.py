@@ -17,7 +17,7 @@ CONFIG_FILE = "config.yaml"
 
 # Repeating a run from its file must not replace the results beside the file, and begins at the
 # beginning: it ends where the resumed run did, and the checkpoint may be gone by then.
-NOT_WRITTEN = ("overwrite", "resume")
+NOT_WRITTEN = ("overwrite", "resume", "push_to_hub")
 
 HEADER = "# Repeat this run: sparse-optim finetune --config {} --output ANOTHER_FOLDER\n"
 

@@ -65,6 +65,7 @@ from sparse_optim.finetune.packing import check_packing
 from sparse_optim.finetune.plots import draw_curves
 from sparse_optim.finetune.prepare import prepare
 from sparse_optim.finetune.progress import Announcer, ConsoleProgress
+from sparse_optim.finetune.push import check_login, push_to_hub
 from sparse_optim.finetune.report import collect, write_json
 from sparse_optim.finetune.request import data_request
 from sparse_optim.finetune.reuse import Tuned, write_model
@@ -112,6 +113,8 @@ def run(
     check_tracker(config.report_to)
     check_schedule(config)
     check_machine(config)
+    if config.push_to_hub is not None:
+        check_login(config.push_to_hub)
     if config.resume == LAST:
         last = find_last(config.output / CHECKPOINTS, config)
         config = dataclasses.replace(config, resume=last)
@@ -128,11 +131,14 @@ def run(
         if not is_first:
             return FinetuneResult(trained.metrics, config.output, trained.loaded.model)
         try:
-            return write_results(config, inputs, trained)
+            result = write_results(config, inputs, trained)
         except FinetuneError:  # the results are there, and the message says what is wrong
             raise
         except Exception as error:  # a full disk is an OSError, a SafetensorError or a RuntimeError
             raise rescue(config, inputs, trained, error) from error
+    if config.push_to_hub is not None:
+        tell(console, f"uploaded to {push_to_hub(config.output, config.push_to_hub)}")
+    return result
 
 
 @dataclass(frozen=True)

@@ -52,13 +52,18 @@ def delta_of(
     whole |= _moving_buffers(model)
     tied = _tied_names(model, names, {*sparse, *whole})
     method = {
-        "importance": repr(engine.method.importance),
+        "importance": _name_of(engine.method.importance),
         "selection": type(engine.method.selection).__name__,
         "budget": engine.budget,
         "total_steps": engine.total_steps,
         "step": int(engine.active.progress[0]),
     }
     return Delta(sparse=sparse, dense=whole, fingerprints=of_base, method=method, tied=tied)
+
+
+def _name_of(importance: object) -> str:
+    """An importance as text; of a function its name, since its repr is an address."""
+    return getattr(importance, "__qualname__", None) or repr(importance)
 
 
 def _names_of(

@@ -165,7 +165,7 @@ def test_apply_errors_are_one_line(tmp_path, run):
     folder = write_folder(tmp_path / "base", base)
     delta = write_delta(tmp_path / "delta", example_delta(base))
     out = tmp_path / "out"
-    assert "no such file" in run("apply", folder, tmp_path / "none", out, code=1)
+    assert "no such folder or file" in run("apply", folder, tmp_path / "none", out, code=1)
     assert "no such file or folder" in run("apply", tmp_path / "none", delta, out, code=1)
     assert "new or empty folder" in run("apply", folder, delta, folder, code=1)
     (tmp_path / "empty").mkdir()

@@ -22,6 +22,8 @@ from sparse_optim.finetune import FinetuneError
 COMMANDS = {
     "finetune": ("-m", "[x]/no/model", "-d", "[x].csv", "-o", "{tmp}/out"),
     "experiment": ("glue", "--dry-run", "--tasks", "[x]"),
+    "predict": ("{tmp}/[x]", "text"),
+    "evaluate": ("{tmp}/[x]", "trec6"),
     "inspect": ("{tmp}/[x].safetensors",),
     "apply": ("{tmp}", "{tmp}/[x].safetensors", "{tmp}/out"),
     "diff": ("{tmp}/[x].safetensors", "{tmp}"),

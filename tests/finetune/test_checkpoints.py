@@ -140,6 +140,20 @@ def test_other_training_examples_are_refused(folders, checkpoints, tmp_path):
         resume(given, checkpoints / "checkpoint-4", tmp_path / "out")
 
 
+def test_a_setting_that_an_earlier_version_lacked_had_its_default(folders, checkpoints, tmp_path):
+    manifest = checkpoints / "checkpoint-4" / "manifest.json"
+    record = json.loads(manifest.read_text())
+    kept = {
+        name: record["config"][name] for name in record["config"] if name not in ("amp", "dense")
+    }
+    manifest.write_text(json.dumps({**record, "config": kept}))
+    job = config(folders, tmp_path, "encoder", "sequence", save_every=2)
+    assert find_last(checkpoints, job) == checkpoints / "checkpoint-6"
+    assert module.find_problem(checkpoints / "checkpoint-4", job) is None
+    other = config(folders, tmp_path, "encoder", "sequence", save_every=2, dense=("bert.pooler",))
+    assert "--dense was []" in module.find_problem(checkpoints / "checkpoint-4", other)
+
+
 def test_last_is_the_newest_whole_checkpoint(folders, checkpoints, tmp_path):
     job = config(folders, tmp_path, "encoder", "sequence", save_every=2)
     assert find_last(checkpoints, job) == checkpoints / "checkpoint-6"
