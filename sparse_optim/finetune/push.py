@@ -30,8 +30,8 @@ def check_login(repo_id: str) -> None:
 def push_to_hub(run: str | os.PathLike[str], repo_id: str, *, private: bool | None = None) -> str:
     """Upload a run folder: what `finetune` wrote, without checkpoints.
 
-    A whole model (or else an adapter) lies at the top, so that transformers (or peft) load it by the
-    repository's name; so does the delta, for `sparse_optim.load_model(repo_id)`.
+    A whole model, or else an adapter, lies at the top: transformers or peft load it by the name of
+    the repository. So does the delta, for `sparse_optim.load_model(repo_id)`.
 
     Args:
         run: a folder that `finetune` wrote.
