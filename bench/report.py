@@ -18,6 +18,7 @@ from typing import Any
 from bench import backward, console, goals, gpu_report, quality, sampling, whole_step
 from bench.environment import RESULTS, ROOT
 from bench.memory import held_bytes
+from bench.pictures import draw_quality, draw_whole_steps
 from bench.plot import draw, draw_gpu
 from bench.results import SYNTHETIC, Results, newest
 from bench.tables import count, table
@@ -178,26 +179,19 @@ def shown_quota(results: Results) -> int:
 
 
 def headline(results: Results) -> str:
-    """Show the plot, the range of the ratios by budget, and the memory, for README.md."""
+    """Show whole training steps, and the optimizer's step alone in a sentence, for README.md."""
     results = results.of(SYNTHETIC)
-    settings, quota = results.data["settings"], shown_quota(results)
-    rows = []
-    for budget in settings["budgets"]:
-        ratios = [_range(_ratios(results, baseline, budget, quota)) for baseline in RATIOS]
-        held = [held_bytes(row) / 1e6 for row in results.data["memory"] if row["budget"] == budget]
-        rows.append([f"B = {count(budget)}", *ratios, _range(held, "{:.0f}")])
-    adamw = [row["adamw_bytes"] / 1e6 for row in results.data["memory"]]
-    models = ", ".join(settings["models"])
+    budget, quota = min(results.data["settings"]["budgets"]), shown_quota(results)
+    ratios = {name: _range(_ratios(results, name, budget, quota)) for name in RATIOS}
+    memory = [row for row in results.data["memory"] if row["budget"] == budget]
+    held = _range([held_bytes(row) / 1e6 for row in memory], "{:.0f}")
+    adamw = _range([row["adamw_bytes"] / 1e6 for row in memory], "{:.0f}")
     return "\n\n".join(
         [
-            PLOT.format(""),
-            f"Time of our step, clipping included (k = {quota}), and memory that the optimizer "
-            f"holds, on {results.data['machine']['threads']} CPU threads. Ranges are over "
-            f"{models} in {' and '.join(settings['dtypes'])}:",
-            table(["budget", *(f"/ {RATIOS[name]}" for name in RATIOS), "MB held"], rows),
-            f"AdamW holds {_range(adamw, '{:.0f}')} MB for the same models.",
             *whole_step.headline(RESULTS),
-            *backward.headline(RESULTS),
+            f"The optimizer's step alone, with {count(budget)} active entries: {ratios['fused']} "
+            f"of the time of fused AdamW, {ratios['clip+fused']} of clipping and fused AdamW; it "
+            f"holds {held} MB where AdamW holds {adamw}.",
         ]
     )
 
@@ -300,6 +294,8 @@ def write(results: Results) -> None:
         path.write_text(text)
     (RESULTS / "tables.md").write_text(full_report(results))
     draw(results.of(SYNTHETIC), RESULTS / "cpu-steps.png")
+    draw_whole_steps(whole_step.shown(RESULTS), RESULTS / "whole-step.png")
+    draw_quality(quality.averages(), quality.OURS, RESULTS / "quality.png")
     draw_gpu_steps(RESULTS)
 
 

@@ -202,7 +202,13 @@ def test_the_recorded_results_are_what_the_documents_show():
 
 
 def test_pictures_and_links_of_the_documents_exist():
-    for path in (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "bench" / "README.md"):
+    documents = (ROOT / "docs").glob("*.md")
+    for path in (
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *documents,
+        ROOT / "bench" / "README.md",
+    ):
         links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text())
         assert [link for link in links if not (path.parent / link).exists()] == []
 
