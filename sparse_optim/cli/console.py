@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from sparse_optim.errors import SparseOptimError
+from sparse_optim.files import strict_json
 from sparse_optim.finetune.processes import is_first_here
 from sparse_optim.finetune.summary import plain as plain
 
@@ -75,7 +75,7 @@ def print_line(line: str, *, err: bool = False) -> None:
 
 def print_json(value: Any) -> None:
     """Print strict JSON to stdout, and nothing else: for options `--json`."""
-    typer.echo(json.dumps(value, indent=2, allow_nan=False))
+    typer.echo(strict_json(value, indent=2))
 
 
 def quiet_libraries() -> None:

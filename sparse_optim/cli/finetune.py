@@ -250,8 +250,7 @@ def run_and_show(config: FinetuneConfig, debug: bool) -> None:
         table.add_row(Text(label, "bold"), plain(text))
     console.print(table, highlight=False)
     folder = shlex.quote(str(config.output))
-    is_pair = metrics["used"]["columns"]["text_pair"] and metrics["task"] != "causal-lm"
-    text = '"A text" "and its pair"' if is_pair else '"A text"'
+    text = '"A text" "and its pair"' if metrics["used"]["columns"]["text_pair"] else '"A text"'
     console.print()
     print_line(f"Use it:    sparse-optim predict {folder} {text}")
     print_line(f"Measure:   sparse-optim evaluate {folder} LABELLED_DATA")

@@ -1,4 +1,4 @@
-"""The commands that use a result of `finetune`: `predict` and `evaluate`."""
+"""The commands that use a result of `finetune`: `predict`, `evaluate` and `push`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from sparse_optim.cli.console import one_line_errors, plain, print_line, quiet_libraries
+from sparse_optim.cli.console import (
+    one_line_errors,
+    plain,
+    print_json,
+    print_line,
+    quiet_libraries,
+)
+from sparse_optim.files import strict_json
+from sparse_optim.finetune.columns import Columns
+from sparse_optim.finetune.hub import DATA_SUFFIXES
 
 if TYPE_CHECKING:
     from sparse_optim.finetune.reuse import Tuned  # torch: the commands import it
@@ -24,7 +33,8 @@ Base = Annotated[
     str | None,
     typer.Option(help="Where the base model is now, if it is no longer where the run found it."),
 ]
-BatchSize = Annotated[int, typer.Option(min=1, help="Batch size.")]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="Batch size (default: the task's).")]
+Column = Annotated[str | None, typer.Option(help="Column (default: as in the training data).")]
 Split = Annotated[
     str | None, typer.Option(help="Split of the data (default: validation, dev or test).")
 ]
@@ -35,6 +45,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands to `app`."""
     app.command("predict")(predict)
     app.command("evaluate")(evaluate)
+    app.command("push")(push)
 
 
 def predict(
@@ -44,14 +55,15 @@ def predict(
         typer.Argument(help="A text; or a file: .txt (a text a line), CSV, TSV, JSON, parquet."),
     ],
     pair: Annotated[
-        str | None, typer.Argument(help="The second text, for a model of pairs of texts.")
+        str | None,
+        typer.Argument(help="The second text of a pair, or what an instruction refers to."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Write a CSV or JSON-lines file.")
     ] = None,
     base: Base = None,
     split: Split = None,
-    batch_size: BatchSize = 64,
+    batch_size: BatchSize = None,
     as_json: AsJson = False,
 ) -> None:
     """Predict with a fine-tuned model: one text, or all of a file.
@@ -64,7 +76,7 @@ def predict(
         from sparse_optim.finetune import predict as predicting
 
         tuned = _load(run, base)
-        if Path(text).suffix in predicting.TEXT_FILES and pair is None:
+        if _is_file(text, pair):
             examples = predicting.read_texts(text, tuned.spec, split)
         else:
             pairs = None if pair is None else [pair]
@@ -77,7 +89,7 @@ def predict(
             return
         for row in rows:
             if as_json:
-                typer.echo(json.dumps(row))
+                typer.echo(strict_json(row))
             else:
                 _print(row)
 
@@ -87,22 +99,66 @@ def evaluate(
     data: Annotated[str, typer.Argument(help="Labelled data: as -d of finetune.")],
     base: Base = None,
     split: Split = None,
-    batch_size: BatchSize = 64,
+    dataset_config: Annotated[
+        str | None, typer.Option(help="Configuration of a hub data set, such as rte.")
+    ] = None,
+    text_column: Column = None,
+    text_pair_column: Column = None,
+    label_column: Column = None,
+    batch_size: BatchSize = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure a fine-tuned model on labelled data."""
     with one_line_errors():
         from sparse_optim.finetune import predict as predicting
 
-        found = predicting.evaluate(_load(run, base), data, split=split, batch_size=batch_size)
+        named = Columns(text_column, text_pair_column, label_column)
+        found = predicting.evaluate(
+            _load(run, base),
+            data,
+            dataset_config=dataset_config,
+            columns=None if named == Columns() else named,
+            split=split,
+            batch_size=batch_size,
+        )
+        if found["trained_on"]:
+            message = f"note: {run} was trained on examples of this split; see --split"
+            print_line(message, err=True)
         if as_json:
-            typer.echo(json.dumps(found))
+            print_json(found)
             return
         table = Table(show_header=False, box=None, pad_edge=False)
         for name, value in found.items():
             shown = f"{value:.4f}" if isinstance(value, float) else f"{value}"
             table.add_row(plain(name), plain(shown))
         Console().print(table, highlight=False)
+
+
+def push(
+    run: Annotated[Path, typer.Argument(help="A folder that finetune wrote.")],
+    repository: Annotated[str, typer.Argument(help="USER/NAME; made if there is none.")],
+    private: Annotated[
+        bool | None, typer.Option(help="Make a private repository (default: see your account).")
+    ] = None,
+) -> None:
+    """Upload a result to the Hugging Face hub: model or adapter, delta and card."""
+    with one_line_errors():
+        quiet_libraries()
+        from sparse_optim.finetune.push import push_to_hub
+
+        print_line(push_to_hub(run, repository, private=private))
+
+
+def _is_file(text: str, pair: str | None) -> bool:
+    """Whether a text is the name of a file: there is one, or the text looks like one."""
+    if pair is not None:
+        return False
+    if Path(text).suffix.lower() in (".txt", *DATA_SUFFIXES) and " " not in text:
+        return True
+    try:
+        return Path(text).is_file()
+    except OSError:  # too long for a name
+        return False
 
 
 def _load(run: str, base: str | None) -> Tuned:

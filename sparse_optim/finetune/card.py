@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sparse_optim.finetune.builtin_data import MODELS
 from sparse_optim.finetune.config import FinetuneConfig
 from sparse_optim.finetune.spec import ModelSpec
 from sparse_optim.finetune.tasks import TASKS
@@ -74,7 +75,7 @@ def write_card(
     """
     from huggingface_hub import ModelCardData
 
-    is_hub_id = not Path(spec.base).is_absolute() and "/" in spec.base
+    is_hub_id = not Path(spec.base).is_absolute() and spec.base not in MODELS
     header = ModelCardData(
         base_model=spec.base if is_hub_id else None,
         library_name="transformers" if config.adapter is None else "peft",
@@ -106,7 +107,7 @@ def write_card(
         "sparse_optim.",
         f"## Use\n\n```python\n{use}\n```",
         "## Results\n\n" + _table(f"on {data['eval_split']}", values),
-        "## Training\n\n" + _table("", {name: value for name, value in rows.items() if value}),
+        "## Training\n\n" + _table("", rows),
     ]
     if spec.labels is not None:
         lines.append("## Labels\n\n" + ", ".join(f"`{name}`" for name in spec.labels))
@@ -117,5 +118,6 @@ def _table(heading: str, rows: Mapping[str, Any]) -> str:
     shown = (
         f"| {name} | {value:.4g} |" if isinstance(value, float) else f"| {name} | {value} |"
         for name, value in rows.items()
+        if value is not None
     )
     return "\n".join([f"| {heading} | |", "| :-- | :-- |", *shown])

@@ -16,11 +16,9 @@ from typing import Any
 import pyarrow as pa
 import xxhash
 from datasets import Dataset
-from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
-from sparse_optim.delta._fingerprint import raw_bytes
 from sparse_optim.files import replacing
 from sparse_optim.finetune.config import FinetuneConfig, option
 from sparse_optim.finetune.errors import FinetuneError
@@ -214,16 +212,6 @@ def hash_examples(examples: Dataset) -> str:
     sink = pa.PythonFile(_Hashing(digest.update), mode="w")
     with pa.ipc.new_stream(sink, table.schema.remove_metadata()) as writer:
         writer.write_table(table.replace_schema_metadata(None))
-    return digest.hexdigest()
-
-
-def hash_weights(model: nn.Module) -> str:
-    """xxh3_128 of a model's tensors, as 32 hex digits."""
-    digest = xxhash.xxh3_128()
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        for piece in raw_bytes(tensor):
-            digest.update(piece)
     return digest.hexdigest()
 
 

@@ -27,14 +27,13 @@ from sparse_optim.files import replacing
 from sparse_optim.finetune import processes
 from sparse_optim.finetune.adapters import save_adapter
 from sparse_optim.finetune.best import Evaluated
-from sparse_optim.finetune.build import LoadModel, build
+from sparse_optim.finetune.build import LoadModel, build, hash_weights
 from sparse_optim.finetune.card import load_adapter, load_folder, load_run, write_card
 from sparse_optim.finetune.checkpoints import (
     ManifestWriter,
     check_inputs,
     find_last,
     hash_examples,
-    hash_weights,
 )
 from sparse_optim.finetune.config import LAST, FinetuneConfig
 from sparse_optim.finetune.config_file import CONFIG_FILE, write_config
@@ -69,7 +68,7 @@ from sparse_optim.finetune.push import check_login, push_to_hub
 from sparse_optim.finetune.report import collect, write_json
 from sparse_optim.finetune.request import data_request
 from sparse_optim.finetune.reuse import Tuned, write_model
-from sparse_optim.finetune.spec import KEY, spec_of
+from sparse_optim.finetune.spec import KEY, ModelSpec, spec_of
 from sparse_optim.finetune.stopping import Stopper
 from sparse_optim.finetune.tasks import TASKS, Task
 from sparse_optim.finetune.trainer import JobTrainer
@@ -137,7 +136,10 @@ def run(
         except Exception as error:  # a full disk is an OSError, a SafetensorError or a RuntimeError
             raise rescue(config, inputs, trained, error) from error
     if config.push_to_hub is not None:
-        tell(console, f"uploaded to {push_to_hub(config.output, config.push_to_hub)}")
+        try:
+            tell(console, f"uploaded to {push_to_hub(config.output, config.push_to_hub)}")
+        except FinetuneError as error:
+            raise FinetuneError(f"the results are in {config.output}, but {error}") from error
     return result
 
 
@@ -186,6 +188,7 @@ class Trained:
     trainer: JobTrainer
     seconds: float
     metrics: dict[str, Any]
+    spec: ModelSpec
 
 
 def train_model(
@@ -205,6 +208,7 @@ def train_model(
     check_method(config)
     loaded = load_base(config, inputs, load)
     check_lengths(loaded.model, inputs.longest)
+    weights = hash_weights(loaded.model, without=loaded.fresh)
     trainer = make_trainer(config, inputs, loaded)
     if config.packing:
         check_packing(loaded.model)
@@ -231,16 +235,17 @@ def train_model(
         if kept is not None and kept.step != trainer.state.global_step:
             restore_best(loaded.model, kept, load_base(config, inputs, load).model)
     metrics = collect(config, trainer, inputs.data, inputs.counts, loaded, metric)
-    return Trained(loaded, trainer, seconds, metrics | {"train_seconds": seconds})
+    spec = dataclasses.replace(spec_of(config, inputs.data), weights=weights)
+    return Trained(loaded, trainer, seconds, metrics | {"train_seconds": seconds}, spec)
 
 
 def write_results(config: FinetuneConfig, inputs: Inputs, trained: Trained) -> FinetuneResult:
     """Write delta, metrics and plot, and check that base + delta is the trained model."""
     with replaced_results(config.output) as folder:
         delta_path = folder / DELTA_FILE
-        save_delta(describe_delta(trained.trainer, config, inputs.data), delta_path)
+        save_delta(describe_delta(trained.trainer, config, trained.spec), delta_path)
         metrics = trained.metrics | {"delta_bytes": delta_path.stat().st_size, "verified": None}
-        settings, spec, model = resolved(config), spec_of(config, inputs.data), trained.loaded.model
+        settings, spec, model = resolved(config), trained.spec, trained.loaded.model
         write_config(settings, folder / CONFIG_FILE)
         card = partial(write_card, spec=spec, config=settings, metrics=metrics)
         card(folder, load_run(str(config.output)))
@@ -317,6 +322,7 @@ def make_trainer(config: FinetuneConfig, inputs: Inputs, loaded: LoadedModel) ->
         )
     trainer = JobTrainer(
         partial(build_optimizer, config, loaded),
+        averages_tokens=inputs.data.task == "causal-lm",
         model=loaded.model,
         args=training_arguments(config, task, len(inputs.train_set)),
         train_dataset=inputs.train_set,
@@ -474,11 +480,11 @@ def evaluated_at(trainer: JobTrainer) -> float | None:
     return steps[-1] if steps else None
 
 
-def describe_delta(trainer: JobTrainer, config: FinetuneConfig, data: TaskData) -> Delta:
+def describe_delta(trainer: JobTrainer, config: FinetuneConfig, spec: ModelSpec) -> Delta:
     """The delta of the training, with a note of method, data and how to build the model."""
     delta = trainer.delta()
     note = {"name": config.method, "dataset": config.dataset}
-    model = {KEY: spec_of(config, data).note()}
+    model = {KEY: spec.note()}
     return dataclasses.replace(delta, method={**note, **delta.method, **model})
 
 

@@ -74,13 +74,13 @@ def index_labels(split: Dataset, names: list[str]) -> Dataset:
         FinetuneError: a class is not among them.
     """
     declared = declared_names(split)
+    if declared is not None and any(label < 0 for label in flat(split["label"])):
+        raise FinetuneError(UNLABELLED)
     if declared == names:
         return split
     index = {name: number for number, name in enumerate(names)}
 
     def position(label: Any) -> int:
-        if declared is not None and label < 0:
-            raise FinetuneError(UNLABELLED)
         name = label_name(label) if declared is None else declared[label]
         if name not in index:
             raise FinetuneError(f"the model has no class {name!r}; it has {', '.join(names)}")

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
-from torch import Tensor
 from transformers import EvalPrediction, PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import PredictionOutput
 
+from sparse_optim.finetune.builtin_data import DATASETS
 from sparse_optim.finetune.columns import (
+    CONTEXTS,
+    MESSAGES,
+    PROMPTS,
     TEXT_PAIRS,
     TEXTS,
     TOKENS,
@@ -26,62 +28,102 @@ from sparse_optim.finetune.columns import (
     match,
 )
 from sparse_optim.finetune.data import DataRequest, load_data, load_splits
-from sparse_optim.finetune.encode import IGNORED
 from sparse_optim.finetune.errors import FinetuneError
-from sparse_optim.finetune.hub import DATA_SUFFIXES
 from sparse_optim.finetune.reuse import Tuned
-from sparse_optim.finetune.spec import ModelSpec
+from sparse_optim.finetune.spec import ModelSpec, named_place
 from sparse_optim.finetune.splits import pick_evaluation, pick_split
-from sparse_optim.finetune.tasks import TASKS, Task
+from sparse_optim.finetune.tasks import TASKS
+from sparse_optim.finetune.values import check_values
 
-TEXT_FILES = (".txt", *sorted(DATA_SUFFIXES))
 NEW_TOKENS = 256  # that a causal LM writes at most
-DUMMIES: dict[str, Any] = {"sequence-classification": 0, "regression": 0.0}
+NOT_METRICS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 
 
 def evaluate(
-    tuned: Tuned, dataset: str, *, split: str | None = None, batch_size: int = 64
+    tuned: Tuned,
+    dataset: str,
+    *,
+    dataset_config: str | None = None,
+    columns: Columns | None = None,
+    split: str | None = None,
+    batch_size: int | None = None,
 ) -> dict[str, Any]:
     """The metrics of a fine-tuned model on a data set with labels.
 
-    Columns are those of the training data, or guessed where the data set has other names.
-
     Args:
-        dataset: as `-d` of `finetune`.
+        dataset, dataset_config: as `-d` and `--dataset-config` of `finetune`.
+        columns: default: those of the training data, or guessed where the data has other names.
         split: of the data set (default: validation, dev or test, else train).
+        batch_size: default: the task's.
 
     Returns:
-        loss and metrics as in metrics.json, `examples`, `cut`, `dropped` and `split`.
+        the metrics as in metrics.json, the run's first; `examples`, `cut`, `dropped`, `split`, and
+        `trained_on`: whether the model was trained on examples of this split.
 
     Raises:
         FinetuneError: wrong data, or labels that the model does not have.
     """
     spec = tuned.spec
-    splits = load_splits(DataRequest(dataset))
+    same = named_place(dataset, DATASETS) == spec.dataset
+    dataset_config = dataset_config or (spec.dataset_config if same else None)
+    splits = load_splits(DataRequest(dataset, dataset_config))
     split = split or evaluation_split(splits)
     found = pick_split(splits, split, "--split").column_names
-    request = DataRequest(
-        dataset,
-        task=spec.task,
-        columns=known_columns(spec.columns, found),
-        train_split=split,
-        eval_split=split,
-        chat=spec.chat,
-        labels=spec.labels,
+    data = load_data(
+        DataRequest(
+            dataset,
+            dataset_config,
+            task=spec.task,
+            columns=columns or known_columns(spec.columns, found),
+            train_split=split,
+            eval_split=split,
+            chat=conversation_form(spec, found),
+            labels=spec.labels,
+        )
     )
-    data = load_data(request)
+    if spec.task != "causal-lm" and bool(data.columns.text_pair) != bool(spec.columns.text_pair):
+        has = "pairs of texts" if data.columns.text_pair else "single texts"
+        was = "pairs" if spec.columns.text_pair else "single texts"
+        raise FinetuneError(
+            f"{dataset} was read as {has}, and the model was trained on {was}: name the columns"
+        )
     task = TASKS[spec.task]
     encoded = task.encode_counted(data.evaluation, tuned.tokenizer, spec.max_length)
-    names = list(spec.labels or ())
-    output = _predict(tuned, encoded.examples, task, names, batch_size)
-    timings = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+    output = run_model(tuned, encoded.examples, batch_size)
     metrics = {
         name.removeprefix("test_"): value
         for name, value in (output.metrics or {}).items()
-        if name.removeprefix("test_") not in timings
+        if name.removeprefix("test_") not in NOT_METRICS
     }
-    counts = {"examples": len(encoded.examples), "cut": encoded.cut, "dropped": encoded.dropped}
-    return {**metrics, **counts, "split": split}
+    metric = spec.metric or task.metrics[0]
+    return {
+        metric: metrics[metric],
+        **metrics,
+        "examples": len(encoded.examples),
+        "cut": encoded.cut,
+        "dropped": encoded.dropped,
+        "split": split,
+        "trained_on": same and split == spec.train_split,
+    }
+
+
+def conversation_form(spec: ModelSpec, found: Sequence[str]) -> bool | None:
+    """`DataRequest.chat` for these columns.
+
+    Raises:
+        FinetuneError: conversations for a model of prompts, or texts for one of conversations.
+    """
+    if spec.task != "causal-lm":
+        return None
+    has_turns = first(MESSAGES, found) is not None
+    if has_turns and not spec.chat:
+        raise FinetuneError("the model was trained on texts or prompts, the data has conversations")
+    if spec.chat and not (has_turns or first_pair(PROMPTS, found)):
+        raise FinetuneError(
+            "the model was trained on conversations, and the data has neither those nor prompts "
+            f"with responses: it has {listed(found)}"
+        )
+    return spec.chat
 
 
 def evaluation_split(splits: DatasetDict) -> str:
@@ -90,9 +132,8 @@ def evaluation_split(splits: DatasetDict) -> str:
 
 
 def known_columns(columns: Columns, found: Sequence[str]) -> Columns:
-    """The columns of the training data that a data set has, too."""
-    kept = {role: name for role, name in vars(columns).items() if name and match(name, found)}
-    return Columns(**kept)
+    """The columns of the training data that a data set has, too, as it spells them."""
+    return Columns(**{role: name and match(name, found) for role, name in vars(columns).items()})
 
 
 def read_texts(source: str, spec: ModelSpec, split: str | None = None) -> Dataset:
@@ -101,91 +142,99 @@ def read_texts(source: str, spec: ModelSpec, split: str | None = None) -> Datase
     A .txt file has one text a line.
 
     Raises:
-        FinetuneError: no such data, or no column of texts.
+        FinetuneError: no such data, no column of texts, or other values than the task needs.
     """
     path = Path(source).expanduser()
-    if path.suffix == ".txt":
+    if path.suffix.lower() == ".txt":
         try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise FinetuneError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-        return as_examples(lines, None, spec)
+        return as_examples(lines if lines[-1] else lines[:-1], None, spec)
     splits = load_splits(DataRequest(source))
-    table = pick_split(splits, split or evaluation_split(splits), "--split")
-    found = table.column_names
+    name = split or evaluation_split(splits)
+    table = pick_split(splits, name, "--split")
+    columns = text_columns(table.column_names, spec, source)
+    wanted = {role: column for role, column in vars(columns).items() if column is not None}
+    examples = Dataset.from_dict({role: table[column][:] for role, column in wanted.items()})
+    check_values(examples, name, columns, spec.task)
+    return examples
+
+
+def text_columns(found: Sequence[str], spec: ModelSpec, source: str) -> Columns:
+    """The columns of texts, and of their pairs or contexts if the model was trained on such."""
     known = known_columns(spec.columns, found)
-    names = TOKENS if spec.task == "token-classification" else TEXTS
-    pair = first_pair(TEXT_PAIRS, found) if known.text is None else None
-    text = known.text or (pair or (first(names, found),))[0]
-    second = known.text_pair or (pair[1] if pair else None)
-    wanted = {"text": text, "text_pair": second if spec.columns.text_pair else None}
-    lacking = [
-        role for role, name in wanted.items() if name is None and getattr(spec.columns, role)
-    ]
-    if text is None or lacking:
-        was = getattr(spec.columns, lacking[0] if lacking else "text")
+    text, second = known.text, known.text_pair
+    if spec.task == "causal-lm":
+        prompts = tuple(prompt for prompt, _ in PROMPTS)
+        text = text or first((*prompts, *TEXTS), found)
+        needs_pair, second = False, second or first(CONTEXTS, found)
+        second = second if spec.columns.text_pair and second != text else None
+    else:
+        needs_pair = spec.columns.text_pair is not None
+        pair = first_pair(TEXT_PAIRS, found)
+        if needs_pair and not (text and second) and pair:
+            text, second = pair
+        names = TOKENS if spec.task == "token-classification" else TEXTS
+        text, second = text or first(names, found), second if needs_pair else None
+    if text is None or (needs_pair and second is None):
+        was = spec.columns.text_pair if text else spec.columns.text
         raise FinetuneError(
             f"{source}: no column of texts recognised (the model was trained on {was!r}); it has "
             + listed(found)
         )
-    return Dataset.from_dict({role: table[name] for role, name in wanted.items() if name})
+    return Columns(text, second)
 
 
 def as_examples(texts: Sequence[str], pairs: Sequence[str] | None, spec: ModelSpec) -> Dataset:
     """Texts as canonical columns: words for token classification, pairs where there are.
 
+    The pair of a prompt is what it refers to (Alpaca's `input`).
+
     Raises:
-        FinetuneError: pairs for a model of single texts, or none for one of pairs.
+        FinetuneError: no text, pairs for a model of single texts, or none for one of pairs.
     """
+    if not texts:
+        raise FinetuneError("there are no texts to predict for")
     if spec.task == "token-classification":
         return Dataset.from_dict({"text": [text.split() for text in texts]})
-    wants_pairs = spec.columns.text_pair is not None and spec.task != "causal-lm"
-    if wants_pairs and pairs is None:
+    takes_pairs = spec.columns.text_pair is not None
+    if takes_pairs and pairs is None and spec.task != "causal-lm":
         raise FinetuneError("the model was trained on pairs of texts: give two texts")
-    if pairs is not None and not wants_pairs:
+    if pairs is not None and not takes_pairs:
         raise FinetuneError("the model was trained on single texts: give one text")
     columns = {"text": list(texts)}
     return Dataset.from_dict(columns if pairs is None else columns | {"text_pair": list(pairs)})
 
 
-def predict(tuned: Tuned, examples: Dataset, *, batch_size: int = 64) -> list[dict[str, Any]]:
+def predict(
+    tuned: Tuned, examples: Dataset, *, batch_size: int | None = None
+) -> list[dict[str, Any]]:
     """Predictions for canonical texts, in their order.
 
     Returns:
         for each text `label` and `score` (its probability); `labels` and `scores` of all classes
         with a probability above one half; `value`; `words` and `tags` (None where the text was
-        cut); or `response`.
-
-    Raises:
-        FinetuneError: a text without words.
+        cut, or a word has no token); or `response`.
     """
-    spec, task = tuned.spec, TASKS[tuned.spec.task]
+    spec = tuned.spec
     if spec.task == "causal-lm":
         return [{"response": generate(tuned, row)} for row in examples]
-    names = list(spec.labels or ())
-    labels: list[Any] = [DUMMIES.get(spec.task, [0.0] * len(names))] * len(examples)
     if spec.task == "token-classification":
-        labels = [[0] * len(words) for words in examples["text"]]
-        if not all(labels):
-            raise FinetuneError(f"row {labels.index([])} has no words")
-    encoded = task.encode_counted(
-        examples.add_column("label", labels), tuned.tokenizer, spec.max_length
+        return tag(tuned, examples["text"][:], batch_size)
+    names = list(spec.labels or ())
+    unused: dict[str, Any] = {"sequence-classification": 0, "regression": 0.0}
+    label = unused.get(spec.task, [0.0] * len(names))
+    labelled = examples.add_column("label", [label] * len(examples))
+    encoded = TASKS[spec.task].encode_counted(labelled, tuned.tokenizer, spec.max_length)
+    logits = torch.from_numpy(
+        np.asarray(run_model(tuned, encoded.examples, batch_size).predictions, dtype=np.float32)
     )
-    output = _predict(tuned, encoded.examples, task, names, batch_size)
-    firsts = np.asarray(output.label_ids) != IGNORED  # tokens that begin a word
-    logits = torch.from_numpy(np.asarray(output.predictions, dtype=np.float32))
     if spec.task == "regression":
         return [{"value": float(value)} for value in logits.view(-1)]
     if spec.task == "multi-label-classification":
-        return [
-            {
-                "labels": [name for name, p in zip(names, row, strict=True) if p > 0.5],
-                "scores": {name: float(p) for name, p in zip(names, row, strict=True)},
-            }
-            for row in logits.sigmoid()
-        ]
-    if spec.task == "token-classification":
-        return list(map(partial(_tagged, names), examples["text"], logits.argmax(-1), firsts))
+        rows = [dict(zip(names, row.tolist(), strict=True)) for row in logits.sigmoid()]
+        return [{"labels": [n for n in names if row[n] > 0.5], "scores": row} for row in rows]
     best = logits.softmax(-1).max(-1)
     return [
         {"label": names[int(index)], "score": float(score)}
@@ -193,17 +242,42 @@ def predict(tuned: Tuned, examples: Dataset, *, batch_size: int = 64) -> list[di
     ]
 
 
-def _tagged(
-    names: list[str], words: list[str], classes: Tensor, firsts: np.ndarray
-) -> dict[str, Any]:
-    """The tags of a sentence; None for words beyond the maximum length."""
-    tags: list[str | None] = [names[index] for index in classes[firsts].tolist()]
-    return {"words": words, "tags": tags + [None] * (len(words) - len(tags))}
+def tag(
+    tuned: Tuned, sentences: Sequence[list[str]], batch_size: int | None
+) -> list[dict[str, Any]]:
+    """The tag of each word: that of its first token."""
+    spec, names = tuned.spec, list(tuned.spec.labels or ())
+    encoded = tuned.tokenizer(
+        list(sentences), is_split_into_words=True, truncation=True, max_length=spec.max_length
+    )
+    firsts: list[list[int]] = []  # the words whose first token is there, in order
+    for row in range(len(sentences)):
+        words = [word for word in encoded.word_ids(row) if word is not None]
+        firsts.append(list(dict.fromkeys(words)))
+    kept = [row for row, words in enumerate(firsts) if words]
+    found = [[None] * len(words) for words in sentences]  # type: list[list[str | None]]
+    if kept:
+        labelled = Dataset.from_dict(
+            {
+                "text": [sentences[row] for row in kept],
+                "label": [[0] * len(sentences[row]) for row in kept],
+            }
+        )
+        examples = TASKS[spec.task].encode_counted(labelled, tuned.tokenizer, spec.max_length)
+        output = run_model(tuned, examples.examples, batch_size)
+        guesses = np.asarray(output.predictions).argmax(-1)
+        marks = np.asarray(output.label_ids) == 0  # the label above, of each first token
+        for row, guess, mark in zip(kept, guesses, marks, strict=True):
+            for word, index in zip(firsts[row], guess[mark], strict=True):
+                found[row][word] = names[int(index)]
+    return [{"words": words, "tags": tags} for words, tags in zip(sentences, found, strict=True)]
 
 
 def generate(tuned: Tuned, row: dict[str, Any]) -> str:
     """What a causal LM writes after a prompt, greedily, in the form in which it was trained."""
     tokenizer, model, spec = tuned.tokenizer, tuned.model, tuned.spec
+    if not isinstance(row["text"], str):
+        raise FinetuneError("predict takes prompts, not conversations: name a column of texts")
     text = "\n\n".join(part for part in (row["text"], row.get("text_pair")) if part)
     if spec.chat and tokenizer.chat_template is not None:
         turn = [{"role": "user", "content": text}]
@@ -211,7 +285,8 @@ def generate(tuned: Tuned, row: dict[str, Any]) -> str:
             turn, add_generation_prompt=True, return_dict=True, return_tensors="pt"
         )
     else:
-        encoded = tokenizer(f"{text}\n" if spec.columns.label else text, return_tensors="pt")
+        is_prompt = spec.chat or spec.columns.label is not None
+        encoded = tokenizer(f"{text}\n" if is_prompt else text, return_tensors="pt")
     encoded = {name: encoded[name].to(model.device) for name in ("input_ids", "attention_mask")}
     with torch.no_grad():
         written = model.generate(
@@ -224,10 +299,9 @@ def generate(tuned: Tuned, row: dict[str, Any]) -> str:
     return str(tokenizer.decode(new, skip_special_tokens=True)).strip()
 
 
-def _predict(
-    tuned: Tuned, examples: Dataset, task: Task, names: list[str], batch_size: int
-) -> PredictionOutput:
+def run_model(tuned: Tuned, examples: Dataset, batch_size: int | None) -> PredictionOutput:
     """Run the model over tokenised examples with the Trainer, as a job does when it evaluates."""
+    task, names = TASKS[tuned.spec.task], list(tuned.spec.labels or ())
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:
         return task.compute(prediction, names)
@@ -237,7 +311,7 @@ def _predict(
             model=tuned.model,
             args=TrainingArguments(
                 output_dir=folder,
-                per_device_eval_batch_size=batch_size,
+                per_device_eval_batch_size=batch_size or task.eval_batch_size,
                 use_cpu=tuned.model.device.type == "cpu",
                 dataloader_pin_memory=False,
                 disable_tqdm=True,

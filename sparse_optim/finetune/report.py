@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 import platform
 from collections.abc import Mapping, Sized
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
+from sparse_optim.files import strict_json
 from sparse_optim.finetune.config import FinetuneConfig
 from sparse_optim.finetune.data import TaskData
 from sparse_optim.finetune.defaults import resolved
@@ -130,12 +129,4 @@ def jsonable(value: Any) -> Any:
 
 def write_json(metrics: Mapping[str, Any], path: Path) -> None:
     """Write strict JSON: a number that is not finite becomes null."""
-
-    def finite(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: finite(item) for name, item in value.items()}
-        if isinstance(value, list):
-            return [finite(item) for item in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    path.write_text(json.dumps(finite(metrics), indent=2, allow_nan=False) + "\n")
+    path.write_text(strict_json(metrics, indent=2) + "\n")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
+import random
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from sparse_optim.delta import Delta, apply_delta, load_delta
 from sparse_optim.files import replacing
-from sparse_optim.finetune.build import build
+from sparse_optim.finetune.build import build, hash_weights
 from sparse_optim.finetune.errors import FinetuneError
 from sparse_optim.finetune.hub import hub_is_reachable
 from sparse_optim.finetune.models import find_model, load_tokenizer
@@ -119,12 +120,23 @@ def described(delta: Delta, path: Path) -> ModelSpec:
 
 def rebuild(delta: Delta, spec: ModelSpec, base: str | None = None) -> Tuned:
     """Build the model of a note, apply the delta, and switch to evaluation mode."""
-    if base is not None:
-        spec = dataclasses.replace(spec, base=base)
-    source = find_model(spec.base)
+    try:
+        source = find_model(base or spec.base)
+    except FinetuneError as error:
+        if base is not None:
+            raise
+        raise FinetuneError(
+            f"the base model is not where the run found it: {error}; say where it is now by --base "
+            "(base= in Python)"
+        ) from None
     tokenizer = load_tokenizer(source)
-    with quiet():
-        model = build(source, spec, tokenizer).model
+    with quiet(), kept_random_state():
+        built = build(source, spec, tokenizer)
+    if spec.weights not in (None, hash_weights(built.model, without=built.fresh)):
+        raise FinetuneError(
+            f"{source.name} is not the base model that was fine-tuned: some of its weights differ"
+        )
+    model = built.model
     apply_delta(model, delta)
     model.eval()
     return Tuned(model, tokenizer, spec)
@@ -139,6 +151,18 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(before)
+
+
+@contextmanager
+def kept_random_state() -> Iterator[None]:
+    """Leave the random numbers of the caller as they are: building a model seeds them."""
+    python, numbers = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numbers)
 
 
 def write_model(tuned: Tuned, folder: Path) -> None:
@@ -160,6 +184,8 @@ def write_model(tuned: Tuned, folder: Path) -> None:
             f"no class of transformers has {tuned.spec.adapter} adapters: use "
             "sparse_optim.load_model, or load the run's folder adapter/"
         )
+    if model.can_generate():
+        model.config.use_cache = True  # the Trainer has switched it off
     folder.parent.mkdir(parents=True, exist_ok=True)
     with replacing(folder) as temporary:
         model.save_pretrained(temporary)

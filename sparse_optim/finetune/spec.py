@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Container
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from sparse_optim.delta import Delta
-from sparse_optim.finetune.builtin_data import MODELS
+from sparse_optim.finetune.adapter_kinds import ADAPTERS
+from sparse_optim.finetune.builtin_data import DATASETS, MODELS
 from sparse_optim.finetune.columns import Columns
-from sparse_optim.finetune.config import FinetuneConfig
+from sparse_optim.finetune.config import FinetuneConfig, field_types
 from sparse_optim.finetune.data import TaskData
 from sparse_optim.finetune.errors import FinetuneError
-from sparse_optim.finetune.settings import convert
+from sparse_optim.finetune.settings import choices, convert
 from sparse_optim.finetune.tasks import TASKS
 
 KEY = "model"  # of the delta's `method`
@@ -34,9 +36,10 @@ class ModelSpec:
         adapter, adapter_rank, adapter_alpha, adapter_targets: as in `FinetuneConfig`.
         max_length: tokens at which examples were cut.
         chat: whether a causal LM was trained on conversations.
-        chat: whether prompts were turns of the chat template, as in `FinetuneConfig`.
         metric: the metric that the job reported.
         columns: the columns that the job read.
+        dataset, dataset_config, train_split: what it was trained on.
+        weights: `hash_weights` of the base, less what the delta replaces.
     """
 
     base: str
@@ -54,6 +57,10 @@ class ModelSpec:
     chat: bool | None = None
     metric: str | None = None
     columns: Columns = field(default_factory=Columns)
+    dataset: str | None = None
+    dataset_config: str | None = None
+    train_split: str = "train"
+    weights: str | None = None
 
     def note(self) -> dict[str, Any]:
         """The values that JSON can hold, for `read_spec`; None and empty ones are left out."""
@@ -80,11 +87,9 @@ class ModelSpec:
 
 def spec_of(config: FinetuneConfig, data: TaskData) -> ModelSpec:
     """The model of a job."""
-    base = Path(config.model).expanduser()
     task = TASKS[data.task]
-    is_path = config.model not in MODELS and base.exists()
     return ModelSpec(
-        base=str(base.resolve()) if is_path else config.model,
+        base=named_place(config.model, MODELS),
         task=data.task,
         labels=None if data.label_names is None else tuple(data.label_names),
         pooling=config.pooling,
@@ -99,7 +104,16 @@ def spec_of(config: FinetuneConfig, data: TaskData) -> ModelSpec:
         chat="messages" in data.train.column_names if data.task == "causal-lm" else None,
         metric=config.metric,
         columns=data.columns,
+        dataset=named_place(config.dataset, DATASETS),
+        dataset_config=config.dataset_config,
+        train_split=config.train_split,
     )
+
+
+def named_place(name: str, builtins: Container[str]) -> str:
+    """The absolute path of a file or folder; built-in names and hub ids as they are."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if name not in builtins and path.exists() else name
 
 
 def read_spec(delta: Delta) -> ModelSpec | None:
@@ -127,4 +141,22 @@ def read_spec(delta: Delta) -> ModelSpec | None:
         values = {name: convert(note[name], hints[name]) for name in note if name != "columns"}
     except TypeError as error:
         raise FinetuneError(f"the delta's note of its model is damaged: {error}") from None
-    return ModelSpec(**values, columns=columns)
+    spec = ModelSpec(**values, columns=columns)
+    problem = find_problem(spec)
+    if problem is not None:
+        raise FinetuneError(f"the delta's note of its model is damaged: {problem}")
+    return spec
+
+
+def find_problem(spec: ModelSpec) -> str | None:
+    """What is wrong with a note that may come from a stranger; None: nothing."""
+    if spec.adapter is not None and spec.adapter not in ADAPTERS:
+        return f"unknown adapter {spec.adapter!r}"
+    for name in ("dtype", "pooling"):
+        if getattr(spec, name) not in choices(field_types()[name]):
+            return f"unknown {name} {getattr(spec, name)!r}"
+    if spec.max_length < 1 or not 0 <= spec.seed < 2**32 or (spec.adapter_rank or 1) < 1:
+        return "max_length, seed or adapter_rank is out of range"
+    if not all(name is None or isinstance(name, str) for name in vars(spec.columns).values()):
+        return "a column's name is not text"
+    return None

@@ -32,11 +32,16 @@ class JobTrainer(SelectiveTrainer):
 
     Args:
         build: (model, total steps, function that gives training batches) -> optimizer.
+        averages_tokens: whether the model's loss is the mean over the tokens of all micro batches.
+            The Trainer takes that from the signature of forward, and then does not divide the sum
+            over micro batches and processes by their number: wrong for every loss over examples.
         arguments: keyword arguments of `Trainer`.
     """
 
-    def __init__(self, build: BuildFromBatches, **arguments: Any) -> None:
+    def __init__(self, build: BuildFromBatches, *, averages_tokens: bool, **arguments: Any) -> None:
         super().__init__(**arguments, build_optimizer=self._build)
+        if not averages_tokens:
+            self.model_accepts_loss_kwargs = False
         self._build_from_batches = build
         self.stopwatch = Stopwatch(torch.device(self.args.device))
         self.add_callback(self.stopwatch)

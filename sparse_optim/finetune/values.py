@@ -38,7 +38,7 @@ def check_values(split: Dataset, name: str, columns: Columns, task: str) -> None
                 f"{where} holds lists that are written as text, such as {short(values[0])}: save "
                 "the data as JSON lines or parquet, with real lists"
             )
-    if task == "token-classification":
+    if task == "token-classification" and columns.label is not None:
         lengths = zip(split["text"], split["label"], strict=True)
         uneven = [row for row, (words, tags) in enumerate(lengths) if len(words) != len(tags)]
         if uneven:

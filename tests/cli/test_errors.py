@@ -24,6 +24,7 @@ COMMANDS = {
     "experiment": ("glue", "--dry-run", "--tasks", "[x]"),
     "predict": ("{tmp}/[x]", "text"),
     "evaluate": ("{tmp}/[x]", "trec6"),
+    "push": ("{tmp}/[x]", "ada/x"),
     "inspect": ("{tmp}/[x].safetensors",),
     "apply": ("{tmp}", "{tmp}/[x].safetensors", "{tmp}/out"),
     "diff": ("{tmp}/[x].safetensors", "{tmp}"),

@@ -388,3 +388,130 @@ def evaluate_first(tuned, count):
     return sum(
         row["label"] == names[label] for row, label in zip(found, data["label"], strict=True)
     ) / len(data)
+
+
+@pytest.mark.parametrize("adapter", ["lora", None])
+def test_another_base_is_refused_where_the_delta_has_no_fingerprint_of_it(
+    finished, folders, tmp_path, adapter
+):
+    settings = (
+        {"adapter": "lora", "budget": 20} if adapter else {"method": "bitfit", "budget": None}
+    )
+    result = finished("encoder", "sequence", **settings)
+    other = transformers.BertModel.from_pretrained(folders["encoder"])
+    with torch.no_grad():
+        other.encoder.layer[0].attention.self.query.weight[0, 0] += 1
+    other.save_pretrained(tmp_path / "other")
+    AutoTokenizer.from_pretrained(folders["encoder"]).save_pretrained(tmp_path / "other")
+    with pytest.raises(FinetuneError, match="not the base model that was fine-tuned"):
+        sparse_optim.load_model(result.output, base=str(tmp_path / "other"))
+
+
+def test_loading_leaves_random_numbers_as_they_are(finished):
+    output = finished("encoder", "sequence").output
+    torch.manual_seed(7)
+    expected = torch.rand(2)
+    torch.manual_seed(7)
+    sparse_optim.load_model(output)
+    assert torch.equal(torch.rand(2), expected)
+
+
+def test_an_adapter_does_not_depend_on_where_the_base_comes_from(folders):
+    """A base from memory draws no random numbers, one from a file does."""
+    from sparse_optim.finetune.build import build
+    from sparse_optim.finetune.models import find_model, load_base_model, load_tokenizer
+    from sparse_optim.finetune.spec import ModelSpec
+
+    source = find_model(folders["decoder"])
+    tokenizer = load_tokenizer(source)
+    spec = ModelSpec(folders["decoder"], "causal-lm", adapter="lora", adapter_rank=2)
+
+    def drawing(*arguments):
+        torch.rand(5)
+        return load_base_model(*arguments)
+
+    one, other = (build(source, spec, tokenizer, load) for load in (load_base_model, drawing))
+    for name, tensor in one.model.state_dict().items():
+        assert torch.equal(tensor, other.model.state_dict()[name]), name
+
+
+def test_tags_belong_to_their_words(finished):
+    """Words without a token (and sentences of such words alone) shift nothing."""
+    from datasets import Dataset
+    from tokenizers import normalizers
+
+    tuned = load_tuned(finished("encoder", "token").output)
+    plain = predict(tuned, Dataset.from_dict({"text": [["a", "b", "c"]]}))[0]["tags"]
+
+    sentences = [["a", "\u200b", "b", "c"], ["\u200b"], ["a", "b", "c"]]
+    tuned.tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
+    found = predict(tuned, Dataset.from_dict({"text": sentences}))
+    assert [row["tags"] for row in found] == [[plain[0], None, *plain[1:]], [None], plain]
+    assert [row["words"] for row in found] == sentences
+
+
+def test_evaluation_reads_what_the_model_was_trained_on(finished, folders, tmp_path):
+    tuned = load_tuned(finished("encoder", "sequence").output)
+    assert evaluate(tuned, folders["sequence"])["trained_on"] is True
+    (tmp_path / "pairs.csv").write_text("sentence1,sentence2,label\na b,c,many\nc d,e,none\n")
+    with pytest.raises(FinetuneError, match=r"read as pairs of texts, .* trained on single texts"):
+        evaluate(tuned, str(tmp_path / "pairs.csv"))
+    (tmp_path / "chats.jsonl").write_text(
+        json.dumps({"messages": [{"role": "user", "content": "a"}] * 2}) + "\n"
+    )
+    prompts = load_tuned(finished("decoder", "prompt").output)
+    with pytest.raises(FinetuneError, match="trained on texts or prompts"):
+        evaluate(prompts, str(tmp_path / "chats.jsonl"))
+
+
+def test_unlabelled_examples_are_refused(finished, tmp_path):
+    from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["many", "none"])})
+    rows = Dataset.from_dict({"text": ["a", "b"], "label": [-1, -1]}, features=features)
+    DatasetDict({"test": rows}).save_to_disk(tmp_path / "data")
+    tuned = load_tuned(finished("encoder", "sequence").output)
+    with pytest.raises(FinetuneError, match="label -1"):
+        evaluate(tuned, str(tmp_path / "data"))
+
+
+def test_files_of_texts_are_checked(finished, tmp_path):
+    spec = load_tuned(finished("encoder", "sequence").output).spec
+    (tmp_path / "a.CSV").write_text("TEXT\na b\n")
+    assert read_texts(str(tmp_path / "a.CSV"), spec)["text"] == ["a b"]
+    (tmp_path / "lines.txt").write_text("a\u2028b\x0cc\nd\n", encoding="utf-8")
+    assert len(read_texts(str(tmp_path / "lines.txt"), spec)) == 2
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(FinetuneError, match="no texts"):
+        read_texts(str(tmp_path / "empty.txt"), spec)
+    (tmp_path / "missing.csv").write_text("text,n\na,1\n,2\n")
+    with pytest.raises(FinetuneError, match="has no value in 1 of 2 rows"):
+        read_texts(str(tmp_path / "missing.csv"), spec)
+    (tmp_path / "numbers.jsonl").write_text('{"text": 3}\n')
+    with pytest.raises(FinetuneError, match="expected text"):
+        read_texts(str(tmp_path / "numbers.jsonl"), spec)
+
+
+def test_instructions_need_no_context_to_predict(finished, tmp_path):
+    tuned = load_tuned(finished("decoder", "prompt").output)
+    columns = replace(tuned.spec.columns, text="instruction", text_pair="input", label="output")
+    tuned = replace(tuned, spec=replace(tuned.spec, columns=columns))
+    (tmp_path / "bare.jsonl").write_text('{"instruction": "a b"}\n')
+    (tmp_path / "prompts.jsonl").write_text('{"Prompt": "a b", "context": "c"}\n')
+    assert read_texts(str(tmp_path / "bare.jsonl"), tuned.spec).column_names == ["text"]
+    both = read_texts(str(tmp_path / "prompts.jsonl"), tuned.spec)
+    assert (both["text"], both["text_pair"]) == (["a b"], ["c"])
+    assert predict(tuned, both) == predict(tuned, as_examples(["a b"], ["c"], tuned.spec))
+
+
+def test_accumulation_does_not_multiply_the_loss(folders, tmp_path):
+    """The Trainer would not divide the sum by the number of micro batches."""
+    losses = []
+    for name, settings in (
+        ("one", {"batch_size": 8}),
+        ("two", {"batch_size": 4, "accumulation": 2}),
+    ):
+        job = config(folders, tmp_path / name, "encoder", "sequence", log_every=1, steps=1)
+        result = run(replace(job, method="full", **settings))
+        losses.append(result.metrics["log"][0]["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=0.2)
