@@ -6,6 +6,7 @@ and shell completion answer at once.
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -57,6 +58,7 @@ for command in (finetune, use, compare, delta, analyse, peft, estimate, experime
 
 def main() -> None:
     """Entry point of the console script."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars run into our own lines
     app(prog_name="sparse-optim")
 
 
