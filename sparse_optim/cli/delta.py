@@ -200,7 +200,14 @@ def _summary(path: Path, delta: Delta) -> Table:
     arguments = {key: value for key, value in delta.method.items() if key != "name"}
     table.add_row("method", plain(str(delta.method.get("name", "unknown"))))
     for key, value in arguments.items():
-        table.add_row(plain(f"  {key}"), plain(str(value)))
+        parts = (
+            {f"{key} {part}": item for part, item in value.items()}
+            if isinstance(value, dict)
+            else {key: value}
+        )
+        for name, item in parts.items():
+            shown = ", ".join(map(str, item)) if isinstance(item, list) else str(item)
+            table.add_row(plain(f"  {name}"), plain(shown))
     entries, numel = facts["sparse_entries"], facts["sparse_numel"]
     share = f" ({entries / numel:.4%} of {numel:,})" if numel else ""
     table.add_row("sparse entries", f"{entries:,}{share}")

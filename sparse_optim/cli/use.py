@@ -122,7 +122,7 @@ def evaluate(
             batch_size=batch_size,
         )
         if found["trained_on"]:
-            message = f"note: {run} was trained on examples of this split; see --split"
+            message = f"note: {run} was trained on examples of a split of this name: see --split"
             print_line(message, err=True)
         if as_json:
             print_json(found)

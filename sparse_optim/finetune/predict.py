@@ -13,7 +13,6 @@ from datasets import Dataset, DatasetDict
 from transformers import EvalPrediction, PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import PredictionOutput
 
-from sparse_optim.finetune.builtin_data import DATASETS
 from sparse_optim.finetune.columns import (
     CONTEXTS,
     MESSAGES,
@@ -30,7 +29,7 @@ from sparse_optim.finetune.columns import (
 from sparse_optim.finetune.data import DataRequest, load_data, load_splits
 from sparse_optim.finetune.errors import FinetuneError
 from sparse_optim.finetune.reuse import Tuned
-from sparse_optim.finetune.spec import ModelSpec, named_place
+from sparse_optim.finetune.spec import ModelSpec, data_name
 from sparse_optim.finetune.splits import pick_evaluation, pick_split
 from sparse_optim.finetune.tasks import TASKS
 from sparse_optim.finetune.values import check_values
@@ -64,7 +63,7 @@ def evaluate(
         FinetuneError: wrong data, or labels that the model does not have.
     """
     spec = tuned.spec
-    same = named_place(dataset, DATASETS) == spec.dataset
+    same = data_name(dataset) == spec.dataset
     dataset_config = dataset_config or (spec.dataset_config if same else None)
     splits = load_splits(DataRequest(dataset, dataset_config))
     split = split or evaluation_split(splits)

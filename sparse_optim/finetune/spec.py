@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Container
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -38,7 +37,7 @@ class ModelSpec:
         chat: whether a causal LM was trained on conversations.
         metric: the metric that the job reported.
         columns: the columns that the job read.
-        dataset, dataset_config, train_split: what it was trained on.
+        dataset, dataset_config, train_split: what it was trained on, see `data_name`.
         weights: `hash_weights` of the base, less what the delta replaces.
     """
 
@@ -87,9 +86,9 @@ class ModelSpec:
 
 def spec_of(config: FinetuneConfig, data: TaskData) -> ModelSpec:
     """The model of a job."""
-    task = TASKS[data.task]
+    task, base = TASKS[data.task], Path(config.model).expanduser()
     return ModelSpec(
-        base=named_place(config.model, MODELS),
+        base=str(base.resolve()) if config.model not in MODELS and base.exists() else config.model,
         task=data.task,
         labels=None if data.label_names is None else tuple(data.label_names),
         pooling=config.pooling,
@@ -104,16 +103,16 @@ def spec_of(config: FinetuneConfig, data: TaskData) -> ModelSpec:
         chat="messages" in data.train.column_names if data.task == "causal-lm" else None,
         metric=config.metric,
         columns=data.columns,
-        dataset=named_place(config.dataset, DATASETS),
+        dataset=data_name(config.dataset),
         dataset_config=config.dataset_config,
         train_split=config.train_split,
     )
 
 
-def named_place(name: str, builtins: Container[str]) -> str:
-    """The absolute path of a file or folder; built-in names and hub ids as they are."""
-    path = Path(name).expanduser()
-    return str(path.resolve()) if name not in builtins and path.exists() else name
+def data_name(dataset: str) -> str:
+    """The name of a data set; of a file or folder without its place, which is no one's business."""
+    path = Path(dataset).expanduser()
+    return path.resolve().name if dataset not in DATASETS and path.exists() else dataset
 
 
 def read_spec(delta: Delta) -> ModelSpec | None:
