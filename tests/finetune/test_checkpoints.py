@@ -129,6 +129,25 @@ def test_settings_that_change_nothing_may_differ(folders, checkpoints, tmp_path)
     assert (tmp_path / "out" / "delta.safetensors").exists()
 
 
+def test_a_finished_run_takes_no_more_steps_when_it_is_resumed(folders, tmp_path):
+    """Its last checkpoint is within an epoch: the Trainer took a step 6 of 5."""
+    job = {"steps": 5, "save_every": 5}
+    run(config(folders, tmp_path / "one", "encoder", "sequence", **job))
+    last = tmp_path / "one" / "checkpoints" / "checkpoint-5"
+    resume(folders, last, tmp_path / "two", **job)
+    metrics, deltas = zip(
+        *(
+            (json.loads((folder / "metrics.json").read_text()), (folder / "delta.safetensors"))
+            for folder in (tmp_path / "one", tmp_path / "two")
+        ),
+        strict=True,
+    )
+    assert metrics[0]["steps"] == metrics[1]["steps"] == 5
+    assert metrics[0]["evaluations"] == metrics[1]["evaluations"]
+    assert deltas[0].read_bytes() == deltas[1].read_bytes()
+    assert not list((tmp_path / "two").glob("checkpoints/checkpoint-*"))
+
+
 def test_other_training_examples_are_refused(folders, checkpoints, tmp_path):
     lines = Path(folders["sequence"]).read_text().splitlines()
     first = json.loads(lines[0])
