@@ -177,7 +177,11 @@ def may_be_equal(theirs: dict[str, Any], ours: dict[str, Any]) -> bool:
     """
     lengths = {theirs["max_length"], ours["max_length"]}
     judges = "eval_split" in ours
-    return not judges and None in lengths and lengths <= {None, *(task.max_length for task in TASKS.values())}
+    return (
+        not judges
+        and None in lengths
+        and lengths <= {None, *(task.max_length for task in TASKS.values())}
+    )
 
 
 def advice(folder: Path, config: FinetuneConfig) -> str:
