@@ -63,8 +63,8 @@ class Run:
         method: of fine-tuning, with the adapter if there is one.
         data: what its metric was computed on.
         settings: the values of SETTINGS.
-        value: the metric of the model that was kept (that of the best evaluation if the run kept the
-            best, else of the last); None if it was not finite.
+        value: the metric of the model that was kept: with --best of the best evaluation, else of
+            the last; None if it was not finite.
         active_entries: entries that training may have changed, a fresh head included.
         state_bytes: of the optimizer.
         step_ms, update_ms: median of a step, and of its clipping and update.

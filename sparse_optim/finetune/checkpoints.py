@@ -163,9 +163,12 @@ def completed(theirs: dict[str, Any], config: FinetuneConfig) -> dict[str, Any]:
     missing = {field.name: field.default for field in dataclasses.fields(config)}
     if config.method == "id3":
         missing["every"] = 1  # before there was a choice
-    values = json.loads(json.dumps(missing, default=str)) | theirs
-    defaults = comparable(dataclasses.replace(config, **dict.fromkeys(FILLED)))
-    return values | {name: defaults[name] for name in FILLED if values[name] is None}
+    values: dict[str, Any] = json.loads(json.dumps(missing, default=str)) | theirs
+    unset = dataclasses.replace(config, lr=None, adam_eps=None, budget=None, max_length=None)
+    for name, default in comparable(unset).items():
+        if name in FILLED and values[name] is None:
+            values[name] = default
+    return values
 
 
 def may_be_equal(theirs: dict[str, Any], ours: dict[str, Any]) -> bool:
@@ -222,7 +225,7 @@ def comparable(config: FinetuneConfig) -> dict[str, Any]:
     used = dataclasses.asdict(resolved(config))
     values = {name: value for name, value in used.items() if name not in free}
     builtin = DATASETS.get(config.dataset)
-    task = config.task or (builtin and builtin.task)
+    task = config.task or (None if builtin is None else builtin.task)
     if task is not None:
         values["max_length"] = config.max_length or TASKS[task].max_length
     for name in PLACES:

@@ -167,11 +167,14 @@ def infer_task(train: Dataset, request: DataRequest) -> str:
 
 
 def label_kind(split: Dataset, column: str) -> str:
-    """ "list", "float" or "class"."""
+    """ "list", "float", "text" or "class"."""
     feature = split.features[column]
     if isinstance(feature, (List, list)):
         return "list"
-    return "float" if str(getattr(feature, "dtype", "")).startswith("float") else "class"
+    dtype = str(getattr(feature, "dtype", ""))
+    if "string" in dtype:
+        return "text"
+    return "float" if dtype.startswith("float") else "class"
 
 
 def canonical(

@@ -421,7 +421,7 @@ def test_the_metric_is_that_of_the_model_that_was_kept(tmp_path):
     folder = write(tmp_path / "run", make_record())
     numbers = "active_entries state_bytes step_ms update_ms delta_bytes verified steps"
     metrics: dict[str, object] = dict.fromkeys(numbers.split(), 0)
-    settings = dict.fromkeys("dtype batch_size max_length lr seed".split())
+    settings = dict.fromkeys(["dtype", "batch_size", "max_length", "lr", "seed"])
     metrics |= {"config": settings | {"model": "m", "dataset": "d", "method": "id3"}}
     metrics |= {"metric": {"name": "accuracy", "value": 0.5, "step": 5}, "device": "cpu"}
     metrics |= {"data": {"eval_split": "test", "eval_examples": 9}, "evaluations": []}
