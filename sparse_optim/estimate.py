@@ -24,6 +24,13 @@ GPUS = {
     "a100-40": 40, "a100": 80, "a100-80": 80, "h100": 80, "h100-nvl": 94, "gh200": 96,
     "h200": 140, "b200": 179, "mi300x": 192,
 }  # fmt: skip
+# Sizes in names that are not the GiB above: of H200 and B200 in GB, of a GH200 that of its CPU.
+PRINTED = {"h200": 141, "b200": 180, "gh200": 480}
+# What nvidia-smi and shops add to the name of a card.
+EXTRAS = re.compile(
+    r"[\s_-]|nvidia|geforce|amd|instinct|rtx|quadro|tesla|blackwell|generation"
+    r"|(server|workstation) edition|sxm\d?|pcie|hbm\d?e?"
+)
 SIZE = re.compile(r"(\d+(?:\.\d+)?)(gib|gb|g)?")
 OPTIMIZERS = (
     *("adamw", "adamw-fp32", "adamw-8bit"),
@@ -118,16 +125,23 @@ def gpu_bytes(name: str) -> int | None:
     """Bytes of a card's device memory, or of a size; None if it is neither.
 
     Args:
-        name: a key of GPUS in any case, with any separators and with or without the maker and "GB"
-            ("RTX A6000", "A100 40GB"), or a size in GiB ("48", "48GiB") or 10^9 bytes ("48GB").
+        name: a key of GPUS in any case and with any separators, also as nvidia-smi prints it: with
+            maker, form (SXM4, PCIe), kind of memory and size ("NVIDIA H100 80GB HBM3"); or a size
+            in GiB ("48", "48GiB") or 10^9 bytes ("48GB").
 
     Example:
         >>> gpu_bytes("RTX A6000") == gpu_bytes("48GiB") == 48 * 2**30
         True
     """
     known = {_plain(key): size * GIB for key, size in GPUS.items()}
-    if _plain(name) in known:
-        return known[_plain(name)]
+    plain = _plain(name)
+    if plain in known:
+        return known[plain]
+    for key, memory in known.items():
+        # A size beside the name of a card: it must be the card's.
+        nominal = memory // GIB
+        if plain in (f"{key}{nominal}", f"{key}{PRINTED.get(key, nominal)}"):
+            return memory
     match = SIZE.fullmatch(name.lower().replace(" ", ""))
     if match is None:
         return None
@@ -135,8 +149,8 @@ def gpu_bytes(name: str) -> int | None:
 
 
 def _plain(name: str) -> str:
-    """The name without separators, makers and unit."""
-    plain = re.sub(r"[\s_-]|nvidia|geforce|amd|rtx|quadro|tesla", "", name.lower())
+    """The name without separators, makers, form, kind of memory and unit."""
+    plain = EXTRAS.sub("", name.lower())
     return plain.removesuffix("gb")
 
 

@@ -248,6 +248,12 @@ def test_the_largest_batch_is_the_last_that_fits(lines, memory, batch):
         *(("A6000", 48), ("a6000", 48), ("RTX A6000", 48), ("NVIDIA RTX A6000", 48)),
         *(("A100-40GB", 40), ("A100 80GB", 80), ("a100", 80), ("rtx_4090", 24), ("4090", 24)),
         *(("GeForce RTX 5090", 32), ("Tesla T4", 16), ("V100-32", 32), ("B200", 179)),
+        *(("NVIDIA H100 80GB HBM3", 80), ("H100 80GB", 80), ("NVIDIA H100 PCIe", 80)),
+        *(("NVIDIA A100-SXM4-80GB", 80), ("NVIDIA A100-PCIE-40GB", 40), ("NVIDIA H100 NVL", 94)),
+        *(("NVIDIA A100 80GB PCIe", 80), ("Tesla V100-SXM2-16GB", 16), ("L40S 48 GB", 48)),
+        *(("Tesla V100-SXM2-32GB", 32), ("H200 141GB", 140), ("NVIDIA GH200 480GB", 96)),
+        *(("NVIDIA RTX 6000 Ada Generation", 48), ("GeForce RTX 4090 24GB", 24)),
+        ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 96),
         *(("48", 48), ("48GiB", 48), ("48 gib", 48), ("7.5G", 7.5), ("24GB", 24e9 / 2**30)),
     ],
 )
@@ -255,7 +261,9 @@ def test_gpus_by_name_and_by_size(name, gib):
     assert estimate.gpu_bytes(name) == pytest.approx(gib * estimate.GIB, abs=1)
 
 
-@pytest.mark.parametrize("name", ["abacus", "", "0", "-4", "48TB", "a100 a100"])
+@pytest.mark.parametrize(
+    "name", ["abacus", "", "0", "-4", "48TB", "a100 a100", "H100 96GB", "NVIDIA"]
+)
 def test_names_that_are_no_gpu(name):
     assert estimate.gpu_bytes(name) is None
 

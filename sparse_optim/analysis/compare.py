@@ -27,13 +27,15 @@ class DataKey:
     """What runs must share for their metrics to be comparable.
 
     Attributes:
-        tokens: for language models, how texts were cut, which perplexity depends on; else "".
+        dataset: built-in name, hub id, or path: below the working directory if it is there.
+        split: name, or the share of train that was held out.
+        tokens: for language models, how texts became tokens, which perplexity depends on: length,
+            model (for its tokenizer) and whether the chat template was used; else "".
     """
 
     dataset: str
     dataset_config: str | None
     split: str
-    held_out: float | None
     examples: int
     metric: str
     tokens: str = ""
@@ -47,9 +49,8 @@ class DataKey:
     def place(self) -> str:
         """Data set, split and number of examples."""
         name = f"{self.dataset} {self.dataset_config}" if self.dataset_config else self.dataset
-        split = f"{self.held_out:g} of {self.split}" if self.held_out else self.split
         tokens = f", {self.tokens}" if self.tokens else ""
-        return f"{name} ({split}, {self.examples:,} examples{tokens})"
+        return f"{name} ({self.split}, {self.examples:,} examples{tokens})"
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ class Run:
         method: of fine-tuning, with the adapter if there is one.
         data: what its metric was computed on.
         settings: the values of SETTINGS.
-        value: the metric at the end; None if it was not finite.
+        value: the metric of the model that was kept: with --best of the best evaluation, else of
+            the last; None if it was not finite.
         active_entries: entries that training may have changed, a fresh head included.
         state_bytes: of the optimizer.
         step_ms, update_ms: median of a step, and of its clipping and update.
@@ -106,10 +108,9 @@ def run_of(name: str, folder: Path, metrics: Mapping[str, Any]) -> Run:
             folder=str(folder),
             method=f"{config['method']} on {adapter}" if adapter else config["method"],
             data=DataKey(
-                dataset=str(config["dataset"]),
+                dataset=dataset_of(str(config["dataset"])),
                 dataset_config=config.get("dataset_config"),
                 split=data["eval_split"],
-                held_out=config.get("eval_fraction"),
                 examples=data["eval_examples"],
                 metric=metric,
                 tokens=_tokens(settings) if metrics.get("task") == "causal-lm" else "",
@@ -142,8 +143,18 @@ def _settings(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tokens(settings: Mapping[str, Any]) -> str:
-    extras = [name for name in ("packing", "chat") if settings.get(name)]
-    return ", ".join([f"at most {settings['max_length']} tokens", *extras])
+    # Evaluation examples are never packed.
+    chat = ", chat" if settings.get("chat") else ""
+    return f"at most {settings['max_length']} tokens of {settings['model']}{chat}"
+
+
+def dataset_of(name: str) -> str:
+    """One spelling for a path that can be written in several ways; other names as they are."""
+    path = Path(name).expanduser()
+    if not path.exists():
+        return name
+    path, here = path.resolve(), Path.cwd().resolve()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def load_runs(folders: Sequence[Path]) -> list[Run]:

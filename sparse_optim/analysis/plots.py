@@ -31,7 +31,7 @@ LISTED_LAYERS = 8  # more layers have a scale of colours instead of a legend
 SHOWN_MODULES = 7  # in the picture of growth; the rest is added up
 OTHERS = "#c9cdd2"
 LABELLED_LAYERS = 16  # with more, numbers in the cells would not be legible
-LABELLED_TICKS = 40  # at most so many layers have their number below a heat map
+LABELLED_TICKS = 40  # a heat map has numbers below at most this many layers
 WIDEST = 14.0  # inches of a heat map
 
 

@@ -47,8 +47,9 @@ def analyse(
 
     --json prints {"runs": [...], "pictures": [paths]}. Each run has name, folder, method, budget,
     data (null without a metrics.json), step, active, tensors, tensors_reached, entropy,
-    maximum_entropy (nats), metric ({name, value}, or null) and modules ({name: active entries},
-    largest first).
+    maximum_entropy (nats), metric ({name, value, step}, or null) and modules ({name: active
+    entries}, largest first). All are of the last step, but metric is of the model that was kept:
+    with --best of the best evaluation, else of the last.
     """
     with one_line_errors():
         found = load_analysed(runs, metric)
@@ -64,24 +65,39 @@ def analyse(
             print_line(f"{run.name}: most entries in {', '.join(top_modules(run.record))}")
         for run in found:
             if not run.evaluations:
-                print_line(f"{run.name}: not in metric.png, for it was never evaluated")
+                print_line(f"{run.name}: not in metric.png, because it was never evaluated")
         print_line(f"{folder}: {', '.join(written)}")
 
 
 @dataclass(frozen=True)
 class Analysed:
-    """A run: its record, the metric to draw, and its data ("" without a metrics.json)."""
+    """A run: its record, the metric to draw, and what its metrics.json says.
+
+    Attributes:
+        data: that it was evaluated on; "" without a metrics.json.
+        kept: step of the evaluation whose model was kept; None: the last one.
+    """
 
     name: str
     folder: Path
     record: AllocationRecord
     metric: str
     data: str
+    kept: int | None
 
     @property
     def evaluations(self) -> list[tuple[int, int, float]]:
         """(step, active entries, value) of the metric."""
         return self.record.evaluations(self.metric)
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """Name, value and step of the metric of the model that was kept; None: not evaluated."""
+        values = {step: value for step, _, value in self.evaluations}
+        if not values:
+            return None
+        step = self.kept if self.kept in values else max(values)
+        return {"name": self.metric, "value": values[step], "step": step}
 
 
 def load_analysed(folders: Sequence[Path], metric: str | None) -> list[Analysed]:
@@ -104,17 +120,21 @@ def load_analysed(folders: Sequence[Path], metric: str | None) -> list[Analysed]
             raise RecordError(
                 f"--metric: {name} has no {chosen!r}; it recorded {', '.join(sorted(known))}"
             )
-        found.append(Analysed(name, folder, record, chosen, data_of(name, folder)))
+        found.append(Analysed(name, folder, record, chosen, *kept_of(name, folder)))
     return found
 
 
-def data_of(name: str, folder: Path) -> str:
-    """The data that a run was evaluated on; "" for a folder that `finetune` did not write."""
+def kept_of(name: str, folder: Path) -> tuple[str, int | None]:
+    """The data that a run was evaluated on, and the step of the model that was kept.
+
+    ("", None) for a folder that `finetune` did not write; no step if an earlier version wrote it.
+    """
     from sparse_optim.analysis.compare import METRICS_FILE, read_metrics, run_of
 
     if not (folder / METRICS_FILE).exists():
-        return ""
-    return run_of(name, folder, read_metrics(folder)).data.place
+        return "", None
+    metrics = read_metrics(folder)
+    return run_of(name, folder, metrics).data.place, metrics["metric"].get("step")
 
 
 def draw(runs: Sequence[Analysed], folder: Path) -> list[str]:
@@ -146,9 +166,8 @@ def draw(runs: Sequence[Analysed], folder: Path) -> list[str]:
 
 
 def as_row(run: Analysed) -> dict[str, Any]:
-    """The state of a run at its end, as JSON values."""
+    """The state of a run at its last step, and its result, as JSON values."""
     record, last = run.record, run.record.snapshots[-1]
-    value = {"name": run.metric, "value": run.evaluations[-1][2]} if run.evaluations else None
     return {
         "name": run.name,
         "folder": str(run.folder),
@@ -161,7 +180,7 @@ def as_row(run: Analysed) -> dict[str, Any]:
         "tensors_reached": sum(count > 0 for count in last.active),
         "entropy": record.sparsity_entropy()[-1],
         "maximum_entropy": math.log(len(record.tensors)),
-        "metric": value,
+        "metric": run.result,
         "modules": module_totals(record),
     }
 
@@ -177,7 +196,9 @@ def summary(runs: Sequence[Analysed]) -> Table:
         table.add_column(heading, justify="right")
     for run in runs:
         row = as_row(run)
-        value = "-" if row["metric"] is None else f"{row['metric']['value']:.4f}"
+        value = "-" if run.result is None else f"{run.result['value']:.4f}"
+        if run.result is not None and run.result["step"] != row["step"]:
+            value += f" (step {run.result['step']})"
         table.add_row(
             plain(run.name),
             plain(run.record.method),

@@ -42,9 +42,10 @@ def compare(
     table and a panel each. Settings that differ between runs are shown.
 
     --json prints {"runs": [...], "picture": path}. Each run has name, folder, method, data
-    (dataset, dataset_config, split, held_out, examples, metric, tokens), settings, value (of the
-    metric, at the end), active_entries, parameters, state_bytes, step_ms, update_ms, delta_bytes,
-    verified and evaluations (pairs of step and value).
+    (dataset, dataset_config, split, examples, metric, tokens), settings, value (the metric of the
+    model that was kept: with --best of the best evaluation, else of the last), active_entries,
+    parameters, state_bytes, step_ms, update_ms, delta_bytes, verified and evaluations (pairs of
+    step and value).
     """
     with one_line_errors():
         from sparse_optim.analysis.compare import load_runs

@@ -22,7 +22,7 @@ from sparse_optim.finetune.errors import FinetuneError
 
 BEST_FILE = "best.safetensors"  # in a checkpoint
 NOTE = "best_so_far"  # in the delta's `method`, in that file alone
-LOWER_IS_BETTER = frozenset({"loss", "perplexity", "token_loss", "rmse"})
+LOWER_IS_BETTER = frozenset({"perplexity", "token_loss", "rmse"})
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ class BestModel(TrainerCallback):
 
     Args:
         metric: name without its 'eval_' prefix.
-        patience: stop after so many evaluations in a row that are not better; None: never.
+        patience: number of evaluations in a row without a better value before training stops; None:
+            never stop.
         read: returns the active entries and the delta of the training so far.
 
     Attributes:
@@ -72,6 +73,12 @@ class BestModel(TrainerCallback):
         sign = -1 if self.metric in LOWER_IS_BETTER else 1
         return sign * value > sign * self.kept.value
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Stop at once if the run that is resumed had stopped early."""
+        self._stop_if_patience_is_over(state, control)
+
     def on_evaluate(
         self,
         args: TrainingArguments,
@@ -87,6 +94,9 @@ class BestModel(TrainerCallback):
             self.waited = 0
             return
         self.waited += 1
+        self._stop_if_patience_is_over(state, control)
+
+    def _stop_if_patience_is_over(self, state: TrainerState, control: TrainerControl) -> None:
         if self.patience is not None and self.waited >= self.patience:
             self.stopped = state.global_step < state.max_steps
             control.should_training_stop = True

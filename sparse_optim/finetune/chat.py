@@ -9,8 +9,8 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from sparse_optim.finetune.errors import FinetuneError
+from sparse_optim.finetune.messages import Message
 
-Message = dict[str, str]
 GENERATION = re.compile(r"\{%-?\s*generation\b")  # a template that marks the assistant's turns
 
 

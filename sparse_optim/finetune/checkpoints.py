@@ -20,9 +20,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import rotate_checkpoints
 
 from sparse_optim.files import replacing
+from sparse_optim.finetune.builtin_data import DATASETS
 from sparse_optim.finetune.config import FinetuneConfig, option
+from sparse_optim.finetune.defaults import resolved
 from sparse_optim.finetune.errors import FinetuneError
 from sparse_optim.finetune.processes import wait_for_all
+from sparse_optim.finetune.tasks import TASKS
 
 MANIFEST = "manifest.json"
 PIECE_BYTES = 1 << 24
@@ -38,6 +41,7 @@ FREE = frozenset(
 # But they decide which evaluation is the best.
 JUDGES = frozenset({"metric", "eval_every", "eval_split", "max_eval_examples"})
 PLACES = ("model", "dataset")  # may be given as a path, which may have moved
+FILLED = ("lr", "adam_eps", "budget", "max_length")  # None: the default of the method or task
 
 
 class ManifestWriter(TrainerCallback):
@@ -144,16 +148,43 @@ def find_problem(folder: Path, config: FinetuneConfig) -> str | None:
     theirs, ours = record.get("config"), comparable(config)
     if not isinstance(theirs, dict):
         return f"it is damaged: {MANIFEST} is not what was saved"
-    # An earlier version did not have every setting: it trained as the default does.
-    defaults = {field.name: field.default for field in dataclasses.fields(config)}
-    theirs = json.loads(json.dumps(defaults, default=str)) | theirs
-    differing = [name for name in ours if theirs[name] != ours[name]]
-    if differing:
-        name = differing[0]
+    theirs = completed(theirs, config)
+    for name in ours:
+        if theirs[name] == ours[name] or (name == "max_length" and may_be_equal(theirs, ours)):
+            continue
         return (
             f"it is of another job: {option(name)} was {theirs[name]!r}, now it is {ours[name]!r}"
         )
     return None
+
+
+def completed(theirs: dict[str, Any], config: FinetuneConfig) -> dict[str, Any]:
+    """The settings of a manifest, with those that an earlier version lacked or left at None."""
+    missing = {field.name: field.default for field in dataclasses.fields(config)}
+    if config.method == "id3":
+        missing["every"] = 1  # before there was a choice
+    values: dict[str, Any] = json.loads(json.dumps(missing, default=str)) | theirs
+    unset = dataclasses.replace(config, lr=None, adam_eps=None, budget=None, max_length=None)
+    for name, default in comparable(unset).items():
+        if name in FILLED and values[name] is None:
+            values[name] = default
+    return values
+
+
+def may_be_equal(theirs: dict[str, Any], ours: dict[str, Any]) -> bool:
+    """Whether one --max-length is None, and the other one a default that None may stand for.
+
+    The default depends on the task, which may not be known before the data is loaded. Then
+    `check_inputs` compares the tokenised training examples. It does not compare those of the
+    evaluation, so with --best a number is never equal to None.
+    """
+    lengths = {theirs["max_length"], ours["max_length"]}
+    judges = "eval_split" in ours
+    return (
+        not judges
+        and None in lengths
+        and lengths <= {None, *(task.max_length for task in TASKS.values())}
+    )
 
 
 def advice(folder: Path, config: FinetuneConfig) -> str:
@@ -186,9 +217,17 @@ def read_record(file: Path) -> dict[str, Any]:
 
 
 def comparable(config: FinetuneConfig) -> dict[str, Any]:
-    """The settings that determine what is trained, as JSON gives them back."""
+    """The settings that determine what is trained, as JSON gives them back.
+
+    Defaults of the method are filled in, and those of the task if it is known without the data.
+    """
     free = FREE - JUDGES if config.keeps_best else FREE
-    values = {name: value for name, value in dataclasses.asdict(config).items() if name not in free}
+    used = dataclasses.asdict(resolved(config))
+    values = {name: value for name, value in used.items() if name not in free}
+    builtin = DATASETS.get(config.dataset)
+    task = config.task or (None if builtin is None else builtin.task)
+    if task is not None:
+        values["max_length"] = config.max_length or TASKS[task].max_length
     for name in PLACES:
         if Path(values[name]).expanduser().exists():
             values[name] = Path(values[name]).expanduser().resolve().name

@@ -81,12 +81,17 @@ def guess_task(
 
     Args:
         found: column names of the data set.
-        label_kind: "list", "float" or "class"; None: there is no label column.
+        label_kind: "list", "float", "text" or "class"; None: there is no label column.
         chosen: columns that the user named.
         words: whether the text is lists of words.
     """
     generates = first(MESSAGES, found) if chosen.text is None else None
-    if label_kind is None or (chosen.label is None and (generates or first_pair(PROMPTS, found))):
+    prompts = first_pair(prompts_with(chosen), found)
+    if label_kind is None or (chosen.label is None and (generates or prompts)):
+        return "causal-lm"
+    # Naming the responses changes no guess, unless they may be the classes of a pair of texts.
+    is_pair = chosen.text_pair is not None or first_pair(TEXT_PAIRS, found) is not None
+    if label_kind == "text" and prompts and not is_pair:
         return "causal-lm"
     if label_kind == "list":
         return "token-classification" if words else "multi-label-classification"
@@ -145,18 +150,35 @@ def guess_columns(found: Sequence[str], task: str, chosen: Columns) -> Columns:
 
 def resolve_causal(found: Sequence[str], chosen: Columns) -> Columns:
     """A conversation, an instruction with its context, prompt and response, or one text column."""
-    if chosen == Columns():
-        messages, pair = first(MESSAGES, found), first_pair(PROMPTS, found)
-        if messages is not None:
-            return Columns(messages)
-        if pair is not None:
-            context = first(CONTEXTS, found) if spelling(pair[0]) == INSTRUCTION else None
-            return Columns(pair[0], context, pair[1])
-    if chosen.text_pair is not None and chosen.label is None:
-        raise FinetuneError("--text-pair-column of causal-lm needs --label-column (the responses)")
-    prompts = tuple(prompt for prompt, _ in PROMPTS) if chosen.label is not None else ()
-    text = chosen.text or first(prompts + TEXTS, found)
-    return required(found, Columns(text, chosen.text_pair, chosen.label), "text", None)
+    messages = first(MESSAGES, found)
+    if chosen == Columns() and messages is not None:
+        return Columns(messages)
+    prompt, response = first_pair(prompts_with(chosen), found) or (None, None)
+    text, label = chosen.text or prompt, chosen.label or response
+    if label is None:
+        if chosen.text_pair is not None:
+            raise FinetuneError(
+                "--text-pair-column of causal-lm needs --label-column (the responses)"
+            )
+        return required(found, Columns(text or first(TEXTS, found)), "text", None)
+    text = text or first([*(prompt for prompt, _ in PROMPTS), *TEXTS], found)
+    context = chosen.text_pair or context_of(text, found, label)
+    return required(found, Columns(text, context, label), "text", None)
+
+
+def prompts_with(chosen: Columns) -> list[tuple[str, str]]:
+    """The pairs of a prompt and its response that have the columns that the user named."""
+
+    def fits(name: str, column: str | None) -> bool:
+        return column is None or spelling(column) == name
+
+    return [pair for pair in PROMPTS if fits(pair[0], chosen.text) and fits(pair[1], chosen.label)]
+
+
+def context_of(text: str | None, found: Sequence[str], label: str) -> str | None:
+    """The column with what an instruction refers to; None: no instruction, or no such column."""
+    others = [name for name in found if name not in (text, label)]
+    return first(CONTEXTS, others) if spelling(text or "") == INSTRUCTION else None
 
 
 def required(

@@ -120,7 +120,7 @@ class FinetuneConfig:
     )
     every: int = _selection(
         DEFAULT_EVERY,
-        "id3: unmask at every so many-th step alone; the others are faster (1: the paper's ID3).",
+        "id3: unmask only at every N-th step; the steps between are faster (1: the paper's ID3).",
     )
     bias_correction: Literal["entry", "global"] = _selection(
         "entry", "Count Adam's steps from the unmasking of an entry, or from the start (global)."

@@ -117,7 +117,7 @@ def load_data(request: DataRequest) -> TaskData:
         evaluation = read(splits[eval_split], eval_split)
     else:
         fraction = request.eval_fraction or DEFAULT_FRACTION
-        eval_split = f"{fraction:.3g} of train"
+        eval_split = f"held-out {100 * fraction:.3g}% of train"
         classes = class_names(train) if task == "sequence-classification" else None
         train, evaluation = hold_out(train, fraction, classes)
     train = take_some(train, request.max_train_examples)
@@ -167,11 +167,14 @@ def infer_task(train: Dataset, request: DataRequest) -> str:
 
 
 def label_kind(split: Dataset, column: str) -> str:
-    """ "list", "float" or "class"."""
+    """ "list", "float", "text" or "class"."""
     feature = split.features[column]
     if isinstance(feature, (List, list)):
         return "list"
-    return "float" if str(getattr(feature, "dtype", "")).startswith("float") else "class"
+    dtype = str(getattr(feature, "dtype", ""))
+    if "string" in dtype:
+        return "text"
+    return "float" if dtype.startswith("float") else "class"
 
 
 def canonical(

@@ -7,12 +7,15 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_from_disk
+from datasets.data_files import SPLIT_KEYWORDS, DataFilesDict, get_data_patterns
 
 from sparse_optim.finetune.errors import FinetuneError
 from sparse_optim.finetune.hub import DATA_SUFFIXES
 
-SPLIT_NAME = re.compile("(train|validation|test)(_[a-z]+)?")  # with MNLI's validation_matched
+SPLITS = {word: str(split) for split, words in SPLIT_KEYWORDS.items() for word in words}
+SPLIT_NAME = re.compile(f"({'|'.join(SPLITS)})(_[a-z]+)?")  # with MNLI's validation_matched
+CARD_CONFIGS = re.compile("^configs:", re.MULTILINE)  # in a README.md that assigns files to splits
 TSV_FIELD = r'("([^"]|"")*"|[^"\t][^\t]*|)'
 TSV_LINE = re.compile(f"{TSV_FIELD}(\t{TSV_FIELD})*")
 QUOTED = re.compile('"[^"]*"')
@@ -43,14 +46,46 @@ def load_folder(path: Path) -> DatasetDict:
         raise FinetuneError(f"{path} has no data file ({known})")
     # `load_dataset` would take validation_matched and validation_mismatched for one split.
     files = [file for file in sorted(path.iterdir()) if file.suffix.lower() in DATA_SUFFIXES]
-    stems = {file.stem for file in files}
-    if len(stems) < len(files) or not all(SPLIT_NAME.fullmatch(stem) for stem in stems):
-        return load_dataset(str(path))
+    named = {name: file for file in files if (name := split_of(file)) is not None}
+    if not named or len(named) < len(files):
+        return load_any_names(path)
     splits: dict[str, Dataset] = {}
     for suffix in sorted({file.suffix.lower() for file in files}):
-        alike = {file.stem: file for file in files if file.suffix.lower() == suffix}
+        alike = {name: file for name, file in named.items() if file.suffix.lower() == suffix}
         splits |= read_files(alike, suffix)
     return DatasetDict(splits)
+
+
+def split_of(file: Path) -> str | None:
+    """The split that a file's name means ("dev.csv": validation); None if it means none."""
+    match = SPLIT_NAME.fullmatch(file.stem.lower())
+    return None if match is None else SPLITS[match[1]] + (match[2] or "")
+
+
+def load_any_names(path: Path) -> DatasetDict:
+    """Load a folder in which `datasets` finds the files of each split, by its own rules.
+
+    It would also read them, but CSV and TSV files not as `read_table` does.
+    """
+    card = path / "README.md"
+    if card.exists() and CARD_CONFIGS.search(card.read_text(errors="replace")):
+        return load_dataset(str(path))
+    found = DataFilesDict.from_patterns(get_data_patterns(str(path)), base_path=str(path))
+    splits = {
+        str(name): [file for file in map(Path, files) if file.suffix.lower() in DATA_SUFFIXES]
+        for name, files in found.items()
+    }
+    if {file.suffix.lower() for files in splits.values() for file in files} - SEPARATORS.keys():
+        return load_dataset(str(path))
+    return DatasetDict(
+        {
+            name: concatenate_datasets(
+                [read_files({name: file}, file.suffix.lower())[name] for file in files]
+            )
+            for name, files in splits.items()
+            if files
+        }
+    )
 
 
 def read_files(files: Mapping[str, Path], suffix: str) -> DatasetDict:

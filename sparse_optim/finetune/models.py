@@ -187,7 +187,7 @@ def load_bare_model(source: ModelSource, task: str | None, dtype: str) -> PreTra
         model: PreTrainedModel = getattr(transformers, name).from_pretrained(
             source.location, **source.gguf, dtype=DTYPES[dtype]
         )
-    except Exception as error:  # as in `load_model`
+    except Exception as error:  # as in `load_base_model`
         raise hub_error("model", source.name, MODELS, error) from error
     return model
 

@@ -19,6 +19,8 @@ from transformers import DataCollatorForTokenClassification, PreTrainedTokenizer
 from sparse_optim.finetune.encode import IGNORED
 from sparse_optim.finetune.errors import FinetuneError
 
+POSITIONS = "position_ids"  # a column that packed rows alone have
+
 
 def pack(examples: Dataset, max_length: int) -> Dataset:
     """Fill rows of at most `max_length` tokens with whole examples, in order.
@@ -44,7 +46,7 @@ class PadGeneration:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Tensor]:
         """A batch; padding of packed rows has positions of its own, so it is no one's context."""
-        if "position_ids" not in rows[0]:
+        if POSITIONS not in rows[0]:
             batch: Mapping[str, Tensor] = self.single(list(rows))
             return batch
         fill = {"input_ids": self.pad, "position_ids": 0, "labels": IGNORED}

@@ -17,6 +17,7 @@ from rich.progress import (
 from rich.table import Column
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from sparse_optim.finetune.packing import POSITIONS
 from sparse_optim.finetune.readings import usage_of
 from sparse_optim.finetune.summary import describe_run, show
 
@@ -39,6 +40,7 @@ class Announcer(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         optimizer: Any = None,
+        train_dataloader: Any = None,
         **_: Any,
     ) -> None:
         """Print it."""
@@ -47,7 +49,9 @@ class Announcer(TrainerCallback):
         device = str(args.device)
         if args.world_size > 1:
             device = f"{args.device.type} ({args.world_size} processes)"
-        rows = describe_run(usage, batch, state.max_steps, device)
+        is_packed = POSITIONS in train_dataloader.dataset.column_names
+        examples = "rows of packed examples" if is_packed else "examples"
+        rows = describe_run(usage, f"{batch:,} {examples}", state.max_steps, device)
         show(self.console, rows)
 
 

@@ -9,6 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
+from transformers import PreTrainedTokenizerBase
+
 from sparse_optim.files import strict_json
 from sparse_optim.finetune.config import FinetuneConfig
 from sparse_optim.finetune.data import TaskData
@@ -76,9 +78,13 @@ def collect(
 
 
 def used_values(config: FinetuneConfig, trainer: JobTrainer, data: TaskData) -> dict[str, Any]:
-    """The values that the run used, with nothing left to a default."""
+    """The values that the run used, with nothing left to a default.
+
+    `train_rows` are what `batch_size` counts: examples, or with packing rows of several examples.
+    """
     filled, usage = resolved(config), usage_of(trainer.raw_optimizer)
-    args, examples = trainer.args, cast(Sized, trainer.train_dataset)
+    args, rows = trainer.args, cast(Sized, trainer.train_dataset)
+    tokenizer = cast(PreTrainedTokenizerBase, trainer.processing_class)
     return {
         "lr": filled.lr,
         "head_lr": config.head_lr or filled.lr,
@@ -100,8 +106,9 @@ def used_values(config: FinetuneConfig, trainer: JobTrainer, data: TaskData) -> 
         "warmup_steps": args.get_warmup_steps(trainer.state.max_steps),
         "batch_size": args.train_batch_size,
         "accumulation": args.gradient_accumulation_steps,
-        "train_examples": len(examples),
+        "train_rows": len(rows),
         "max_length": config.max_length or TASKS[data.task].max_length,
+        "chat": "messages" in data.train.column_names and tokenizer.chat_template is not None,
         "eval_every": args.eval_steps,
         "columns": dataclasses.asdict(data.columns),
         "train_split": config.train_split,

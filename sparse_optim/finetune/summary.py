@@ -107,7 +107,7 @@ def describe_data(data: TaskData) -> Rows:
     """Splits, columns and task, with the columns and labels that were recognised."""
     yield (
         "splits",
-        f"{len(data.train):,} examples to train on, {len(data.evaluation):,} to evaluate "
+        f"loaded {len(data.train):,} examples to train on, {len(data.evaluation):,} to evaluate "
         f"({data.eval_split})",
     )
     named = {
@@ -121,12 +121,12 @@ def describe_data(data: TaskData) -> Rows:
     yield "task", data.task + (f", {len(names)} labels: {some}" if names else "")
 
 
-def describe_run(usage: Usage, batch: int, steps: int, device: str) -> Rows:
+def describe_run(usage: Usage, batch: str, steps: int, device: str) -> Rows:
     """What is trained and how.
 
     Args:
         usage: read from the optimizer.
-        batch: examples of an optimizer step, of all processes.
+        batch: what an optimizer step takes in all processes, such as "32 examples".
         steps: of the whole run.
         device: name of the device, and the number of processes if there are several.
     """
@@ -138,7 +138,7 @@ def describe_run(usage: Usage, batch: int, steps: int, device: str) -> Rows:
         parts.append(f"{usage.dense:,} entries densely")
     yield "trains", ", and ".join(parts)
     kernels = f"backend {usage.backend}, {usage.gradients} gradients"
-    yield "run", f"{steps:,} steps of {batch:,} examples on {device}, {kernels}"
+    yield "run", f"{steps:,} steps of {batch} on {device}, {kernels}"
 
 
 def counted(entries: int) -> str:

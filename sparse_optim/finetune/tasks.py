@@ -58,16 +58,6 @@ class Task:
     max_length: int = 128
     eval_batch_size: int = 64
 
-    def encode(
-        self, split: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int
-    ) -> Dataset:
-        """Tokenise examples, without those that have nothing to learn from.
-
-        Raises:
-            FinetuneError: no example is left, or the tokenizer cannot be used.
-        """
-        return self.encode_counted(split, tokenizer, max_length).examples
-
     def check_metric(self, metric: str | None) -> str:
         """The metric to report.
 

@@ -14,7 +14,7 @@ from sparse_optim.finetune.errors import FinetuneError
 from sparse_optim.finetune.hub import did_you_mean
 from sparse_optim.methods import METHODS
 
-# They score by calibration passes, which each process runs on examples of its own.
+# They score by calibration passes, which each process runs on different examples.
 ONE_PROCESS = frozenset({"fish", "child-tuning-d", "sparse-adapter"})
 
 

@@ -33,7 +33,7 @@ class IncrementalMaskedAdamW(MaskedAdamW):
         schedule: `Uniform()`, `Linear()`, `Warmup(share, steps)`, or a function that maps a step to
             the number of entries unmasked so far.
         unmask_steps: spend the budget in this many steps (default: `total_steps`).
-        every: unmask at every so many-th call alone; see `Increment`.
+        every: unmask only at every N-th call; see `Increment`.
         max_grad_norm, norm, bias_correction, backend, maximize: as in `MaskedAdamW`.
         foreach, capturable, differentiable, fused, fuse_backward: as in `MaskedAdamW`.
         model, sampled_backward: as in `MaskedAdamW`.

@@ -88,8 +88,8 @@ class Increment:
         total_steps: optimizer steps of the whole run.
         schedule: how the budget is spread over the steps.
         unmask_steps: spend the budget within this many first steps (default: all of them).
-        every: unmask at every so many-th call alone, the first one included, what the schedule asks
-            for until the next of them. With `sampled_backward=True` the calls between cost no
+        every: unmask only at every N-th call, the first one included, what the schedule asks for
+            until the next of them. With `sampled_backward=True` the calls between cost no
             weight gradients.
 
     Raises:

@@ -410,10 +410,29 @@ def test_the_json_has_what_the_table_has(tmp_path):
     printed = json.loads(result.stdout)
     (run,) = printed["runs"]
     assert run["modules"] == {"embed": 6, "a": 4, "b": 2}
-    assert run["metric"] == {"name": "accuracy", "value": 0.75}
+    assert run["metric"] == {"name": "accuracy", "value": 0.75, "step": 10}
     assert (run["active"], run["tensors_reached"], run["tensors"], run["data"]) == (12, 3, 5, None)
     assert all(Path(picture).is_file() for picture in printed["pictures"])
     assert len(printed["pictures"]) == 4
+
+
+def test_the_metric_is_that_of_the_model_that_was_kept(tmp_path):
+    """A run with --best: its last evaluation is not its result."""
+    folder = write(tmp_path / "run", make_record())
+    numbers = "active_entries state_bytes step_ms update_ms delta_bytes verified steps"
+    metrics: dict[str, object] = dict.fromkeys(numbers.split(), 0)
+    settings = dict.fromkeys(["dtype", "batch_size", "max_length", "lr", "seed"])
+    metrics |= {"config": settings | {"model": "m", "dataset": "d", "method": "id3"}}
+    metrics |= {"metric": {"name": "accuracy", "value": 0.5, "step": 5}, "device": "cpu"}
+    metrics |= {"data": {"eval_split": "test", "eval_examples": 9}, "evaluations": []}
+    metrics |= {"model": {"parameters": 9}}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    (run,) = json.loads(analyse(folder, "--json").stdout)["runs"]
+    assert run["metric"] == {"name": "accuracy", "value": 0.5, "step": 5}
+    assert run["step"] == 10
+    assert "0.5000 (step 5)" in analyse(folder).output
+    (run,) = json.loads(analyse(folder, "--json", "--metric", "loss").stdout)["runs"]
+    assert run["metric"] == {"name": "loss", "value": 2.0, "step": 5}
 
 
 def test_runs_of_the_same_name_are_told_apart_by_their_paths(tmp_path):
@@ -430,7 +449,7 @@ def test_a_run_without_evaluations_has_no_metric_picture(tmp_path):
     result = analyse(write(tmp_path / "run", record))
     assert result.exit_code == 0, result.output
     assert "metric.png" not in pictures(tmp_path / "run" / "analysis")
-    assert "run: not in metric.png, for it was never evaluated" in result.output
+    assert "run: not in metric.png, because it was never evaluated" in result.output
 
 
 def test_errors_are_one_line_with_an_exit_code(tmp_path):

@@ -13,7 +13,7 @@ pytest.importorskip("typer", reason="the command needs the extra 'finetune'")
 from typer.testing import CliRunner
 
 from sparse_optim.analysis import comparison_plot
-from sparse_optim.analysis.compare import load_runs, table_of
+from sparse_optim.analysis.compare import groups_of, load_runs, table_of
 from sparse_optim.cli.main import app
 
 
@@ -22,6 +22,7 @@ def write(folder: Path, **changes: object) -> Path:
     config = {"model": "minilm", "dataset": "trec6", "method": "id3", "adapter": None}
     config |= {"dataset_config": None, "eval_fraction": None, "dtype": "float32"}
     config |= {"batch_size": 16, "max_length": 24, "seed": 0, "lr": None}
+    config |= {"packing": False, "chat": None}
     results = {
         "config": config | {name: changes.pop(name) for name in list(changes) if name in config},
         "metric": {"name": "accuracy", "value": 0.75},
@@ -76,7 +77,7 @@ def test_json_is_all_that_stdout_has(tmp_path):
     assert printed["picture"] == str(tmp_path / "all.svg")
     (found,) = printed["runs"]
     assert found["data"] == {
-        "dataset": "trec6", "dataset_config": None, "split": "test", "held_out": None,
+        "dataset": "trec6", "dataset_config": None, "split": "test",
         "examples": 100, "metric": "accuracy", "tokens": "",
     }  # fmt: skip
     assert (found["name"], found["value"], found["verified"]) == ("id3", 0.75, None)
@@ -97,10 +98,10 @@ def test_settings_that_differ_have_a_column(tmp_path):
     "other",
     [
         {"dataset": "sst2"},
-        {"eval_fraction": 0.2},
+        {"data": {"eval_split": "held-out 20% of train", "eval_examples": 100}},
         {"data": {"eval_split": "test", "eval_examples": 50}},
         {"metric": {"name": "f1", "value": 0.75}},
-        {"task": "causal-lm", "used": {"max_length": 512}},
+        {"task": "causal-lm"},
     ],
 )
 def test_other_data_or_another_metric_is_never_joined(tmp_path, monkeypatch, other):
@@ -113,6 +114,46 @@ def test_other_data_or_another_metric_is_never_joined(tmp_path, monkeypatch, oth
     curves = [axes for axes in figures[0].axes if axes.get_xlabel() == "step"]
     names = [[line.get_label() for line in axes.lines] for axes in curves]
     assert names == [["a", "b"], ["c"]]
+
+
+TEXT = {"task": "causal-lm", "metric": {"name": "perplexity", "value": 4.0}}
+LENGTH = {"max_length": 512}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "together"),
+    [
+        ({"model": "gpt2"}, {"model": "qwen"}, False),  # other tokens, another perplexity
+        ({"used": LENGTH}, {"used": {"max_length": 64}}, False),
+        ({"used": {"chat": False}}, {"used": {"chat": True}}, False),
+        ({"used": {"chat": True}, "chat": True}, {"used": {"chat": True}}, True),
+        ({"packing": True}, {"packing": False}, True),  # evaluation is never packed
+    ],
+)
+def test_which_language_models_are_compared(tmp_path, one, other, together):
+    runs = load_runs(
+        [
+            write(tmp_path / name, **TEXT, **{**changes, "used": LENGTH | changes.get("used", {})})
+            for name, changes in (("one", one), ("other", other))
+        ]
+    )
+    assert (len(groups_of(runs)) == 1) is together
+
+
+def test_a_held_out_share_is_said_once_however_it_was_asked_for(tmp_path):
+    data = {"data": {"eval_split": "held-out 10% of train", "eval_examples": 100}}
+    runs = [write(tmp_path / "a", **data), write(tmp_path / "b", **data, eval_fraction=0.1)]
+    (group,) = groups_of(load_runs(runs))
+    assert group.title == "accuracy on trec6 (held-out 10% of train, 100 examples)"
+
+
+def test_a_path_is_the_same_however_it_was_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("x.csv", "y.csv"):
+        Path(name).write_text("")
+    spellings = ("x.csv", "./x.csv", str(tmp_path / "x.csv"), "y.csv")
+    runs = [write(tmp_path / str(at), dataset=name) for at, name in enumerate(spellings)]
+    assert [run.data.dataset for run in load_runs(runs)] == ["x.csv"] * 3 + ["y.csv"]
 
 
 def test_every_run_has_a_colour_and_its_bars_have_it_too(tmp_path, monkeypatch):

@@ -58,7 +58,7 @@ app(["finetune", "-m", "minilm", "-d", "trec6", "-o", "/nowhere"], standalone_mo
     assert "id3, 1% of the entries, lr 0.0005" in shown
     assert shown.endswith("imported:\n")
     shown = run(code.format(slow=SLOW, last="quiet_libraries"))
-    assert "4,499 examples to train on, 881 to evaluate (test)" in shown
+    assert "loaded 4,499 examples to train on, 881 to evaluate (test)" in shown
     assert "6 labels: ABBR, DESC" in shown
     assert shown.endswith("imported: datasets\n")
 

@@ -192,3 +192,17 @@ def test_the_best_of_another_metric_is_refused(tmp_path):
     judged([0.5], "accuracy").on_save(arguments, state, TrainerControl())
     with pytest.raises(FinetuneError, match="was chosen by accuracy, now --metric is f1"):
         BestModel("f1", None, lambda: (0, Delta({}, {}))).restore(tmp_path / "checkpoint-3")
+
+
+def test_a_run_that_stopped_early_is_over_when_it_is_resumed(folders, tmp_path):
+    """The checkpoint of the step that stopped it trained on."""
+    job = {**RISING, "best": None, "patience": 1, "steps": 40, "save_every": 2}
+    whole = run(config(folders, tmp_path / "whole", "decoder", "generation", **job))
+    assert whole.metrics["stopped_early"] is True
+    last = tmp_path / "whole" / "checkpoints" / f"checkpoint-{whole.metrics['steps']}"
+    again = config(folders, tmp_path / "rest", "decoder", "generation", resume=last, **job)
+    rest = run(again)
+    for name in ("steps", "stopped_early", "metric", "evaluations"):
+        assert rest.metrics[name] == whole.metrics[name], name
+    deltas = [(result.output / "delta.safetensors").read_bytes() for result in (whole, rest)]
+    assert deltas[0] == deltas[1]

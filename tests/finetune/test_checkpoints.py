@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("transformers", reason="the job needs the extra 'finetune'")
 
 import yaml
-from finetune_jobs import config, make_folders
+from finetune_jobs import config, make_folders, write_checkpoint
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -111,7 +111,7 @@ def test_a_checkpoint_whose_saving_was_cut_short(folders, checkpoints, tmp_path)
         ({"method": "pafi"}, "--method was 'id3', now it is 'pafi'"),
         ({"dtype": "bfloat16"}, "--dtype was 'float32', now it is 'bfloat16'"),
         ({"steps": 9}, "--steps was 6, now it is 9"),
-        ({"lr": 1e-3}, "--lr was None, now it is 0.001"),
+        ({"lr": 1e-3}, "--lr was 0.0005, now it is 0.001"),
         ({"seed": 5}, "--seed was 0, now it is 5"),
     ],
 )
@@ -127,6 +127,25 @@ def test_settings_that_change_nothing_may_differ(folders, checkpoints, tmp_path)
     assert [row["step"] for row in metrics["evaluations"]] == [1, 2, 5, 6]
     assert (tmp_path / "out" / "checkpoints" / "checkpoint-5").exists()
     assert (tmp_path / "out" / "delta.safetensors").exists()
+
+
+def test_a_finished_run_takes_no_more_steps_when_it_is_resumed(folders, tmp_path):
+    """Its last checkpoint is within an epoch: the Trainer took a step 6 of 5."""
+    job = {"steps": 5, "save_every": 5}
+    run(config(folders, tmp_path / "one", "encoder", "sequence", **job))
+    last = tmp_path / "one" / "checkpoints" / "checkpoint-5"
+    resume(folders, last, tmp_path / "two", **job)
+    metrics, deltas = zip(
+        *(
+            (json.loads((folder / "metrics.json").read_text()), (folder / "delta.safetensors"))
+            for folder in (tmp_path / "one", tmp_path / "two")
+        ),
+        strict=True,
+    )
+    assert metrics[0]["steps"] == metrics[1]["steps"] == 5
+    assert metrics[0]["evaluations"] == metrics[1]["evaluations"]
+    assert deltas[0].read_bytes() == deltas[1].read_bytes()
+    assert not list((tmp_path / "two").glob("checkpoints/checkpoint-*"))
 
 
 def test_other_training_examples_are_refused(folders, checkpoints, tmp_path):
@@ -152,6 +171,46 @@ def test_a_setting_that_an_earlier_version_lacked_had_its_default(folders, check
     assert module.find_problem(checkpoints / "checkpoint-4", job) is None
     other = config(folders, tmp_path, "encoder", "sequence", save_every=2, dense=("bert.pooler",))
     assert "--dense was []" in module.find_problem(checkpoints / "checkpoint-4", other)
+
+
+@pytest.mark.parametrize(
+    ("saved", "settings", "problem"),
+    [
+        ({"every": "-"}, {"every": 1}, None),
+        ({"every": "-"}, {}, "--every was 1, now it is 16"),
+        ({"every": "-"}, {"method": "pafi"}, None),  # it has no such setting
+        ({"max_length": 128}, {"max_length": None}, None),
+        ({"max_length": None}, {"max_length": 1024}, None),  # the task may be causal-lm
+        ({"max_length": 128}, {"max_length": None, "task": "regression"}, None),
+        (
+            {"max_length": 128},
+            {"max_length": None, "task": "causal-lm"},
+            "--max-length was 128, now it is 1024",
+        ),
+        ({"max_length": 64}, {"max_length": None}, "--max-length was 64, now it is None"),
+        ({"max_length": 128}, {"max_length": 1024}, "--max-length was 128, now it is 1024"),
+        (
+            {"max_length": 128},
+            {"max_length": None, "best": True},
+            "--max-length was 128, now it is None",
+        ),
+        ({"lr": None, "adam_eps": None}, {"lr": 5e-4}, None),
+        ({"lr": None}, {"lr": 1e-4}, "--lr was 0.0005, now it is 0.0001"),
+        ({"lr": 5e-4}, {}, None),
+        ({"budget": None}, {"budget": 0.01}, None),
+    ],
+)
+def test_what_a_manifest_left_to_defaults_is_compared_by_value(
+    folders, tmp_path, saved, settings, problem
+):
+    job = config(folders, tmp_path / "out", "encoder", "sequence", **settings)
+    folder = write_checkpoint(tmp_path / "checkpoint-2", job)
+    record = json.loads((folder / "manifest.json").read_text())
+    record["config"] |= saved
+    kept = {name: value for name, value in record["config"].items() if value != "-"}
+    (folder / "manifest.json").write_text(json.dumps({**record, "config": kept}))
+    found = module.find_problem(folder, job)
+    assert found == (None if problem is None else f"it is of another job: {problem}")
 
 
 def test_last_is_the_newest_whole_checkpoint(folders, checkpoints, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("datasets", reason="the main job needs the extra 'finetune'")
 
 from sparse_optim.finetune.data import DataRequest, load_data
-from sparse_optim.finetune.data_files import find_separator, load_file
+from sparse_optim.finetune.data_files import find_separator, load_file, load_folder
 from sparse_optim.finetune.errors import FinetuneError
 
 ROWS = [("one, two", "yes"), ("three", "no"), ('say "so"', "yes"), ("five", "no")]
@@ -74,3 +74,51 @@ def test_splits_of_a_folder_may_have_different_separators(tmp_path):
     (tmp_path / "test.csv").write_text("text,label\nc,x\n")
     data = load_data(DataRequest(str(tmp_path)))
     assert (data.train["text"][:], data.evaluation["text"][:]) == (["a", "b"], ["c"])
+
+
+@pytest.mark.parametrize("name", ["dev", "valid", "val", "validation", "Dev", "eval", "testing"])
+def test_other_names_of_splits_are_read_by_the_same_rules(tmp_path, name):
+    """Their folder was read as comma-separated, and "None" as a missing value."""
+    (tmp_path / "train.csv").write_text("text;label\nNone;x\nNA;y\n")
+    (tmp_path / f"{name}.tsv").write_text('text\tlabel\n"quoted\tx\n')
+    data = load_data(DataRequest(str(tmp_path)))
+    assert data.eval_split == ("test" if name in ("eval", "testing") else "validation")
+    assert (data.train["text"][:], data.evaluation["text"][:]) == (["None", "NA"], ['"quoted'])
+
+
+def test_suffixes_of_splits_are_kept(tmp_path):
+    for name in ("train", "dev_matched", "dev_mismatched"):
+        (tmp_path / f"{name}.csv").write_text(f"text,label\n{name},x\nb,y\n")
+    splits = load_folder(tmp_path)
+    assert sorted(splits) == ["train", "validation_matched", "validation_mismatched"]
+    assert splits["validation_mismatched"]["text"][0] == "dev_mismatched"
+
+
+@pytest.mark.parametrize(
+    ("names", "splits"),
+    [
+        (["reviews.csv"], ["train"]),
+        (["data/train.csv", "data/test.csv"], ["test", "train"]),
+        (["train-0.csv", "train-1.csv", "my-dev.csv"], ["train", "validation"]),
+        (["dev.csv", "validation.csv", "train.csv"], ["train", "validation"]),
+    ],
+)
+def test_tables_of_any_name_are_read_by_the_same_rules(tmp_path, names, splits):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"text;label\nNone;x\n{name};y\n")
+    (tmp_path / "README.md").write_text("# Some data\n")
+    loaded = load_folder(tmp_path)
+    assert sorted(loaded) == splits
+    texts = [text for split in loaded.values() for text in split["text"]]
+    assert sorted(texts) == sorted([*names, *["None"] * len(names)])
+
+
+def test_a_card_that_assigns_files_to_splits_is_followed(tmp_path):
+    (tmp_path / "a.csv").write_text("text,label\na,x\n")
+    (tmp_path / "b.csv").write_text("text,label\nb,x\n")
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n"
+        "    path: a.csv\n  - split: test\n    path: b.csv\n---\n"
+    )
+    assert sorted(load_folder(tmp_path)) == ["test", "train"]

@@ -63,6 +63,48 @@ def test_alpaca_input_and_its_missing_values(tmp_path):
     assert sorted(asked) == ["Add\n\n1 and 2", "Go", "Stop"]
 
 
+ALPACA = {"instruction": "a", "input": "b", "output": "c"}
+INSTRUCTION = Columns("instruction", "input", "output")
+ANSWERS = {"question": "a", "answer": "b"}
+
+
+@pytest.mark.parametrize(
+    ("columns", "chosen", "expected"),
+    [
+        (ANSWERS, Columns("question"), Columns("question", None, "answer")),
+        (ANSWERS, Columns(label="Answer"), Columns("question", None, "answer")),
+        (ALPACA, Columns("instruction"), INSTRUCTION),
+        (ALPACA, Columns(label="output"), INSTRUCTION),
+        (ALPACA, Columns("instruction", None, "output"), INSTRUCTION),
+        (ALPACA, Columns(None, "input"), INSTRUCTION),
+        (ALPACA, Columns("input"), Columns("input", None, "output")),
+        ({**ALPACA, "mine": "d"}, Columns(label="mine"), Columns("instruction", "input", "mine")),
+        ({**ANSWERS, "body": "c"}, Columns("body"), Columns("body")),
+    ],
+)
+def test_a_column_that_is_named_does_not_lose_its_pair(tmp_path, columns, chosen, expected):
+    """A prompt was trained on without its response; Alpaca's `input` was dropped."""
+    path = write_jsonl(tmp_path / "set.jsonl", rows_of(columns))
+    assert load_data(DataRequest(path, task="causal-lm", columns=chosen)).columns == expected
+    if chosen.label != "mine":  # it may be a class
+        data = load_data(DataRequest(path, columns=chosen))
+        assert (data.task, data.columns) == ("causal-lm", expected)
+
+
+@pytest.mark.parametrize(
+    ("columns", "chosen"),
+    [
+        ({"question": "a", "answer": (0, 1)}, Columns(label="answer")),
+        ({"question": "a", "passage": "b", "answer": ("x", "y")}, Columns(label="answer")),
+        ({"question": "a", "why": "b", "answer": ("x", "y")}, Columns("question", "why", "answer")),
+        ({"review": "a", "prompt": "b", "response": "c", "label": (0, 1)}, Columns("review")),
+    ],
+)
+def test_classes_are_not_taken_for_responses(tmp_path, columns, chosen):
+    path = write_jsonl(tmp_path / "set.jsonl", rows_of(columns))
+    assert load_data(DataRequest(path, columns=chosen)).task == CLASSES
+
+
 @pytest.mark.parametrize(
     ("columns", "chat", "turns"),
     [

@@ -63,9 +63,11 @@ def test_what_is_cut_and_dropped_is_said_and_recorded(folders, tmp_path):
 def test_packed_examples_train_and_are_counted(folders, tmp_path, settings):
     output = tmp_path / "out"
     job = config(folders, output, "decoder", "prompt", packing=True, max_length=32, **settings)
-    metrics = run(job).metrics
+    console = Console(record=True, width=200)
+    metrics = run(job, console).metrics
     assert metrics["data"]["train_examples"] == 48
-    assert metrics["data"]["packed_rows"] == 16
+    assert metrics["data"]["packed_rows"] == metrics["used"]["train_rows"] == 16
+    assert "6 steps of 8 rows of packed examples on cpu" in console.export_text()
     assert metrics["verified"] is True
 
 

@@ -126,10 +126,10 @@ def test_metrics_have_the_values_that_were_used(folders, tmp_path):
     used = run(config(folders, tmp_path / "out", "encoder", "sequence", **job)).metrics["used"]
     expected = {
         **{"lr": 5e-4, "head_lr": 1e-3, "adam_eps": 1e-8, "backend": "reference", "device": "cpu"},
-        **{"steps": 3, "planned_steps": 3, "warmup_steps": 2, "train_examples": 48, "seed": 0},
+        **{"steps": 3, "planned_steps": 3, "warmup_steps": 2, "train_rows": 48, "seed": 0},
         **{"columns": {"text": "text", "text_pair": None, "label": "label"}, "max_length": 16},
-        **{"batch_size": 8, "accumulation": 2, "eval_split": "0.25 of train"},
-        **{"gradients": "sampled", "processes": 1},
+        **{"batch_size": 8, "accumulation": 2, "eval_split": "held-out 25% of train"},
+        **{"gradients": "sampled", "processes": 1, "chat": False},
     }
     assert {name: used[name] for name in expected} == expected
     assert used["budget_entries"] == round(0.01 * used["ranked_entries"])

@@ -82,7 +82,7 @@ def test_the_stored_entries_are_those_of_the_model(folders):
 def test_columns_labels_and_splits_are_shown(folders, tmp_path):
     data = load_data(data_request(config(folders, tmp_path, "encoder", "sequence")))
     assert dict(describe_data(data)) == {
-        "splits": "48 examples to train on, 16 to evaluate (0.25 of train)",
+        "splits": "loaded 48 examples to train on, 16 to evaluate (held-out 25% of train)",
         "columns": "text: text, label: label",
         "task": "sequence-classification, 2 labels: many, none",
     }
@@ -97,12 +97,12 @@ def test_entries_and_kernels_are_shown():
     usage = Usage(
         budget=225_654, ranked=22_565_376, dense=2_310, backend="cpp", gradients="sampled"
     )
-    assert dict(describe_run(usage, 32, 1500, "cpu")) == {
+    assert dict(describe_run(usage, "32 examples", 1500, "cpu")) == {
         "trains": "225,654 of 22,565,376 entries (1.00%), and 2,310 entries densely",
         "run": "1,500 steps of 32 examples on cpu, backend cpp, sampled gradients",
     }
     dense = Usage(budget=0, ranked=0, dense=500, backend="torch", gradients="ordinary")
-    assert dict(describe_run(dense, 8, 3, "cuda:0"))["trains"] == "500 entries densely"
+    assert dict(describe_run(dense, "8 examples", 3, "cuda:0"))["trains"] == "500 entries densely"
 
 
 def test_long_paths_and_escapes_keep_the_lines_whole():
