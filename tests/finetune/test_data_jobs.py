@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ pytest.importorskip("datasets", reason="the main job needs the extra 'finetune'"
 pytest.importorskip("accelerate", reason="the main job needs the extra 'finetune'")
 
 from finetune_jobs import LETTER_IDS, config, make_folders
+from transformers import AutoTokenizer
 
 from sparse_optim.finetune import FinetuneError
 from sparse_optim.finetune.card import PIPELINES
@@ -127,3 +129,16 @@ def test_several_labels_are_learnt_with_binary_cross_entropy(folders, tmp_path, 
         output = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels)
     expected = torch.nn.functional.binary_cross_entropy_with_logits(output.logits, labels)
     torch.testing.assert_close(output.loss, expected)
+
+
+@pytest.mark.parametrize("chat", [None, True])
+def test_whether_the_chat_template_was_used_is_recorded(folders, tmp_path, chat):
+    """`compare` needs it: the default depends on the data."""
+    model = tmp_path / "decoder"
+    shutil.copytree(folders["decoder"], model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = "{% for turn in messages %}{{ turn['content'] + ' ' }}{% endfor %}"
+    tokenizer.save_pretrained(model)
+    given = {**folders, "decoder": str(model)}
+    job = config(given, tmp_path / "out", "decoder", "prompt", chat=chat, steps=1)
+    assert run(job).metrics["used"]["chat"] is (chat is True)
