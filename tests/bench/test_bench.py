@@ -16,6 +16,7 @@ from bench import (
     goals,
     memory,
     models,
+    pictures,
     quality,
     real_grads,
     report,
@@ -213,6 +214,14 @@ def test_pictures_and_links_of_the_documents_exist():
         assert [link for link in links if not (path.parent / link).exists()] == []
 
 
+def test_the_pictures_of_the_front_page_are_drawn(tmp_path):
+    bars = {"clip + fused AdamW": 3.0, "sparse_optim, every = 16": 2.0}
+    pictures.draw_whole_steps({f"case {n}": bars for n in range(4)}, tmp_path / "steps.png")
+    pictures.draw_quality({"full": 90.0, "ours": 80.0}, ["ours"], tmp_path / "quality.png")
+    for name in ("steps.png", "quality.png"):
+        assert (tmp_path / name).stat().st_size > 5_000
+
+
 def test_scores_show_deviation_and_missing_seeds(tmp_path):
     row = {"mean": 0.8, "deviation": 0.0123, "runs": 3}
     columns = {"conll2003": row, "trec50": {**row, "deviation": None, "runs": 1}, "stsb": row}
@@ -294,6 +303,8 @@ def test_whole_steps_are_measured_and_shown(tmp_path):
     assert "besides weights and state on a loud step" in shown
     assert whole_step.headline(tmp_path) == []
     (tmp_path / "cpu-whole-step-2026-01-01.json").write_text(json.dumps(data))
-    assert "| tiny bfloat16 |" in whole_step.headline(tmp_path)[1]
     spent = whole_step.milliseconds(run, whole_step.SHARES[0])
+    bars = whole_step.shown(tmp_path)["tiny, bfloat16"]
+    assert bars == {name: spent[kind] for kind, name in whole_step.SHOWN.items()}
+    assert f"{spent['every=16'] / spent['LoRA']:.2f}" in whole_step.headline(tmp_path)[1]
     assert spent["every=16"] == pytest.approx((spent["loud"] + 15 * spent["quiet"]) / 16)
