@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sparse_optim import MaskedAdamW
 from sparse_optim.delta import Delta
+from sparse_optim.optim.masked_adamw import MaskedAdamW
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
+from sparse_optim import load_model
 from sparse_optim.analysis import load_record
 from sparse_optim.delta import load_delta
 from sparse_optim.finetune import FinetuneConfig
@@ -288,12 +289,16 @@ def test_real_language_model(tmp_path):
     settings = {"steps": 2, "batch_size": 2, "max_length": 16, "cpu": True}
     settings |= {"budget": 10_000, "eval_fraction": 0.25, "eval_every": 2}
     output = tmp_path / "out"
-    metrics = run(FinetuneConfig("smollm2-135m", str(data), output, **settings)).metrics
+    result = run(FinetuneConfig("smollm2-135m", str(data), output, **settings))
+    metrics = result.metrics
     assert metrics["task"] == "causal-lm"
     assert metrics["active_entries"] == 10_000
     assert metrics["verified"] is True
     assert metrics["metric"]["value"] < 200
     assert metrics["delta_bytes"] < 400_000
+    tensors = load_model(output)[0].state_dict()
+    for name, tensor in result.model.state_dict().items():
+        assert torch.equal(tensor, tensors[name]), name
 
 
 def test_an_encoder_trained_with_mean_pooling_keeps_it(folders, tmp_path):
