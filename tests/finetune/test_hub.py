@@ -67,7 +67,8 @@ def caused(message: str, cause: Exception) -> Exception:
         ("model", RuntimeError(), "RuntimeError"),
     ],
 )
-def test_what_the_libraries_raise_is_one_line(kind, error, reason):
+def test_what_the_libraries_raise_is_one_line(monkeypatch, kind, error, reason):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     message = str(hub_error(kind, "who/what", ["minilm"], error))
     assert message.startswith(f"cannot load {kind} 'who/what'")
     assert reason in message
