@@ -28,7 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "requirements" / "lock.txt"
 DATA = ("demo-data.txt", "test-data.txt")  # packages that carry models and text
-EXTRAS = ("finetune", "peft", "dev")
+EXTRAS = ("finetune", "peft", "dev", "docs")
 TORCH_VERSION = "2.13.0"
 TRITON_VERSION = "3.6.0"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
