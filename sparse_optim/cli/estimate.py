@@ -173,7 +173,7 @@ def make_planner(name: str, dtype: str, sequence: int, checkpointing: bool) -> t
     quiet_libraries()
     source = find_model(name)
     try:
-        config = AutoConfig.from_pretrained(source.location, **source.gguf)
+        config = AutoConfig.from_pretrained(source.location)
     except Exception as error:  # a damaged config.json fails anywhere in the loader
         raise hub_error("model", name, MODELS, error) from error
     longest = getattr(config, "max_position_embeddings", None) or sequence

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import os
@@ -31,6 +30,7 @@ from transformers.utils.hub import cached_file
 
 from sparse_optim.finetune.builtin_data import MODELS
 from sparse_optim.finetune.errors import FinetuneError
+from sparse_optim.finetune.gguf import converted
 from sparse_optim.finetune.hub import hub_error, require_hub
 from sparse_optim.finetune.mean_pooling import MeanPooledBert, MeanPooledBertConfig
 from sparse_optim.finetune.spec import ModelSpec
@@ -48,16 +48,10 @@ AutoModelForSequenceClassification.register(MeanPooledBertConfig, MeanPooledBert
 
 @dataclass(frozen=True)
 class ModelSource:
-    """The place of a base model: a folder or hub id, and perhaps a GGUF file in it."""
+    """The name of a base model, and where it is: a folder or hub id."""
 
     name: str
     location: str
-    gguf_file: str | None = None
-
-    @property
-    def gguf(self) -> dict[str, str]:
-        """Arguments for `from_pretrained`: empty if there is no GGUF file."""
-        return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
 
 
 @dataclass(frozen=True)
@@ -77,10 +71,12 @@ def find_model(name: str) -> ModelSource:
     if name in MODELS:
         source = MODELS[name]
         folder = source.package.path(source.folder, f"model {name!r}")
-        return ModelSource(name, str(folder), source.gguf_file)
+        if source.gguf_file is not None:
+            return of_gguf(name, folder / source.gguf_file)
+        return ModelSource(name, str(folder))
     path = Path(name).expanduser()
     if path.suffix == ".gguf" and path.is_file():
-        return ModelSource(name, str(path.parent), path.name)
+        return of_gguf(name, path)
     if path.is_dir():
         if not (path / "config.json").exists():
             raise FinetuneError(f"{name} has no config.json: not a transformers model folder")
@@ -89,16 +85,24 @@ def find_model(name: str) -> ModelSource:
     return ModelSource(name, name)
 
 
+def of_gguf(name: str, path: Path) -> ModelSource:
+    """The source of a GGUF file: the folder that it was converted to.
+
+    Raises:
+        FinetuneError: the file cannot be read.
+    """
+    try:
+        return ModelSource(name, converted(str(path.parent), path.name))
+    except Exception as error:  # a cut file fails anywhere in the loader
+        raise hub_error("model", name, MODELS, error) from error
+
+
 def local_folder(source: ModelSource) -> Path:
     """The folder of a base model's files; a hub model is downloaded.
 
     Raises:
-        FinetuneError: a GGUF file, or the hub does not give the model.
+        FinetuneError: the hub does not give the model.
     """
-    if source.gguf_file is not None:
-        raise FinetuneError(
-            f"{source.name} is a GGUF file: load it with transformers and save it as a folder"
-        )
     if Path(source.location).is_dir():
         return Path(source.location)
     from huggingface_hub import snapshot_download
@@ -112,7 +116,7 @@ def local_folder(source: ModelSource) -> Path:
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """Load the model's tokenizer; without a padding token, pad with the end token."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.location, **source.gguf)
+        tokenizer = AutoTokenizer.from_pretrained(source.location)
     except Exception as error:  # a damaged tokenizer.json fails anywhere in the loader
         raise hub_error("model", source.name, MODELS, error) from error
     if tokenizer.pad_token is None:
@@ -150,7 +154,6 @@ def load_base_model(
             kind = getattr(transformers, TASKS[spec.task].model_class)
         model, info = kind.from_pretrained(
             source.location,
-            **source.gguf,
             **arguments,
             dtype=DTYPES[spec.dtype],
             ignore_mismatched_sizes=True,
@@ -160,8 +163,6 @@ def load_base_model(
         raise
     except Exception as error:  # a cut file or an odd config.json fails anywhere in the loader
         raise hub_error("model", source.name, MODELS, error) from error
-    if source.gguf_file is not None:
-        model = without_quantizer(model)
     # A decoder's classifier reads the last token that is not padding: the tokenizer's, whatever
     # config.json says.
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -180,12 +181,12 @@ def load_bare_model(source: ModelSource, task: str | None, dtype: str) -> PreTra
         raise FinetuneError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
     try:
         if task is None:
-            config = AutoConfig.from_pretrained(source.location, **source.gguf)
+            config = AutoConfig.from_pretrained(source.location)
             name = (config.architectures or ["AutoModel"])[0]
         else:
             name = TASKS[task].model_class
         model: PreTrainedModel = getattr(transformers, name).from_pretrained(
-            source.location, **source.gguf, dtype=DTYPES[dtype]
+            source.location, dtype=DTYPES[dtype]
         )
     except Exception as error:  # as in `load_base_model`
         raise hub_error("model", source.name, MODELS, error) from error
@@ -203,7 +204,7 @@ def is_mean_pooled(source: ModelSource, spec: ModelSpec) -> bool:
     """
     if spec.pooling == "cls" or TASKS[spec.task].model_class != SEQUENCE_CLASS:
         return False
-    kind = AutoConfig.from_pretrained(source.location, **source.gguf).model_type
+    kind = AutoConfig.from_pretrained(source.location).model_type
     if kind == MeanPooledBertConfig.model_type:
         return True
     if spec.pooling == "mean":
@@ -219,23 +220,9 @@ def is_mean_pooled(source: ModelSource, spec: ModelSpec) -> bool:
     return bool(declared.get("pooling_mode_mean_tokens"))
 
 
-def without_quantizer(model: PreTrainedModel) -> PreTrainedModel:
-    """Copy the weights to a plain model. A model read from GGUF stays marked as quantized although
-    its weights are not, and Trainer and `save_pretrained` reject it."""
-    config = copy.deepcopy(model.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    plain = type(model)(config)
-    plain.to(model.dtype)  # type: ignore[arg-type]  # transformers' wrapper hides the signature
-    plain.load_state_dict(model.state_dict())
-    if model.can_generate():
-        plain.generation_config = model.generation_config
-    return plain
-
-
 def check_generates(source: ModelSource) -> None:
     """Raise FinetuneError for an encoder, which sees the tokens that it should predict."""
-    config = AutoConfig.from_pretrained(source.location, **source.gguf)
+    config = AutoConfig.from_pretrained(source.location)
     kind = config.model_type
     encoder = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
     if encoder or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
