@@ -37,20 +37,26 @@ def register(app: typer.Typer) -> None:
 
 
 def inspect(
-    delta_file: Annotated[Path, typer.Argument(help="A delta file, or a folder of finetune.")],
+    delta_file: Annotated[
+        Path, typer.Argument(help="A delta file, a folder of finetune, or its folder series/.")
+    ],
     as_json: AsJson = False,
 ) -> None:
-    """Show the contents of a delta file.
+    """Show the contents of a delta file, or the models of a series.
 
     --json prints {"method", "sparse_entries", "sparse_numel", "tensor_bytes", "unmask_steps" (first
     and last, or null), "originals", "fingerprint", "parent", "removed_entries", "sparse": a list of
     {"name", "shape", "dtype", "entries", "bytes"}, "dense": a list of {"name", "shape", "dtype",
-    "bytes"}}.
+    "bytes"}}; of a series {"members": a list of {"file", "share" (of the budget), "step",
+    "entries", "bytes", "metric", "value"}}.
     """
     with one_line_errors():
         from sparse_optim.delta import load_delta
 
-        delta = load_delta(_delta_path(delta_file))
+        path = _delta_path(delta_file)
+        if path.is_dir() and _inspect_series(path, as_json):
+            return
+        delta = load_delta(path)
         if as_json:
             print_json(facts_of(delta))
             return
@@ -139,6 +145,33 @@ def diff(
         if out is not None or originals:
             raise DeltaError("--out and --originals are for two model folders")
         _diff_deltas(load_delta(first), load_delta(second), as_json)
+
+
+def _inspect_series(folder: Path, as_json: bool) -> bool:
+    """Show the members of a series; False: the folder has none."""
+    from sparse_optim.finetune.series import read_series
+
+    rows = read_series(folder)
+    if not rows:
+        return False
+    if as_json:
+        print_json({"members": rows})
+        return True
+    table = Table(title=plain(str(folder)), title_justify="left")
+    table.add_column("file")
+    for heading in ("budget", "step", "entries", "bytes", rows[0]["metric"]):
+        table.add_column(plain(heading), justify="right")
+    for row in rows:
+        table.add_row(
+            plain(row["file"]),
+            f"{row['share']:.0%}",
+            f"{row['step']:,}",
+            f"{row['entries']:,}",
+            f"{row['bytes']:,}",
+            f"{row['value']:.4f}",
+        )
+    Console().print(table)
+    return True
 
 
 def _delta_path(path: Path) -> Path:

@@ -28,7 +28,7 @@ from sparse_optim.finetune.config import FinetuneConfig, field_types, option, se
 from sparse_optim.finetune.errors import FinetuneError
 from sparse_optim.finetune.processes import is_first
 from sparse_optim.finetune.settings import members
-from sparse_optim.finetune.summary import describe_data, describe_request, show
+from sparse_optim.finetune.summary import describe_data, describe_request, describe_series, show
 from sparse_optim.finetune.validate import check_method
 from sparse_optim.methods import METHODS
 
@@ -244,6 +244,11 @@ def run_and_show(config: FinetuneConfig, debug: bool) -> None:
         ("optimizer state", f"{metrics['state_bytes'] / 1e6:,.2f} MB"),
         ("step / update", f"{metrics['step_ms']:.1f} ms / {metrics['update_ms']:.2f} ms"),
         ("delta file", f"{metrics['delta_bytes'] / 1e6:,.2f} MB"),
+        *(
+            [(f"{name} by budget", describe_series(metrics["series"]))]
+            if metrics.get("series")
+            else []
+        ),
         ("base + delta == trained", verified),
         ("results", str(config.output)),
     ):

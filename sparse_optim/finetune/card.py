@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,11 +107,29 @@ def write_card(
         "sparse_optim.",
         f"## Use\n\n```python\n{use}\n```",
         "## Results\n\n" + _table(f"on {data['eval_split']}", values),
+        *([_series(metrics["series"])] if metrics.get("series") else []),
         "## Training\n\n" + _table("", rows),
     ]
     if spec.labels is not None:
         lines.append("## Labels\n\n" + ", ".join(f"`{name}`" for name in spec.labels))
     (folder / CARD_FILE).write_text("\n\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _series(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The models at parts of the budget."""
+    name = rows[0]["metric"]
+    return "\n".join(
+        [
+            "## Smaller models of this run\n",
+            f"| file | share of the budget | entries | step | {name} |",
+            "| :-- | --: | --: | --: | --: |",
+            *(
+                f"| {row['file']} | {row['share']:.0%} | {row['entries']:,} | {row['step']:,} | "
+                f"{row['value']:.4g} |"
+                for row in rows
+            ),
+        ]
+    )
 
 
 def _table(heading: str, rows: Mapping[str, Any]) -> str:

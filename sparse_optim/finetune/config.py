@@ -233,6 +233,11 @@ class FinetuneConfig:
     save_total_limit: int | None = _results(
         None, "Keep at most this number of checkpoints, the newest ones (default: all)."
     )
+    series: int | None = _results(
+        None,
+        "id3: also save the model at each of N equal parts of the budget, to series/, with its "
+        "--metric.",
+    )
     save_model: bool = _results(False, "Also write the whole trained model.")
     push_to_hub: str | None = _results(None, "Upload the results to this repository: USER/NAME.")
     report_to: str = _results(
@@ -301,6 +306,11 @@ class FinetuneConfig:
             )
         if self.every not in (1, DEFAULT_EVERY) and self.method != "id3":
             raise FinetuneError(f"--every is for the method id3, not for {self.method}")
+        if self.series is not None and self.method != "id3":
+            raise FinetuneError(
+                f"--series is for the method id3: with {self.method} no set of entries grows in "
+                "parts: drop it"
+            )
         for name in ("adapter_rank", "adapter_alpha", "adapter_targets"):
             if self.adapter is None and getattr(self, name):
                 raise FinetuneError(f"{option(name)} needs --adapter")
@@ -314,12 +324,12 @@ _POSITIVE = (
     *("steps", "epochs", "batch_size", "eval_batch_size", "accumulation", "max_length"),
     *("lr", "head_lr", "adam_eps", "max_grad_norm", "budget", "adapter_rank", "adapter_alpha"),
     *("eval_every", "log_every", "save_every", "threads", "every", "patience"),
-    "save_total_limit",
+    *("save_total_limit", "series"),
 )
 
 
 # torch ends the process where it cannot start its threads; steps are counted in 32 bits.
-_AT_MOST = {"seed": 2**32 - 1, "threads": 1024, "steps": 2**31 - 2}
+_AT_MOST = {"seed": 2**32 - 1, "threads": 1024, "steps": 2**31 - 2, "series": 100}
 
 
 @cache

@@ -56,6 +56,7 @@ from sparse_optim.finetune.output import (
     METRICS_FILE,
     MODEL_FOLDER,
     PLOT_FILE,
+    SERIES_FOLDER,
     check_output,
     locked,
     replaced_results,
@@ -68,6 +69,7 @@ from sparse_optim.finetune.push import check_login, push_to_hub
 from sparse_optim.finetune.report import collect, write_json
 from sparse_optim.finetune.request import data_request
 from sparse_optim.finetune.reuse import Tuned, write_model
+from sparse_optim.finetune.series import write_series
 from sparse_optim.finetune.spec import KEY, ModelSpec, spec_of
 from sparse_optim.finetune.stopping import Stopper
 from sparse_optim.finetune.tasks import TASKS, Task
@@ -223,6 +225,8 @@ def train_model(
             check_inputs(config.resume, hashes)
             if trainer.best is not None:
                 trainer.best.restore(config.resume)
+            if trainer.series is not None:
+                trainer.series.restore(config.resume)
         trainer.add_callback(ManifestWriter(config, hashes))
         trainer.add_callback(stopper)
     with stopper.listening() if stops else nullcontext():
@@ -243,8 +247,12 @@ def write_results(config: FinetuneConfig, inputs: Inputs, trained: Trained) -> F
     """Write delta, metrics and plot, and check that base + delta is the trained model."""
     with replaced_results(config.output) as folder:
         delta_path = folder / DELTA_FILE
-        save_delta(describe_delta(trained.trainer, config, trained.spec), delta_path)
+        describe = partial(describe_delta, config=config, spec=trained.spec)
+        save_delta(describe(trained.trainer.delta()), delta_path)
         metrics = trained.metrics | {"delta_bytes": delta_path.stat().st_size, "verified": None}
+        if trained.trainer.series is not None:
+            members = trained.trainer.series.members
+            metrics["series"] = write_series(members, folder / SERIES_FOLDER, describe)
         settings, spec, model = resolved(config), trained.spec, trained.loaded.model
         write_config(settings, folder / CONFIG_FILE)
         card = partial(write_card, spec=spec, config=settings, metrics=metrics)
@@ -337,6 +345,8 @@ def make_trainer(config: FinetuneConfig, inputs: Inputs, loaded: LoadedModel) ->
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
             # Where people look: the Trainer would take the folder of the checkpoints.
             callback.logging_dir = str(config.output / default_logdir())
+    if config.series is not None:
+        trainer.keep_series(config.series, task.check_metric(config.metric))
     if config.keeps_best:
         trainer.keep_best(task.check_metric(config.metric), config.patience)
     return trainer
@@ -480,9 +490,8 @@ def evaluated_at(trainer: JobTrainer) -> float | None:
     return steps[-1] if steps else None
 
 
-def describe_delta(trainer: JobTrainer, config: FinetuneConfig, spec: ModelSpec) -> Delta:
-    """The delta of the training, with a note of method, data and how to build the model."""
-    delta = trainer.delta()
+def describe_delta(delta: Delta, config: FinetuneConfig, spec: ModelSpec) -> Delta:
+    """The delta with a note of method, data and how to build the model."""
     note = {"name": config.method, "dataset": config.dataset}
     model = {KEY: spec.note()}
     return dataclasses.replace(delta, method={**note, **delta.method, **model})

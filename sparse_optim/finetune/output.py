@@ -28,9 +28,10 @@ from sparse_optim.finetune.errors import FinetuneError
 
 DELTA_FILE, PLOT_FILE = "delta.safetensors", "curves.png"
 MODEL_FOLDER, ADAPTER_FOLDER, CHECKPOINTS = "model", "adapter", "checkpoints"
+SERIES_FOLDER = "series"
 TRACKS = "runs"  # of TensorBoard: a folder for each job, beside those of earlier ones
 FILES = (DELTA_FILE, METRICS_FILE, CONFIG_FILE, PLOT_FILE, ALLOCATION_FILE, CARD_FILE)
-RESULTS = (*FILES, MODEL_FOLDER, ADAPTER_FOLDER)
+RESULTS = (*FILES, MODEL_FOLDER, ADAPTER_FOLDER, SERIES_FOLDER)
 LOCK, NEW, OLD = ".lock", ".sparse-optim-new-", ".sparse-optim-old-"
 JOURNAL = "journal.json"  # in an OLD folder: which folder the new results come from, and which
 TRIAL_FILES, TRIAL_BYTES = 8, 1 << 17

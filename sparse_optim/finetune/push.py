@@ -9,7 +9,12 @@ from pathlib import Path
 
 from sparse_optim.finetune.card import CARD_FILE
 from sparse_optim.finetune.errors import FinetuneError
-from sparse_optim.finetune.output import ADAPTER_FOLDER, MODEL_FOLDER, earlier_results
+from sparse_optim.finetune.output import (
+    ADAPTER_FOLDER,
+    MODEL_FOLDER,
+    SERIES_FOLDER,
+    earlier_results,
+)
 
 
 def check_login(repo_id: str) -> None:
@@ -53,8 +58,10 @@ def push_to_hub(run: str | os.PathLike[str], repo_id: str, *, private: bool | No
         raise FinetuneError(f"{folder} has no results of `sparse-optim finetune`")
     with tempfile.TemporaryDirectory() as temporary:
         staged = Path(temporary)
-        for name in sorted(results - {MODEL_FOLDER, ADAPTER_FOLDER}):
+        for name in sorted(results - {MODEL_FOLDER, ADAPTER_FOLDER, SERIES_FOLDER}):
             shutil.copy(folder / name, staged / name)
+        if SERIES_FOLDER in results:
+            shutil.copytree(folder / SERIES_FOLDER, staged / SERIES_FOLDER)
         top = next((name for name in (MODEL_FOLDER, ADAPTER_FOLDER) if name in results), None)
         if top is not None:
             shutil.copytree(folder / top, staged, dirs_exist_ok=True)

@@ -56,6 +56,17 @@ def active_entries(optimizer: torch.optim.Optimizer) -> int:
     return sum(param.numel() for group in optimizer.param_groups for param in group["params"])
 
 
+def budget_progress(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
+    """Entries that a MaskedAdamW has unmasked so far, and its budget.
+
+    Raises:
+        TypeError: another optimizer, which has no budget.
+    """
+    if not isinstance(optimizer, MaskedAdamW):
+        raise TypeError(f"expected a MaskedAdamW, got {type(optimizer).__name__}")
+    return int(optimizer.engine.active.progress[1]), optimizer.engine.budget
+
+
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of the optimizer's state; MaskedAdamW also counts its scratch memory."""
     if isinstance(optimizer, MaskedAdamW):

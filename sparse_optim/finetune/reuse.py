@@ -22,10 +22,12 @@ from sparse_optim.finetune.build import build, hash_weights
 from sparse_optim.finetune.errors import FinetuneError
 from sparse_optim.finetune.hub import hub_is_reachable
 from sparse_optim.finetune.models import find_model, load_tokenizer
-from sparse_optim.finetune.output import DELTA_FILE
+from sparse_optim.finetune.output import DELTA_FILE, SERIES_FOLDER
+from sparse_optim.finetune.series import find_members
 from sparse_optim.finetune.spec import ModelSpec, read_spec
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# A run on the hub, or a member of its series: USER/NAME/series/050.safetensors.
+HUB_ID = re.compile(rf"([\w.-]+/[\w.-]+)(?:/({SERIES_FOLDER}/\d+\.safetensors))?")
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ def load_model(
     delta is applied. The result has the bits of the trained model.
 
     Args:
-        run: a folder that `finetune` wrote, its delta file, or the hub id of a pushed run.
+        run: a folder that `finetune` wrote, its delta file, a file of its series, or the hub id of
+            a pushed run (with "/series/050.safetensors": of a member).
         base: where the base model is now (built-in name, folder, GGUF file or hub id), if it is no
             longer where the job found it.
         device: moves the model there.
@@ -89,15 +92,21 @@ def find_delta(run: str | os.PathLike[str]) -> Path:
     if path.is_dir():
         if (path / DELTA_FILE).is_file():
             return path / DELTA_FILE
+        members = [file.name for file in find_members(path)]
+        if members:
+            raise FinetuneError(
+                f"{path} has several models: name one of its files: {', '.join(members)}"
+            )
         raise FinetuneError(
             f"{path} has no {DELTA_FILE}: give a folder that `sparse-optim finetune` wrote"
         )
     from huggingface_hub import hf_hub_download, is_offline_mode
 
-    if not HUB_ID.fullmatch(str(run)) or not (is_offline_mode() or hub_is_reachable()):
+    named = HUB_ID.fullmatch(str(run))
+    if named is None or not (is_offline_mode() or hub_is_reachable()):
         raise FinetuneError(f"{run}: no such folder or file (and no hub id that can be reached)")
     try:
-        return Path(hf_hub_download(str(run), DELTA_FILE))
+        return Path(hf_hub_download(named[1], named[2] or DELTA_FILE))
     except Exception as error:  # the hub's client raises many kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise FinetuneError(f"cannot load {run} from the hub: {reason}") from error

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -139,6 +139,16 @@ def describe_run(usage: Usage, batch: str, steps: int, device: str) -> Rows:
     yield "trains", ", and ".join(parts)
     kernels = f"backend {usage.backend}, {usage.gradients} gradients"
     yield "run", f"{steps:,} steps of {batch} on {device}, {kernels}"
+
+
+def describe_series(rows: Iterable[Mapping[str, Any]]) -> str:
+    """One line for the user: the value of the metric at each part.
+
+    Example:
+        >>> describe_series([{"share": 0.5, "value": 0.61}, {"share": 1.0, "value": 0.7}])
+        '0.6100 at 50%, 0.7000 at 100%'
+    """
+    return ", ".join(f"{row['value']:.4f} at {row['share']:.0%}" for row in rows)
 
 
 def counted(entries: int) -> str:

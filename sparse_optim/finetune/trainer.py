@@ -14,7 +14,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from sparse_optim.analysis.recorder import AllocationRecorder
 from sparse_optim.delta import Delta
 from sparse_optim.finetune.best import BestModel
-from sparse_optim.finetune.readings import active_entries, make_delta
+from sparse_optim.finetune.readings import active_entries, budget_progress, make_delta
+from sparse_optim.finetune.series_recorder import SeriesRecorder
 from sparse_optim.integrations.trainer import SelectiveTrainer
 from sparse_optim.optim.grad_scaler import GradScaler
 
@@ -48,6 +49,7 @@ class JobTrainer(SelectiveTrainer):
         self.recorder = AllocationRecorder()
         self.recorder.attach(self)
         self.best: BestModel | None = None
+        self.series: SeriesRecorder | None = None
         if self.accelerator.scaler is not None:
             self.accelerator.scaler = GradScaler(self.args.device.type)
 
@@ -56,9 +58,18 @@ class JobTrainer(SelectiveTrainer):
         self.best = BestModel(metric, patience, self._read)
         self.add_callback(self.best)
 
+    def keep_series(self, parts: int, metric: str) -> None:
+        """Keep the model at each of so many parts of the budget."""
+        self.series = SeriesRecorder(
+            parts, metric, lambda: budget_progress(self.raw_optimizer), self._snapshot
+        )
+        self.add_callback(self.series)
+
     def _read(self) -> tuple[int, Delta]:
-        delta = make_delta(self.raw_optimizer, cast(nn.Module, self.model), finished=False)
-        return active_entries(self.raw_optimizer), delta
+        return active_entries(self.raw_optimizer), self._snapshot()
+
+    def _snapshot(self) -> Delta:
+        return make_delta(self.raw_optimizer, cast(nn.Module, self.model), finished=False)
 
     def delta(self) -> Delta:
         """What training changed: up to the best evaluation if one was kept, else up to now."""

@@ -71,10 +71,11 @@ def test_a_run_is_uploaded_with_its_model_at_the_top(folders, tmp_path, hub):
 
 def test_a_run_without_a_model_is_loaded_by_name(folders, tmp_path, hub):
     output = tmp_path / "out"
-    run(config(folders, output, "encoder", "sequence"))
+    run(config(folders, output, "encoder", "sequence", series=2))
     assert push_to_hub(output, "ada/delta", private=True) == "https://hub/ada/delta"
     assert hub.made == [("ada/delta", True, True)]
     assert "sparse_optim.load_model('ada/delta')" in (hub.folder / "README.md").read_text()
+    assert (hub.folder / "series" / "100.safetensors").is_file()  # one step unmasked all
     with pytest.raises(FinetuneError, match="no results of"):
         push_to_hub(tmp_path, "ada/delta")
 
