@@ -1,4 +1,5 @@
-"""The command `export-peft`: write a delta as a SHiRA adapter."""
+"""The commands `export-peft` (a delta as a SHiRA adapter) and `import-summary` (what the package
+`selective_optimizers` saved, as a delta)."""
 
 from __future__ import annotations
 
@@ -16,8 +17,9 @@ if TYPE_CHECKING:
 
 
 def register(app: typer.Typer) -> None:
-    """Add the command `export-peft` to `app`."""
+    """Add the commands `export-peft` and `import-summary` to `app`."""
     app.command("export-peft")(export_peft)
+    app.command("import-summary")(import_summary)
 
 
 def export_peft(
@@ -58,6 +60,49 @@ def export_peft(
         if written.whole:
             print_line(f"stored whole: {', '.join(written.whole)}")
         print_line(f"load it so: {_loading(delta, model, output)}")
+
+
+def import_summary(
+    summary: Annotated[
+        Path, typer.Argument(help="A file of selective_optimizers (write_summary_to_disk).")
+    ],
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model", "-m", help="Model that was fine-tuned: built-in name, folder or hub id."
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Delta file to write.")],
+    task: Annotated[
+        str | None,
+        typer.Option(help="Task whose head the model has (default: the class in its config.json)."),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="dtype in which it was fine-tuned: float32, bfloat16 or float16.")
+    ] = "float32",
+) -> None:
+    """Convert what the package selective_optimizers saved to a delta file.
+
+    Only tensors and numbers of the file are read: none of its code runs. Give the model exactly as
+    it was before training, with its head (`model.save_pretrained` before the first step): the file
+    does not say which model it belongs to.
+    """
+    with one_line_errors():
+        quiet_libraries()
+        from sparse_optim.delta import save_delta
+        from sparse_optim.finetune.errors import FinetuneError
+        from sparse_optim.finetune.models import DTYPES, find_model, load_bare_model
+        from sparse_optim.integrations.selective_optimizers import read_summary
+
+        if dtype not in DTYPES:
+            raise FinetuneError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
+        base = load_bare_model(find_model(model), task, dtype)
+        delta = read_summary(summary, base)
+        save_delta(delta, output)
+        print_line(
+            f"{output}: {delta.num_entries:,} entries in {len(delta.sparse):,} parameters, "
+            f"{output.stat().st_size:,} bytes"
+        )
 
 
 def _loading(delta: Delta, model: nn.Module, folder: Path) -> str:

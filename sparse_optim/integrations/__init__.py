@@ -3,7 +3,8 @@
     optimizer = IncrementalMaskedAdamW(adapter_groups(model), budget=..., total_steps=...)
 
 ranks only the entries of the adapter. `export_shira` turns a delta of a plain model into an
-adapter folder that `peft.PeftModel.from_pretrained` loads.
+adapter folder that `peft.PeftModel.from_pretrained` loads. `read_summary` makes a delta of what the
+package `selective_optimizers` saved.
 """
 
 from sparse_optim.integrations.adapters import (
@@ -17,6 +18,7 @@ from sparse_optim.integrations.bottleneck import (
     load_bottlenecks,
     save_bottlenecks,
 )
+from sparse_optim.integrations.selective_optimizers import read_summary
 from sparse_optim.integrations.shira import ShiraExport, export_shira
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "add_bottlenecks",
     "export_shira",
     "load_bottlenecks",
+    "read_summary",
     "save_bottlenecks",
     "zero_inactive_",
 ]
