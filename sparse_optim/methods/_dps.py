@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from sparse_optim.methods._request import MethodRequest, check_whole_gradients
 from sparse_optim.policy.selection import resolve_budget
+
+Optimizer = TypeVar("Optimizer", bound="DynamicParameterSelection")
 
 WINDOWS = 20  # in a run; the paper has the length of a window as a hyper-parameter
 
@@ -36,7 +38,7 @@ class DynamicParameterSelection(torch.optim.AdamW):
         ValueError: if a number is out of range.
 
     Reference: Zhang et al. 2022, Fine-Tuning Pre-Trained Language Models Effectively by Optimizing
-    Subnetworks Adaptively, NeurIPS 35. Not here: DPS Mix (mixout in the dense window).
+    Subnetworks Adaptively, NeurIPS 35. DPS Mix, with mixout in the dense windows: `DPSMix`.
     """
 
     def __init__(
@@ -93,9 +95,14 @@ class DynamicParameterSelection(torch.optim.AdamW):
             if "fisher" in state:
                 count = max(1, round(self.share * param.numel()))
                 mask = torch.zeros_like(state["fisher"]).view(-1)
-                mask[state["fisher"].reshape(-1).topk(count).indices] = 1
+                mask[self._score(param).reshape(-1).topk(count).indices] = 1
                 state["chosen"] = mask.view_as(param)
                 state["fisher"].zero_()
+
+    def _score(self, param: nn.Parameter) -> Tensor:
+        """What ranks the entries of a weight at the end of a dense window."""
+        score: Tensor = self.state[param]["fisher"]
+        return score
 
     def _kept(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Tensors of restricted parameters, copies of them, and where they may change."""
@@ -116,15 +123,42 @@ def dps(request: MethodRequest) -> DynamicParameterSelection:
         ValueError: the model has no Linear weight among the ranked parameters, or gradients are to
             be freed inside the backward pass.
     """
-    check_whole_gradients(request)
+    linear = linear_weights(request).values()
+    return build_dps(request, DynamicParameterSelection, linear)
+
+
+def linear_weights(request: MethodRequest) -> dict[int, nn.Parameter]:
+    """The ranked weights of Linear modules by their id.
+
+    Raises:
+        ValueError: there are none.
+    """
     weights = {
         id(module.weight) for module in request.model.modules() if isinstance(module, nn.Linear)
     }
-    linear = [param for _, param in request.ranked if id(param) in weights]
+    linear = {id(param): param for _, param in request.ranked if id(param) in weights}
     if not linear:
         raise ValueError("dps has nothing to select from: no ranked weight of a Linear module")
-    size = sum(param.numel() for param in linear)
-    return DynamicParameterSelection(
+    return linear
+
+
+def build_dps(
+    request: MethodRequest, kind: Callable[..., Optimizer], linear: Iterable[Any], **options: Any
+) -> Optimizer:
+    """Build an optimizer of this family from a request.
+
+    Args:
+        kind: `DynamicParameterSelection` or a subclass.
+        linear: its second argument.
+        options: further arguments of it.
+
+    Raises:
+        ValueError: a budget that is out of range, or gradients are to be freed inside the backward
+            pass.
+    """
+    check_whole_gradients(request)
+    size = sum(param.numel() for param in linear_weights(request).values())
+    return kind(
         request.param_groups(request.named),
         linear,
         resolve_budget(request.given_budget, size) / size,
@@ -132,4 +166,5 @@ def dps(request: MethodRequest) -> DynamicParameterSelection:
         lr=request.lr,
         betas=request.betas,
         eps=request.adam_eps,
+        **options,
     )

@@ -79,6 +79,12 @@ METHODS = {
         "dense windows of steps choose what the next window trains",
         clips=False,
     ),
+    "dps-mix": Method(
+        on_call("sparse_optim.methods._dps_mix", "dps_mix"),
+        1e-4,
+        "dps with mixout in the dense windows",
+        clips=False,
+    ),
     "bitfit": _dense("bitfit", 1e-3, "bias terms only"),
     "multi-head": _dense("multi_head", 1e-4, "attention modules only"),
     "full": _dense("full", 5e-5, "every entry, torch.optim.AdamW"),

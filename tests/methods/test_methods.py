@@ -86,7 +86,7 @@ def test_every_method_trains_its_entries_and_the_head(name):
     count = sum(int(mask.sum()) for mask in changed.values())
     biases = 3 * 8
     match METHODS[name].budget, name:
-        case "given", "dps":
+        case "given", "dps" | "dps-mix":
             assert count > 200  # dense windows
         case "given", "repeat-d3":
             assert 40 < count <= 160
