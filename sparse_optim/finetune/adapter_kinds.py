@@ -57,4 +57,5 @@ ADAPTERS = {
     "dora": _kind("dora", 8, "LoRA with magnitudes (DoRA)", places=True),
     "ia3": _kind("ia3", None, "(IA)3 scaling vectors"),
     "pfeiffer": _kind("pfeiffer", 64, "bottleneck after each feed-forward block"),
+    "houlsby": _kind("houlsby", 64, "bottlenecks after attention and feed-forward of each layer"),
 }

@@ -11,7 +11,7 @@ from torch import nn
 from sparse_optim.finetune.adapter_kinds import ADAPTERS, AdapterRequest
 from sparse_optim.finetune.errors import FinetuneError
 from sparse_optim.integrations.adapters import adapter_groups
-from sparse_optim.integrations.bottleneck import add_bottlenecks, save_bottlenecks
+from sparse_optim.integrations.bottleneck import Placement, add_bottlenecks, save_bottlenecks
 from sparse_optim.integrations.peft_package import import_peft, in_transformers
 
 
@@ -67,7 +67,17 @@ def ia3(model: nn.Module, request: AdapterRequest) -> nn.Module:
 
 def pfeiffer(model: nn.Module, request: AdapterRequest) -> nn.Module:
     """Put a bottleneck after each feed-forward block."""
-    add_bottlenecks(model, request.rank)
+    return bottlenecks(model, request, "pfeiffer")
+
+
+def houlsby(model: nn.Module, request: AdapterRequest) -> nn.Module:
+    """Put a bottleneck after each attention and after each feed-forward block."""
+    return bottlenecks(model, request, "houlsby")
+
+
+def bottlenecks(model: nn.Module, request: AdapterRequest, placement: Placement) -> nn.Module:
+    """Put bottlenecks there; modules that are trained whole stay trainable."""
+    add_bottlenecks(model, request.rank, placement=placement)
     for name in request.whole:
         model.get_submodule(name).requires_grad_(True)
     return model

@@ -39,7 +39,7 @@ def load_folder(folder: str, spec: ModelSpec, model: Any) -> str:
 
 def load_adapter(folder: str, spec: ModelSpec, model: Any) -> str:
     """Python that loads an adapter folder on its base."""
-    if spec.adapter == "pfeiffer":
+    if spec.adapter in ("pfeiffer", "houlsby"):
         return (
             "from sparse_optim.integrations.bottleneck import load_bottlenecks\n\n"
             f"load_bottlenecks(base, {folder!r})  # base: the model with the head of this task"

@@ -1,4 +1,5 @@
-"""Bottleneck adapters, one in each layer, after the feed-forward block (Pfeiffer's placement).
+"""Bottleneck adapters: after the feed-forward block of each layer (Pfeiffer's placement), or also
+after its attention (Houlsby's placement).
 
     output <- output + up(relu(down(output)))        down: width -> rank, up: rank -> width
 
@@ -12,6 +13,7 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,11 +25,25 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 INIT_STD = 0.02  # of the weights, as in BERT and the package `adapters`
 
 # Ends of the names of output projections of feed-forward blocks: BERT and similar models,
-# DistilBERT, Llama and similar models, OPT and BART, T5, GPT-NeoX.
+# DistilBERT, Llama and similar models, OPT, BART and ViT, T5, GPT-NeoX.
 OUTPUT_PROJECTIONS = (
     *("output.dense", "ffn.lin2", "mlp.down_proj", "fc2", "DenseReluDense.wo", "dense_4h_to_h"),
 )
 ATTENTION_OUTPUT = "attention.output.dense"  # BERT's other "output.dense"
+# Of attention: the same models (and MPNet, Phi); of encoder-decoders also the cross-attention.
+ATTENTION_PROJECTIONS = (
+    *(ATTENTION_OUTPUT, "attention.out_lin", "o_proj", "self_attn.out_proj"),
+    *("encoder_attn.out_proj", "SelfAttention.o", "EncDecAttention.o", "attention.dense"),
+    *("attn.o", "self_attn.dense"),
+)
+Placement = Literal["pfeiffer", "houlsby"]
+PLACEMENTS: dict[Placement, dict[str, tuple[str, ...]]] = {
+    "pfeiffer": {"feed-forward blocks": OUTPUT_PROJECTIONS},
+    "houlsby": {
+        "feed-forward blocks": OUTPUT_PROJECTIONS,
+        "attention": ATTENTION_PROJECTIONS,
+    },
+}
 
 
 class BottleneckAdapter(nn.Module):
@@ -38,9 +54,11 @@ class BottleneckAdapter(nn.Module):
         rank: features of the bottleneck, >= 1.
         like: gives dtype and device.
 
-    Reference: Houlsby et al. 2019, ICML; placement: Pfeiffer et al. 2021, AdapterFusion, EACL.
+    Reference: Houlsby et al. 2019, Parameter-Efficient Transfer Learning for NLP, ICML, section 2.1
+        and Figure 2; the placement "pfeiffer": Pfeiffer et al. 2021, AdapterFusion, EACL.
         Differences: x is the projection's output before dropout, residual and norm, where the
-        package `adapters` feeds the normalised sum.
+        package `adapters` feeds the normalised sum for "pfeiffer"; Houlsby et al. also train the
+        norms (name them with `--dense`, or set `requires_grad_`), with weights of deviation 0.01.
     """
 
     adapter_layer_names = ("down", "up")
@@ -60,16 +78,22 @@ class BottleneckAdapter(nn.Module):
 
 
 def add_bottlenecks(
-    model: nn.Module, rank: int, target_modules: Iterable[str] = OUTPUT_PROJECTIONS
+    model: nn.Module,
+    rank: int,
+    target_modules: Iterable[str] | None = None,
+    *,
+    placement: Placement = "pfeiffer",
 ) -> list[str]:
-    """Put an adapter after each output projection of a feed-forward block, and freeze the base.
+    """Put an adapter after output projections of each layer, and freeze the base.
 
     A head is frozen as well: set `requires_grad_(True)` on it afterwards to train it.
 
     Args:
         model: changed in place.
         rank: features of the bottleneck, >= 1.
-        target_modules: names, or ends of names, of Linear modules.
+        target_modules: names, or ends of names, of Linear modules, in place of `placement`.
+        placement: "pfeiffer": one adapter a layer, after the feed-forward block; "houlsby": two,
+            after attention and after the feed-forward block.
 
     Returns:
         Names of the modules that now have an adapter.
@@ -78,28 +102,42 @@ def add_bottlenecks(
         ValueError: a rank below 1, no Linear with such a name, or the model has adapters. The
             model is unchanged.
     """
-    ends = tuple(target_modules)
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
+    if placement not in PLACEMENTS:
+        raise ValueError(f"placement must be one of {', '.join(PLACEMENTS)}, got {placement!r}")
     if any(isinstance(module, BottleneckAdapter) for module in model.modules()):
         raise ValueError("the model has bottleneck adapters already; start from the base")
-    found = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and any(name == end or name.endswith("." + end) for end in ends)
-        and (name in ends or not name.endswith(ATTENTION_OUTPUT))
-    }
-    if not found:
-        raise ValueError(
-            f"{type(model).__name__} has no Linear with a name that ends in {', '.join(ends)}: set "
-            "target_modules to the output projections of its feed-forward blocks"
-        )
+    groups = PLACEMENTS[placement] if target_modules is None else {"": tuple(target_modules)}
+    wanted: set[str] = set()
+    for what, ends in groups.items():
+        found = _find_linear(model, ends)
+        if not found:
+            of = f"the output projections of its {what}" if what else "names that it has"
+            raise ValueError(
+                f"{type(model).__name__} has no Linear with a name that ends in "
+                f"{', '.join(ends)}: set target_modules to {of}"
+            )
+        wanted |= found
     model.requires_grad_(False)
-    for module in found.values():
-        module.add_module("adapter", BottleneckAdapter(module.out_features, rank, module.weight))
-        module.register_forward_hook(_add_adapter)
-    return list(found)
+    chosen = [item for item in model.named_modules() if item[0] in wanted]
+    for _, module in chosen:
+        linear = cast(nn.Linear, module)
+        linear.add_module("adapter", BottleneckAdapter(linear.out_features, rank, linear.weight))
+        linear.register_forward_hook(_add_adapter)
+    return [name for name, _ in chosen]
+
+
+def _find_linear(model: nn.Module, ends: tuple[str, ...]) -> set[str]:
+    """Names of Linear modules that end so; "output.dense" alone does not take BERT's attention."""
+    found = set()
+    for name, module in model.named_modules():
+        fitting = [end for end in ends if f".{name}".endswith(f".{end}")]
+        if name.endswith(ATTENTION_OUTPUT):
+            fitting = [end for end in fitting if end.endswith(ATTENTION_OUTPUT)]
+        if fitting and isinstance(module, nn.Linear):
+            found.add(name)
+    return found
 
 
 def save_bottlenecks(model: nn.Module, folder: str | os.PathLike[str]) -> None:

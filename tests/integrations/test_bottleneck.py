@@ -12,6 +12,7 @@ from torch import nn
 pytest.importorskip("peft", reason="adapter_cases needs the extra 'peft'")
 pytest.importorskip("transformers", reason="the models need the extra 'finetune'")
 
+import transformers
 from adapter_cases import bottleneck, classifier, copied, logits, train
 from safetensors.torch import load_file, save_file
 
@@ -71,6 +72,60 @@ def test_named_modules_and_the_attention_output_on_demand():
     model = classifier()
     names = ["bert.encoder.layer.0.attention.output.dense", "pooler.dense"]
     assert add_bottlenecks(model, 2, names) == [names[0], "bert.pooler.dense"]
+
+
+def test_two_adapters_a_layer_in_the_placement_of_houlsby():
+    model = classifier()
+    layers = [f"bert.encoder.layer.{layer}" for layer in (0, 1)]
+    expected = [f"{x}.{end}.dense" for x in layers for end in ("attention.output", "output")]
+    assert add_bottlenecks(model, 4, placement="houlsby") == expected
+
+
+SMALL = {"vocab_size": 11, "num_hidden_layers": 1, "num_attention_heads": 2}
+WIDE = {**SMALL, "hidden_size": 8, "intermediate_size": 12}
+SEQ2SEQ = {
+    **{"vocab_size": 11, "d_model": 8, "encoder_layers": 1, "decoder_layers": 1},
+    **{"encoder_attention_heads": 2, "decoder_attention_heads": 2},
+    **{"encoder_ffn_dim": 12, "decoder_ffn_dim": 12, "max_position_embeddings": 8},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "ends"),
+    [
+        ("Roberta", WIDE, ["attention.output.dense", "output.dense"]),
+        ("DebertaV2", WIDE, ["attention.output.dense", "output.dense"]),
+        ("DistilBert", {"vocab_size": 11, "dim": 8, "n_layers": 1, "n_heads": 2, "hidden_dim": 12},
+         ["attention.out_lin", "ffn.lin2"]),
+        ("Llama", WIDE, ["self_attn.o_proj", "mlp.down_proj"]),
+        ("OPT", {**SMALL, "hidden_size": 8, "ffn_dim": 12, "word_embed_proj_dim": 8},
+         ["self_attn.out_proj", "fc2"]),
+        ("Bart", SEQ2SEQ, ["self_attn.out_proj", "fc2", "self_attn.out_proj",
+                           "encoder_attn.out_proj", "fc2"]),
+        ("T5", {"vocab_size": 11, "d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 1,
+                "num_heads": 2, "num_labels": 2, "pad_token_id": 0},
+         ["SelfAttention.o", "DenseReluDense.wo", "SelfAttention.o", "EncDecAttention.o",
+          "DenseReluDense.wo"]),
+        ("GPTNeoX", WIDE, ["attention.dense", "mlp.dense_4h_to_h"]),
+    ],
+)  # fmt: skip
+def test_where_houlsbys_adapters_go_in_other_models(kind, options, ends):
+    """Models with a classification head, whose own projections get none."""
+    config = getattr(transformers, f"{kind}Config")(**options)
+    model = getattr(transformers, f"{kind}ForSequenceClassification")(config)
+    names = add_bottlenecks(model, 2, placement="houlsby")
+    assert len(names) == len(ends)
+    assert all(name.endswith(f".{end}") for name, end in zip(names, ends, strict=True)), names
+
+
+def test_a_model_whose_attention_is_not_found_is_refused_and_unchanged():
+    model = nn.ModuleDict({"fc2": nn.Linear(3, 3)})
+    with pytest.raises(ValueError, match="target_modules to the output projections of its attent"):
+        add_bottlenecks(model, 2, placement="houlsby")
+    assert list(model["fc2"].children()) == []
+    assert model["fc2"].weight.requires_grad
+    with pytest.raises(ValueError, match="placement must be one of pfeiffer, houlsby, got 'both'"):
+        add_bottlenecks(model, 2, placement="both")
 
 
 def trained(folder):
