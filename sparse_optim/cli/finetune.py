@@ -237,6 +237,9 @@ def run_and_show(config: FinetuneConfig, debug: bool) -> None:
     table.add_column(overflow="fold")
     name, value = metrics["metric"]["name"], metrics["metric"]["value"]
     entries, parameters = metrics["active_entries"], metrics["model"]["parameters"]
+    series = ""
+    if config.series is not None:
+        series = describe_series(metrics["series"], config.series)
     verified = {True: "yes, bit for bit", False: "NO", None: "not checked"}[metrics["verified"]]
     for label, text in (
         (f"{name} ({metrics['data']['eval_split']})", f"{value:.4f}"),
@@ -244,11 +247,7 @@ def run_and_show(config: FinetuneConfig, debug: bool) -> None:
         ("optimizer state", f"{metrics['state_bytes'] / 1e6:,.2f} MB"),
         ("step / update", f"{metrics['step_ms']:.1f} ms / {metrics['update_ms']:.2f} ms"),
         ("delta file", f"{metrics['delta_bytes'] / 1e6:,.2f} MB"),
-        *(
-            [(f"{name} by budget", describe_series(metrics["series"]))]
-            if metrics.get("series")
-            else []
-        ),
+        *([(f"{name} by budget", series)] if series else []),
         ("base + delta == trained", verified),
         ("results", str(config.output)),
     ):

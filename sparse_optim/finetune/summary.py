@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -141,14 +141,22 @@ def describe_run(usage: Usage, batch: str, steps: int, device: str) -> Rows:
     yield "run", f"{steps:,} steps of {batch} on {device}, {kernels}"
 
 
-def describe_series(rows: Iterable[Mapping[str, Any]]) -> str:
-    """One line for the user: the value of the metric at each part.
+def describe_series(rows: Sequence[Mapping[str, Any]], parts: int) -> str:
+    """One line for the user: the value of the metric at each part of the budget.
+
+    Args:
+        rows: of the members, as in metrics.json.
+        parts: that were asked for; several that one step reaches have one member.
 
     Example:
-        >>> describe_series([{"share": 0.5, "value": 0.61}, {"share": 1.0, "value": 0.7}])
+        >>> describe_series([{"share": 0.5, "value": 0.61}, {"share": 1.0, "value": 0.7}], 2)
         '0.6100 at 50%, 0.7000 at 100%'
     """
-    return ", ".join(f"{row['value']:.4f} at {row['share']:.0%}" for row in rows)
+    values = ", ".join(f"{row['value']:.4f} at {row['share']:.0%}" for row in rows)
+    if len(rows) == parts:
+        return values
+    counted = f"{len(rows)} of {parts} parts: see --every, --unmask-share and --steps"
+    return f"{values} ({counted})" if rows else counted
 
 
 def counted(entries: int) -> str:
