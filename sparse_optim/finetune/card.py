@@ -83,6 +83,7 @@ def write_card(
         tags=["sparse-optim", config.method],
         metrics=[metrics["metric"]["name"]],
     )
+    series = metrics.get("series")  # beside the run's card, not beside those of its folders
     changed, parameters = metrics["active_entries"], metrics["model"]["parameters"]
     data = metrics["data"]
     rows = {
@@ -107,7 +108,7 @@ def write_card(
         "sparse_optim.",
         f"## Use\n\n```python\n{use}\n```",
         "## Results\n\n" + _table(f"on {data['eval_split']}", values),
-        *([_series(metrics["series"])] if metrics.get("series") else []),
+        *([_series(series)] if series and (folder / series[0]["file"]).exists() else []),
         "## Training\n\n" + _table("", rows),
     ]
     if spec.labels is not None:
