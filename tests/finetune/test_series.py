@@ -1,6 +1,6 @@
 """A series of models from one run: when a member is kept, its bits, and how it is used.
 
-Fault planted by hand: members kept at the end of the run (the model of each evaluation differs).
+Fault planted by hand: only the last part kept.
 """
 
 from __future__ import annotations
