@@ -89,13 +89,15 @@ def import_summary(
     """
     with one_line_errors():
         quiet_libraries()
-        from sparse_optim.delta import save_delta
+        from sparse_optim.delta import DeltaError, save_delta
         from sparse_optim.finetune.errors import FinetuneError
         from sparse_optim.finetune.models import DTYPES, find_model, load_bare_model
         from sparse_optim.integrations.selective_optimizers import read_summary
 
         if dtype not in DTYPES:
             raise FinetuneError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
+        if not summary.is_file():  # before a model is loaded
+            raise DeltaError(f"{summary}: no such file")
         base = load_bare_model(find_model(model), task, dtype)
         delta = read_summary(summary, base)
         save_delta(delta, output)

@@ -31,6 +31,7 @@ COMMANDS = {
     "analyse": ("{tmp}/[x]",),
     "compare": ("{tmp}/[x]",),
     "export-peft": ("{tmp}/[x].safetensors", "--base", "minilm", "-o", "{tmp}/out"),
+    "import-summary": ("{tmp}/[x].pt", "-m", "minilm", "-o", "{tmp}/out"),
     "estimate": ("-m", "/no/[x]"),
 }
 
