@@ -14,14 +14,16 @@ from rich.console import Console
 from sparse_optim.cli.console import one_line_errors, print_line, quiet_libraries
 from sparse_optim.experiments.ablation import ABLATION
 from sparse_optim.experiments.arithmetic import MATH
+from sparse_optim.experiments.budgets import BUDGETS
 from sparse_optim.experiments.every import EVERY
 from sparse_optim.experiments.glue import ADAPTERS, GLUE, NER
 from sparse_optim.experiments.overrides import Choice, choose, whole
 from sparse_optim.experiments.presets import Experiment
 from sparse_optim.experiments.quality import QUALITY
 from sparse_optim.experiments.stochastic import STOCHASTIC
+from sparse_optim.experiments.sweeps import SWEEPS
 
-EXPERIMENTS = (GLUE, NER, ADAPTERS, MATH, STOCHASTIC, QUALITY, ABLATION, EVERY)
+EXPERIMENTS = (*(GLUE, NER, ADAPTERS, MATH, BUDGETS, SWEEPS, STOCHASTIC, QUALITY, ABLATION, EVERY),)
 
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="Output folder (default: runs/NAME).")
@@ -87,10 +89,12 @@ def about(experiment: Experiment) -> str:
     """The help of one experiment."""
     tasks = ", ".join(task.name for task in experiment.tasks)
     rows = ", ".join(row.label for row in experiment.rows)
+    files = ["cells.jsonl", "table.md", "table.json"]
+    files += [f"{name}.png" for name in experiment.pictures]
     return (
         f"{experiment.about}\n\nSkips finished cells: to resume a stopped run, repeat the command. "
         "Several processes may share an output folder if each runs other tasks or methods. "
-        f"Writes cells.jsonl, table.md and table.json.\n\nModel: {experiment.model}. "
+        f"Writes {', '.join(files)}.\n\nModel: {experiment.model}. "
         f"Tasks: {tasks}. Rows: {rows}."
     )
 
@@ -158,6 +162,7 @@ def run_and_show(
         quiet_libraries()
     # transformers: not needed for --help
     from sparse_optim.experiments.launch import make_runner, show_plan
+    from sparse_optim.experiments.pictures import write_pictures
     from sparse_optim.experiments.runner import Decoding, RunOptions
     from sparse_optim.experiments.table import markdown, write_table
 
@@ -175,9 +180,10 @@ def run_and_show(
         write_table(every, runner.finished(every), output)  # a killed run leaves its table
     outcomes = runner.finished(every)
     summaries = write_table(every, outcomes, output)
+    pictures = write_pictures(every, summaries, output)
     console.print(markdown(every, summaries), markup=False, highlight=False, soft_wrap=True)
     ending = "Complete" if runner.is_finished() else "Out of time; repeat the command to resume"
-    print_line(f"{ending}: {output}/table.md")
+    print_line(f"{ending}: {', '.join(map(str, [output / 'table.md', *pictures]))}")
     if record is not None:
         write_record(chosen.name, summaries, outcomes, record)
 

@@ -57,6 +57,12 @@ TASKS = (
     glue_task("rte", 30, 100),
 )
 
+
+def tasks_named(*names: str) -> tuple[TaskPreset, ...]:
+    """Some of the tasks, in this order."""
+    return tuple(next(task for task in TASKS if task.name == name) for name in names)
+
+
 SELECTIVE = tuple(
     Row(method, LRS, budget) for budget in BUDGETS for method in ("id3", "fish", "pafi", "r-mask")
 )
@@ -110,7 +116,7 @@ NER = Experiment(
 # The paper names neither bottleneck nor reduction. 8M entries at "sparsity 96%" are of 201M, the
 # size that it prints: 12 layers x (rank x (2 x 768 + 1) + 768) with this rank.
 PFEIFFER_RANK = 10_897
-PFEIFFER_TASKS = ("stsb", "cola", "mrpc", "rte")
+PFEIFFER_TASKS = tasks_named("stsb", "cola", "mrpc", "rte")
 
 PFEIFFER = tuple(
     Row(method, LRS, budget, adapter="pfeiffer", rank=PFEIFFER_RANK)
@@ -122,7 +128,7 @@ ADAPTERS = Experiment(
     title="Pfeiffer adapters, GLUE development sets",
     about="RoBERTa-base with Pfeiffer adapters on four GLUE tasks (ID3 paper, Table 3).",
     model="FacebookAI/roberta-base",
-    blocks=(Block(tuple(t for name in PFEIFFER_TASKS for t in TASKS if t.name == name), PFEIFFER),),
+    blocks=(Block(PFEIFFER_TASKS, PFEIFFER),),
     seeds=SEEDS,
     protocol="grid",
     kept=3,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sparse_optim.finetune.errors import FinetuneError
@@ -89,6 +89,10 @@ class Row:
         """Name and budget."""
         return f"{self.name}-{self.budget}" if self.budget else self.name
 
+    def changed(self, variant: str, **settings: Any) -> Row:
+        """This row with other settings, under the name 'METHOD@VARIANT'."""
+        return replace(self, settings={**self.settings, **settings}, variant=variant)
+
 
 @dataclass(frozen=True)
 class Block:
@@ -115,6 +119,7 @@ class Experiment:
             one run for each seed, all averaged.
         settings: further fields of `FinetuneConfig`, for all runs.
         paper: the paper's figures. paper_note: where the paper has them, or why there are none.
+        pictures: keys of `sparse_optim.experiments.pictures.PICTURES`, drawn beside the table.
     """
 
     name: str
@@ -128,6 +133,7 @@ class Experiment:
     settings: Mapping[str, Any] = field(default_factory=dict)
     paper: PaperTable = field(default_factory=dict)
     paper_note: str = ""
+    pictures: tuple[str, ...] = ("pareto",)
 
     @property
     def tasks(self) -> tuple[TaskPreset, ...]:

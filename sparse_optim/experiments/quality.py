@@ -40,7 +40,7 @@ def lora(budget: str) -> Row:
 
 def half(budget: str) -> Row:
     """ID3 that has spent its budget in the middle of the run, as `finetune` does."""
-    return Row("id3", SELECTIVE_LRS, budget, settings={"unmask_share": 0.5}, variant="share=0.5")
+    return Row("id3", SELECTIVE_LRS, budget).changed("share=0.5", unmask_share=0.5)
 
 
 def task(name: str, dataset: str, kind: str, metric: str, **more: object) -> TaskPreset:

@@ -58,6 +58,12 @@ def shown_columns(experiment: Experiment, runs: Sequence[Outcome]) -> tuple[str,
     return tuple(column for column in experiment.columns if column in filled)
 
 
+def averaged_columns(experiment: Experiment, summaries: Iterable[Summary]) -> list[str]:
+    """The columns that the average is of: those in which any row has a value."""
+    filled = {column for summary in summaries for column in summary["columns"]}
+    return [column for column in experiment.columns if column in filled]
+
+
 def summarise_row(
     experiment: Experiment, row: Row, runs: list[Outcome], shown: Sequence[str]
 ) -> Summary:
