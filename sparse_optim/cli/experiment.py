@@ -47,6 +47,20 @@ Targets = Annotated[
 Steps = Annotated[int | None, typer.Option(help="Optimizer steps of each cell.")]
 BatchSize = Annotated[int | None, typer.Option(help="Batch size.")]
 Limit = Annotated[int | None, typer.Option(help="Maximum number of examples of each split.")]
+EvalLimit = Annotated[
+    int | None, typer.Option(help="Maximum number of examples of an evaluation (default: --limit).")
+]
+EvalEvery = Annotated[
+    int | None,
+    typer.Option(
+        help="Steps between evaluations. cells.jsonl has all, the table the last (default: the "
+        "preset's; math: only at the end)."
+    ),
+]
+Shifted = Annotated[
+    bool,
+    typer.Option("--shifted", help="quality: also test on other data than that of the training."),
+]
 MaxMinutes = Annotated[
     float | None,
     typer.Option(help="Start no cell that would end later than this; resume by the same command."),
@@ -115,6 +129,9 @@ def command(experiment: Experiment) -> Callable[..., None]:
         steps: Steps = None,
         batch_size: BatchSize = None,
         limit: Limit = None,
+        eval_limit: EvalLimit = None,
+        eval_every: EvalEvery = None,
+        shifted: Shifted = False,
         max_minutes: MaxMinutes = None,
         only: Only = None,
         dry_run: DryRun = False,
@@ -129,13 +146,16 @@ def command(experiment: Experiment) -> Callable[..., None]:
         debug: Debug = False,
     ) -> None:
         choice = Choice(
-            model, tasks, methods, budgets, lrs, seeds, steps, batch_size, adapter_targets
+            *(model, tasks, methods, budgets, lrs, seeds, steps, batch_size, adapter_targets),
+            eval_every=eval_every,
         )
         given = {name: value for name, value in (("dtype", dtype), ("amp", amp)) if value}
         arguments = {
             "output": output or Path("runs") / experiment.name,
             "data_folder": data_folder,
             "limit": limit,
+            "eval_limit": eval_limit,
+            "shifted": shifted,
             "max_minutes": max_minutes,
             "only": tuple(only or ()),
             "keep": keep,

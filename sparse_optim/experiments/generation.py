@@ -5,22 +5,29 @@ from __future__ import annotations
 import copy
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from sparse_optim.experiments.arithmetic import is_right, prompt_of, read_tests, write_training_set
 from sparse_optim.experiments.presets import ExperimentError, TaskPreset
-from sparse_optim.experiments.runner import Decoding, RunOptions
+from sparse_optim.experiments.runner import AT_THE_END, Decoding, RunOptions, Watcher
 from sparse_optim.finetune.config import FinetuneConfig
 from sparse_optim.finetune.job import Inputs, Trained
 from sparse_optim.finetune.tasks import TASKS
 
 logger = logging.getLogger(__name__)
 
-SAMPLE_SEED = 0  # selects the questions that `--limit` keeps
+SAMPLE_SEED = 0  # selects the questions that `--limit` or `--eval-limit` keeps
 
 
 def locate_training(task: TaskPreset, options: RunOptions) -> str:
@@ -43,16 +50,60 @@ def locate_training(task: TaskPreset, options: RunOptions) -> str:
 
 def measure_exact_match(
     config: FinetuneConfig, inputs: Inputs, trained: Trained, task: TaskPreset, options: RunOptions
-) -> dict[str, Any]:
-    """Share of right answers on each test set."""
+) -> dict[str, float]:
+    """Share of right answers of a trained model on each test set."""
+    return exact_match(config, inputs, trained.loaded.model, options)
+
+
+def watch_exact_match(
+    config: FinetuneConfig, inputs: Inputs, task: TaskPreset, options: RunOptions
+) -> Watcher:
+    """Measure the share of right answers every `task.eval_every` steps."""
+    return AnswerWatcher(
+        task.eval_every or AT_THE_END, partial(exact_match, config, inputs, options=options)
+    )
+
+
+class AnswerWatcher(Watcher):
+    """Let the model answer the test sets while it is trained; its last step is left to the caller.
+
+    Args:
+        every: steps from one measurement to the next.
+        measure: returns the values of a model, by column.
+    """
+
+    def __init__(self, every: int, measure: Callable[[PreTrainedModel], dict[str, float]]) -> None:
+        super().__init__()
+        self.every = every
+        self.measure = measure
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel | None = None,
+        **_: Any,
+    ) -> None:
+        """Measure, and put the model back into training mode."""
+        is_due = state.global_step % self.every == 0 and state.global_step < state.max_steps
+        if is_due and model is not None:
+            self.rows.append({"step": state.global_step, **self.measure(model)})
+            model.train()
+
+
+def exact_match(
+    config: FinetuneConfig, inputs: Inputs, model: PreTrainedModel, options: RunOptions
+) -> dict[str, float]:
+    """Share of right answers on each test set, or on a sample of it."""
     if options.data_folder is None:
         raise ExperimentError("math needs --data-folder")
     values = {}
     for name, rows in read_tests(options.data_folder).items():
-        if options.limit is not None and options.limit < len(rows):
-            rows = random.Random(SAMPLE_SEED).sample(rows, options.limit)
+        if config.max_eval_examples is not None and config.max_eval_examples < len(rows):
+            rows = random.Random(SAMPLE_SEED).sample(rows, config.max_eval_examples)
         responses = generate(
-            trained.loaded.model,
+            model,
             inputs.tokenizer,
             [prompt_of(row["instruction"]) + "\n" for row in rows],
             config.eval_batch_size or TASKS["causal-lm"].eval_batch_size,

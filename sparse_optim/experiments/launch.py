@@ -5,15 +5,29 @@ from __future__ import annotations
 from rich.console import Console
 
 from sparse_optim.experiments.arithmetic import MATH
-from sparse_optim.experiments.generation import locate_training, measure_exact_match
-from sparse_optim.experiments.presets import Experiment
+from sparse_optim.experiments.generation import (
+    locate_training,
+    measure_exact_match,
+    watch_exact_match,
+)
+from sparse_optim.experiments.presets import Experiment, ExperimentError
 from sparse_optim.experiments.runner import Runner, RunOptions
 
 
 def make_runner(experiment: Experiment, options: RunOptions, console: Console) -> Runner:
-    """The runner, with the experiment's functions that find data and measure."""
+    """The runner, with the experiment's functions that find data and measure.
+
+    Raises:
+        ExperimentError: shifted test sets are asked for, and no task has one.
+    """
+    if options.shifted and not experiment.shifted_columns:
+        tasks = ", ".join(task.name for task in experiment.tasks)
+        raise ExperimentError(
+            f"--shifted: none of the tasks has a shifted test set ({tasks}); see `quality --help`"
+        )
     if experiment.name == MATH.name:
-        return Runner(experiment, options, console, locate_training, measure_exact_match)
+        functions = (locate_training, measure_exact_match, watch_exact_match)
+        return Runner(experiment, options, console, *functions)
     return Runner(experiment, options, console)
 
 

@@ -30,6 +30,7 @@ class Choice:
     steps: int | None = None
     batch_size: int | None = None
     adapter_targets: str | None = None
+    eval_every: int | None = None
 
 
 def choose(experiment: Experiment, choice: Choice) -> tuple[Experiment, list[str]]:
@@ -108,7 +109,9 @@ def new_blocks(
 
 
 def change_tasks(experiment: Experiment, choice: Choice) -> dict[str, TaskPreset]:
-    """The chosen tasks by name, with the given steps and batch size."""
+    """The chosen tasks by name, with the given steps, batch size and steps between evaluations."""
+    if choice.eval_every is not None and choice.eval_every < 1:
+        raise ExperimentError(f"--eval-every must be at least 1 step, got {choice.eval_every}")
     known = {task.name: task for task in experiment.tasks}
     wanted = split(choice.tasks) or list(known)
     for name in wanted:
@@ -122,6 +125,8 @@ def change_tasks(experiment: Experiment, choice: Choice) -> dict[str, TaskPreset
             task = replace(task, steps=choice.steps, seconds=None)
         if choice.batch_size is not None:
             task = replace(task, batch_size=choice.batch_size, seconds=None)
+        if choice.eval_every is not None:
+            task = replace(task, eval_every=choice.eval_every, seconds=None)
         changed[name] = task
     return changed
 

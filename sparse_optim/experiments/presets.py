@@ -14,6 +14,19 @@ class ExperimentError(FinetuneError):
 
 
 @dataclass(frozen=True)
+class Shift:
+    """A test set that differs from a task's training data.
+
+    Args:
+        dataset: another built-in set with the same labels; None: the task's test set.
+        typos: whether some of its words get typing errors.
+    """
+
+    dataset: str | None = None
+    typos: bool = False
+
+
+@dataclass(frozen=True)
 class TaskPreset:
     """One task of an experiment.
 
@@ -26,6 +39,8 @@ class TaskPreset:
         config: configuration of the hub set.
         split: split that runs evaluate on; None holds out a part of train.
         further_splits: column of the table -> further split to evaluate on.
+        shifts: column of the table -> shifted test set, for `--shifted`; never trained on, and not
+            in the average.
         epochs: passes over the training examples. steps: optimizer steps instead.
         eval_every: steps between evaluations (None: only at the end, to use the split once).
         batch_size: examples in a step.
@@ -41,6 +56,7 @@ class TaskPreset:
     config: str | None = None
     split: str | None = "validation"
     further_splits: Mapping[str, str] = field(default_factory=dict)
+    shifts: Mapping[str, Shift] = field(default_factory=dict)
     epochs: float = 3.0
     steps: int | None = None
     eval_every: int | None = None
@@ -51,7 +67,7 @@ class TaskPreset:
     @property
     def table_columns(self) -> tuple[str, ...]:
         """Columns of the table that this task fills."""
-        return self.columns or (self.name, *self.further_splits)
+        return self.columns or (self.name, *self.further_splits, *self.shifts)
 
 
 @dataclass(frozen=True)
@@ -149,3 +165,8 @@ class Experiment:
     def columns(self) -> tuple[str, ...]:
         """Columns of the table, in order."""
         return tuple(column for task in self.tasks for column in task.table_columns)
+
+    @property
+    def shifted_columns(self) -> frozenset[str]:
+        """The columns of shifted test sets."""
+        return frozenset(column for task in self.tasks for column in task.shifts)

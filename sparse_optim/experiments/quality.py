@@ -4,11 +4,14 @@ The built-in MiniLM encoder, 300 steps of 16 short examples of about the same le
 autocast, so that a run takes half a minute on one CPU core; the same command runs it whole on a
 GPU. Every method gets the same steps, head and head learning rate; its own learning rate is chosen
 on a part of train with one seed. Each run looks at the test split once, at its end.
+
+With `--shifted` each run is also tested on other data: film reviews against product reviews, tweets
+against both, questions and news with typing errors (lower case is no shift for this encoder).
 """
 
 from __future__ import annotations
 
-from sparse_optim.experiments.presets import Block, Experiment, Row, TaskPreset
+from sparse_optim.experiments.presets import Block, Experiment, Row, Shift, TaskPreset
 
 MODEL = "minilm"
 HEAD_LR = 5e-3  # for all methods but "frozen", which trains the head with its learning rate
@@ -60,16 +63,35 @@ def glue_task(name: str, metric: str = "accuracy", **more: object) -> TaskPreset
 
 CLASSES = "sequence-classification"
 TASKS = (
-    task("conll2003", "conll2003", "token-classification", "f1", max_length=64),
-    task("trec50", "trec50", CLASSES, "accuracy", max_length=32),
+    task(
+        *("conll2003", "conll2003", "token-classification", "f1"),
+        max_length=64,
+        shifts={"conll2003 -> typos": Shift(typos=True)},
+    ),
+    task(
+        *("trec50", "trec50", CLASSES, "accuracy"),
+        max_length=32,
+        shifts={"trec50 -> typos": Shift(typos=True)},
+    ),
     glue_task("stsb", "pearson_spearman"),
 )
 MORE_TASKS = (
     glue_task("cola", "matthews"),
     glue_task("mrpc"),
     glue_task("rte"),
-    task("tweets", "tweets", "regression", "pearson", max_length=48),
-    task("movies", "movies", CLASSES, "accuracy", max_length=48),
+    task(
+        *("tweets", "tweets", "regression", "pearson"),
+        max_length=48,
+        shifts={
+            "tweets -> movies": Shift("movie-scores"),
+            "tweets -> amazon": Shift("amazon-scores"),
+        },
+    ),
+    task(
+        *("movies", "movies", CLASSES, "accuracy"),
+        max_length=48,
+        shifts={"movies -> amazon": Shift("amazon")},
+    ),
 )
 
 CORE = (

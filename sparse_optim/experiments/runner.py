@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import statistics
 import tempfile
 import time
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase
+from transformers import TrainerCallback
 
 from sparse_optim.experiments.cells import (
     Cell,
@@ -22,15 +21,16 @@ from sparse_optim.experiments.cells import (
     differing_settings,
 )
 from sparse_optim.experiments.machine import machine
+from sparse_optim.experiments.model_cache import ModelCache
 from sparse_optim.experiments.plan import cells
 from sparse_optim.experiments.presets import Experiment, ExperimentError, Row, TaskPreset
+from sparse_optim.experiments.shifts import measure_shifts
 from sparse_optim.finetune.builtin_data import DATASETS
 from sparse_optim.finetune.config import FinetuneConfig, parse_budget
 from sparse_optim.finetune.errors import FinetuneError
 from sparse_optim.finetune.job import Inputs, Trained, load_inputs, train_model, write_results
-from sparse_optim.finetune.models import LoadedModel, ModelSource, load_base_model, set_threads
+from sparse_optim.finetune.models import set_threads
 from sparse_optim.finetune.report import jsonable
-from sparse_optim.finetune.spec import ModelSpec
 from sparse_optim.version import __version__
 
 # Share of train that tuning cells are evaluated on; the split of the runs stays unseen.
@@ -43,9 +43,6 @@ DATA_FIELDS = (
     *("model", "dataset", "dataset_config", "task", "train_split", "eval_split", "eval_fraction"),
     *("max_train_examples", "max_eval_examples", "max_length", "packing", "chat"),
 )
-
-# Larger base models are loaded again for each cell, not kept beside the one that is trained.
-KEPT_MODEL_BYTES = 2 * 2**30
 
 
 @dataclass(frozen=True)
@@ -64,8 +61,10 @@ class RunOptions:
         output: folder for cells and table.
         data_folder: folder with the tasks' data; None: the hub.
         limit: maximum number of examples of each split.
+        eval_limit: maximum number of examples of each evaluation (default: limit).
         max_minutes: start no cell that would end later, judged by the cells so far.
         only: run only cells with one of these in their names.
+        shifted: also test each run on the shifted sets of its task.
         keep: also write delta, metrics and curves of each run.
         decoding: settings for answers, for tasks that have them.
         extra: further fields of `FinetuneConfig`, which override the experiment's.
@@ -74,15 +73,35 @@ class RunOptions:
     output: Path
     data_folder: Path | None = None
     limit: int | None = None
+    eval_limit: int | None = None
     max_minutes: float | None = None
     only: tuple[str, ...] = ()
+    shifted: bool = False
     keep: bool = False
     decoding: Decoding = Decoding()
     extra: Mapping[str, Any] | None = None
 
+    def __post_init__(self) -> None:
+        """Check the numbers of examples."""
+        for option, most in (("--limit", self.limit), ("--eval-limit", self.eval_limit)):
+            if most is not None and most < 1:
+                raise ExperimentError(f"{option} must be at least 1 example, got {most}")
+
+
+class Watcher(TrainerCallback):
+    """Measures a model while it is trained.
+
+    Attributes:
+        rows: for each measurement its step, and the values by column.
+    """
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
 
 Resolve = Callable[[TaskPreset, RunOptions], str]
 Measure = Callable[[FinetuneConfig, Inputs, Trained, TaskPreset, RunOptions], dict[str, Any]]
+Watch = Callable[[FinetuneConfig, Inputs, TaskPreset, RunOptions], Watcher]
 
 
 def locate(task: TaskPreset, options: RunOptions) -> str:
@@ -112,41 +131,14 @@ def measure_splits(
     task: TaskPreset,
     options: RunOptions,
 ) -> dict[str, Any]:
-    """The task's metric on its split and its further splits."""
+    """The task's metric on its split, its further splits and, if asked for, shifted test sets."""
     values = {task.name: trained.metrics["metric"]["value"]}
     for column, split in task.further_splits.items():
         other = {"eval_split": split, "max_train_examples": 1}  # train has been read already
         further = load_inputs(FinetuneConfig(**{**vars(config), **other}))
         scores = trained.trainer.evaluate(further.eval_set)
         values[column] = scores[f"eval_{task.metric}"]
-    return values
-
-
-class ModelCache:
-    """Keep a base model in memory if its checkpoint has all parameters.
-
-    A fresh head depends on the seed of the run, so a model with one is loaded again.
-    """
-
-    def __init__(self) -> None:
-        self.kept: dict[tuple[Any, ...], LoadedModel] = {}
-
-    def __call__(
-        self,
-        source: ModelSource,
-        spec: ModelSpec,
-        tokenizer: PreTrainedTokenizerBase,
-    ) -> LoadedModel:
-        """Same as `load_base_model`."""
-        key = (source, spec.task, spec.dtype, spec.pooling)
-        if key not in self.kept:
-            loaded = load_base_model(source, spec, tokenizer)
-            size = sum(tensor.nbytes for tensor in loaded.model.state_dict().values())
-            if loaded.fresh or size > KEPT_MODEL_BYTES:
-                return loaded
-            self.kept = {key: loaded}
-        kept = self.kept[key]
-        return LoadedModel(copy.deepcopy(kept.model), kept.fresh)
+    return values | (measure_shifts(config, inputs, trained, task) if options.shifted else {})
 
 
 class Runner:
@@ -158,6 +150,7 @@ class Runner:
         console: shows progress.
         resolve: returns the place of a task's data.
         measure: returns the values of a finished run, by column.
+        watch: makes what measures a run while it is trained; None: nothing but the trainer does.
     """
 
     def __init__(
@@ -167,12 +160,14 @@ class Runner:
         console: Console,
         resolve: Resolve = locate,
         measure: Measure = measure_splits,
+        watch: Watch | None = None,
     ) -> None:
         self.experiment = experiment
         self.options = options
         self.console = console
         self.resolve = resolve
         self.measure = measure
+        self.watch = watch
         self.store = CellStore(options.output / "cells.jsonl")
         self.load = ModelCache()
         self.inputs: tuple[Any, Inputs] | None = None
@@ -196,7 +191,7 @@ class Runner:
     def is_alike(self, cell: Cell, outcome: Outcome) -> bool:
         """Whether a finished cell would run with the same settings now."""
         try:
-            wanted = self.settings(self.config(cell))
+            wanted = self.settings(cell, self.config(cell))
         except ExperimentError:  # its data is not here
             return False
         return not differing_settings(outcome["config"], wanted)
@@ -215,7 +210,7 @@ class Runner:
             config = self.config(cell)
             stored = self.store.read(cell)
             if stored is not None:
-                check_same(cell, stored["config"], self.settings(config))
+                check_same(cell, stored["config"], self.settings(cell, config))
                 continue
             minutes = (time.perf_counter() - begin + (self.estimates()[cell.task.name] or 0.0)) / 60
             if self.options.max_minutes is not None and minutes > self.options.max_minutes:
@@ -245,7 +240,8 @@ class Runner:
             inputs = self.inputs_of(config)
             with tempfile.TemporaryDirectory() as scratch:
                 config = FinetuneConfig(**{**vars(config), "output": Path(scratch) / "run"})
-                trained = train_model(config, inputs, None, self.load)
+                watchers = self.watchers(cell, config, inputs)
+                trained = train_model(config, inputs, None, self.load, callbacks=watchers)
                 if cell.stage == "tune":
                     values = {cell.task.name: trained.metrics["metric"]["value"]}
                 else:
@@ -257,14 +253,25 @@ class Runner:
         except FinetuneError as error:
             raise ExperimentError(f"cell {cell.name}: {error}") from error
         seconds = time.perf_counter() - begin
-        return describe(cell, self.settings(config), trained, values, seconds)
+        outcome = describe(cell, self.settings(cell, config), trained, values, seconds)
+        for watcher in watchers:
+            outcome["evaluations"] += [*watcher.rows, {"step": outcome["steps"], **values}]
+        return outcome
 
-    def settings(self, config: FinetuneConfig) -> dict[str, Any]:
+    def watchers(self, cell: Cell, config: FinetuneConfig, inputs: Inputs) -> list[Watcher]:
+        """What measures the run of a cell while it is trained."""
+        if self.watch is None or cell.stage == "tune" or cell.task.eval_every is None:
+            return []
+        return [self.watch(config, inputs, cell.task, self.options)]
+
+    def settings(self, cell: Cell, config: FinetuneConfig) -> dict[str, Any]:
         """The settings that affect a cell's result: not those of the machine and the output."""
         places = ("output", "overwrite", "verify", "save_model", "report_to", "cpu", "threads")
         kept = {name: jsonable(value) for name, value in vars(config).items() if name not in places}
         if self.options.data_folder is not None:  # wherever that folder is
             kept["dataset"] = config.dataset.removeprefix(f"{self.options.data_folder}/")
+        if self.options.shifted and cell.task.shifts and cell.stage == "run":
+            kept["shifted"] = True  # not otherwise: a cell with more values will do
         return kept | vars(self.options.decoding)
 
     def inputs_of(self, config: FinetuneConfig) -> Inputs:
@@ -291,7 +298,9 @@ class Runner:
             "eval_fraction": HELD_OUT if held_out else None,
             "eval_every": task.eval_every or AT_THE_END,
             "max_train_examples": self.options.limit,
-            "max_eval_examples": self.options.limit,
+            "max_eval_examples": (
+                self.options.limit if self.options.eval_limit is None else self.options.eval_limit
+            ),
             "max_length": task.max_length,
             "steps": task.steps,
             "epochs": task.epochs,
@@ -347,7 +356,7 @@ def describe(
         "fresh_entries": metrics["model"]["fresh_entries"],
         "parameters": metrics["model"]["parameters"],
         "seconds": seconds,
-        "evaluations": metrics["evaluations"],
+        "evaluations": list(metrics["evaluations"]),
         "config": dict(settings),
         "versions": {**metrics["versions"], "sparse_optim": __version__},
         "device": metrics["device"],

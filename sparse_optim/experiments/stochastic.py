@@ -5,6 +5,10 @@ most 128 tokens, AdamW with eps 1e-6, warm-up over a tenth of the steps and line
 rate chosen from six, seven seeds. Sub-networks have the size of BitFit's, whichever the model: as
 many entries as it has biases outside the head (102,144 of RoBERTa-base, 0.08%).
 
+DPS (Zhang et al. 2022, NeurIPS 35) trains 30% of each Linear weight in its sparse windows, as the
+script of its authors does (`reserve_p` 0.3 and `update_ratio` 0.05 in script/run_glue.sh of
+github.com/ZhangHaojie077/DPS); the paper's table has its variant DPS Mix, and names no share.
+
 The paper does not say how many epochs it trains (here: those of the ID3 paper's Table 7b), nor on
 what the learning rate is chosen (here: on a part of train). Its table is a picture; its figures are
 not copied here.
@@ -19,6 +23,7 @@ from sparse_optim.experiments.presets import Block, Experiment, Row
 
 LRS = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 METRICS = {"cola": "matthews", "mrpc": "f1_positive", "stsb": "spearman"}  # caption of Table 1
+DPS_SHARE = "30%"
 SIX = ("cola", "sst2", "mrpc", "stsb", "qnli", "rte")  # Appendix A
 
 TASKS = tuple(
@@ -34,6 +39,8 @@ ROWS = (
     Row("random-tuning", LRS),
     Row("multi-head", LRS),
     Row("frozen", LRS),
+    Row("dps-mix", LRS, DPS_SHARE),
+    Row("dps", LRS, DPS_SHARE),
 )
 
 STOCHASTIC = Experiment(

@@ -17,6 +17,11 @@ from sparse_optim.files import replacing
 
 Summary = dict[str, Any]
 
+SHIFTED = (
+    " A -> B: trained on A, tested on B (typos: the test set of A with two letters swapped in some "
+    "words); not in the average."
+)
+
 
 def top_mean(values: Sequence[float], kept: int) -> tuple[float, float | None, int]:
     """Mean and sample deviation of the `kept` highest values, and how many there were.
@@ -59,15 +64,16 @@ def shown_columns(experiment: Experiment, runs: Sequence[Outcome]) -> tuple[str,
 
 
 def averaged_columns(experiment: Experiment, summaries: Iterable[Summary]) -> list[str]:
-    """The columns that the average is of: those in which any row has a value."""
+    """The columns that the average is of: those with a value in any row, without shifted sets."""
     filled = {column for summary in summaries for column in summary["columns"]}
+    filled -= experiment.shifted_columns
     return [column for column in experiment.columns if column in filled]
 
 
 def summarise_row(
     experiment: Experiment, row: Row, runs: list[Outcome], shown: Sequence[str]
 ) -> Summary:
-    """Means by column, their average if the row fills all shown columns, and medians of costs.
+    """Means by column, their average if the row fills its columns, and medians of costs.
 
     "lr" is the rate of the best run (the first of equals) by task.
     """
@@ -79,17 +85,19 @@ def summarise_row(
             best = max(mine, key=partial(value_of, column=task.table_columns[0]))
             best_rates[task.name] = best["cell"]["lr"]
         for column in task.table_columns if mine else ():
-            values = [value_of(run, column) for run in mine]
-            mean, deviation, count = top_mean(values, experiment.kept)
-            columns[column] = {"mean": mean, "deviation": deviation, "runs": count}
-    means = [columns[name]["mean"] for name in shown if name in columns]
+            values = [value_of(run, column) for run in mine if column in run["values"]]
+            if values:
+                mean, deviation, count = top_mean(values, experiment.kept)
+                columns[column] = {"mean": mean, "deviation": deviation, "runs": count}
+    averaged = [name for name in shown if name not in experiment.shifted_columns]
+    means = [columns[name]["mean"] for name in averaged if name in columns]
     return {
         "row": row.label,
         "method": row.name,
         "budget": row.budget,
         "lr": best_rates,
         "columns": columns,
-        "average": statistics.fmean(means) if len(means) == len(shown) else None,
+        "average": statistics.fmean(means) if len(means) == len(averaged) else None,
         "entries": statistics.median(run["active_entries"] - run["fresh_entries"] for run in runs),
         "state_bytes": statistics.median(run["state_bytes"] for run in runs),
         "step_ms": statistics.median(run["step_ms"] for run in runs),
@@ -140,7 +148,9 @@ def markdown(experiment: Experiment, summaries: Sequence[Summary]) -> str:
     """The table as Markdown: our line, and below it the paper's if it has one."""
     filled = {column for summary in summaries for column in summary["columns"]}
     shown = [column for column in experiment.columns if column in filled]
-    average = ["average"] if len(shown) > 1 else []
+    averaged = averaged_columns(experiment, summaries)
+    is_whole = len(averaged) == len(experiment.columns) - len(experiment.shifted_columns)
+    average = ["average"] if len(averaged) > 1 else []
     tasks = [task.name for task in experiment.tasks if any(task.name in s["lr"] for s in summaries)]
     head = ["method", "budget", "lr", *shown, *average, "entries", "state MB", "ms a step"]
     lines = [head, [":--", ":--", ":--", *("--:" for _ in head[3:])]]
@@ -149,13 +159,12 @@ def markdown(experiment: Experiment, summaries: Sequence[Summary]) -> str:
         lines.append(start + our_figures(summary, shown, bool(average), experiment.kept))
         if summary["paper"]:
             theirs = [number(summary["paper"].get(name), 1.0) for name in shown]
-            whole = (
-                summary["paper"].get("average") if len(shown) == len(experiment.columns) else None
-            )
+            whole = summary["paper"].get("average") if is_whole else None
             theirs += [number(whole, 1.0)] if average else []
             lines.append(["*the paper*", "", "", *theirs, "", "", ""])
     body = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    return f"**{experiment.title}**\n\n{body}\n{legend(experiment)}\n"
+    notes = legend(experiment) + (SHIFTED if experiment.shifted_columns & filled else "")
+    return f"**{experiment.title}**\n\n{body}\n{notes}\n"
 
 
 def our_figures(summary: Summary, shown: Sequence[str], average: bool, kept: int) -> list[str]:

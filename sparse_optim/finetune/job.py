@@ -19,7 +19,12 @@ import torch
 from datasets import Dataset
 from rich.console import Console
 from torch import nn
-from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArguments
+from transformers import (
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.integrations.integration_utils import TensorBoardCallback, default_logdir
 
 from sparse_optim.delta import Delta, apply_delta, load_delta, save_delta
@@ -199,12 +204,14 @@ def train_model(
     console: Console | None,
     load: LoadModel = load_base_model,
     *,
+    callbacks: Iterable[TrainerCallback] = (),
     stops: bool = False,
 ) -> Trained:
     """Train and evaluate.
 
     Args:
         load: may take the base model from memory.
+        callbacks: added to the trainer.
         stops: whether Ctrl-C and SIGTERM save a checkpoint before they stop the training.
     """
     check_method(config)
@@ -212,6 +219,8 @@ def train_model(
     check_lengths(loaded.model, inputs.longest)
     weights = hash_weights(loaded.model, without=loaded.fresh)
     trainer = make_trainer(config, inputs, loaded)
+    for callback in callbacks:
+        trainer.add_callback(callback)
     if config.packing:
         check_packing(loaded.model)
     metric = inputs.task.check_metric(config.metric)
