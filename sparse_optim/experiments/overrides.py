@@ -16,6 +16,9 @@ from sparse_optim.methods import METHODS
 
 Value = TypeVar("Value")
 
+# Their budget is a share of each Linear weight, which would be far too much for other methods.
+SHARE_OF_LINEAR = ("dps", "dps-mix")
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -136,7 +139,8 @@ def named_rows(experiment: Experiment, names: Sequence[str], budgets: Sequence[s
     if not names:
         return list(experiment.rows)
     pattern = next((row for row in experiment.rows if row.budget), experiment.rows[0])
-    preset_budgets = list(dict.fromkeys(row.budget for row in experiment.rows if row.budget))
+    budgeted = [row for row in experiment.rows if row.budget and row.method not in SHARE_OF_LINEAR]
+    preset_budgets = list(dict.fromkeys(row.budget for row in budgeted))
     found: list[Row] = []
     for name in names:
         mine = [row for row in experiment.rows if row.name == name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -160,26 +161,39 @@ def test_the_share_of_right_answers_of_each_set(tmp_path, monkeypatch):
     monkeypatch.setattr(generation, "generate", answers)
     trained = SimpleNamespace(loaded=SimpleNamespace(model=None))
     inputs = SimpleNamespace(tokenizer=None)
-    config = SimpleNamespace(eval_batch_size=2)
+    config = SimpleNamespace(eval_batch_size=2, max_eval_examples=None)
     options = RunOptions(tmp_path, data_folder=folder)
     values = generation.measure_exact_match(config, inputs, trained, MATH10K, options)
     assert list(values) == list(TEST_SETS)
     assert values.pop("AQuA") == 1.0
     assert all(value == pytest.approx(1 / 3) for value in values.values())
     assert asked[0] == prompt_of("AddSub a b 0") + "\n"  # as in training
-    limited = RunOptions(tmp_path, data_folder=folder, limit=1)
+    config.max_eval_examples = 1
     asked.clear()
-    generation.measure_exact_match(config, inputs, trained, MATH10K, limited)
+    generation.measure_exact_match(config, inputs, trained, MATH10K, options)
     assert len(asked) == 6
+
+
+def test_answers_are_counted_at_each_due_step_before_the_last():
+    model = SimpleNamespace(train=lambda: modes.append("train"))
+    modes = []
+    watcher = generation.AnswerWatcher(80, lambda model: {"AddSub": 0.25})
+    for step in (79, 80, 81, 160, 240):
+        state = SimpleNamespace(global_step=step, max_steps=240)
+        watcher.on_step_end(None, state, None, model=model)
+    assert watcher.rows == [{"step": 80, "AddSub": 0.25}, {"step": 160, "AddSub": 0.25}]
+    assert modes == ["train", "train"]
 
 
 def test_a_tiny_model_runs_the_whole_experiment(tmp_path):
     model = save_decoder(tmp_path / "decoder")
     choice = Choice(model=str(model), methods="id3,full", budgets="200", lrs="1e-2", steps=2)
+    choice = replace(choice, eval_every=1)
     experiment, _ = choose(MATH, choice)
     options = RunOptions(
         tmp_path / "out",
         data_folder=write_data(tmp_path / "data"),
+        eval_limit=2,
         decoding=Decoding(beams=2, new_tokens=3),
         extra={"cpu": True},
     )
@@ -189,4 +203,9 @@ def test_a_tiny_model_runs_the_whole_experiment(tmp_path):
     assert first["values"].keys() == set(TEST_SETS)
     assert (first["config"]["beams"], first["config"]["new_tokens"]) == (2, 3)
     assert first["active_entries"] == 200
+    answered = [row for row in first["evaluations"] if "AddSub" in row]
+    assert [row["step"] for row in answered] == [1, 2]
+    assert answered[-1] == {"step": 2, **first["values"]}  # the table has the last
+    assert [row["step"] for row in first["evaluations"] if "loss" in row] == [1, 2]
+    assert first["config"]["max_eval_examples"] == 2
     assert second["active_entries"] == second["parameters"]

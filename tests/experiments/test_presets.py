@@ -13,10 +13,12 @@ pytest.importorskip("typer", reason="the command needs the extra 'finetune'")
 from experiment_cases import write_classes
 from tiny_models import save_encoder
 from transformers import (
+    AutoModelForCausalLM,
     DebertaV2Config,
     DebertaV2ForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
+    Qwen2Config,
     RobertaConfig,
     RobertaForSequenceClassification,
 )
@@ -26,11 +28,14 @@ from sparse_optim.cli.experiment import EXPERIMENTS
 from sparse_optim.cli.main import app
 from sparse_optim.experiments import overrides as module
 from sparse_optim.experiments.arithmetic import MATH
+from sparse_optim.experiments.budgets import BUDGETS
 from sparse_optim.experiments.glue import ADAPTERS, GLUE, NER, PFEIFFER_RANK
 from sparse_optim.experiments.overrides import Choice, choose
+from sparse_optim.experiments.pictures import PICTURES
 from sparse_optim.experiments.presets import ExperimentError
 from sparse_optim.experiments.quality import QUALITY
 from sparse_optim.experiments.stochastic import STOCHASTIC
+from sparse_optim.experiments.sweeps import SWEEPS
 from sparse_optim.experiments.table import markdown
 from sparse_optim.finetune.adapter_kinds import AdapterRequest
 from sparse_optim.finetune.adapters import lora_targets
@@ -38,6 +43,7 @@ from sparse_optim.finetune.config import parse_budget
 from sparse_optim.finetune.tasks import TASKS
 from sparse_optim.integrations import adapter_parameters, add_bottlenecks
 from sparse_optim.methods import METHODS
+from sparse_optim.policy.selection import resolve_budget
 
 # Table 7b of the ID3 paper: epochs, steps between evaluations, greatest length.
 TABLE_7B = {
@@ -84,7 +90,7 @@ def test_math_has_the_settings_of_table_7():
         *(
             (f"{method}+lora-r32", budget)
             for method in ("id3", "pafi")
-            for budget in ("3.5M", "7M")
+            for budget in ("6.25%", "12.5%")
         ),
     }
 
@@ -114,6 +120,72 @@ def test_the_presets_lora_has_the_papers_size_and_scale():
     assert all("adapter_alpha" not in row.settings for row in MATH.rows)  # twice the rank
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(vocab_size=8),
+        LlamaConfig(
+            vocab_size=8, hidden_size=2048, intermediate_size=5632, num_hidden_layers=24,
+            num_attention_heads=16,
+        ),
+        Qwen2Config(
+            vocab_size=8, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
+            num_attention_heads=14, num_key_value_heads=2,
+        ),
+    ],
+    ids=["llama-7b", "mobilellama-1.4b", "qwen2.5-0.5b"],
+)  # fmt: skip
+def test_budgets_of_math_are_the_entries_of_ranks_2_and_4_of_any_model(config):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    rows = {row.label: row for row in MATH.rows}
+    whole = lora_entries(model, rows["lora-r32"])
+    for rank, budget in ((2, "6.25%"), (4, "12.5%")):
+        entries = resolve_budget(parse_budget(budget), whole)
+        assert entries == lora_entries(model, rows[f"lora-r{rank}"])
+        assert {f"id3+lora-r32-{budget}", f"pafi+lora-r32-{budget}"} <= rows.keys()
+
+
+def test_budgets_have_the_tasks_and_settings_of_glue():
+    """Figure 6: increment against repeat, from 80K to beyond a sparsity of 99.82%."""
+    assert [task.name for task in BUDGETS.tasks] == ["cola", "mrpc", "rte"]
+    assert all(task in GLUE.tasks for task in BUDGETS.tasks)
+    assert (BUDGETS.model, BUDGETS.seeds, BUDGETS.settings) == (
+        *(GLUE.model, GLUE.seeds, GLUE.settings),
+    )
+    sizes = {row.label: parse_budget(row.budget) for row in BUDGETS.rows}
+    assert {f"{method}-80K" for method in ("id3", "repeat-d3")} <= sizes.keys()
+    assert {row.method for row in BUDGETS.rows} == {"id3", "repeat-d3"}
+    assert max(sizes.values()) > 0.0018 * 184e6 > sorted(set(sizes.values()))[4] == 320_000
+    assert len(sizes) == 2 * len(set(sizes.values()))
+    assert BUDGETS.paper["id3-103K"] == {"cola": 70.62, "mrpc": 91.01, "rte": 87.12}
+
+
+def test_sweeps_change_eps_or_exp_and_never_both():
+    """Figure 4: the best eps is 0.5, the best exp is -1."""
+    rows = {row.name: {**SWEEPS.settings, **row.settings} for row in SWEEPS.rows}
+    pairs = {(settings["d3_eps"], settings["d3_exp"]) for settings in rows.values()}
+    assert len(pairs) == len(rows) == 9
+    assert {exp for eps, exp in pairs if eps == 1.0} == {-2.0, -1.0, 0.0, 1.0, 2.0}
+    assert {eps for eps, exp in pairs if exp == 2.0} >= {0.5, 1.0}
+    assert all(eps == 1.0 or exp == 2.0 for eps, exp in pairs)
+    assert rows["id3@exp=-1"]["d3_exp"] == -1.0
+    chosen, _ = choose(SWEEPS, Choice(methods="id3@eps=0.5", budgets="1%"))
+    assert [row.label for row in chosen.rows] == ["id3@eps=0.5-1%"]
+
+
+def test_a_choice_changes_the_steps_between_evaluations():
+    chosen, _ = choose(MATH, Choice(eval_every=80))
+    assert [task.eval_every for task in chosen.tasks] == [80]
+    assert [task.eval_every for task in choose(MATH, Choice())[0].tasks] == [None]
+    with pytest.raises(ExperimentError, match="--eval-every must be at least 1 step, got 0"):
+        choose(MATH, Choice(eval_every=0))
+
+
+def test_every_picture_of_an_experiment_exists():
+    assert {name for one in EXPERIMENTS for name in one.pictures} == set(PICTURES)
+
+
 def test_adapters_have_the_rows_and_the_size_of_table_3():
     assert [task.name for task in ADAPTERS.tasks] == ["stsb", "cola", "mrpc", "rte"]
     assert [row.label for row in ADAPTERS.rows] == list(ADAPTERS.paper)
@@ -127,20 +199,23 @@ def test_adapters_have_the_rows_and_the_size_of_table_3():
 
 
 def test_stochastic_budgets_follow_the_model():
-    """As many entries as BitFit trains: no count of one model stands in the preset."""
-    assert {row.budget for row in STOCHASTIC.rows} == {""}
+    """As many entries as BitFit trains, or a share: the preset has no count of one model."""
+    budgets = {row.name: row.budget for row in STOCHASTIC.rows}
+    assert {budgets.pop("dps"), budgets.pop("dps-mix")} == {"30%"}  # reserve_p of its authors
+    assert set(budgets.values()) == {""}
     with torch.device("meta"):
         model = RobertaForSequenceClassification(RobertaConfig(vocab_size=8))
     sizes = {name: param.numel() for name, param in model.roberta.named_parameters()}
     biases = sum(size for name, size in sizes.items() if name.endswith("bias"))
     assert biases == 102_144  # 0.08%
     chosen, _ = choose(STOCHASTIC, Choice(budgets="500"))
-    assert {row.name: row.budget for row in chosen.rows} == {
+    found = {row.name: row.budget for row in chosen.rows if not row.name.startswith("dps")}
+    assert found == {
         **dict.fromkeys(("stochastic-tuning", "top-tuning", "random-tuning"), "500"),
         **dict.fromkeys(("bitfit", "full", "multi-head", "frozen"), ""),
     }
     with pytest.raises(ExperimentError, match=r"id3 needs a budget.*add --budgets"):
-        choose(STOCHASTIC, Choice(methods="id3"))
+        choose(STOCHASTIC, Choice(methods="id3"))  # the share of DPS is none for id3
     chosen, _ = choose(STOCHASTIC, Choice(methods="id3", budgets="1%"))
     assert [row.label for row in chosen.rows] == ["id3-1%"]
 
