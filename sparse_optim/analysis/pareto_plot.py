@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from sparse_optim.analysis.plot_style import COLOURS, GREY, new_figure, plain, save
 
@@ -47,6 +47,12 @@ def marker_areas(rows: Sequence[Tradeoff]) -> list[float]:
     return [small + (large - small) * (one - low) / (high - low or 1.0) for one in logs]
 
 
+def is_narrow(rows: Sequence[Tradeoff]) -> bool:
+    """Whether the entries span less than a factor of a hundred: powers of ten would be too few."""
+    entries = [row.entries for row in rows]
+    return max(entries) < 100 * min(entries)
+
+
 def draw_pareto(
     rows: Sequence[Tradeoff], value_label: str, title: str, path: Path, note: str = ""
 ) -> None:
@@ -78,7 +84,9 @@ def draw_pareto(
             axes.axhline(row.value, color=GREY, linestyle="--", linewidth=1.1,
                          label=f"{row.method} (no entries)")  # fmt: skip
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if is_narrow(placed) else (1.0,)))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.margins(x=0.09, y=0.12)
     axes.set_xlabel("trained entries (active at the end, without the fresh head)")
     axes.set_ylabel(value_label)

@@ -193,7 +193,7 @@ def test_a_tiny_model_runs_the_whole_experiment(tmp_path):
     options = RunOptions(
         tmp_path / "out",
         data_folder=write_data(tmp_path / "data"),
-        eval_limit=2,
+        eval_limit=1,
         decoding=Decoding(beams=2, new_tokens=3),
         extra={"cpu": True},
     )
@@ -207,5 +207,5 @@ def test_a_tiny_model_runs_the_whole_experiment(tmp_path):
     assert [row["step"] for row in answered] == [1, 2]
     assert answered[-1] == {"step": 2, **first["values"]}  # the table has the last
     assert [row["step"] for row in first["evaluations"] if "loss" in row] == [1, 2]
-    assert first["config"]["max_eval_examples"] == 2
+    assert first["config"]["max_eval_examples"] == 1
     assert second["active_entries"] == second["parameters"]

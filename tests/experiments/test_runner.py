@@ -107,11 +107,11 @@ def test_a_failure_inside_a_cell_leaves_the_others(tmp_path, monkeypatch):
     real = module.train_model
     calls = []
 
-    def fails_in_the_second(*arguments):
+    def fails_in_the_second(*arguments, **options):
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return real(*arguments)
+        return real(*arguments, **options)
 
     monkeypatch.setattr(module, "train_model", fails_in_the_second)
     with pytest.raises(KeyboardInterrupt):
@@ -190,12 +190,12 @@ from experiment_cases import runner, tiny_experiment
 from sparse_optim.experiments import runner as module
 folder = Path({folder!r})
 real, calls = module.train_model, []
-def stops_in_the_second(*arguments):
+def stops_in_the_second(*arguments, **options):
     calls.append(1)
     if len(calls) == 2:
         (folder / "in-the-second").touch()
         sys.stdin.read()
-    return real(*arguments)
+    return real(*arguments, **options)
 module.train_model = stops_in_the_second
 list(runner(tiny_experiment(folder), folder, extra={{"cpu": True, "threads": 1}}).run())
 """
