@@ -23,7 +23,18 @@ from sparse_optim.experiments.quality import QUALITY
 from sparse_optim.experiments.stochastic import STOCHASTIC
 from sparse_optim.experiments.sweeps import SWEEPS
 
-EXPERIMENTS = (*(GLUE, NER, ADAPTERS, MATH, BUDGETS, SWEEPS, STOCHASTIC, QUALITY, ABLATION, EVERY),)
+EXPERIMENTS = (
+    GLUE,
+    NER,
+    ADAPTERS,
+    MATH,
+    BUDGETS,
+    SWEEPS,
+    STOCHASTIC,
+    QUALITY,
+    ABLATION,
+    EVERY,
+)
 
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="Output folder (default: runs/NAME).")
@@ -103,13 +114,15 @@ def about(experiment: Experiment) -> str:
     """The help of one experiment."""
     tasks = ", ".join(task.name for task in experiment.tasks)
     rows = ", ".join(row.label for row in experiment.rows)
+    shifts = [name for name in experiment.columns if name in experiment.shifted_columns]
+    shifted = f" With --shifted: {', '.join(shifts)}." if shifts else ""
     files = ["cells.jsonl", "table.md", "table.json"]
     files += [f"{name}.png" for name in experiment.pictures]
     return (
         f"{experiment.about}\n\nSkips finished cells: to resume a stopped run, repeat the command. "
         "Several processes may share an output folder if each runs other tasks or methods. "
         f"Writes {', '.join(files)}.\n\nModel: {experiment.model}. "
-        f"Tasks: {tasks}. Rows: {rows}."
+        f"Tasks: {tasks}. Rows: {rows}.{shifted}"
     )
 
 
@@ -200,12 +213,12 @@ def run_and_show(
         write_table(every, runner.finished(every), output)  # a killed run leaves its table
     outcomes = runner.finished(every)
     summaries = write_table(every, outcomes, output)
-    pictures = write_pictures(every, summaries, output)
     console.print(markdown(every, summaries), markup=False, highlight=False, soft_wrap=True)
     ending = "Complete" if runner.is_finished() else "Out of time; repeat the command to resume"
-    print_line(f"{ending}: {', '.join(map(str, [output / 'table.md', *pictures]))}")
     if record is not None:
         write_record(chosen.name, summaries, outcomes, record)
+    written = [output / "table.md", *write_pictures(every, summaries, output)]
+    print_line(f"{ending}: {', '.join(map(str, written))}")
 
 
 def write_record(

@@ -353,6 +353,8 @@ def test_help_shows_the_experiments_with_tasks_and_rows():
     assert all(experiment.name in shown for experiment in EXPERIMENTS)
     shown = invoke("glue", "--help").output
     assert all(text in shown for text in ("deberta-v3-base", "cola", "id3-320K", "--max-minutes"))
+    assert "With --shifted" not in shown
+    assert "movies -> amazon" in invoke("quality", "--help").output
 
 
 def tiny(folder, *more: str):
@@ -374,7 +376,7 @@ def test_the_command_lists_runs_records_and_goes_on(tmp_path):
     first = tiny(tmp_path, "--tasks", "rte", "--threads", "1", "--record", str(record))
     assert first.exit_code == 0, first.output
     assert "4/4  rte-full-seed7-lr0.01: rte " in first.output
-    assert "Complete: " in first.output
+    assert f"Complete: {tmp_path}/out/table.md, {tmp_path}/out/pareto.png" in first.output
     assert "| id3 | 200 | " in (tmp_path / "out" / "table.md").read_text()
     assert "(n = 2)" in first.output
     (file,) = record.iterdir()
