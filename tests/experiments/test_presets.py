@@ -208,6 +208,7 @@ def test_stochastic_budgets_follow_the_model():
     sizes = {name: param.numel() for name, param in model.roberta.named_parameters()}
     biases = sum(size for name, size in sizes.items() if name.endswith("bias"))
     assert biases == 102_144  # 0.08%
+    assert choose(STOCHASTIC, Choice())[1] == []
     chosen, _ = choose(STOCHASTIC, Choice(budgets="500"))
     found = {row.name: row.budget for row in chosen.rows if not row.name.startswith("dps")}
     assert found == {
