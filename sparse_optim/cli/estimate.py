@@ -163,35 +163,37 @@ def make_planner(name: str, dtype: str, sequence: int, checkpointing: bool) -> t
         FinetuneError: the model is not found, or has fewer positions than `sequence`.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSeq2SeqLM,
+        AutoModelForSequenceClassification,
+    )
 
-    from sparse_optim.finetune.builtin_data import MODELS
-    from sparse_optim.finetune.hub import hub_error
-    from sparse_optim.finetune.models import check_generates, find_model
+    from sparse_optim.finetune.config import MAX_TARGET_LENGTH
+    from sparse_optim.finetune.models import check_writes, find_model, read_config
     from sparse_optim.footprint import Planner
 
     quiet_libraries()
     source = find_model(name)
-    try:
-        config = AutoConfig.from_pretrained(source.location)
-    except Exception as error:  # a damaged config.json fails anywhere in the loader
-        raise hub_error("model", name, MODELS, error) from error
+    config: Any = read_config(source)
     longest = getattr(config, "max_position_embeddings", None) or sequence
     if sequence > longest:
         raise FinetuneError(f"--sequence {sequence} is beyond the model's {longest} positions")
     try:
-        check_generates(source)
+        check_writes(source, "summarization" if config.is_encoder_decoder else "causal-lm")
         generates = True
     except FinetuneError:
         generates = False
-    kind = AutoModelForCausalLM if generates else AutoModelForSequenceClassification
+    kind: Any = AutoModelForCausalLM if generates else AutoModelForSequenceClassification
+    if generates and config.is_encoder_decoder:
+        kind = AutoModelForSeq2SeqLM
     config.use_cache = False
     if not generates:
         config.problem_type = "single_label_classification"  # else DeBERTa looks at the labels
 
     def build() -> torch.nn.Module:
         try:
-            model: torch.nn.Module = kind.from_config(config, dtype=getattr(torch, dtype)).train()  # type: ignore[no-untyped-call]
+            model: torch.nn.Module = kind.from_config(config, dtype=getattr(torch, dtype)).train()
         except ValueError as error:  # no class of transformers for it
             reason = str(error).splitlines()[0]
             raise FinetuneError(f"cannot build {name} from its config: {reason}") from error
@@ -201,7 +203,8 @@ def make_planner(name: str, dtype: str, sequence: int, checkpointing: bool) -> t
 
     def inputs(batch: int) -> dict[str, torch.Tensor]:
         ids = torch.zeros((batch, sequence), dtype=torch.long)
-        return {"input_ids": ids, "labels": ids if generates else ids[:, 0]}
+        labels = ids[:, :MAX_TARGET_LENGTH] if config.is_encoder_decoder else ids
+        return {"input_ids": ids, "labels": labels if generates else ids[:, 0]}
 
     return Planner(build, inputs), getattr(torch, dtype).itemsize
 

@@ -68,7 +68,8 @@ def predict(
 ) -> None:
     """Predict with a fine-tuned model: one text, or all of a file.
 
-    Prints label, probability and text, separated by tabs; with --json a JSON object a line.
+    Prints label, probability and text, separated by tabs, or what the model writes; with --json a
+    JSON object a line.
     """
     with one_line_errors():
         if out is not None and out.suffix not in (".csv", ".jsonl"):
@@ -177,10 +178,11 @@ def _load(run: str, base: str | None) -> Tuned:
 def _print(row: dict[str, Any]) -> None:
     """Show what was found, then the text."""
     texts = [str(row[name]) for name in ("text", "text_pair") if name in row]
-    if "response" in row:
-        for line in row["response"].splitlines():
-            print_line(line)
-        return
+    for written in ("response", "summary"):
+        if written in row:
+            for line in row[written].splitlines():
+                print_line(line)
+            return
     if "tags" in row:
         pairs = zip(row["words"], row["tags"], strict=True)
         cells = [" ".join(f"{word}/{tag or '?'}" for word, tag in pairs)]

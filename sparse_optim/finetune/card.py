@@ -20,6 +20,7 @@ PIPELINES = {
     "regression": "text-classification",
     "token-classification": "token-classification",
     "causal-lm": "text-generation",
+    "summarization": "summarization",
 }
 
 
@@ -30,10 +31,28 @@ def load_run(run: str) -> str:
 
 def load_folder(folder: str, spec: ModelSpec, model: Any) -> str:
     """Python that uses a whole model folder."""
+    if TASKS[spec.task].writes:
+        return write_with(folder, spec)
     trust = ", trust_remote_code=True" if not in_transformers(model) else ""
     return (
         "from transformers import pipeline\n\n"
         f"model = pipeline({PIPELINES[spec.task]!r}, {folder!r}{trust})"
+    )
+
+
+def write_with(folder: str, spec: ModelSpec) -> str:
+    """Python that lets an encoder-decoder write: transformers 5 has no pipeline for it."""
+    targets = spec.lengths.targets
+    prefix = targets.prefix if targets is not None else ""
+    return (
+        "from transformers import AutoModelForSeq2SeqLM, AutoTokenizer\n\n"
+        f"model = AutoModelForSeq2SeqLM.from_pretrained({folder!r})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({folder!r})\n"
+        f"text = {prefix + 'A text'!r}\n"
+        f"inputs = tokenizer(text, truncation=True, max_length={spec.max_length}, "
+        'return_tensors="pt")\n'
+        "ids = model.generate(**inputs)[0]\n"
+        "print(tokenizer.decode(ids, skip_special_tokens=True))"
     )
 
 

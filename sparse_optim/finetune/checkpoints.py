@@ -21,7 +21,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from sparse_optim.files import replacing
 from sparse_optim.finetune.builtin_data import DATASETS
-from sparse_optim.finetune.config import FinetuneConfig, option
+from sparse_optim.finetune.config import MAX_TARGET_LENGTH, FinetuneConfig, option
 from sparse_optim.finetune.defaults import resolved
 from sparse_optim.finetune.errors import FinetuneError
 from sparse_optim.finetune.processes import wait_for_all
@@ -35,11 +35,11 @@ FREE = frozenset(
         *("output", "resume", "overwrite", "verify", "save_model", "report_to", "metric"),
         *("eval_every", "log_every", "save_every", "eval_batch_size", "eval_split"),
         *("max_eval_examples", "threads", "cpu", "backend", "gradient_checkpointing"),
-        *("save_total_limit", "push_to_hub"),
+        *("save_total_limit", "push_to_hub", "num_beams"),
     }
 )
 # But they decide which evaluation is the best.
-JUDGES = frozenset({"metric", "eval_every", "eval_split", "max_eval_examples"})
+JUDGES = frozenset({"metric", "eval_every", "eval_split", "max_eval_examples", "num_beams"})
 PLACES = ("model", "dataset")  # may be given as a path, which may have moved
 FILLED = ("lr", "adam_eps", "budget", "max_length")  # None: the default of the method or task
 
@@ -228,6 +228,8 @@ def comparable(config: FinetuneConfig) -> dict[str, Any]:
     task = config.task or (None if builtin is None else builtin.task)
     if task is not None:
         values["max_length"] = config.max_length or TASKS[task].max_length
+        if TASKS[task].writes:
+            values["max_target_length"] = config.max_target_length or MAX_TARGET_LENGTH
     for name in PLACES:
         if Path(values[name]).expanduser().exists():
             values[name] = Path(values[name]).expanduser().resolve().name

@@ -46,6 +46,16 @@ PROMPTS = (
     ("problem", "solution"),
     ("input", "output"),
 )
+SUMMARIES = (
+    ("document", "summary"),
+    ("article", "highlights"),
+    ("text", "summary"),
+    ("dialogue", "summary"),
+    ("article", "summary"),
+    ("article", "abstract"),
+    ("report", "summary"),
+)
+PARALLEL = ("source", "target")  # texts of any task from sequence to sequence
 MESSAGES = ("messages", "conversations", "conversation")
 INSTRUCTION = "instruction"
 CONTEXTS = ("input", "context")  # the second part of an instruction: Alpaca's name, Dolly's name
@@ -56,6 +66,7 @@ TaskName = Literal[
     "regression",
     "token-classification",
     "causal-lm",
+    "summarization",
 ]
 TASK_NAMES: tuple[str, ...] = get_args(TaskName)
 
@@ -64,7 +75,8 @@ TASK_NAMES: tuple[str, ...] = get_args(TaskName)
 class Columns:
     """Column names of a data set, chosen by the user or guessed; None: the task has no such column.
 
-    `text` has lists of words for token classification. For a causal LM, `text` has plain texts or
+    `text` has lists of words for token classification. For summarization, `label` has the
+    summaries. For a causal LM, `text` has plain texts or
     conversations if there is no `label`, else prompts with their responses in `label`; `text_pair`
     then has what an instruction refers to (Alpaca's `input`).
     """
@@ -84,9 +96,21 @@ def guess_task(
         label_kind: "list", "float", "text" or "class"; None: there is no label column.
         chosen: columns that the user named.
         words: whether the text is lists of words.
+
+    Raises:
+        FinetuneError: the columns fit several tasks.
     """
     generates = first(MESSAGES, found) if chosen.text is None else None
-    prompts = first_pair(prompts_with(chosen), found)
+    prompts = first_pair(fitting(PROMPTS, chosen), found)
+    named = chosen.label is not None and label_kind == "text"
+    others = generates or prompts or chosen.text_pair
+    summaries = first_pair(fitting(SUMMARIES, chosen), found)
+    if summaries and not others and (label_kind is None or named):
+        return "summarization"
+    if label_kind == "text" and first_pair(fitting([PARALLEL], chosen), found):
+        raise FinetuneError(
+            "the columns source and target fit several tasks: add --task summarization or another"
+        )
     if label_kind is None or (chosen.label is None and (generates or prompts)):
         return "causal-lm"
     # Naming the responses changes no guess, unless they may be the classes of a pair of texts.
@@ -141,6 +165,8 @@ def guess_columns(found: Sequence[str], task: str, chosen: Columns) -> Columns:
         text = chosen.text or first(TOKENS, found)
         label = chosen.label or first(TAGS, found)
         return required(found, Columns(text, None, label), "words", "tags")
+    if task == "summarization":
+        return resolve_summaries(found, chosen)
     label = chosen.label or first(LABELS, found)
     pair = first_pair(TEXT_PAIRS, found) if chosen.text is None else None
     text = chosen.text or (pair[0] if pair else first(TEXTS, found))
@@ -153,7 +179,7 @@ def resolve_causal(found: Sequence[str], chosen: Columns) -> Columns:
     messages = first(MESSAGES, found)
     if chosen == Columns() and messages is not None:
         return Columns(messages)
-    prompt, response = first_pair(prompts_with(chosen), found) or (None, None)
+    prompt, response = first_pair(fitting(PROMPTS, chosen), found) or (None, None)
     text, label = chosen.text or prompt, chosen.label or response
     if label is None:
         if chosen.text_pair is not None:
@@ -166,13 +192,25 @@ def resolve_causal(found: Sequence[str], chosen: Columns) -> Columns:
     return required(found, Columns(text, context, label), "text", None)
 
 
-def prompts_with(chosen: Columns) -> list[tuple[str, str]]:
-    """The pairs of a prompt and its response that have the columns that the user named."""
+def resolve_summaries(found: Sequence[str], chosen: Columns) -> Columns:
+    """A column of texts and one of their summaries."""
+    if chosen.text_pair is not None:
+        raise FinetuneError("--text-pair-column is not for summarization: drop it")
+    known = [*SUMMARIES, PARALLEL]
+    text, summary = first_pair(fitting(known, chosen), found) or (None, None)
+    label = chosen.label or summary or first([name for _, name in known], found)
+    others = [name for name in found if name != label]
+    text = chosen.text or text or first([*(name for name, _ in known), *TEXTS], others)
+    return required(found, Columns(text, None, label), "text", "summaries")
+
+
+def fitting(pairs: Sequence[tuple[str, str]], chosen: Columns) -> list[tuple[str, str]]:
+    """The pairs of a text and its label that have the columns that the user named."""
 
     def fits(name: str, column: str | None) -> bool:
         return column is None or spelling(column) == name
 
-    return [pair for pair in PROMPTS if fits(pair[0], chosen.text) and fits(pair[1], chosen.label)]
+    return [pair for pair in pairs if fits(pair[0], chosen.text) and fits(pair[1], chosen.label)]
 
 
 def context_of(text: str | None, found: Sequence[str], label: str) -> str | None:

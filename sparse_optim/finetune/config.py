@@ -21,6 +21,9 @@ DEFAULT_BUDGET = 0.01
 # gained against the paper's whole run on each of three tasks: see bench/results/quality/README.md.
 DEFAULT_UNMASK_SHARE = 0.5
 
+# Tokens: summaries of CNN/DailyMail have 56 words on average (See et al. 2017, section 4).
+MAX_TARGET_LENGTH = 128
+
 # Steps from one that unmasks to the next: 16 scored like 1, see bench/results/every/README.md.
 DEFAULT_EVERY = 16
 
@@ -141,7 +144,7 @@ class FinetuneConfig:
     epochs: float = _training(3.0, "Passes over the training examples.")
     batch_size: int = _training(16, "Batch size.")
     eval_batch_size: int | None = _training(
-        None, "Batch size in evaluation (default: 64, for causal-lm 8)."
+        None, "Batch size in evaluation (default: 64, for causal-lm and summarization 8)."
     )
     accumulation: int = _training(1, "Gradient accumulation steps.")
     lr: float | None = _training(
@@ -194,7 +197,7 @@ class FinetuneConfig:
         None, "Column with the second text of a pair (default: guessed)."
     )
     label_column: str | None = _data(
-        None, "Column with the label, tags or response (default: guessed)."
+        None, "Column with the label, tags, response or summary (default: guessed)."
     )
     train_split: str = _data("train", "Train on this split.")
     eval_split: str | None = _data(
@@ -206,7 +209,24 @@ class FinetuneConfig:
     max_train_examples: int | None = _data(None, "Train on a sample of at most this size.")
     max_eval_examples: int | None = _data(None, "Evaluate on a sample of at most this size.")
     max_length: int | None = _data(
-        None, "Cut examples to this number of tokens (default: 128, for causal-lm 1024)."
+        None,
+        "Cut examples to this number of tokens (default: 128, for causal-lm 1024, for "
+        "summarization 1024 or the model's own limit).",
+    )
+    max_target_length: int | None = _data(
+        None,
+        "summarization: cut summaries to this number of tokens, and write at most as many "
+        f"(default: {MAX_TARGET_LENGTH}).",
+    )
+    source_prefix: str | None = _data(
+        None,
+        "summarization: put this before each text (default: what the model's config.json says, "
+        'such as "summarize: " for T5).',
+    )
+    num_beams: int | None = _data(
+        None,
+        "summarization: write by beam search with this number of beams (default: 1, greedy: "
+        "evaluations take less time).",
     )
     chat: bool | None = _data(
         None,
@@ -220,7 +240,7 @@ class FinetuneConfig:
     )
     metric: str | None = _results(
         None,
-        "Report this metric: accuracy, matthews, f1, pearson_spearman, perplexity, ... "
+        "Report this metric: accuracy, matthews, f1, pearson_spearman, perplexity, rouge1, ... "
         "(default: set by the task).",
     )
     eval_every: int | None = _results(
@@ -324,7 +344,7 @@ _POSITIVE = (
     *("steps", "epochs", "batch_size", "eval_batch_size", "accumulation", "max_length"),
     *("lr", "head_lr", "adam_eps", "max_grad_norm", "budget", "adapter_rank", "adapter_alpha"),
     *("eval_every", "log_every", "save_every", "threads", "every", "patience"),
-    *("save_total_limit", "series"),
+    *("save_total_limit", "series", "max_target_length", "num_beams"),
 )
 
 

@@ -75,9 +75,9 @@ class TaskData:
     """Examples in canonical columns: `text`, `text_pair` and `label`, or some; or `messages`.
 
     `label` is a class index, a list with 1.0 or 0.0 for each class, a float, a list of class
-    indices, or the response of a prompt. `messages` are conversations: lists of messages with
-    `role` and `content`. `label_names` are the classes in order, None without classes. `columns`
-    are the names in the data set. `notes` are lines that the user should read.
+    indices, the response of a prompt, or the summary of a text. `messages` are conversations: lists
+    of messages with `role` and `content`. `label_names` are the classes in order, None without
+    classes. `columns` are the names in the data set. `notes` are lines that the user should read.
     """
 
     name: str

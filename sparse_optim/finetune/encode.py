@@ -13,6 +13,35 @@ from sparse_optim.finetune.chat import encode_conversation
 from sparse_optim.finetune.errors import FinetuneError
 
 IGNORED = -100  # label of tokens that carry no loss
+CUTS = ("cut", "targets_cut")  # columns of `counted`
+
+
+@dataclass(frozen=True)
+class Targets:
+    """How a model of texts and their summaries reads and writes.
+
+    Attributes:
+        max_length: tokens at which summaries are cut, and that the model writes at most.
+        prefix: put before each text.
+        num_beams: beams of the search for a summary; 1: greedy.
+    """
+
+    max_length: int
+    prefix: str = ""
+    num_beams: int = 1
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """The limits of a job's examples.
+
+    Attributes:
+        max_length: tokens at which examples are cut; of texts with summaries, the texts.
+        targets: None for tasks without summaries.
+    """
+
+    max_length: int
+    targets: Targets | None = None
 
 
 @dataclass(frozen=True)
@@ -22,20 +51,30 @@ class Encoded:
     Attributes:
         cut: number of examples that are longer than the maximum, and miss their end.
         dropped: number of examples left out: no token that could be learnt is within the maximum.
+        targets_cut: number of summaries that are longer than their maximum.
     """
 
     examples: Dataset
     cut: int
     dropped: int
+    targets_cut: int = 0
 
-    def describe(self, split: str, max_length: int) -> list[str]:
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest example."""
+        return max(map(len, self.examples["input_ids"]))
+
+    def describe(self, split: str, lengths: Lengths) -> list[str]:
         """A line on what was cut and dropped, or none."""
         kept = len(self.examples)
         parts = []
         if self.dropped:
             parts.append(f"{self.dropped} dropped (no token to learn within --max-length)")
         if self.cut:
-            parts.append(f"{self.cut} cut to --max-length {max_length}")
+            parts.append(f"{self.cut} cut to --max-length {lengths.max_length}")
+        if self.targets_cut and lengths.targets is not None:
+            most = lengths.targets.max_length
+            parts.append(f"{self.targets_cut} summaries cut to --max-target-length {most}")
         total = kept + self.dropped
         return [f"{split}: {kept} of {total} examples; {', '.join(parts)}"] if parts else []
 
@@ -132,6 +171,48 @@ def encode_generation(
     )
 
 
+def encode_summaries(
+    split: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, targets: Targets
+) -> Encoded:
+    """Tokenise texts, and their summaries as labels; an empty text is an end token.
+
+    As transformers' example of summarization does, also in evaluation: ROUGE compares with what is
+    left of a summary that was cut.
+    """
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.pad_token_id
+
+    def encode(batch: Mapping[str, list[Any]]) -> dict[str, Any]:
+        texts = [targets.prefix + text for text in batch["text"]]
+        sources, cut = encode_cut(tokenizer, max_length, text=texts)
+        labels, targets_cut = encode_cut(tokenizer, targets.max_length, text_target=batch["label"])
+        ids = [row or [end] for row in sources["input_ids"]]
+        return {
+            "input_ids": ids,
+            "attention_mask": [[1] * len(row) for row in ids],
+            "labels": labels["input_ids"],
+            "cut": cut,
+            "targets_cut": targets_cut,
+        }
+
+    return counted(split, encode, bool, max_length)
+
+
+def encode_cut(
+    tokenizer: PreTrainedTokenizerBase, max_length: int, **texts: list[str]
+) -> tuple[BatchEncoding, list[bool]]:
+    """Tokenise, and say which texts are longer than the maximum.
+
+    Args:
+        texts: `text`, or `text_target` for what a model learns to write.
+    """
+    encoded = tokenizer(**texts, truncation=True, max_length=max_length)
+    cut = cut_rows(encoded)
+    if cut is None:
+        whole = tokenizer(**texts, verbose=False)["input_ids"]
+        cut = [len(ids) > max_length for ids in whole]
+    return encoded, cut
+
+
 def cut_rows(encoded: BatchEncoding) -> list[bool] | None:
     """Whether each row was truncated; None: the tokenizer is not a fast one and does not say."""
     if encoded.encodings is None:
@@ -148,7 +229,7 @@ def counted(
     """Map in batches, drop examples with labels that teach nothing, and count.
 
     Args:
-        encode: also returns a column `cut`.
+        encode: also returns a column `cut`, and may return `targets_cut`.
         learns: whether the labels of an example have something to learn.
 
     Raises:
@@ -167,5 +248,5 @@ def counted(
             f"no example has a token to learn within --max-length {max_length}; raise it"
         )
     kept = whole if len(rows) == len(whole) else whole.select(rows)
-    cut = sum(kept["cut"])
-    return Encoded(kept.remove_columns("cut"), cut, len(whole) - len(kept))
+    counts = {name: sum(kept[name]) for name in CUTS if name in kept.column_names}
+    return Encoded(kept.remove_columns(list(counts)), dropped=len(whole) - len(kept), **counts)

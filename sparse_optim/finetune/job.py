@@ -44,6 +44,7 @@ from sparse_optim.finetune.config import LAST, FinetuneConfig
 from sparse_optim.finetune.config_file import CONFIG_FILE, write_config
 from sparse_optim.finetune.data import TaskData, load_data
 from sparse_optim.finetune.defaults import learning_rate, resolved
+from sparse_optim.finetune.encode import Lengths
 from sparse_optim.finetune.errors import FinetuneError
 from sparse_optim.finetune.models import (
     LoadedModel,
@@ -78,7 +79,7 @@ from sparse_optim.finetune.series import write_series
 from sparse_optim.finetune.spec import KEY, ModelSpec, spec_of
 from sparse_optim.finetune.stopping import Stopper
 from sparse_optim.finetune.tasks import TASKS, Task
-from sparse_optim.finetune.trainer import JobTrainer
+from sparse_optim.finetune.trainer import JobTrainer, WritingTrainer, arguments_class
 from sparse_optim.finetune.validate import (
     check_machine,
     check_method,
@@ -155,7 +156,7 @@ class Inputs:
     """The tokenised data of a job; jobs that differ in method, rate or seed share it.
 
     Attributes:
-        train_set, eval_set, longest, counts, notes: see `Prepared`.
+        train_set, eval_set, lengths, longest, counts, notes: see `Prepared`.
     """
 
     source: ModelSource
@@ -164,6 +165,7 @@ class Inputs:
     tokenizer: PreTrainedTokenizerBase
     train_set: Dataset
     eval_set: Dataset
+    lengths: Lengths
     longest: int
     counts: dict[str, Any]
     notes: tuple[str, ...]
@@ -183,7 +185,7 @@ def load_inputs(config: FinetuneConfig, data: TaskData | None = None) -> Inputs:
     task = TASKS[data.task]
     task.check_metric(config.metric)
     tokenizer = load_tokenizer(source)
-    prepared = prepare(data, tokenizer, config)
+    prepared = prepare(data, tokenizer, config, source)
     return Inputs(source, data, task, tokenizer, **vars(prepared))
 
 
@@ -216,7 +218,7 @@ def train_model(
     """
     check_method(config)
     loaded = load_base(config, inputs, load)
-    check_lengths(loaded.model, inputs.longest)
+    check_lengths(loaded.model, inputs.longest, inputs.lengths.targets)
     weights = hash_weights(loaded.model, without=loaded.fresh)
     trainer = make_trainer(config, inputs, loaded)
     for callback in callbacks:
@@ -247,8 +249,9 @@ def train_model(
         kept = trainer.best.kept
         if kept is not None and kept.step != trainer.state.global_step:
             restore_best(loaded.model, kept, load_base(config, inputs, load).model)
-    metrics = collect(config, trainer, inputs.data, inputs.counts, loaded, metric)
-    spec = dataclasses.replace(spec_of(config, inputs.data), weights=weights)
+    about = (inputs.data, inputs.lengths, inputs.counts)
+    metrics = collect(config, trainer, *about, loaded, metric)
+    spec = dataclasses.replace(spec_of(config, inputs.data, inputs.lengths), weights=weights)
     return Trained(loaded, trainer, seconds, metrics | {"train_seconds": seconds}, spec)
 
 
@@ -327,7 +330,8 @@ def load_base(
     config: FinetuneConfig, inputs: Inputs, load: LoadModel = load_base_model
 ) -> LoadedModel:
     """Load the model that the job begins with; a second call returns the same model."""
-    return build(inputs.source, spec_of(config, inputs.data), inputs.tokenizer, load)
+    spec = spec_of(config, inputs.data, inputs.lengths)
+    return build(inputs.source, spec, inputs.tokenizer, load)
 
 
 def make_trainer(config: FinetuneConfig, inputs: Inputs, loaded: LoadedModel) -> JobTrainer:
@@ -337,7 +341,7 @@ def make_trainer(config: FinetuneConfig, inputs: Inputs, loaded: LoadedModel) ->
         raise FinetuneError(
             f"--gradient-checkpointing: {type(loaded.model).__name__} does not support it: drop it"
         )
-    trainer = JobTrainer(
+    trainer = (WritingTrainer if task.writes else JobTrainer)(
         partial(build_optimizer, config, loaded),
         averages_tokens=inputs.data.task == "causal-lm",
         model=loaded.model,
@@ -345,8 +349,8 @@ def make_trainer(config: FinetuneConfig, inputs: Inputs, loaded: LoadedModel) ->
         train_dataset=inputs.train_set,
         eval_dataset=inputs.eval_set,
         processing_class=inputs.tokenizer,
-        data_collator=task.collator(inputs.tokenizer),
-        compute_metrics=lambda prediction: task.compute(prediction, names),
+        data_collator=task.collator(inputs.tokenizer, loaded.model),
+        compute_metrics=task.scores(inputs.tokenizer, names),
         preprocess_logits_for_metrics=task.preprocess_logits,
     )
     trainer.remove_callback(PrinterCallback)
@@ -366,7 +370,7 @@ def training_arguments(config: FinetuneConfig, task: Task, train_size: int) -> T
     method = METHODS[config.method]
     per_step = config.batch_size * config.accumulation * processes.count()
     steps = config.steps or max(1, math.ceil(train_size / per_step * config.epochs))
-    return TrainingArguments(
+    return arguments_class(task)(
         output_dir=str(config.output / CHECKPOINTS),
         max_steps=config.steps or -1,
         num_train_epochs=config.epochs,

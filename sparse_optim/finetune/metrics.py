@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import EvalPrediction
+from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from sparse_optim.finetune.encode import IGNORED
+
+ROUGE = ("rouge1", "rouge2", "rougeL")
 
 
 def class_ids(prediction: EvalPrediction) -> tuple[np.ndarray, np.ndarray]:
@@ -160,3 +162,34 @@ def generation_metrics(prediction: EvalPrediction, names: list[str]) -> dict[str
     losses = np.asarray(prediction.predictions, dtype=np.float64)
     mean = float(losses[losses >= 0].mean())
     return {"perplexity": math.exp(min(mean, 700.0)), "token_loss": mean}
+
+
+def decoded(prediction: EvalPrediction, tokenizer: PreTrainedTokenizerBase) -> EvalPrediction:
+    """Texts for the ids that a model wrote, and for those of the labels."""
+    written, wanted = (
+        decode(np.asarray(ids), tokenizer) for ids in (prediction.predictions, prediction.label_ids)
+    )
+    return EvalPrediction(written, wanted)  # type: ignore[arg-type]  # annotated as arrays
+
+
+def decode(ids: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The texts of rows of ids, without special and ignored tokens."""
+    filled = np.where(ids == IGNORED, tokenizer.pad_token_id, ids)
+    texts = tokenizer.batch_decode(filled.tolist(), skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+def summary_metrics(prediction: EvalPrediction, names: list[str]) -> dict[str, float]:
+    """Mean F-measures of ROUGE-1, ROUGE-2 and ROUGE-L, 0 to 1, of decoded texts.
+
+    Words are letters and digits in lower case, stemmed (Porter) as in the rouge-score package with
+    `use_stemmer=True`, which transformers' example of summarization reports.
+
+    Reference: Lin 2004, "ROUGE: A Package for Automatic Evaluation of Summaries", sections 2, 3.1.
+    """
+    from torchmetrics.functional.text.rouge import rouge_score
+
+    written: Any = prediction.predictions
+    wanted: Any = prediction.label_ids
+    found = rouge_score(written, wanted, use_stemmer=True, rouge_keys=ROUGE)
+    return {name: float(found[f"{name}_fmeasure"]) for name in ROUGE}

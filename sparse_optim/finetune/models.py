@@ -19,20 +19,24 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 from transformers.utils.hub import cached_file
 
 from sparse_optim.finetune.builtin_data import MODELS
+from sparse_optim.finetune.encode import Targets
 from sparse_optim.finetune.errors import FinetuneError
 from sparse_optim.finetune.gguf import converted
 from sparse_optim.finetune.hub import hub_error, require_hub
 from sparse_optim.finetune.mean_pooling import MeanPooledBert, MeanPooledBertConfig
+from sparse_optim.finetune.seq2seq import set_decoding
 from sparse_optim.finetune.spec import ModelSpec
 from sparse_optim.finetune.tasks import TASKS
 
@@ -138,11 +142,10 @@ def load_base_model(
     nothing is fresh, and the head is ranked within the budget like the rest.
 
     Raises:
-        FinetuneError: the model cannot be loaded, or the task is causal-lm and it is an encoder.
+        FinetuneError: the model cannot be loaded, or does not write what the task needs.
     """
     try:
-        if spec.task == "causal-lm":
-            check_generates(source)
+        check_writes(source, spec.task)
         arguments = spec.model_arguments()
         kind: Any
         if is_mean_pooled(source, spec):
@@ -166,6 +169,9 @@ def load_base_model(
     # A decoder's classifier reads the last token that is not padding: the tokenizer's, whatever
     # config.json says.
     model.config.pad_token_id = tokenizer.pad_token_id
+    targets = spec.lengths.targets
+    if targets is not None:
+        set_decoding(model, targets)
     fresh = fresh_parameters(model, info)
     logger.info("fresh parameters, trained densely: %s", ", ".join(sorted(fresh)) or "none")
     return LoadedModel(model, fresh)
@@ -220,10 +226,42 @@ def is_mean_pooled(source: ModelSource, spec: ModelSpec) -> bool:
     return bool(declared.get("pooling_mode_mean_tokens"))
 
 
-def check_generates(source: ModelSource) -> None:
-    """Raise FinetuneError for an encoder, which sees the tokens that it should predict."""
-    config = AutoConfig.from_pretrained(source.location)
+def read_config(source: ModelSource) -> PreTrainedConfig:
+    """The configuration of a base model.
+
+    Raises:
+        FinetuneError: it cannot be loaded.
+    """
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(source.location)
+    except Exception as error:  # as in `load_base_model`
+        raise hub_error("model", source.name, MODELS, error) from error
+    return config
+
+
+def check_writes(source: ModelSource, task: str) -> None:
+    """Raise FinetuneError if the task is to write texts, and the model cannot do that.
+
+    An encoder sees the tokens that it should predict. Summaries are written by encoder-decoders, as
+    continuations by decoders.
+    """
+    if task not in ("causal-lm", "summarization"):
+        return
+    config = read_config(source)
     kind = config.model_type
+    if task == "summarization":
+        if kind in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
+            return
+        hint = ", or --task causal-lm" if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else ""
+        raise FinetuneError(
+            f"model {source.name!r} ({kind}) is not an encoder-decoder, so it cannot be fine-tuned "
+            f"for summarization; use one such as facebook/bart-base or google-t5/t5-base{hint}"
+        )
+    if config.is_encoder_decoder:
+        raise FinetuneError(
+            f"model {source.name!r} ({kind}) is an encoder-decoder: use --task summarization, or "
+            "for causal-lm a decoder such as smollm2-135m"
+        )
     encoder = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
     if encoder or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise FinetuneError(
@@ -242,11 +280,12 @@ def fresh_parameters(model: PreTrainedModel, info: dict[str, Any]) -> frozenset[
     return frozenset(name for name, _ in model.named_parameters() if name in names)
 
 
-def check_lengths(model: PreTrainedModel, longest: int) -> None:
+def check_lengths(model: PreTrainedModel, longest: int, targets: Targets | None = None) -> None:
     """Raise FinetuneError if examples are longer than a table of learned positions.
 
     RoBERTa's family begins to count behind the padding index; OPT and BART have an offset.
     """
+    source = "--max-length", longest, f"an example has {longest} tokens"
     for name, module in model.named_modules():
         if not isinstance(module, nn.Embedding) or not POSITIONS.search(name):
             continue
@@ -254,10 +293,14 @@ def check_lengths(model: PreTrainedModel, longest: int) -> None:
         if module.padding_idx is not None:
             skipped = module.padding_idx + 1
         positions = module.num_embeddings - skipped
-        if longest > positions:
+        option, needed, about = source
+        if targets is not None and "decoder." in name:
+            option, needed = "--max-target-length", targets.max_length
+            about = f"summaries have up to {needed} tokens"
+        if needed > positions:
             raise FinetuneError(
-                f"--max-length: an example has {longest} tokens, and the model has positions for "
-                f"{positions}: use --max-length {positions}"
+                f"{option}: {about}, and the model has positions for {positions}: use {option} "
+                f"{positions}"
             )
 
 

@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
-from transformers import EvalPrediction, PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Seq2SeqTrainer, Trainer
 from transformers.trainer_utils import PredictionOutput
 
 from sparse_optim.finetune.columns import (
     CONTEXTS,
     MESSAGES,
+    PARALLEL,
     PROMPTS,
+    SUMMARIES,
     TEXT_PAIRS,
     TEXTS,
     TOKENS,
@@ -28,10 +30,12 @@ from sparse_optim.finetune.columns import (
 )
 from sparse_optim.finetune.data import DataRequest, load_data, load_splits
 from sparse_optim.finetune.errors import FinetuneError
+from sparse_optim.finetune.metrics import decode
 from sparse_optim.finetune.reuse import Tuned
 from sparse_optim.finetune.spec import ModelSpec, data_name
 from sparse_optim.finetune.splits import pick_evaluation, pick_split
 from sparse_optim.finetune.tasks import TASKS
+from sparse_optim.finetune.trainer import arguments_class
 from sparse_optim.finetune.values import check_values
 
 NEW_TOKENS = 256  # that a causal LM writes at most
@@ -87,7 +91,7 @@ def evaluate(
             f"{dataset} was read as {has}, and the model was trained on {was}: name the columns"
         )
     task = TASKS[spec.task]
-    encoded = task.encode_counted(data.evaluation, tuned.tokenizer, spec.max_length)
+    encoded = task.encode(data.evaluation, tuned.tokenizer, spec.lengths)
     output = run_model(tuned, encoded.examples, batch_size)
     metrics = {
         name.removeprefix("test_"): value
@@ -100,6 +104,7 @@ def evaluate(
         **metrics,
         "examples": len(encoded.examples),
         "cut": encoded.cut,
+        **({"targets_cut": encoded.targets_cut} if task.writes else {}),
         "dropped": encoded.dropped,
         "split": split,
         "trained_on": same and split == spec.train_split,
@@ -174,7 +179,9 @@ def text_columns(found: Sequence[str], spec: ModelSpec, source: str) -> Columns:
         pair = first_pair(TEXT_PAIRS, found)
         if needs_pair and not (text and second) and pair:
             text, second = pair
-        names = TOKENS if spec.task == "token-classification" else TEXTS
+        names: tuple[str, ...] = TOKENS if spec.task == "token-classification" else TEXTS
+        if spec.task == "summarization":
+            names = (*(name for name, _ in (*SUMMARIES, PARALLEL)), *TEXTS)
         text, second = text or first(names, found), second if needs_pair else None
     if text is None or (needs_pair and second is None):
         was = spec.columns.text_pair if text else spec.columns.text
@@ -214,7 +221,7 @@ def predict(
     Returns:
         for each text `label` and `score` (its probability); `labels` and `scores` of all classes
         with a probability above one half; `value`; `words` and `tags` (None where the text was
-        cut, or a word has no token); or `response`.
+        cut, or a word has no token); `response`; or `summary`.
     """
     spec = tuned.spec
     if spec.task == "causal-lm":
@@ -222,13 +229,14 @@ def predict(
     if spec.task == "token-classification":
         return tag(tuned, examples["text"][:], batch_size)
     names = list(spec.labels or ())
-    unused: dict[str, Any] = {"sequence-classification": 0, "regression": 0.0}
+    unused: dict[str, Any] = {"sequence-classification": 0, "regression": 0.0, "summarization": ""}
     label = unused.get(spec.task, [0.0] * len(names))
     labelled = examples.add_column("label", [label] * len(examples))
-    encoded = TASKS[spec.task].encode_counted(labelled, tuned.tokenizer, spec.max_length)
-    logits = torch.from_numpy(
-        np.asarray(run_model(tuned, encoded.examples, batch_size).predictions, dtype=np.float32)
-    )
+    encoded = TASKS[spec.task].encode(labelled, tuned.tokenizer, spec.lengths)
+    found = np.asarray(run_model(tuned, encoded.examples, batch_size).predictions)
+    if spec.task == "summarization":
+        return [{"summary": text} for text in decode(found, tuned.tokenizer)]
+    logits = torch.from_numpy(found.astype(np.float32))
     if spec.task == "regression":
         return [{"value": float(value)} for value in logits.view(-1)]
     if spec.task == "multi-label-classification":
@@ -262,7 +270,7 @@ def tag(
                 "label": [[0] * len(sentences[row]) for row in kept],
             }
         )
-        examples = TASKS[spec.task].encode_counted(labelled, tuned.tokenizer, spec.max_length)
+        examples = TASKS[spec.task].encode(labelled, tuned.tokenizer, spec.lengths)
         output = run_model(tuned, examples.examples, batch_size)
         guesses = np.asarray(output.predictions).argmax(-1)
         marks = np.asarray(output.label_ids) == 0  # the label above, of each first token
@@ -301,14 +309,10 @@ def generate(tuned: Tuned, row: dict[str, Any]) -> str:
 def run_model(tuned: Tuned, examples: Dataset, batch_size: int | None) -> PredictionOutput:
     """Run the model over tokenised examples with the Trainer, as a job does when it evaluates."""
     task, names = TASKS[tuned.spec.task], list(tuned.spec.labels or ())
-
-    def compute(prediction: EvalPrediction) -> dict[str, float]:
-        return task.compute(prediction, names)
-
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
+        trainer = (Seq2SeqTrainer if task.writes else Trainer)(
             model=tuned.model,
-            args=TrainingArguments(
+            args=arguments_class(task)(
                 output_dir=folder,
                 per_device_eval_batch_size=batch_size or task.eval_batch_size,
                 use_cpu=tuned.model.device.type == "cpu",
@@ -316,8 +320,9 @@ def run_model(tuned: Tuned, examples: Dataset, batch_size: int | None) -> Predic
                 disable_tqdm=True,
                 report_to="none",
             ),
-            data_collator=task.collator(tuned.tokenizer),
-            compute_metrics=compute,
+            processing_class=tuned.tokenizer,
+            data_collator=task.collator(tuned.tokenizer, tuned.model),
+            compute_metrics=task.scores(tuned.tokenizer, names),
             preprocess_logits_for_metrics=task.preprocess_logits,
         )
         trainer.remove_callback(PrinterCallback)

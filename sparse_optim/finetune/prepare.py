@@ -8,10 +8,13 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from sparse_optim.finetune.config import FinetuneConfig
+from sparse_optim.finetune.config import MAX_TARGET_LENGTH, FinetuneConfig, option
 from sparse_optim.finetune.data import TaskData
+from sparse_optim.finetune.encode import Lengths, Targets
 from sparse_optim.finetune.errors import FinetuneError
+from sparse_optim.finetune.models import ModelSource, check_writes, read_config
 from sparse_optim.finetune.packing import pack
+from sparse_optim.finetune.seq2seq import declared_prefix, longest_source
 from sparse_optim.finetune.tasks import TASKS
 
 
@@ -20,6 +23,7 @@ class Prepared:
     """Tokenised examples.
 
     Attributes:
+        lengths: the limits of the examples, with defaults filled in.
         longest: tokens of the longest example.
         counts: examples that are used, cut and dropped, as in metrics.json.
         notes: lines that the user should read.
@@ -27,12 +31,42 @@ class Prepared:
 
     train_set: Dataset
     eval_set: Dataset
+    lengths: Lengths
     longest: int
     counts: dict[str, Any]
     notes: tuple[str, ...]
 
 
-def prepare(data: TaskData, tokenizer: PreTrainedTokenizerBase, config: FinetuneConfig) -> Prepared:
+def find_lengths(
+    config: FinetuneConfig, task: str, source: ModelSource, tokenizer: PreTrainedTokenizerBase
+) -> Lengths:
+    """The limits of a job's examples, and for summarization how the model reads and writes.
+
+    Raises:
+        FinetuneError: the task does not have one of the settings, or the model does not fit it.
+    """
+    known = TASKS[task]
+    if not known.writes:
+        for name in ("max_target_length", "source_prefix", "num_beams"):
+            if getattr(config, name) is not None:
+                raise FinetuneError(
+                    f"{option(name)} is for summarization, and the task is {task}: drop it"
+                )
+        return Lengths(config.max_length or known.max_length)
+    check_writes(source, task)
+    about, prefix = read_config(source), config.source_prefix
+    targets = Targets(
+        config.max_target_length or MAX_TARGET_LENGTH,
+        declared_prefix(about) if prefix is None else prefix,
+        config.num_beams or 1,
+    )
+    longest = config.max_length or longest_source(about, tokenizer, known.max_length)
+    return Lengths(longest, targets)
+
+
+def prepare(
+    data: TaskData, tokenizer: PreTrainedTokenizerBase, config: FinetuneConfig, source: ModelSource
+) -> Prepared:
     """Tokenise and count; with --packing, pack the training examples (not those of evaluation).
 
     Raises:
@@ -44,24 +78,37 @@ def prepare(data: TaskData, tokenizer: PreTrainedTokenizerBase, config: Finetune
     if config.chat and tokenizer.chat_template is None:
         raise FinetuneError("--chat: the tokenizer has no chat template: use an instruct model")
     task = TASKS[data.task]
-    max_length = config.max_length or task.max_length
-    train = task.encode_counted(data.train, tokenizer, max_length)
-    evaluation = task.encode_counted(data.evaluation, tokenizer, max_length)
+    lengths = find_lengths(config, data.task, source, tokenizer)
+    train = task.encode(data.train, tokenizer, lengths)
+    evaluation = task.encode(data.evaluation, tokenizer, lengths)
     counts: dict[str, Any] = {
         "train_examples": len(train.examples),
         "eval_examples": len(evaluation.examples),
         "cut": {"train": train.cut, "eval": evaluation.cut},
         "dropped": {"train": train.dropped, "eval": evaluation.dropped},
     }
+    if task.writes:
+        counts["targets_cut"] = {"train": train.targets_cut, "eval": evaluation.targets_cut}
     notes = [
         *data.notes,
-        *train.describe(config.train_split, max_length),
-        *evaluation.describe(data.eval_split, max_length),
+        *train.describe(config.train_split, lengths),
+        *evaluation.describe(data.eval_split, lengths),
+        *describe_prefix(config, lengths),
     ]
     train_set, eval_set = train.examples, evaluation.examples
-    longest = max(len(ids) for part in (train_set, eval_set) for ids in part["input_ids"])
+    longest = max(train.longest, evaluation.longest)
     if config.packing:
-        train_set = pack(train_set, max_length)
+        train_set = pack(train_set, lengths.max_length)
         counts["packed_rows"] = len(train_set)
         notes.append(f"packing: {len(train.examples)} examples in {len(train_set)} rows")
-    return Prepared(train_set, eval_set, longest, counts, tuple(notes))
+    return Prepared(train_set, eval_set, lengths, longest, counts, tuple(notes))
+
+
+def describe_prefix(config: FinetuneConfig, lengths: Lengths) -> list[str]:
+    """A line on a prefix that the user did not choose, or none."""
+    if config.source_prefix is not None or lengths.targets is None or not lengths.targets.prefix:
+        return []
+    return [
+        f"each text begins with {lengths.targets.prefix!r}, as the model's config.json says "
+        "(see --source-prefix)"
+    ]

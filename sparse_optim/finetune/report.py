@@ -15,9 +15,9 @@ from sparse_optim.files import strict_json
 from sparse_optim.finetune.config import FinetuneConfig
 from sparse_optim.finetune.data import TaskData
 from sparse_optim.finetune.defaults import resolved
+from sparse_optim.finetune.encode import Lengths, Targets
 from sparse_optim.finetune.models import LoadedModel
 from sparse_optim.finetune.readings import active_entries, state_bytes, usage_of
-from sparse_optim.finetune.tasks import TASKS
 from sparse_optim.finetune.trainer import JobTrainer
 
 
@@ -25,6 +25,7 @@ def collect(
     config: FinetuneConfig,
     trainer: JobTrainer,
     data: TaskData,
+    lengths: Lengths,
     counts: Mapping[str, Any],
     loaded: LoadedModel,
     metric: str,
@@ -50,7 +51,7 @@ def collect(
     fresh = [p for name, p in loaded.model.named_parameters() if name in loaded.fresh]
     return {
         "config": {name: jsonable(value) for name, value in vars(config).items()},
-        "used": used_values(config, trainer, data),
+        "used": used_values(config, trainer, data, lengths),
         "metric": {"name": metric, "value": final[metric], "step": final["step"]},
         "task": data.task,
         "steps": trainer.state.global_step,
@@ -77,7 +78,9 @@ def collect(
     }
 
 
-def used_values(config: FinetuneConfig, trainer: JobTrainer, data: TaskData) -> dict[str, Any]:
+def used_values(
+    config: FinetuneConfig, trainer: JobTrainer, data: TaskData, lengths: Lengths
+) -> dict[str, Any]:
     """The values that the run used, with nothing left to a default.
 
     `train_rows` are what `batch_size` counts: examples, or with packing rows of several examples.
@@ -107,12 +110,24 @@ def used_values(config: FinetuneConfig, trainer: JobTrainer, data: TaskData) -> 
         "batch_size": args.train_batch_size,
         "accumulation": args.gradient_accumulation_steps,
         "train_rows": len(rows),
-        "max_length": config.max_length or TASKS[data.task].max_length,
+        "max_length": lengths.max_length,
+        **targets_used(lengths.targets),
         "chat": "messages" in data.train.column_names and tokenizer.chat_template is not None,
         "eval_every": args.eval_steps,
         "columns": dataclasses.asdict(data.columns),
         "train_split": config.train_split,
         "eval_split": data.eval_split,
+    }
+
+
+def targets_used(targets: Targets | None) -> dict[str, Any]:
+    """How a model of texts and their summaries read and wrote; empty for other tasks."""
+    if targets is None:
+        return {}
+    return {
+        "max_target_length": targets.max_length,
+        "source_prefix": targets.prefix,
+        "num_beams": targets.num_beams,
     }
 
 

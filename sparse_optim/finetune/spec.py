@@ -11,8 +11,9 @@ from sparse_optim.delta import Delta
 from sparse_optim.finetune.adapter_kinds import ADAPTERS
 from sparse_optim.finetune.builtin_data import DATASETS, MODELS
 from sparse_optim.finetune.columns import Columns
-from sparse_optim.finetune.config import FinetuneConfig, field_types
+from sparse_optim.finetune.config import MAX_TARGET_LENGTH, FinetuneConfig, field_types
 from sparse_optim.finetune.data import TaskData
+from sparse_optim.finetune.encode import Lengths, Targets
 from sparse_optim.finetune.errors import FinetuneError
 from sparse_optim.finetune.settings import choices, convert
 from sparse_optim.finetune.tasks import TASKS
@@ -34,6 +35,7 @@ class ModelSpec:
         dense: beginnings of names of parameters that were trained whole.
         adapter, adapter_rank, adapter_alpha, adapter_targets: as in `FinetuneConfig`.
         max_length: tokens at which examples were cut.
+        max_target_length, source_prefix, num_beams: of summarization, as in `FinetuneConfig`.
         chat: whether a causal LM was trained on conversations.
         metric: the metric that the job reported.
         columns: the columns that the job read.
@@ -53,6 +55,9 @@ class ModelSpec:
     adapter_alpha: float | None = None
     adapter_targets: tuple[str, ...] = ()
     max_length: int = 128
+    max_target_length: int | None = None
+    source_prefix: str | None = None
+    num_beams: int | None = None
     chat: bool | None = None
     metric: str | None = None
     columns: Columns = field(default_factory=Columns)
@@ -60,6 +65,15 @@ class ModelSpec:
     dataset_config: str | None = None
     train_split: str = "train"
     weights: str | None = None
+
+    @property
+    def lengths(self) -> Lengths:
+        """The limits of the examples, for `Task.encode`."""
+        if not TASKS[self.task].writes:
+            return Lengths(self.max_length)
+        most = self.max_target_length or MAX_TARGET_LENGTH
+        targets = Targets(most, self.source_prefix or "", self.num_beams or 1)
+        return Lengths(self.max_length, targets)
 
     def note(self) -> dict[str, Any]:
         """The values that JSON can hold, for `read_spec`; None and empty ones are left out."""
@@ -84,9 +98,9 @@ class ModelSpec:
         }
 
 
-def spec_of(config: FinetuneConfig, data: TaskData) -> ModelSpec:
+def spec_of(config: FinetuneConfig, data: TaskData, lengths: Lengths) -> ModelSpec:
     """The model of a job."""
-    task, base = TASKS[data.task], Path(config.model).expanduser()
+    base, targets = Path(config.model).expanduser(), lengths.targets
     return ModelSpec(
         base=str(base.resolve()) if config.model not in MODELS and base.exists() else config.model,
         task=data.task,
@@ -99,7 +113,10 @@ def spec_of(config: FinetuneConfig, data: TaskData) -> ModelSpec:
         adapter_rank=config.adapter_rank,
         adapter_alpha=config.adapter_alpha,
         adapter_targets=config.adapter_targets,
-        max_length=config.max_length or task.max_length,
+        max_length=lengths.max_length,
+        max_target_length=None if targets is None else targets.max_length,
+        source_prefix=None if targets is None else targets.prefix,
+        num_beams=None if targets is None else targets.num_beams,
         chat="messages" in data.train.column_names if data.task == "causal-lm" else None,
         metric=config.metric,
         columns=data.columns,
@@ -156,6 +173,8 @@ def find_problem(spec: ModelSpec) -> str | None:
             return f"unknown {name} {getattr(spec, name)!r}"
     if spec.max_length < 1 or not 0 <= spec.seed < 2**32 or (spec.adapter_rank or 1) < 1:
         return "max_length, seed or adapter_rank is out of range"
+    if (spec.max_target_length or 1) < 1 or (spec.num_beams or 1) < 1:
+        return "max_target_length or num_beams is out of range"
     if not all(name is None or isinstance(name, str) for name in vars(spec.columns).values()):
         return "a column's name is not text"
     return None

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 LABEL_WIDTH = 8
 SHOWN_LABELS = 6
+WRITTEN = {"causal-lm": "response", "summarization": "summary"}  # what a model learns to write
 
 Rows = Iterable[tuple[str, str]]
 
@@ -113,7 +114,7 @@ def describe_data(data: TaskData) -> Rows:
     named = {
         "text": data.columns.text,
         "second text": data.columns.text_pair,
-        "response" if data.task == "causal-lm" else "label": data.columns.label,
+        WRITTEN.get(data.task, "label"): data.columns.label,
     }
     yield "columns", ", ".join(f"{use}: {name}" for use, name in named.items() if name is not None)
     names = data.label_names or []

@@ -5,17 +5,27 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import EvalLoopOutput
 
 from sparse_optim.analysis.recorder import AllocationRecorder
 from sparse_optim.delta import Delta
 from sparse_optim.finetune.best import BestModel
 from sparse_optim.finetune.readings import active_entries, budget_progress, make_delta
 from sparse_optim.finetune.series_recorder import SeriesRecorder
+from sparse_optim.finetune.tasks import Task
 from sparse_optim.integrations.trainer import SelectiveTrainer
 from sparse_optim.optim.grad_scaler import GradScaler
 
@@ -91,6 +101,25 @@ class JobTrainer(SelectiveTrainer):
         if self.optimizer is not None and ("loss" in logs or "eval_loss" in logs):
             logs["active"] = active_entries(self.raw_optimizer)
         super().log(logs, start_time)
+
+
+class WritingTrainer(JobTrainer, Seq2SeqTrainer):
+    """Trainer of a job that lets the model write in evaluation, as `set_decoding` has set it."""
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Evaluate, and leave out what fills up the last batch of several processes.
+
+        Seq2SeqTrainer would count those examples twice.
+        """
+        self.gather_function = self.accelerator.gather_for_metrics
+        return super().evaluation_loop(*args, **kwargs)
+
+
+def arguments_class(task: Task) -> Callable[..., TrainingArguments]:
+    """The class of a Trainer's arguments for a task."""
+    if task.writes:
+        return partial(Seq2SeqTrainingArguments, predict_with_generate=True)
+    return TrainingArguments
 
 
 class Stopwatch(TrainerCallback):

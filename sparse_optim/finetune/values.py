@@ -74,6 +74,8 @@ def wanted_kind(task: str, column: str, columns: Columns) -> tuple[str, Callable
         )
     if column == "label" and task == "causal-lm":
         return "text", lambda value: isinstance(value, (str, int)) and not isinstance(value, bool)
+    if column == "label" and task == "summarization":
+        return "text", is_text
     if column == "label" and task == "multi-label-classification":
         return "a list of labels", is_list
     if column == "label":

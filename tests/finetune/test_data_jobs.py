@@ -94,11 +94,12 @@ def test_chat_needs_a_template(folders, tmp_path):
 
 def test_the_default_length_is_that_of_the_task_and_noted_with_the_delta(folders, tmp_path):
     lengths = {name: task.max_length for name, task in TASKS.items()}
-    assert lengths.pop("causal-lm") == 1024
+    assert lengths.pop("causal-lm") == lengths.pop("summarization") == 1024
     assert {*lengths.values()} == {128}
     for model, dataset, length in (("decoder", "prompt", 1024), ("encoder", "tagged", 128)):
         job = config(folders, tmp_path / "out", model, dataset, max_length=None)
-        assert spec_of(job, load_inputs(job).data).max_length == length
+        inputs = load_inputs(job)
+        assert spec_of(job, inputs.data, inputs.lengths).max_length == length
 
 
 def test_evaluation_of_language_models_has_small_batches(folders, tmp_path):

@@ -12,7 +12,13 @@ from tiny_models import save_tokenizer
 from transformers import AutoTokenizer
 
 from sparse_optim.finetune import encode
-from sparse_optim.finetune.encode import IGNORED, encode_generation, encode_texts, encode_words
+from sparse_optim.finetune.encode import (
+    IGNORED,
+    Lengths,
+    encode_generation,
+    encode_texts,
+    encode_words,
+)
 from sparse_optim.finetune.errors import FinetuneError
 
 
@@ -54,10 +60,12 @@ def test_prompts_that_fill_the_maximum_are_dropped_and_counted(decoder):
     split = {"text": ["a b c d", "a", "a b"], "label": ["e", "b c d e", "c"]}
     encoded = encode_generation(Dataset.from_dict(split), decoder, 4)
     assert (len(encoded.examples), encoded.cut, encoded.dropped) == (2, 1, 1)
-    assert encoded.describe("train", 4) == [
+    assert encoded.describe("train", Lengths(4)) == [
         "train: 2 of 3 examples; 1 dropped (no token to learn within --max-length), 1 cut to "
         "--max-length 4"
     ]
-    assert encode_generation(Dataset.from_dict(split), decoder, 8).describe("train", 8) == []
+    assert (
+        encode_generation(Dataset.from_dict(split), decoder, 8).describe("train", Lengths(8)) == []
+    )
     with pytest.raises(FinetuneError, match="no example has a token to learn within --max-length"):
         encode_generation(Dataset.from_dict(split), decoder, 1)

@@ -225,7 +225,8 @@ def test_a_decoders_classifier_reads_the_same_token_alone_and_padded(folders, tm
     places = {"decoder": str(decoder), "rows": str(data)}
     job = config(places, tmp_path / "out", "decoder", "rows")
     inputs = load_inputs(job)
-    model, collate = load_base(job, inputs).model.eval(), inputs.task.collator(inputs.tokenizer)
+    model = load_base(job, inputs).model.eval()
+    collate = inputs.task.collator(inputs.tokenizer, model)
 
     def scores(examples):
         batch = {name: value for name, value in collate(examples).items() if name != "labels"}
