@@ -21,6 +21,7 @@ from sparse_optim.experiments.overrides import Choice, choose, whole
 from sparse_optim.experiments.presets import Experiment
 from sparse_optim.experiments.quality import QUALITY
 from sparse_optim.experiments.stochastic import STOCHASTIC
+from sparse_optim.experiments.summarization import SUMMARIZATION
 from sparse_optim.experiments.sweeps import SWEEPS
 
 EXPERIMENTS = (
@@ -28,6 +29,7 @@ EXPERIMENTS = (
     NER,
     ADAPTERS,
     MATH,
+    SUMMARIZATION,
     BUDGETS,
     SWEEPS,
     STOCHASTIC,
@@ -85,7 +87,7 @@ Record = Annotated[
     Path | None,
     typer.Option(help="Also write table and cells to NAME-DATE.json in this folder."),
 ]
-Beams = Annotated[int, typer.Option(help="math: beams of the search for an answer.")]
+Beams = Annotated[int, typer.Option(help="math, summarization: beams of the search for a text.")]
 NewTokens = Annotated[int, typer.Option(help="math: maximum number of tokens of an answer.")]
 Dtype = Annotated[
     str | None, typer.Option(help="dtype of the weights: float32 (default), bfloat16 or float16.")

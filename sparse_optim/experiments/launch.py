@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from rich.console import Console
 
 from sparse_optim.experiments.arithmetic import MATH
@@ -12,6 +14,7 @@ from sparse_optim.experiments.generation import (
 )
 from sparse_optim.experiments.presets import Experiment, ExperimentError
 from sparse_optim.experiments.runner import Runner, RunOptions
+from sparse_optim.experiments.summarization import SUMMARIZATION, measure_rouge
 
 
 def make_runner(experiment: Experiment, options: RunOptions, console: Console) -> Runner:
@@ -28,6 +31,10 @@ def make_runner(experiment: Experiment, options: RunOptions, console: Console) -
     if experiment.name == MATH.name:
         functions = (locate_training, measure_exact_match, watch_exact_match)
         return Runner(experiment, options, console, *functions)
+    if experiment.name == SUMMARIZATION.name:
+        settings = {**experiment.settings, "num_beams": options.decoding.beams}
+        written = replace(experiment, settings=settings)
+        return Runner(written, options, console, measure=measure_rouge)
     return Runner(experiment, options, console)
 
 

@@ -42,6 +42,7 @@ AT_THE_END = 10**9  # steps between evaluations, more than any run has
 DATA_FIELDS = (
     *("model", "dataset", "dataset_config", "task", "train_split", "eval_split", "eval_fraction"),
     *("max_train_examples", "max_eval_examples", "max_length", "packing", "chat"),
+    *("max_target_length", "source_prefix", "num_beams"),
 )
 
 

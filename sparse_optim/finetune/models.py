@@ -252,7 +252,11 @@ def check_writes(source: ModelSource, task: str) -> None:
     if task == "summarization":
         if kind in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
             return
-        hint = ", or --task causal-lm" if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else ""
+        is_decoder = (
+            kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+            and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        )
+        hint = ", or --task causal-lm" if is_decoder else ""
         raise FinetuneError(
             f"model {source.name!r} ({kind}) is not an encoder-decoder, so it cannot be fine-tuned "
             f"for summarization; use one such as facebook/bart-base or google-t5/t5-base{hint}"
