@@ -110,6 +110,8 @@ def write_card(
         "data": f"{Path(config.dataset).name}: {data['train_examples']:,} training examples, "
         f"{data['eval_examples']:,} for evaluation ({data['eval_split']})",
         "task": spec.task,
+        "prefix": spec.source_prefix or None,
+        "beams": spec.num_beams,
         "method": f"{config.method} ({METHODS[config.method].about})",
         "adapter": config.adapter,
         "budget": config.budget,

@@ -74,7 +74,7 @@ class Encoded:
             parts.append(f"{self.cut} cut to --max-length {lengths.max_length}")
         if self.targets_cut and lengths.targets is not None:
             most = lengths.targets.max_length
-            parts.append(f"{self.targets_cut} summaries cut to --max-target-length {most}")
+            parts.append(f"{self.targets_cut} cut to --max-target-length {most}")
         total = kept + self.dropped
         return [f"{split}: {kept} of {total} examples; {', '.join(parts)}"] if parts else []
 

@@ -103,6 +103,8 @@ def test_a_model_learns_pairs_and_every_way_to_load_it_writes_the_same(
     exec(code, names)
     assert names["tokenizer"].decode(names["ids"], skip_special_tokens=True) == written[0]
     assert "pipeline_tag: summarization" in card
+    assert ("| prefix | summarize:  |" in card) == (model == "t5")
+    assert f"| beams | {2 if model == 'bart' else 1} |" in card
 
     applied = tmp_path / "applied"
     done = CliRunner().invoke(app, ["apply", folders[model], str(result.output), str(applied)])
@@ -181,7 +183,7 @@ def test_what_is_cut_is_counted_and_said(folders):
     summaries = [tokenizer.decode(ids) for ids in encoded.examples["labels"]]
     assert summaries == ["a b </s>", "a b </s>", "</s>"]
     assert encoded.describe("train", Lengths(4, targets)) == [
-        "train: 3 of 3 examples; 1 cut to --max-length 4, 1 summaries cut to --max-target-length 3"
+        "train: 3 of 3 examples; 1 cut to --max-length 4, 1 cut to --max-target-length 3"
     ]
 
 
