@@ -131,6 +131,10 @@ def test_the_commands(finished, folders, tmp_path):
     shown = json.loads(invoke("evaluate", output, folders["pairs"], "--json"))
     assert shown["rouge1"] == finished("t5").metrics["metric"]["value"]
     assert (shown["cut"], shown["targets_cut"], shown["dropped"]) == (0, 0, 0)
+    asked = ("--sequence", "16", "--optimizer", "sparse", "--json")
+    (row,) = json.loads(invoke("estimate", "-m", folders["t5"], *asked))["rows"]
+    parameters = finished("t5").metrics["model"]["parameters"]
+    assert row["weights"] == 2 * parameters  # bfloat16, with the tied output layer that writes
     assert "rouge1 on" in invoke("compare", output, "-o", str(tmp_path / "picture.png"))
 
 
