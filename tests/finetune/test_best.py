@@ -61,6 +61,7 @@ def test_every_metric_is_known_to_be_better_high_or_low():
     known = {metric for task in TASKS.values() for metric in task.metrics}
     higher = {"accuracy", "subset_accuracy", "matthews", "precision", "recall", "pearson"}
     higher |= {"f1", "f1_positive", "f1_micro", "f1_macro", "spearman", "pearson_spearman"}
+    higher |= {"rouge1", "rouge2", "rougeL"}
     assert known - LOWER_IS_BETTER == higher
 
 
