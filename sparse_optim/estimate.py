@@ -129,7 +129,7 @@ def gpu_bytes(name: str) -> int | None:
             maker, form (SXM4, PCIe), kind of memory and size ("NVIDIA H100 80GB HBM3"); or a size
             in GiB ("48", "48GiB") or 10^9 bytes ("48GB").
 
-    Example:
+    Examples:
         >>> gpu_bytes("RTX A6000") == gpu_bytes("48GiB") == 48 * 2**30
         True
     """

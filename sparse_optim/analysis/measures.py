@@ -23,7 +23,7 @@ def tensor_sparsity(counts: Mapping[str, int]) -> float:
     Raises:
         ValueError: there is no tensor.
 
-    Example:
+    Examples:
         >>> tensor_sparsity({"a": 3, "b": 0, "c": 0, "d": 1})
         0.5
 
@@ -50,7 +50,7 @@ def sparsity_entropy(counts: Mapping[str, int], sizes: Mapping[str, int]) -> flo
     Raises:
         ValueError: counts and sizes have different names, or a count exceeds its size.
 
-    Example:
+    Examples:
         >>> round(sparsity_entropy({"a": 2, "b": 4}, {"a": 10, "b": 20}), 6)
         0.693147
 
@@ -112,7 +112,7 @@ def allocation_grid(counts: Mapping[str, int], sizes: Mapping[str, int]) -> Allo
 def split_layer(name: str) -> tuple[str, int | None, str]:
     """Stack, layer and module of a parameter's name.
 
-    Example:
+    Examples:
         >>> split_layer("bert.encoder.layer.3.output.dense.bias")
         ('bert.encoder.layer', 3, 'output.dense.bias')
         >>> split_layer("bert.pooler.dense.bias")

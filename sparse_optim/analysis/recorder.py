@@ -22,11 +22,13 @@ class AllocationRecorder(TrainerCallback):
     are those of that step's set, not of all entries that ever changed. With an optimizer other than
     `MaskedAdamW` it records nothing.
 
-    Example:
+    Examples:
+        ```python
         recorder = AllocationRecorder()
         recorder.attach(trainer)
         trainer.train()
         recorder.save(Path("runs/mine"), method="id3", metric="accuracy")
+        ```
     """
 
     def __init__(self) -> None:

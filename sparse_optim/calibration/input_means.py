@@ -36,7 +36,7 @@ class InputMeans:
     Args:
         model: the module that the training loop calls.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Linear(2, 3)
         >>> with InputMeans(model) as inputs:
         ...     _ = model(torch.tensor([[1.0, 2.0], [3.0, 6.0]]))

@@ -121,11 +121,12 @@ class DeltaSwitcher:
     A swap reads the touched tensors once, to check the base's fingerprints, and writes the entries.
     Threads may call `use`: the swaps happen one after another.
 
-    Example::
-
+    Examples:
+        ```python
         tasks = DeltaSwitcher(model, {"sst2": load_delta(a), "cola": load_delta(b)})
         tasks.use("sst2")
         tasks.use(None)  # the base
+        ```
     """
 
     def __init__(self, model: Model, deltas: Mapping[str, Delta]) -> None:

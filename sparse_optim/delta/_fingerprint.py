@@ -46,7 +46,7 @@ def fingerprint(tensor: Tensor) -> str:
     Raises:
         ValueError: the tensor is not strided or is on the meta device.
 
-    Example:
+    Examples:
         >>> fingerprint(torch.zeros(2)) == fingerprint(-torch.zeros(2))  # bits, not values
         False
     """

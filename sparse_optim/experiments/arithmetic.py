@@ -103,7 +103,7 @@ def prompt_of(question: str) -> str:
 def number_in(text: str) -> float | None:
     """The last number in a response, thousands separators dropped; None without one.
 
-    Example:
+    Examples:
         >>> number_in("3 + 4 = 7, so 1,007 in all.")
         1007.0
     """
@@ -116,7 +116,7 @@ def letter_in(text: str) -> str | None:
 
     The benchmark takes the first capital A to E of a response, be it the article "A".
 
-    Example:
+    Examples:
         >>> letter_in("A train takes 5 hours. The answer is (D).")
         'D'
     """

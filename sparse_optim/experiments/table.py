@@ -31,7 +31,7 @@ def top_mean(values: Sequence[float], kept: int) -> tuple[float, float | None, i
     The deviation is None for a single value. Diverged runs are -inf: they do not count if there are
     `kept` others; otherwise the mean is -inf.
 
-    Example:
+    Examples:
         >>> top_mean([0.5, 0.9, 0.7, 0.8], 3)
         (0.8, 0.1, 3)
 
@@ -124,7 +124,7 @@ def measured(entry: Mapping[str, Any] | None, kept: int) -> str:
 def rate(value: float) -> str:
     """A learning rate as the papers write it.
 
-    Example:
+    Examples:
         >>> rate(0.015), rate(5e-4)
         ('1.5e-2', '5e-4')
     """
@@ -135,7 +135,7 @@ def rate(value: float) -> str:
 def rates(found: Mapping[str, float], tasks: Sequence[str]) -> str:
     """The rate; if tasks differ, one for each task in order, '-' for a task without a run.
 
-    Example:
+    Examples:
         >>> rates({"a": 5e-3, "c": 1.5e-2}, ["a", "b", "c"])
         '5e-3/-/1.5e-2'
     """

@@ -43,7 +43,7 @@ def parse_budget(text: str) -> int | float:
     Raises:
         FinetuneError: if it is none of these, or a share above 100%.
 
-    Example:
+    Examples:
         >>> parse_budget("320K"), parse_budget("0.5%"), parse_budget("1000")
         (320000, 0.005, 1000)
     """

@@ -62,7 +62,7 @@ def load_model(
             that cannot be loaded.
         DeltaError: a damaged delta, or another base.
 
-    Example:
+    Examples:
         >>> import sparse_optim
         >>> from transformers import pipeline
         >>> model, tokenizer = sparse_optim.load_model("out")  # doctest: +SKIP

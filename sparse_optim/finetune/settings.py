@@ -49,7 +49,7 @@ def setting(
 def choices(hint: Any) -> tuple[str, ...]:
     """The strings that a type admits: those of a Literal, or of one in a union.
 
-    Example:
+    Examples:
         >>> choices(Literal["a", "b"] | None)
         ('a', 'b')
     """
@@ -77,7 +77,7 @@ def convert(value: Any, hint: Any) -> Any:
     Raises:
         TypeError: the value has another type; the message says what was expected.
 
-    Example:
+    Examples:
         >>> convert("5e-4", float | None), convert(["a"], tuple[str, ...])
         (0.0005, ('a',))
     """

@@ -163,7 +163,7 @@ def describe_series(rows: Sequence[Mapping[str, Any]], parts: int) -> str:
 def counted(entries: int) -> str:
     """A number of entries in thousands, millions or billions.
 
-    Example:
+    Examples:
         >>> counted(22_713_216), counted(950)
         ('22.7M', '950')
     """

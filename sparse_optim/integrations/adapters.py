@@ -55,10 +55,11 @@ def adapter_groups(model: nn.Module) -> list[dict[str, Any]]:
     Raises:
         ValueError: the model has no adapter layers, or none of their weights is trainable.
 
-    Example::
-
+    Examples:
+        ```python
         model = get_peft_model(base, LoraConfig(r=8, modules_to_save=["classifier"]))
         optimizer = IncrementalMaskedAdamW(adapter_groups(model), budget=0.1, total_steps=1000)
+        ```
 
     Reference: Agarwal et al. 2025, TACL 13:1767-1788, section 5 (ID3 on LoRA and adapters).
     """

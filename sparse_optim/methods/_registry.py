@@ -112,7 +112,7 @@ def build(
     Raises:
         ValueError: an unknown method, or input that the method cannot use.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> model = nn.Linear(8, 2)
         >>> build("bitfit", model).param_groups[0]["lr"]

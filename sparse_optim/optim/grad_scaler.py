@@ -27,7 +27,7 @@ class GradScaler(torch.amp.GradScaler):
         device, init_scale, growth_factor, backoff_factor, growth_interval, enabled: as in
             torch.amp.GradScaler, whose checkpoints it reads and writes.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from sparse_optim import IncrementalMaskedAdamW
         >>> model = torch.nn.Linear(8, 2)

@@ -38,7 +38,7 @@ class IncrementalMaskedAdamW(MaskedAdamW):
         foreach, capturable, differentiable, fused, fuse_backward: as in `MaskedAdamW`.
         model, sampled_backward: as in `MaskedAdamW`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> model = torch.nn.Linear(8, 2)
         >>> optimizer = IncrementalMaskedAdamW(

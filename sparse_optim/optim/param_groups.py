@@ -30,7 +30,7 @@ def param_groups(
     Raises:
         ValueError: another `rank`, no parameter's name begins so, or none competes.
 
-    Example:
+    Examples:
         >>> model = nn.ModuleDict({"body": nn.Linear(4, 4), "head": nn.Linear(4, 2)})
         >>> [(group["unmask"], len(group["params"])) for group in param_groups(model, dense="head")]
         [('rank', 2), ('all', 2)]

@@ -217,7 +217,7 @@ class Scores:
     Raises:
         ValueError: a score is negative or not finite.
 
-    Example:
+    Examples:
         >>> Scores({"weight": torch.tensor([0.0, 2.0])})("weight", torch.zeros(2), torch.zeros(2))
         tensor([0., 2.])
     """

@@ -1,0 +1,58 @@
+"""Hooks of the documentation site: files of the repository that are pages, and their links.
+
+The README, the changes and other files outside docs/ are read where they are, so that each fact has
+one place and links work on GitHub. A relative link to a file that is no page of the site becomes
+plain text; a picture outside docs/ is copied.
+"""
+
+import os
+import re
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).resolve().parents[1]
+# File of the repository -> page of the site.
+PAGES = {
+    "README.md": "index.md",
+    "examples/README.md": "examples.md",
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+}
+PICTURES = "bench/results/*.png"
+LINK = re.compile(r"(!?)\[([^\]\[]*)\]\(([^)\s:#]+)(#[^)\s]*)?\)")
+FENCE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages and pictures from outside docs/."""
+    for source, page in PAGES.items():
+        files.append(File.generated(config, page, content=(ROOT / source).read_text()))
+    for picture in sorted(ROOT.glob(PICTURES)):
+        name = picture.relative_to(ROOT).as_posix()
+        files.append(File.generated(config, name, abs_src_path=str(picture)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Point links at pages of the site; leave the text alone of links that have none."""
+    sources = {page: source for source, page in PAGES.items()}
+    source = ROOT / sources.get(page.file.src_uri, f"docs/{page.file.src_uri}")
+
+    def resolve(link: re.Match[str]) -> str:
+        mark, text, target, anchor = link.group(1), link.group(2), link.group(3), link.group(4)
+        path = (source.parent / target).resolve()
+        if not path.exists() or not path.is_relative_to(ROOT):
+            return link.group()  # the strict build complains
+        name = path.relative_to(ROOT).as_posix()
+        uri = PAGES.get(name, name.removeprefix("docs/"))
+        if files.get_file_from_path(uri) is None:
+            return text
+        relative = os.path.relpath(uri, os.path.dirname(page.file.src_uri) or ".")
+        return f"{mark}[{text}]({relative}{anchor or ''})"
+
+    parts = FENCE.split(markdown)  # text and code in turn
+    parts[::2] = [LINK.sub(resolve, part) for part in parts[::2]]
+    return "".join(parts)
