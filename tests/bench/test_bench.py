@@ -202,18 +202,6 @@ def test_the_recorded_results_are_what_the_documents_show():
     assert (ROOT / "bench" / "results" / "tables.md").read_text() == report.full_report(measured)
 
 
-def test_pictures_and_links_of_the_documents_exist():
-    documents = (ROOT / "docs").glob("*.md")
-    for path in (
-        ROOT / "README.md",
-        ROOT / "CONTRIBUTING.md",
-        *documents,
-        ROOT / "bench" / "README.md",
-    ):
-        links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text())
-        assert [link for link in links if not (path.parent / link).exists()] == []
-
-
 def test_the_pictures_of_the_front_page_are_drawn(tmp_path):
     bars = {"clip + fused AdamW": 3.0, "sparse_optim, every = 16": 2.0}
     pictures.draw_whole_steps({f"case {n}": bars for n in range(4)}, tmp_path / "steps.png")
