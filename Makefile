@@ -2,6 +2,7 @@
 # make test   the tests
 # make gpu-report   on a CUDA machine: the GPU tests and measurements, within eight minutes
 # make wheel   the wheel and the sdist for users, checked, in dist/
+# make docs   the documentation site, in site/; with SERVE=1 shown at localhost:8000 as you write
 # make soak   endurance tests, for ten minutes
 # make lock   renew requirements/lock.txt: the newest versions that pyproject.toml allows
 #
@@ -20,6 +21,7 @@ OUT ?= demo-output
 DIST ?= dist
 PYTEST ?=
 REPORT ?=
+SERVE ?=
 
 START := $(shell date +%s)
 PY := $(VENV)/bin/python
@@ -28,13 +30,17 @@ SET_UP := $(PYTHON) requirements/set_up.py --venv $(VENV) $(if $(UNLOCKED),--unl
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
 .NOTPARALLEL: # one pip at a time in a venv
-.PHONY: demo test soak gpu-report wheel setup test-setup lock which-python clean
+.PHONY: demo test docs soak gpu-report wheel setup test-setup lock which-python clean
 
 demo: setup
 	@$(PY) -m sparse_optim.cli.demo --steps $(STEPS) --output "$(OUT)"
 
 test: test-setup
 	@$(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal $(PYTEST)
+
+# The variable silences an announcement of mkdocs-material about a later mkdocs.
+docs: $(STAMPS)packages
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs $(if $(SERVE),serve,build --strict)
 
 # The report's clock starts here, and it builds the package for the card at hand: only packages are
 # set up first. Without a network, pip gives up at once, and what is installed must do.
@@ -85,4 +91,4 @@ which-python:
 	@echo $(PY)
 
 clean:
-	rm -rf "$(VENV)" .venv-unlocked build "$(DIST)" "$(OUT)" *.egg-info
+	rm -rf "$(VENV)" .venv-unlocked build site "$(DIST)" "$(OUT)" *.egg-info
