@@ -202,14 +202,16 @@ def test_lines_of_the_command_parse():
 def parsed_lines(page):
     """The number of lines and snippets of a page that run the command; all of them parse."""
     parsed = 0
-    for block in blocks(page, "console"):
-        for line in re.findall(r"^\$ (.*)$", block, re.MULTILINE):
-            if (words := split_line(line)) is None:
-                continue
-            command, arguments = command_of(words)
-            if command.params and "--help" not in arguments and "--version" not in arguments:
-                command.make_context(command.name, arguments)
-            parsed += 1
+    typed = [line for block in blocks(page, "bash") for line in block.splitlines()]
+    for block in blocks(page, "console"):  # with what the commands print
+        typed += re.findall(r"^\$ (.*)$", block, re.MULTILINE)
+    for line in typed:
+        if (words := split_line(line)) is None:
+            continue
+        command, arguments = command_of(words)
+        if command.params and "--help" not in arguments and "--version" not in arguments:
+            command.make_context(command.name, arguments)
+        parsed += 1
     for words in re.findall(r"`(sparse-optim [^`]+)`", page.read_text()):
         command, arguments = command_of(split_line(words))
         known = {name for param in command.params for name in (*param.opts, *param.secondary_opts)}
