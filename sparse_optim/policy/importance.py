@@ -78,8 +78,8 @@ class D3:
 
     Args:
         exp: any real number.
-        eps: > 0, in units of the parameter. For eps >= 1 and exp >= 0 the expected importance is
-            at most the square root of the Fisher information (Theorem 1).
+        eps: above 0, in units of the parameter. For eps >= 1 and exp >= 0 the expected importance
+            is at most the square root of the Fisher information (Theorem 1).
 
     Raises:
         ValueError: if eps is not positive or a number is not finite.
