@@ -1,4 +1,4 @@
-"""Hooks of the documentation site: files of the repository that are pages, and their links.
+"""Hooks of the documentation site: pages from outside docs/, their links, and all commands.
 
 The README, the changes and other files outside docs/ are read where they are, so that each fact has
 one place and links work on GitHub. A relative link to a file that is no page of the site becomes
@@ -7,11 +7,17 @@ plain text; a picture outside docs/ is copied.
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import typer
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+from rich.text import Text
+
+from sparse_optim.cli.main import app
 
 ROOT = Path(__file__).resolve().parents[1]
 # File of the repository -> page of the site.
@@ -21,13 +27,17 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
 }
+COMMANDS = "reference/commands.md"
 PICTURES = "bench/results/*.png"
 LINK = re.compile(r"(!?)\[([^\]\[]*)\]\(([^)\s:#]+)(#[^)\s]*)?\)")
+LIST = re.compile(r"^((?!- ).+\n)(- )", re.MULTILINE)  # Markdown wants a blank line before it
 FENCE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages and pictures from outside docs/."""
+    """Add the pages and pictures from outside docs/, and the page of the commands."""
+    text = "\n".join(["# Commands", *describe(typer.main.get_command(app), "sparse-optim")])
+    files.append(File.generated(config, COMMANDS, content=text))
     for source, page in PAGES.items():
         files.append(File.generated(config, page, content=(ROOT / source).read_text()))
     for picture in sorted(ROOT.glob(PICTURES)):
@@ -56,3 +66,24 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     parts = FENCE.split(markdown)  # text and code in turn
     parts[::2] = [LINK.sub(resolve, part) for part in parts[::2]]
     return "".join(parts)
+
+
+def describe(command: Any, name: str) -> Iterator[str]:
+    """A command's help as Markdown: a heading, the text, a table of the options; then its own."""
+    if not hasattr(command, "commands"):
+        text = Text.from_markup(command.help.replace("\b", "")).plain
+        text = LIST.sub("\\1\n\\2", text)
+        yield f"\n## {name}\n\n{text}\n"
+        yield "| argument or option | what |\n| :-- | :-- |"
+        for param in command.params:
+            if param.name == "help":
+                continue
+            given = [f"`{given}`" for given in (*param.opts, *param.secondary_opts)]
+            shown = ", ".join(given) if given[0].startswith("`-") else f"`{param.name.upper()}`"
+            text = (param.help or "").replace("|", "\\|")
+            default = param.default
+            if isinstance(default, (str, int, float)) and not isinstance(default, bool):
+                text += f" Default: {default}."
+            yield f"| {shown} | {text} |"
+    for part, inner in getattr(command, "commands", {}).items():
+        yield from describe(inner, f"{name} {part}")
