@@ -69,7 +69,7 @@ class JobTrainer(SelectiveTrainer):
         self.add_callback(self.best)
 
     def keep_series(self, parts: int, metric: str) -> None:
-        """Keep the model at each of so many parts of the budget."""
+        """Keep the model at each of this number of equal parts of the budget."""
         self.series = SeriesRecorder(
             parts, metric, lambda: budget_progress(self.raw_optimizer), self._snapshot
         )
