@@ -11,7 +11,7 @@ from datasets import Dataset
 from tiny_models import save_tokenizer
 from transformers import AutoTokenizer
 
-from sparse_optim.finetune.encode import IGNORED, encode_generation
+from sparse_optim.finetune.encode import IGNORED, Lengths, encode_generation
 from sparse_optim.finetune.errors import FinetuneError
 from sparse_optim.finetune.messages import as_turns, from_conversations, join_contexts
 
@@ -84,7 +84,7 @@ def test_long_conversations_are_cut_and_those_without_the_assistant_dropped(toke
     words, encoded = encode(tokenizer, PLAIN, CHAT, CHAT[:1], [CHAT[2], CHAT[3]], max_length=6)
     assert words == [("u a b </s> x c", "c"), ("u e </s> x f </s>", "f </s>")]
     assert (encoded.cut, encoded.dropped) == (1, 1)
-    assert encoded.describe("train", 6) == [
+    assert encoded.describe("train", Lengths(6)) == [
         "train: 2 of 3 examples; 1 dropped (no token to learn within --max-length), 1 cut to "
         "--max-length 6"
     ]
