@@ -50,6 +50,8 @@ class BestModel(TrainerCallback):
         patience: number of evaluations in a row without a better value before training stops; None:
             never stop.
         read: returns the active entries and the delta of the training so far.
+        is_extra: whether the evaluation of this step is one that `--series` asked for: it may be
+            the best, but patience does not count it.
 
     Attributes:
         kept: the best evaluation; None before the first, and while the metric is NaN.
@@ -58,13 +60,17 @@ class BestModel(TrainerCallback):
     """
 
     def __init__(
-        self, metric: str, patience: int | None, read: Callable[[], tuple[int, Delta]]
+        self,
+        metric: str,
+        patience: int | None,
+        read: Callable[[], tuple[int, Delta]],
+        is_extra: Callable[[], bool] = lambda: False,
     ) -> None:
         self.metric, self.patience = metric, patience
         self.kept: Evaluated | None = None
         self.waited = 0
         self.stopped = False
-        self._read = read
+        self._read, self._is_extra = read, is_extra
 
     def is_better(self, value: float) -> bool:
         """Whether a value of the metric is better than the best so far."""
@@ -92,6 +98,8 @@ class BestModel(TrainerCallback):
         if self.is_better(value):
             self.kept = Evaluated(state.global_step, value, *self._read())
             self.waited = 0
+            return
+        if self._is_extra():
             return
         self.waited += 1
         self._stop_if_patience_is_over(state, control)

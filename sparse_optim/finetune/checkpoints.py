@@ -40,6 +40,7 @@ FREE = frozenset(
 )
 # But they decide which evaluation is the best.
 JUDGES = frozenset({"metric", "eval_every", "eval_split", "max_eval_examples", "num_beams"})
+SERIES_JUDGES = JUDGES - {"eval_every"}  # how the members of a series are measured
 PLACES = ("model", "dataset")  # may be given as a path, which may have moved
 FILLED = ("lr", "adam_eps", "budget", "max_length")  # None: the default of the method or task
 
@@ -176,7 +177,7 @@ def may_be_equal(theirs: dict[str, Any], ours: dict[str, Any]) -> bool:
 
     The default depends on the task, which may not be known before the data is loaded. Then
     `check_inputs` compares the tokenised training examples. It does not compare those of the
-    evaluation, so with --best a number is never equal to None.
+    evaluation, so with --best or --series a number is never equal to None.
     """
     lengths = {theirs["max_length"], ours["max_length"]}
     judges = "eval_split" in ours
@@ -221,7 +222,11 @@ def comparable(config: FinetuneConfig) -> dict[str, Any]:
 
     Defaults of the method are filled in, and those of the task if it is known without the data.
     """
-    free = FREE - JUDGES if config.keeps_best else FREE
+    free = FREE
+    if config.keeps_best:
+        free = FREE - JUDGES
+    elif config.series is not None:
+        free = FREE - SERIES_JUDGES
     used = dataclasses.asdict(resolved(config))
     values = {name: value for name, value in used.items() if name not in free}
     builtin = DATASETS.get(config.dataset)

@@ -30,6 +30,7 @@ class SeriesRecorder(TrainerCallback):
 
     Attributes:
         members: the deltas by the number of their part, 1 to n, each with a note under NOTE.
+        is_extra: whether the last step is evaluated for the series alone.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class SeriesRecorder(TrainerCallback):
     ) -> None:
         self.parts, self.metric = parts, metric
         self.members: dict[int, Delta] = {}
+        self.is_extra = False
         self._progress, self._read = progress, read
 
     def _reached(self) -> int | None:
@@ -56,8 +58,9 @@ class SeriesRecorder(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Ask for an evaluation where a part is reached."""
-        if self._reached() is not None:
-            control.should_evaluate = True
+        reached = self._reached() is not None
+        self.is_extra = reached and not control.should_evaluate
+        control.should_evaluate |= reached
 
     def on_evaluate(
         self,

@@ -65,7 +65,7 @@ class JobTrainer(SelectiveTrainer):
 
     def keep_best(self, metric: str, patience: int | None) -> None:
         """Keep the model of the best evaluation; stop after `patience` that are not better."""
-        self.best = BestModel(metric, patience, self._read)
+        self.best = BestModel(metric, patience, self._read, self._is_extra)
         self.add_callback(self.best)
 
     def keep_series(self, parts: int, metric: str) -> None:
@@ -77,6 +77,9 @@ class JobTrainer(SelectiveTrainer):
 
     def _read(self) -> tuple[int, Delta]:
         return active_entries(self.raw_optimizer), self._snapshot()
+
+    def _is_extra(self) -> bool:
+        return self.series is not None and self.series.is_extra
 
     def _snapshot(self) -> Delta:
         return make_delta(self.raw_optimizer, cast(nn.Module, self.model), finished=False)

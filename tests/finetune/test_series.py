@@ -6,19 +6,21 @@ Fault planted by hand: only the last part kept.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 pytest.importorskip("transformers", reason="the job needs the extra 'finetune'")
 
-from finetune_jobs import config, make_folders
+from finetune_jobs import config, make_folders, write_checkpoint
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from typer.testing import CliRunner
 
 from sparse_optim.cli.main import app
 from sparse_optim.delta import Delta, DeltaError, SparseValues, increment, load_delta
 from sparse_optim.finetune import FinetuneError
+from sparse_optim.finetune.checkpoints import check_checkpoint
 from sparse_optim.finetune.job import run, same_bits
 from sparse_optim.finetune.reuse import find_delta, load_model
 from sparse_optim.finetune.series import note_of, read_series
@@ -92,6 +94,28 @@ def test_a_series_of_one_run_its_files_and_a_resumed_run(folders, tmp_path, monk
     assert json.loads(shown.output) == {"members": rows}
     with pytest.raises(FinetuneError, match=r"several models: .* 025.safetensors, 050"):
         find_delta(series)
+
+
+@pytest.mark.parametrize("changed", [{"metric": "f1"}, {"max_eval_examples": 3}])
+def test_a_resumed_run_measures_its_members_as_before(folders, tmp_path, changed):
+    """Half of the members would have the values of another metric, under one heading."""
+    job = config(folders, tmp_path / "out", "encoder", "sequence", series=4)
+    checkpoint = write_checkpoint(tmp_path / "checkpoint-2", job)
+    check_checkpoint(checkpoint, replace(job, eval_every=3))
+    with pytest.raises(FinetuneError, match="it is of another job: --m"):
+        check_checkpoint(checkpoint, replace(job, **changed))
+    plain = replace(job, series=None)
+    without = write_checkpoint(tmp_path / "checkpoint-3", plain)
+    check_checkpoint(without, replace(plain, **changed))
+
+
+def test_patience_does_not_count_the_evaluations_of_a_series(folders, tmp_path):
+    """They come when entries are unmasked: training would stop earlier than without a series."""
+    job = {"series": 8, "every": 1, "steps": 8, "eval_every": 4, "patience": 2, "best": True}
+    job |= {"lr": 1e-9, "head_lr": 1e-12, "verify": False}  # no evaluation is better
+    metrics = run(config(folders, tmp_path / "out", "encoder", "sequence", **job)).metrics
+    assert len(metrics["evaluations"]) > 3
+    assert (metrics["steps"], metrics["stopped_early"]) == (8, False)
 
 
 class Recorded:
