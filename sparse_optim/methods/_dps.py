@@ -14,6 +14,7 @@ from sparse_optim.policy.selection import resolve_budget
 
 Optimizer = TypeVar("Optimizer", bound="DynamicParameterSelection")
 
+SUMS = frozenset({"fisher", "kept_steps"})  # state that adds up over the steps of a window
 WINDOWS = 20  # in a run; the paper has the length of a window as a hyper-parameter
 
 
@@ -81,20 +82,30 @@ class DynamicParameterSelection(torch.optim.AdamW):
             group["steps_taken"] = taken + 1
         return loss
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint. Sums keep their dtype, which torch would make that of the weights."""
+        super().load_state_dict(state_dict)
+        for group, theirs in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            for param, key in zip(group["params"], theirs["params"], strict=True):
+                saved = state_dict["state"].get(key, {})
+                for name in SUMS & saved.keys():
+                    self.state[param][name] = saved[name].to(param.device, sum_dtype(param))
+
     def _accumulate(self) -> None:
         for param in self.linear:
             if param.grad is not None:
                 state = self.state[param]
                 if "fisher" not in state:
-                    state["fisher"] = torch.zeros_like(param)
-                state["fisher"].addcmul_(param.grad, param.grad)
+                    state["fisher"] = torch.zeros_like(param, dtype=sum_dtype(param))
+                grad = param.grad.to(state["fisher"].dtype)
+                state["fisher"].addcmul_(grad, grad)
 
     def _choose(self) -> None:
         for param in self.linear:
             state = self.state[param]
             if "fisher" in state:
                 count = max(1, round(self.share * param.numel()))
-                mask = torch.zeros_like(state["fisher"]).view(-1)
+                mask = torch.zeros_like(param).view(-1)
                 mask[self._score(param).reshape(-1).topk(count).indices] = 1
                 state["chosen"] = mask.view_as(param)
                 state["fisher"].zero_()
@@ -114,6 +125,11 @@ class DynamicParameterSelection(torch.optim.AdamW):
                 tensors = (param, state["exp_avg"], state["exp_avg_sq"])
                 found += [(tensor, tensor.clone(), mask) for tensor in tensors]
         return found
+
+
+def sum_dtype(param: Tensor) -> torch.dtype:
+    """float32 at least: a sum in bfloat16 does not grow beyond 256 times what it adds."""
+    return torch.promote_types(param.dtype, torch.float32)
 
 
 def dps(request: MethodRequest) -> DynamicParameterSelection:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import numpy as np
@@ -11,7 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sparse_optim.methods._dps import DynamicParameterSelection, build_dps, linear_weights
+from sparse_optim.methods._dps import (
+    DynamicParameterSelection,
+    build_dps,
+    linear_weights,
+    sum_dtype,
+)
 from sparse_optim.methods._request import MethodRequest
 
 # 1 - the share of 0.3 in the authors' script. Their code has one number for both; at a share of 1%
@@ -38,8 +43,8 @@ class DPSMix(DynamicParameterSelection):
 
     `kept` depends on seed, step and module alone, so that micro batches, processes and recomputed
     activations of one step have the same. g is the derivative with respect to `weight`; the
-    authors' code leaves out its factor 1 / (1 - p). Their sparse windows also compute with
-    entries scaled by 1 / (1 - p), which the paper's description does not have.
+    authors' code leaves out its factor 1 / (1 - p). Their sparse windows also scale
+    by 1 / (1 - p) what the window has changed, which the paper's description does not have.
 
     State beside that of DPS: the pretrained weights, and a counter for each input feature.
 
@@ -106,7 +111,8 @@ class DPSMix(DynamicParameterSelection):
                 continue
             state.setdefault("pretrained", self._pretrained[index])
             if "fisher" in state and param.grad is not None:
-                counted = state.setdefault("kept_steps", param.new_zeros(param.shape[1]))
+                zeros = param.new_zeros(param.shape[1], dtype=sum_dtype(param))
+                counted = state.setdefault("kept_steps", zeros)
                 counted += self.kept(index) if index in self._mixed_in else 1
         self._mixed_in.clear()
 
@@ -134,24 +140,31 @@ class _Mixout:
 
     def __init__(self, optimizer: DPSMix, index: int) -> None:
         # Weakly: without its optimizer a model is the plain one again.
-        self._optimizer, self._index = weakref.ref(optimizer), index
+        self._optimizer: Callable[[], DPSMix | None] = weakref.ref(optimizer)
+        self._index = index
         self._rest: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copied or pickled with its module it has no optimizer, which trains the original."""
+        return {"_optimizer": _no_optimizer, "_index": self._index, "_rest": None}
 
     def attach(self, module: nn.Linear) -> None:
         """Register the hooks."""
-        module.register_forward_pre_hook(self._scale_input)
+        module.register_forward_pre_hook(self._scale_input, with_kwargs=True)
         module.register_forward_hook(self._add_pretrained)
 
-    def _scale_input(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
+    def _scale_input(
+        self, module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]
+    ) -> Any:
         optimizer, self._rest = self._optimizer(), None
         if optimizer is None or not (module.training and optimizer.mixes):
             return None
-        (x,) = inputs
+        x = inputs[0] if inputs else named["input"]
         scale = optimizer.kept(self._index) / (1 - optimizer.p)
         scaled = x * scale.to(x.dtype)
         self._rest = x - scaled
         optimizer.note_mixed(self._index)
-        return (scaled,)
+        return (scaled,), {}
 
     def _add_pretrained(self, module: nn.Module, inputs: Any, output: Tensor) -> Any:
         optimizer, rest = self._optimizer(), self._rest
@@ -159,6 +172,10 @@ class _Mixout:
             return None
         self._rest = None
         return output + functional.linear(rest, optimizer.pretrained(self._index))
+
+
+def _no_optimizer() -> DPSMix | None:
+    return None
 
 
 def dps_mix(request: MethodRequest) -> DPSMix:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
 import math
 
 import pytest
@@ -155,6 +156,37 @@ def test_resume_ends_where_the_uninterrupted_run_ends(stop):
     take_steps(again, second, range(stop, 9))
     assert all(map(torch.equal, whole.parameters(), again.parameters()))
     assert not torch.equal(kept.pretrained(0), whole[1].weight)
+
+
+def test_sums_in_bfloat16_do_not_stop_growing_and_survive_a_checkpoint():
+    """In the dtype of the weights a count ends at 256, and a resumed run would round it."""
+    net = new_net().to(torch.bfloat16)
+    optimizer = new_mix(net, 1000, p=0.0, lr=0.0)
+    for _ in range(301):
+        for module in (net[1], net[3]):
+            module.weight.grad = torch.ones_like(module.weight)
+        optimizer._mixed_in.update((0, 1))
+        optimizer.step()
+    again = new_mix(net, 1000, p=0.0, lr=0.0)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for one in (optimizer, again):
+        state = one.state[net[1].weight]
+        assert (state["kept_steps"] == 301).all()
+        assert (state["fisher"] == 301).all()
+
+
+def test_a_copy_or_a_pickled_model_is_the_plain_one():
+    net, x = new_net(), torch.randn(4, 8)
+    optimizer = new_mix(net)
+    take_steps(net, optimizer, range(1))
+    file = io.BytesIO()
+    torch.save(net, file)
+    file.seek(0)
+    plain = nn.functional.linear(x, net[1].weight, net[1].bias)
+    for other in (copy.deepcopy(net), torch.load(file, weights_only=False)):
+        assert torch.equal(other[1](x), plain)
+    assert not torch.equal(net[1](x), plain)
+    assert torch.equal(net[1](input=x), net[1](x))
 
 
 def test_by_name_and_wrong_input():
