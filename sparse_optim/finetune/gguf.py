@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import errno
-import functools
 import hashlib
 import logging
 import shutil
@@ -27,7 +26,6 @@ FINISHED, UNFINISHED = "model", "unfinished"
 READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
-@functools.lru_cache(maxsize=8)
 def converted(folder: str, file: str) -> str:
     """The folder with float32 weights, config and tokenizer of a GGUF file (a causal LM).
 
@@ -41,24 +39,41 @@ def converted(folder: str, file: str) -> str:
     found = path.stat()
     facts = (str(path.resolve()), found.st_size, found.st_mtime_ns, transformers.__version__)
     name = f"{path.stem}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:12]}"
+    if name in _here:
+        return _here[name].name
     try:
         kept = cached_assets_path("sparse_optim", namespace="gguf", subfolder=name)
-        with FileLock(kept / "lock"):
-            if not (kept / FINISHED).is_dir():
-                shutil.rmtree(kept / UNFINISHED, ignore_errors=True)  # of a killed process
-                convert(folder, file, kept / UNFINISHED)
-                (kept / UNFINISHED).rename(kept / FINISHED)
+        if not (kept / FINISHED).is_dir():  # no lock for what is there: it may be read-only
+            with FileLock(kept / "lock"):
+                _keep(folder, file, kept)
         return str(kept / FINISHED)
     except OSError as error:
         if error.errno not in READ_ONLY:
             raise
         logger.warning("%s is converted for this process alone: %s", file, error)
-    _here.append(tempfile.TemporaryDirectory(prefix="sparse-optim-gguf-"))
-    convert(folder, file, Path(_here[-1].name))
-    return _here[-1].name
+    place = tempfile.TemporaryDirectory(prefix="sparse-optim-gguf-")
+    try:
+        convert(folder, file, Path(place.name))
+    except BaseException:
+        place.cleanup()
+        raise
+    _here[name] = place
+    return place.name
 
 
-_here: list[tempfile.TemporaryDirectory[str]] = []  # deleted when the process ends
+def _keep(folder: str, file: str, kept: Path) -> None:
+    """Convert into a folder that this process has locked, unless another one has done it."""
+    if (kept / FINISHED).is_dir():
+        return
+    shutil.rmtree(kept / UNFINISHED, ignore_errors=True)  # of a killed process
+    try:
+        convert(folder, file, kept / UNFINISHED)
+        (kept / UNFINISHED).rename(kept / FINISHED)
+    finally:  # it may be many gigabytes
+        shutil.rmtree(kept / UNFINISHED, ignore_errors=True)
+
+
+_here: dict[str, tempfile.TemporaryDirectory[str]] = {}  # deleted when the process ends
 
 
 def convert(folder: str, file: str, target: Path) -> None:

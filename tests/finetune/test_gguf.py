@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 
 import gguf
 import numpy as np
@@ -59,17 +60,15 @@ def write_llama(path, seed):
 
 @pytest.fixture
 def file(tmp_path, monkeypatch):
-    """A GGUF file, an empty cache, and nothing remembered."""
+    """A GGUF file and an empty cache."""
     cached = ours.cached_assets_path
     cache = tmp_path / "cache"
     monkeypatch.setattr(
         ours, "cached_assets_path", lambda *names, **more: cached(*names, **more, assets_dir=cache)
     )
-    ours.converted.cache_clear()
     path = tmp_path / "tiny.gguf"
     write_llama(path, seed=0)
-    yield path
-    ours.converted.cache_clear()
+    return path
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
@@ -89,18 +88,24 @@ def test_the_folder_has_the_weights_of_the_file_and_is_made_once(file, monkeypat
     def again(*_):
         raise AssertionError("converted again")
 
-    ours.converted.cache_clear()  # as in another process
+    def locked(path):
+        raise OSError(errno.EROFS, "Read-only file system")
+
     with monkeypatch.context() as patch:
         patch.setattr(ours, "convert", again)
+        assert find_model(str(file)).location == location
+        patch.setattr(ours, "FileLock", locked)  # a cache that was filled, and is read-only now
         assert find_model(str(file)).location == location
 
     write_llama(file, seed=1)
     os.utime(file, ns=(1, 1))
-    ours.converted.cache_clear()
     changed = find_model(str(file)).location
     assert changed != location
     other = AutoModelForCausalLM.from_pretrained(changed).state_dict()
     assert not torch.equal(other["model.norm.weight"], tensors["model.norm.weight"])
+    shutil.rmtree(changed)  # someone frees space
+    assert find_model(str(file)).location == changed
+    assert os.listdir(changed)
 
 
 def test_what_a_killed_process_left_is_not_used(file, monkeypatch):
@@ -116,6 +121,10 @@ def test_what_a_killed_process_left_is_not_used(file, monkeypatch):
     monkeypatch.setattr(ours, "convert", killed)
     with pytest.raises(KeyboardInterrupt):
         find_model(str(file))
+    (kept,) = (file.parent / "cache" / "sparse_optim" / "gguf").iterdir()
+    assert "unfinished" not in os.listdir(kept)  # an interrupted one leaves no gigabytes
+    (kept / "unfinished").mkdir()  # a killed one does
+    (kept / "unfinished" / "config.json").write_text("{}")
     monkeypatch.setattr(ours, "convert", convert)
     location = find_model(str(file)).location
     assert os.listdir(location) == ["whole"]
@@ -127,8 +136,10 @@ def test_a_cache_that_cannot_be_written_is_done_without(file, monkeypatch, caplo
 
     monkeypatch.setattr(ours, "cached_assets_path", read_only)
     monkeypatch.setattr(ours, "convert", lambda folder, name, target: (target / "whole").touch())
-    assert os.listdir(find_model(str(file)).location) == ["whole"]
+    location = find_model(str(file)).location
+    assert os.listdir(location) == ["whole"]
     assert "for this process alone" in caplog.text
+    assert find_model(str(file)).location == location  # not converted again
 
 
 def test_a_cut_file_is_named(file):
