@@ -174,7 +174,7 @@ def encode_generation(
 def encode_summaries(
     split: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, targets: Targets
 ) -> Encoded:
-    """Tokenise texts, and their summaries as labels; an empty text is an end token.
+    """Tokenise texts, and their summaries as labels; an empty one of either is an end token.
 
     As transformers' example of summarization does, also in evaluation: ROUGE compares with what is
     left of a summary that was cut.
@@ -189,7 +189,7 @@ def encode_summaries(
         return {
             "input_ids": ids,
             "attention_mask": [[1] * len(row) for row in ids],
-            "labels": labels["input_ids"],
+            "labels": [row or [end] for row in labels["input_ids"]],
             "cut": cut,
             "targets_cut": targets_cut,
         }

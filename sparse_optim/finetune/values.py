@@ -33,7 +33,8 @@ def check_values(split: Dataset, name: str, columns: Columns, task: str) -> None
                 f"{where} holds {short(values[wrong[0]])} in row {wrong[0]}, expected {wanted}: "
                 "name another column or another --task"
             )
-        if (task, column) != ("causal-lm", "label") and all(map(spells_list, values)):
+        written = column == "label" and task in ("causal-lm", "summarization")
+        if not written and all(map(spells_list, values)):
             raise FinetuneError(
                 f"{where} holds lists that are written as text, such as {short(values[0])}: save "
                 "the data as JSON lines or parquet, with real lists"

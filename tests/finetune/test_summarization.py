@@ -14,12 +14,14 @@ pytest.importorskip("datasets", reason="the main job needs the extra 'finetune'"
 
 from datasets import Dataset
 from tiny_models import save_bart, save_decoder, save_encoder, save_t5
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, EvalPrediction
 from typer.testing import CliRunner
 
 from sparse_optim.cli.main import app
 from sparse_optim.delta import load_delta, save_delta
 from sparse_optim.finetune import FinetuneConfig, FinetuneError
+from sparse_optim.finetune.columns import Columns
 from sparse_optim.finetune.encode import Lengths, Targets, encode_summaries
 from sparse_optim.finetune.job import load_base, load_inputs, run
 from sparse_optim.finetune.metrics import ROUGE, summary_metrics
@@ -27,6 +29,7 @@ from sparse_optim.finetune.models import check_lengths, check_writes, find_model
 from sparse_optim.finetune.predict import as_examples, evaluate, predict, read_texts
 from sparse_optim.finetune.reuse import load_tuned
 from sparse_optim.finetune.seq2seq import declared_prefix, longest_source, set_decoding
+from sparse_optim.finetune.values import check_values
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -189,6 +192,25 @@ def test_what_is_cut_is_counted_and_said(folders):
     assert encoded.describe("train", Lengths(4, targets)) == [
         "train: 3 of 3 examples; 1 cut to --max-length 4, 1 cut to --max-target-length 3"
     ]
+
+
+def test_without_an_end_token_of_the_tokenizer_an_empty_text_or_summary_is_kept(folders, tmp_path):
+    """`predict` has no summaries: it encodes an empty one for each text."""
+    tokenizer = AutoTokenizer.from_pretrained(folders["t5"])
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B")
+    split = {"text": ["a b", ""], "label": ["", "c"]}
+    encoded = encode_summaries(Dataset.from_dict(split), tokenizer, 4, Targets(3))
+    assert encoded.dropped == 0
+    assert [tokenizer.decode(ids) for ids in encoded.examples["input_ids"]] == ["a b", "</s>"]
+    assert [tokenizer.decode(ids) for ids in encoded.examples["labels"]] == ["</s>", "c"]
+
+
+def test_what_a_model_writes_may_be_a_list_as_text():
+    split = Dataset.from_dict({"text": ["a b", "c"], "label": ["['a', 'b']", "['c']"]})
+    check_values(split, "train", Columns("source", None, "target"), "summarization")
+    swapped = split.rename_columns({"text": "label", "label": "text"})
+    with pytest.raises(FinetuneError, match="'source' holds lists that are written as text"):
+        check_values(swapped, "train", Columns("source", None, "target"), "summarization")
 
 
 def test_limits_and_prefix_are_those_of_the_model_or_given(folders, tmp_path):
