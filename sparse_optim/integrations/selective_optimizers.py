@@ -103,9 +103,10 @@ def _delta_of(fields: dict[str, Any], model: nn.Module) -> Delta:
             sparse[plain[name]] = _sparse(name, param, value, pointer)
             prints[plain[name]] = fingerprint(param)
     entries = sum(values.num_entries for values in sparse.values())
-    if fields["budget_used"] != entries:
+    claimed = fields["budget_used"]
+    if not isinstance(claimed, int) or claimed != entries:
         raise DeltaError(
-            f"it claims {_short(fields['budget_used'])} entries and has {entries}: damaged, or the "
+            f"it claims {_short(claimed)} entries and has {entries}: damaged, or the "
             "optimizer trained parameters that are not the model's"
         )
     return Delta(
@@ -202,5 +203,6 @@ def _check_list(field: str, found: Any, expected: int, of: str) -> None:
 
 
 def _short(value: Any) -> str:
-    """A value of a stranger's file for a message."""
-    return repr(tuple(value) if isinstance(value, torch.Size) else value)[:80]
+    """A value of a stranger's file for a message, in one line."""
+    shown = repr(tuple(value) if isinstance(value, torch.Size) else value)
+    return " ".join(shown.split())[:80]

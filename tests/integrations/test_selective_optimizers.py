@@ -175,6 +175,7 @@ def expanded(summary):
         (lambda s: s.values.pop(), "values: 7 in the file, and the model has 8 parameters"),
         (lambda s: setattr(s, "pointers", 3), "pointers: no list in the file"),
         (lambda s: setattr(s, "budget_used", 1), "it claims 1 entries and has"),
+        (lambda s: setattr(s, "budget_used", torch.ones(2)), r"it claims tensor\(\[1"),
         (lambda s: delattr(s, "shapes"), "not a summary of selective_optimizers"),
         (put("values", Code()), "or it holds more than tensors"),
     ],
