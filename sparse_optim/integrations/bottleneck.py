@@ -32,9 +32,9 @@ OUTPUT_PROJECTIONS = (
 ATTENTION_OUTPUT = "attention.output.dense"  # BERT's other "output.dense"
 # Of attention: the same models (and MPNet, Phi); of encoder-decoders also the cross-attention.
 ATTENTION_PROJECTIONS = (
-    *(ATTENTION_OUTPUT, "attention.out_lin", "o_proj", "self_attn.out_proj"),
+    *(ATTENTION_OUTPUT, "crossattention.output.dense", "attention.out_lin", "o_proj"),
     *("encoder_attn.out_proj", "SelfAttention.o", "EncDecAttention.o", "attention.dense"),
-    *("attn.o", "self_attn.dense"),
+    *("self_attn.out_proj", "attn.o", "self_attn.dense"),
 )
 Placement = Literal["pfeiffer", "houlsby"]
 PLACEMENTS: dict[Placement, dict[str, tuple[str, ...]]] = {

@@ -118,6 +118,16 @@ def test_where_houlsbys_adapters_go_in_other_models(kind, options, ends):
     assert all(name.endswith(f".{end}") for name, end in zip(names, ends, strict=True)), names
 
 
+def test_houlsbys_adapters_of_a_bert_that_decodes_are_also_after_its_cross_attention():
+    config = transformers.BertConfig(is_decoder=True, add_cross_attention=True, **WIDE)
+    names = add_bottlenecks(transformers.BertModel(config), 2, placement="houlsby")
+    layer = "encoder.layer.0"
+    ends = ("attention.output", "crossattention.output", "output")
+    assert names == [f"{layer}.{end}.dense" for end in ends]
+    names = add_bottlenecks(transformers.BertModel(config), 2)
+    assert names == [f"{layer}.output.dense"]
+
+
 def test_a_model_whose_attention_is_not_found_is_refused_and_unchanged():
     model = nn.ModuleDict({"fc2": nn.Linear(3, 3)})
     with pytest.raises(ValueError, match="target_modules to the output projections of its attent"):
