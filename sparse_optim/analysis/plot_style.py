@@ -12,6 +12,8 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from sparse_optim.files import replacing
+
 BLUE, ORANGE, GREEN, GREY = "#2563a8", "#d9730d", "#2f8f5b", "#8a8f98"
 COLOURS = (BLUE, ORANGE, GREEN, "#8b4fb3", "#c23b4e", "#0f8b8d", "#b08900", "#6b4f3a")
 
@@ -50,5 +52,7 @@ def steps_below(axes: Axes) -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write the figure; the suffix is the format."""
-    figure.savefig(path, dpi=130)
+    """Write the figure, whole or not at all; the suffix is the format (none: PNG)."""
+    target = path if path.suffix else path.with_suffix(".png")
+    with replacing(target) as temporary:
+        figure.savefig(temporary, dpi=130, format=target.suffix[1:])

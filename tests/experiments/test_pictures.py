@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -10,9 +11,11 @@ pytest.importorskip("transformers", reason="experiments need the extra 'finetune
 pytest.importorskip("matplotlib", reason="pictures need the extra 'finetune'")
 
 from experiment_cases import outcome
+from matplotlib.figure import Figure
 
 from sparse_optim.analysis.line_plot import LinePanel, Point
 from sparse_optim.analysis.pareto_plot import AREAS, Tradeoff, frontier, marker_areas
+from sparse_optim.analysis.plot_style import new_figure, save
 from sparse_optim.experiments.budgets import BUDGETS
 from sparse_optim.experiments.glue import GLUE
 from sparse_optim.experiments.overrides import Choice, choose
@@ -131,3 +134,21 @@ def test_pictures_are_written_if_there_is_something_to_compare(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in written}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
     assert {path.stem for path in written} == set(PICTURES)
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_one_before_it(tmp_path, monkeypatch):
+    """Processes may share the folder, and one may be killed."""
+
+    def killed(self, file, **options):
+        Path(file).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    path = tmp_path / "one.png"
+    save(new_figure(1, 1, "title"), path)
+    whole = path.read_bytes()
+    assert whole.startswith(b"\x89PNG")
+    monkeypatch.setattr(Figure, "savefig", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save(new_figure(1, 1, "other"), path)
+    assert path.read_bytes() == whole
+    assert [each.name for each in tmp_path.iterdir()] == ["one.png"]
