@@ -30,7 +30,7 @@ class ModelCache:
         tokenizer: PreTrainedTokenizerBase,
     ) -> LoadedModel:
         """Same as `load_base_model`."""
-        key = (source, spec.task, spec.dtype, spec.pooling)
+        key = (source, spec.task, spec.dtype, spec.pooling, spec.lengths.targets)
         if key not in self.kept:
             loaded = load_base_model(source, spec, tokenizer)
             size = sum(tensor.nbytes for tensor in loaded.model.state_dict().values())

@@ -10,12 +10,16 @@ import pytest
 pytest.importorskip("transformers", reason="experiments need the extra 'finetune'")
 
 from rich.console import Console
+from tiny_models import save_bart
 
 from sparse_optim.experiments.launch import make_runner, show_plan
+from sparse_optim.experiments.model_cache import ModelCache
 from sparse_optim.experiments.overrides import Choice, choose
 from sparse_optim.experiments.runner import Decoding, RunOptions
 from sparse_optim.experiments.summarization import SHORT, SUMMARIZATION, measure_rouge
 from sparse_optim.finetune.metrics import ROUGE
+from sparse_optim.finetune.models import find_model, load_tokenizer
+from sparse_optim.finetune.spec import ModelSpec
 
 
 def test_the_preset_has_what_the_paper_says_of_generative_tasks():
@@ -48,3 +52,14 @@ def test_cells_have_the_three_values_and_the_beams_asked_for(tmp_path):
     assert tuple(values) == chosen.columns
     show_plan(make_runner(SUMMARIZATION, options, console), console)
     assert "10 cells, 0 finished" in console.file.getvalue()
+
+
+def test_a_kept_model_writes_as_each_cell_says(tmp_path):
+    source = find_model(str(save_bart(tmp_path / "bart")))
+    cache, tokenizer = ModelCache(), load_tokenizer(source)
+    for beams, length in ((1, 8), (4, 20)):
+        spec = ModelSpec(
+            source.location, "summarization", num_beams=beams, max_target_length=length
+        )
+        found = cache(source, spec, tokenizer).model.generation_config
+        assert (found.num_beams, found.max_length) == (beams, length + 1)
