@@ -5,10 +5,11 @@
 
 The same by the command:
 
-    sparse-optim finetune -m minilm -d reviews.csv -o runs/reviews --steps 80 --lr 7e-4
+    sparse-optim finetune -m minilm -d runs/reviews.csv -o runs/reviews --steps 80 --lr 7e-4
     sparse-optim predict runs/reviews "A warm and funny film"
 
-Needs the extra "finetune". Without --data, the built-in product reviews are written to a CSV file.
+Needs the extra "finetune". Without --data, the built-in product reviews are written to a CSV file
+beside the output.
 """
 
 import argparse
@@ -45,7 +46,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/reviews"))
     args = parser.parse_args(argv)
 
-    data = args.data or write_reviews(Path("reviews.csv"))
+    data = args.data
+    if data is None:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        data = write_reviews(args.output.with_suffix(".csv"))
     config = FinetuneConfig(
         model=args.model,
         dataset=str(data),

@@ -100,8 +100,10 @@ def test_the_adapter_is_loaded_by_peft_alone(encoder, tmp_path, capsys):
 
 def test_a_csv_file_is_classified(encoder, capsys):
     options = ("--model", encoder, "--steps", 30, "--lr", 0.01, "--text", "b 3")
+    Path("reviews.csv").write_text("text,label\nmine,good\n")  # the name in README
     printed = run("classify_csv", capsys, *options)
-    with open("reviews.csv", newline="") as file:
+    assert "mine,good" in Path("reviews.csv").read_text()
+    with open("runs/reviews.csv", newline="") as file:
         assert len(list(csv.DictReader(file))) == 64
     value = float(re.match(r"accuracy ([\d.]+) on the rows held out", printed).group(1))
     assert value > 0.9, printed
