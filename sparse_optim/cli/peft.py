@@ -98,7 +98,7 @@ def import_summary(
             raise FinetuneError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
         if not summary.is_file():  # before a model is loaded
             raise DeltaError(f"{summary}: no such file")
-        base = load_bare_model(find_model(model), task, dtype)
+        base = load_bare_model(find_model(model), task, dtype, allow_fresh=False)
         delta = read_summary(summary, base)
         save_delta(delta, output)
         print_line(

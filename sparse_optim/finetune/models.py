@@ -177,11 +177,16 @@ def load_base_model(
     return LoadedModel(model, fresh)
 
 
-def load_bare_model(source: ModelSource, task: str | None, dtype: str) -> PreTrainedModel:
+def load_bare_model(
+    source: ModelSource, task: str | None, dtype: str, *, allow_fresh: bool = True
+) -> PreTrainedModel:
     """Load the base model with the head of a task; without a task, as its config.json says.
 
+    Args:
+        allow_fresh: whether parameters that the checkpoint lacks may have random values.
+
     Raises:
-        FinetuneError: an unknown task, or the model cannot be loaded.
+        FinetuneError: an unknown task, the model cannot be loaded, or it lacks parameters.
     """
     if task is not None and task not in TASKS:
         raise FinetuneError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
@@ -191,11 +196,19 @@ def load_bare_model(source: ModelSource, task: str | None, dtype: str) -> PreTra
             name = (config.architectures or ["AutoModel"])[0]
         else:
             name = TASKS[task].model_class
-        model: PreTrainedModel = getattr(transformers, name).from_pretrained(
-            source.location, dtype=DTYPES[dtype]
+        model: PreTrainedModel
+        model, info = getattr(transformers, name).from_pretrained(
+            source.location, dtype=DTYPES[dtype], output_loading_info=True
         )
     except Exception as error:  # as in `load_base_model`
         raise hub_error("model", source.name, MODELS, error) from error
+    fresh = sorted(fresh_parameters(model, info))
+    if fresh and not allow_fresh:
+        raise FinetuneError(
+            f"model {source.name!r} has no {', '.join(fresh[:3])}: the values would be random, not "
+            "those that training began with. Give the model that `model.save_pretrained` wrote "
+            "before the first step"
+        )
     return model
 
 

@@ -221,6 +221,10 @@ def test_the_command(tmp_path):
     base = BertModel.from_pretrained(folder)
     apply_delta(base, load_delta(out))
     assert torch.equal(base.get_parameter(name), tuned.get_parameter(name))
+    # A head with random values: the delta would fit no model.
+    done = CliRunner().invoke(app, [*command, "--task", "sequence-classification"])
+    assert done.exit_code == 1
+    assert "has no classifier.bias, classifier.weight: the values would be random" in done.stderr
     done = CliRunner().invoke(app, [*command, "--dtype", "int8"])
     assert done.exit_code == 1
     assert "--dtype int8: expected one of float32" in done.stderr
