@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,6 +95,7 @@ def prepare(
         *train.describe(config.train_split, lengths),
         *evaluation.describe(data.eval_split, lengths),
         *describe_prefix(config, lengths),
+        *(describe_scripts(data) if task.writes else []),
     ]
     train_set, eval_set = train.examples, evaluation.examples
     longest = max(train.longest, evaluation.longest)
@@ -102,6 +104,18 @@ def prepare(
         counts["packed_rows"] = len(train_set)
         notes.append(f"packing: {len(train.examples)} examples in {len(train_set)} rows")
     return Prepared(train_set, eval_set, lengths, longest, counts, tuple(notes))
+
+
+def describe_scripts(data: TaskData) -> list[str]:
+    """A line on summaries that ROUGE cannot compare, or none: it reads a to z and digits alone."""
+    summaries = [text for text in data.evaluation["label"] if text.strip()]
+    unread = sum(re.search("[a-z0-9]", text.lower()) is None for text in summaries)
+    if not unread:
+        return []
+    return [
+        f"{data.eval_split}: ROUGE reads the letters a to z and digits alone, and {unread} of "
+        f"{len(summaries)} summaries have none: their values are 0"
+    ]
 
 
 def describe_prefix(config: FinetuneConfig, lengths: Lengths) -> list[str]:

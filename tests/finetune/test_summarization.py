@@ -22,11 +22,14 @@ from sparse_optim.cli.main import app
 from sparse_optim.delta import load_delta, save_delta
 from sparse_optim.finetune import FinetuneConfig, FinetuneError
 from sparse_optim.finetune.columns import Columns
+from sparse_optim.finetune.data import load_data
 from sparse_optim.finetune.encode import Lengths, Targets, encode_summaries
 from sparse_optim.finetune.job import load_base, load_inputs, run
 from sparse_optim.finetune.metrics import ROUGE, summary_metrics
 from sparse_optim.finetune.models import check_lengths, check_writes, find_model
 from sparse_optim.finetune.predict import as_examples, evaluate, predict, read_texts
+from sparse_optim.finetune.prepare import describe_scripts
+from sparse_optim.finetune.request import data_request
 from sparse_optim.finetune.reuse import load_tuned
 from sparse_optim.finetune.seq2seq import declared_prefix, longest_source, set_decoding
 from sparse_optim.finetune.values import check_values
@@ -203,6 +206,26 @@ def test_without_an_end_token_of_the_tokenizer_an_empty_text_or_summary_is_kept(
     assert encoded.dropped == 0
     assert [tokenizer.decode(ids) for ids in encoded.examples["input_ids"]] == ["a b", "</s>"]
     assert [tokenizer.decode(ids) for ids in encoded.examples["labels"]] == ["</s>", "c"]
+
+
+def test_summaries_that_rouge_cannot_read_are_said(folders, tmp_path):
+    rows = [{"document": "a", "summary": text} for text in ("Привет", "a b", "", "Ada 1", "再见")]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 2))
+    places = {**folders, "pairs": str(tmp_path / "train.jsonl")}
+    config = job(places, tmp_path / "out", "bart", eval_fraction=0.5, source_prefix="")
+    data = load_data(data_request(config))
+    (note,) = describe_scripts(
+        replace(
+            data,
+            evaluation=Dataset.from_list(rows).rename_columns(
+                {"document": "text", "summary": "label"}
+            ),
+        )
+    )
+    assert "2 of 4 summaries have none: their values are 0" in note
+    assert summary_metrics(EvalPrediction(["再见"], ["再见"]), [])["rouge1"] == 0
+    assert describe_scripts(load_data(data_request(job(folders, tmp_path / "out", "bart")))) == []
+    assert any("ROUGE reads" in note for note in load_inputs(config).notes)
 
 
 def test_what_a_model_writes_may_be_a_list_as_text():
