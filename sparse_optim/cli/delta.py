@@ -164,7 +164,7 @@ def _inspect_series(folder: Path, as_json: bool) -> bool:
     for row in rows:
         table.add_row(
             plain(row["file"]),
-            f"{row['share']:.0%}",
+            f"{100 * row['share']:.3g}%",
             f"{row['step']:,}",
             f"{row['entries']:,}",
             f"{row['bytes']:,}",

@@ -146,7 +146,7 @@ def _series(rows: Sequence[Mapping[str, Any]]) -> str:
             f"| file | share of the budget | entries | step | {name} |",
             "| :-- | --: | --: | --: | --: |",
             *(
-                f"| {row['file']} | {row['share']:.0%} | {row['entries']:,} | {row['step']:,} | "
+                f"| {row['file']} | {100 * row['share']:.3g}% | {row['entries']:,} | {row['step']:,} | "
                 f"{row['value']:.4g} |"
                 for row in rows
             ),

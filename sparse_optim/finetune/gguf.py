@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 logger = logging.getLogger(__name__)
 
 FINISHED, UNFINISHED = "model", "unfinished"
+OWNER = "converted-from"  # holds the path of the file
 READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -69,6 +70,11 @@ def _keep(folder: str, file: str, kept: Path) -> None:
     try:
         convert(folder, file, kept / UNFINISHED)
         (kept / UNFINISHED).rename(kept / FINISHED)
+        owner = str((Path(folder) / file).resolve())
+        for old in kept.parent.glob(f"*/{OWNER}"):  # of the file before it changed
+            if old.parent != kept and old.read_text() == owner:
+                shutil.rmtree(old.parent, ignore_errors=True)
+        (kept / OWNER).write_text(owner)
     finally:  # it may be many gigabytes
         shutil.rmtree(kept / UNFINISHED, ignore_errors=True)
 

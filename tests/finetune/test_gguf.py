@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from pathlib import Path
 import shutil
 
 import gguf
@@ -101,6 +102,7 @@ def test_the_folder_has_the_weights_of_the_file_and_is_made_once(file, monkeypat
     os.utime(file, ns=(1, 1))
     changed = find_model(str(file)).location
     assert changed != location
+    assert not Path(location).exists()  # gigabytes that nobody would read
     other = AutoModelForCausalLM.from_pretrained(changed).state_dict()
     assert not torch.equal(other["model.norm.weight"], tensors["model.norm.weight"])
     shutil.rmtree(changed)  # someone frees space
