@@ -22,10 +22,13 @@ ANSWERS = {
     "Can I pay by card?": "Yes, by card and in cash.",
     "Where are you?": "We are at the corner of Mill Lane and Station Road.",
 }
+OUTPUT = Path("runs/example-shop")  # this folder alone is overwritten by a second run
 
 
 def write_chats(path: Path) -> Path:
-    """One conversation a line, in the form that most chat data sets have."""
+    """One conversation a line, as in most chat data sets; a file that is there is left alone."""
+    if path.exists():
+        return path
     with path.open("w") as file:
         for question, answer in ANSWERS.items():
             turns = [("user", question), ("assistant", answer)]
@@ -42,11 +45,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--lr", type=float, default=7e-4)
     parser.add_argument("--budget", type=float, default=0.01, help="share of the entries to train")
     parser.add_argument("--ask", default="When do you open on Sunday?")
-    parser.add_argument("--output", type=Path, default=Path("runs/shop"))
+    parser.add_argument("--output", type=Path, default=OUTPUT)
     args = parser.parse_args(argv)
 
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    chats = write_chats(args.output.with_suffix(".jsonl"))
+    chats = write_chats(Path("example-shop.jsonl"))
     config = FinetuneConfig(
         model=args.model,
         dataset=str(chats),
@@ -57,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         lr=args.lr,
         every=1,
         max_length=128,
-        overwrite=True,
+        overwrite=args.output == OUTPUT,
     )
     metrics = run(config).metrics
 

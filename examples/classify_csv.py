@@ -5,11 +5,11 @@
 
 The same by the command:
 
-    sparse-optim finetune -m minilm -d runs/reviews.csv -o runs/reviews --steps 80 --lr 7e-4
-    sparse-optim predict runs/reviews "A warm and funny film"
+    sparse-optim finetune -m minilm -d example-reviews.csv -o runs/mine --steps 80 --lr 7e-4
+    sparse-optim predict runs/mine "A warm and funny film"
 
-Needs the extra "finetune". Without --data, the built-in product reviews are written to a CSV file
-beside the output.
+Needs the extra "finetune". Without --data, the built-in product reviews are written to
+example-reviews.csv, if there is no such file yet.
 """
 
 import argparse
@@ -25,8 +25,13 @@ from sparse_optim.finetune.builtin_data import load_builtin
 from sparse_optim.finetune.job import run
 
 
+OUTPUT = Path("runs/example-reviews")  # this folder alone is overwritten by a second run
+
+
 def write_reviews(path: Path) -> Path:
-    """A CSV file with the columns text and label."""
+    """A CSV file with the columns text and label; a file that is there already is left alone."""
+    if path.exists():
+        return path
     reviews = load_builtin("amazon")["train"]
     with path.open("w", newline="") as file:
         table = csv.writer(file)
@@ -43,19 +48,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--lr", type=float, default=7e-4)
     parser.add_argument("--text", default="A warm and funny film", help="a text to classify")
-    parser.add_argument("--output", type=Path, default=Path("runs/reviews"))
+    parser.add_argument("--output", type=Path, default=OUTPUT)
     args = parser.parse_args(argv)
 
-    data = args.data
-    if data is None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        data = write_reviews(args.output.with_suffix(".csv"))
+    data = args.data or write_reviews(Path("example-reviews.csv"))
     config = FinetuneConfig(
         model=args.model,
         dataset=str(data),
         output=args.output,
         steps=args.steps,
         lr=args.lr,
+        overwrite=args.output == OUTPUT,
     )
     metrics = run(config).metrics  # a Console as the second argument shows progress
 

@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--output", default="adapter", help="folder of the adapter")
+    parser.add_argument("--output", default="example-adapter", help="folder of the adapter")
     args = parser.parse_args(argv)
 
     table = load_builtin("trec6")

@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--lr", type=float, default=7e-4)
     parser.add_argument("--test-examples", type=int, default=1000)
-    parser.add_argument("--output", default="reviews.safetensors", help="file of the delta")
+    parser.add_argument("--output", default="example-reviews.safetensors", help="file of the delta")
     args = parser.parse_args(argv)
 
     source = find_model(args.model).location
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer = SelectiveTrainer(
         model=AutoModelForSequenceClassification.from_pretrained(source, num_labels=len(LABELS)),
         args=TrainingArguments(
-            output_dir="checkpoints",
+            output_dir="runs/example-trainer",
             max_steps=args.steps,
             per_device_train_batch_size=32,
             per_device_eval_batch_size=128,

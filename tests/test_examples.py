@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import importlib.util
 import json
@@ -19,7 +20,7 @@ from tiny_models import save_decoder, save_encoder
 from transformers import AutoTokenizer, BertModel
 
 from sparse_optim import load_delta
-from sparse_optim.finetune import builtin_data
+from sparse_optim.finetune import FinetuneError, builtin_data
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "few_examples"),
@@ -62,12 +63,17 @@ def encoder(tmp_path_factory):
     return str(folder)
 
 
-def run(name, capsys, *arguments):
-    """Import an example, run it, and return what it printed."""
+def load(name):
+    """Import an example."""
     spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.main([str(argument) for argument in arguments])
+    return module
+
+
+def run(name, capsys, *arguments):
+    """Import an example, run it, and return what it printed."""
+    load(name).main([str(argument) for argument in arguments])
     return " ".join(capsys.readouterr().out.split())
 
 
@@ -98,16 +104,43 @@ def test_the_adapter_is_loaded_by_peft_alone(encoder, tmp_path, capsys):
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 
-def test_a_csv_file_is_classified(encoder, capsys):
+def test_a_csv_file_is_classified_and_files_of_the_user_stay(encoder, capsys):
+    """The files that the README names are left alone; only its own folder may be there already."""
+    Path("reviews.csv").write_text("mine")
+    Path("runs/reviews").mkdir(parents=True)
+    Path("runs/reviews/delta.safetensors").write_text("mine")
+    Path("runs/example-reviews").mkdir()
+    Path("runs/example-reviews/notes.txt").write_text("of an earlier run")
     options = ("--model", encoder, "--steps", 30, "--lr", 0.01, "--text", "b 3")
-    Path("reviews.csv").write_text("text,label\nmine,good\n")  # the name in README
     printed = run("classify_csv", capsys, *options)
-    assert "mine,good" in Path("reviews.csv").read_text()
-    with open("runs/reviews.csv", newline="") as file:
+    with open("example-reviews.csv", newline="") as file:
         assert len(list(csv.DictReader(file))) == 64
+    assert Path("reviews.csv").read_text() == "mine"
+    assert Path("runs/reviews/delta.safetensors").read_text() == "mine"
+    with pytest.raises(FinetuneError, match="not empty"):
+        run("classify_csv", capsys, *options, "--output", "runs/reviews")
     value = float(re.match(r"accuracy ([\d.]+) on the rows held out", printed).group(1))
     assert value > 0.9, printed
     assert "'b 3' is positive" in printed
+
+
+@pytest.mark.parametrize("name", ["classify_csv", "chat", "lora", "own_loop", "trainer"])
+def test_an_example_writes_under_names_that_a_user_would_not_choose(name):
+    """Files and folders named in its source; vit.py writes only what --output names."""
+    text = (EXAMPLES / f"{name}.py").read_text()
+    code = text.partition('"""\n\nimport')[2]
+    written = re.findall(r'(?:Path\(|default=|output_dir=)"([\w/.-]+)"', code)
+    files = [path for path in written if "/" in path or "." in path or "adapter" in path]
+    assert files
+    assert all(Path(path).name.startswith("example-") for path in files), files
+
+
+def test_a_file_that_is_there_is_not_written_again(tmp_path):
+    mine = tmp_path / "mine"
+    mine.write_text("mine")
+    for name, function in (("classify_csv", "write_reviews"), ("chat", "write_chats")):
+        assert getattr(load(name), function)(mine) == mine
+        assert mine.read_text() == "mine"
 
 
 def test_a_chat_model_is_asked(tmp_path, capsys):
@@ -126,7 +159,7 @@ def test_the_notebook_runs(encoder, capsys):
     notebook = json.loads((EXAMPLES / "quickstart.ipynb").read_text())
     cells = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
     assert all(not cell.get("outputs") for cell in notebook["cells"])
-    python = [cell for cell in cells if not cell.startswith(("!", "%"))]
+    python = [cell for cell in cells if "pip install" not in cell]
     assert len(python) == len(cells) - 1  # all but the installation
     rows = [
         {"text": "a b" if i % 2 else "c d", "label": "HUM" if i % 2 else "LOC"} for i in range(24)
@@ -139,7 +172,10 @@ def test_the_notebook_runs(encoder, capsys):
             names |= {"MODEL": encoder, "DATA": "rows.jsonl", "STEPS": 4}
     assert [answer["label"] in ("HUM", "LOC") for answer in names["answers"]] == [True] * 2
     assert len(names["rows"]) == 2
-    assert Path("comparison.png").stat().st_size > 10_000
+    (training,) = (cell for cell in python if "def train(" in cell)
+    assert isinstance(ast.parse(training).body[-1], ast.Assign)  # else Jupyter shows its repr
+    assert not any("](../" in "".join(cell["source"]) for cell in notebook["cells"])  # Colab
+    assert Path("example-comparison.png").stat().st_size > 10_000
     assert "is the trained model, bit for bit: True" in capsys.readouterr().out
 
 
