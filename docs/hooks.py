@@ -80,10 +80,21 @@ def describe(command: Any, name: str) -> Iterator[str]:
                 continue
             given = [f"`{given}`" for given in (*param.opts, *param.secondary_opts)]
             shown = ", ".join(given) if given[0].startswith("`-") else f"`{param.name.upper()}`"
-            text = (param.help or "").replace("|", "\\|")
-            default = param.default
-            if isinstance(default, (str, int, float)) and not isinstance(default, bool):
-                text += f" Default: {default}."
+            text = " ".join([param.help or "", *remarks(param)]).strip().replace("|", "\\|")
             yield f"| {shown} | {text} |"
     for part, inner in getattr(command, "commands", {}).items():
         yield from describe(inner, f"{name} {part}")
+
+
+def remarks(param: Any) -> Iterator[str]:
+    """The values that an argument or option allows, and its default: sentences after its help."""
+    kind = getattr(param, "type_descriptor", None) or param.type  # typer from 0.29 on, and before
+    choices = getattr(kind, "choices", None)
+    if choices:
+        yield f"Values: {', '.join(f'`{choice}`' for choice in choices)}."
+    default = param.default
+    if isinstance(default, bool):
+        if param.secondary_opts:
+            yield f"Default: `{(param.opts if default else param.secondary_opts)[0]}`."
+    elif isinstance(default, (str, int, float)):
+        yield f"Default: {default}."

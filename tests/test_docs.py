@@ -266,6 +266,12 @@ def test_the_page_of_the_commands_has_all_of_them(hooks):
     assert {heading.split()[0] for heading in headings} == whole_command().commands.keys()
     assert not groups & set(headings)  # their commands instead
     assert re.search(r"^\| `--batch-size` \| Batch size\. Default: 16\. \|$", text, re.MULTILINE)
+    assert "Values: `none`, `bf16`, `fp16`. Default: none. |" in text
+    assert re.search(r"^\| `--task` \|.* Values: `sequence-classification`, ", text, re.MULTILINE)
+    assert re.search(r"^\| `--verify`, `--no-verify` .* Default: `--verify`. \|$", text, re.MULTILINE)
+    assert re.search(r"^\| `--cpu`, `--no-cpu` .* Default: `--no-cpu`. \|$", text, re.MULTILINE)
+    assert not re.search(r"^\| `--debug` .* Default:", text, re.MULTILINE)
+    assert '"pictures": [paths]}' in text
     assert "[cyan]" not in text
     assert "\n\n- minilm: " in text
 

@@ -40,12 +40,12 @@ def register(app: typer.Typer) -> None:
 def analyse(
     runs: Runs, output: Output = None, metric: MetricName = None, as_json: AsJson = False
 ) -> None:
-    """Show where runs spent their budget: by tensor, layer and module, step by step.
+    r"""Show where runs spent their budget: by tensor, layer and module, step by step.
 
     Draws several runs (increment and repeat, or several budgets) together, into the folder of the
     first run. metric.png has a panel for each data set: runs on other data are not joined.
 
-    --json prints {"runs": [...], "pictures": [paths]}. Each run has name, folder, method, budget,
+    --json prints {"runs": [...], "pictures": \[paths]}. Each run has name, folder, method, budget,
     data (null without a metrics.json), step, active, tensors, tensors_reached, entropy,
     maximum_entropy (nats), metric ({name, value, step}, or null) and modules ({name: active
     entries}, largest first). All are of the last step, but metric is of the model that was kept:

@@ -14,7 +14,10 @@ import torch
 pytest.importorskip("typer", reason="the command needs the extra 'finetune'")
 pytest.importorskip("transformers", reason="the command needs the extra 'finetune'")
 
+from rich.style import Style
+from rich.text import Text
 from tiny_models import save_encoder
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from sparse_optim.cli import finetune as command
@@ -62,6 +65,26 @@ def test_help_lists_commands_and_what_is_built_in():
     shown = invoke("finetune", "--help").output
     assert all(name in shown for name in (*METHODS, *MODELS, *DATASETS))
     assert "ID3 needs learning rates of 1e-4 to 7e-4, ten times those of full" in shown
+
+
+def every_command(command, name=""):
+    """A command and all below it, with their names."""
+    yield command, name
+    for part, inner in getattr(command, "commands", {}).items():
+        yield from every_command(inner, f"{name} {part}".strip())
+
+
+def test_help_loses_no_brackets():
+    """rich takes [word] for a style; a word that is no style vanishes from the help."""
+    checked = 0
+    for command, name in every_command(get_command(app)):
+        for text in (command.help, *(getattr(param, "help", None) for param in command.params)):
+            for span in Text.from_markup(text or "").spans:
+                Style.parse(str(span.style))  # raises an error for [paths]
+                checked += 1
+        if name == "analyse":
+            assert '"pictures": [paths]}' in " ".join(invoke(name, "--help").output.split())
+    assert checked > 20
 
 
 def test_every_setting_is_an_option_with_its_default_and_help():
