@@ -33,7 +33,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--lr", type=float, default=7e-4)
     parser.add_argument("--budget", type=float, default=0.01, help="share of the entries to train")
-    parser.add_argument("--output", default="example-questions.safetensors", help="file of the delta")
+    parser.add_argument(
+        "--output", default="example-questions.safetensors", help="file of the delta"
+    )
     args = parser.parse_args(argv)
 
     splits = load_builtin("trec6")  # of the hub: datasets.load_dataset(...)

@@ -268,7 +268,9 @@ def test_the_page_of_the_commands_has_all_of_them(hooks):
     assert re.search(r"^\| `--batch-size` \| Batch size\. Default: 16\. \|$", text, re.MULTILINE)
     assert "Values: `none`, `bf16`, `fp16`. Default: none. |" in text
     assert re.search(r"^\| `--task` \|.* Values: `sequence-classification`, ", text, re.MULTILINE)
-    assert re.search(r"^\| `--verify`, `--no-verify` .* Default: `--verify`. \|$", text, re.MULTILINE)
+    assert re.search(
+        r"^\| `--verify`, `--no-verify` .* Default: `--verify`. \|$", text, re.MULTILINE
+    )
     assert re.search(r"^\| `--cpu`, `--no-cpu` .* Default: `--no-cpu`. \|$", text, re.MULTILINE)
     assert not re.search(r"^\| `--debug` .* Default:", text, re.MULTILINE)
     assert '"pictures": [paths]}' in text

@@ -22,6 +22,7 @@ from sparse_optim.cli.delta_facts import (
     facts_of,
     overlap_facts,
 )
+from sparse_optim.cli.delta_tables import dense_table, in_words, sparse_table
 
 if TYPE_CHECKING:
     from sparse_optim.delta import Delta  # torch: the commands import it, --help does not
@@ -40,6 +41,9 @@ def inspect(
     delta_file: Annotated[
         Path, typer.Argument(help="A delta file, a folder of finetune, or its folder series/.")
     ],
+    every: Annotated[
+        bool, typer.Option("--all", help="Show all tensors, not the ten largest of each table.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show the contents of a delta file, or the models of a series.
@@ -63,9 +67,9 @@ def inspect(
         console = Console()
         console.print(_summary(delta_file, delta))
         if delta.num_entries:
-            console.print(_sparse_table(delta))
+            console.print(sparse_table(delta, every, console.width))
         if delta.dense:
-            console.print(_dense_table(delta))
+            console.print(dense_table(delta, every, console.width))
 
 
 def apply(
@@ -239,8 +243,7 @@ def _summary(path: Path, delta: Delta) -> Table:
             else {key: value}
         )
         for name, item in parts.items():
-            shown = ", ".join(map(str, item)) if isinstance(item, list) else str(item)
-            table.add_row(plain(f"  {name}"), plain(shown))
+            table.add_row(plain(f"  {name}"), plain(in_words(item)))
     entries, numel = facts["sparse_entries"], facts["sparse_numel"]
     share = f" ({entries / numel:.4%} of {numel:,})" if numel else ""
     table.add_row("sparse entries", f"{entries:,}{share}")
@@ -255,38 +258,4 @@ def _summary(path: Path, delta: Delta) -> Table:
     if facts["parent"] is not None:
         removed = facts["removed_entries"]
         table.add_row("increment over", f"{facts['parent']} ({removed:,} entries removed)")
-    return table
-
-
-def _sparse_table(delta: Delta) -> Table:
-    with_entries = {name: part for name, part in delta.sparse.items() if part.num_entries}
-    without = len(delta.sparse) - len(with_entries)
-    table = Table(caption=f"{without:,} parameters without entries" if without else None)
-    table.add_column("parameter", overflow="fold")
-    for heading in ("shape", "dtype"):
-        table.add_column(heading)
-    for heading in ("entries", "share", "bytes"):
-        table.add_column(heading, justify="right")
-    for name, values in with_entries.items():
-        table.add_row(
-            plain(name),
-            "x".join(map(str, values.shape)) or "scalar",
-            str(values.dtype).removeprefix("torch."),
-            f"{values.num_entries:,}",
-            f"{values.num_entries / values.numel:.4%}",
-            f"{values.nbytes:,}",
-        )
-    return table
-
-
-def _dense_table(delta: Delta) -> Table:
-    table = Table()
-    table.add_column("dense tensor", overflow="fold")
-    for heading in ("shape", "dtype"):
-        table.add_column(heading)
-    table.add_column("bytes", justify="right")
-    for name, tensor in delta.dense.items():
-        shape = "x".join(map(str, tensor.shape)) or "scalar"
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        table.add_row(plain(name), shape, dtype, f"{tensor.nbytes:,}")
     return table

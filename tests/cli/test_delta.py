@@ -1,6 +1,7 @@
 """Model folders and the commands `inspect`, `apply`, `diff`."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -390,3 +391,28 @@ def test_control_characters_of_a_file_are_shown_as_escapes(tmp_path, run):
     assert all(c.isprintable() for c in text.replace("\n", ""))
     message = run("inspect", tmp_path / "\x1b[31mabsent", code=1)
     assert r"\x1b[31mabsent: no such file" in message
+
+
+def test_inspect_shows_ten_tensors_and_folds_names_at_dots(tmp_path, run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    names = [f"encoder.layer.{i}.attention.output.dense.weight" for i in range(12)]
+    base = {name: torch.zeros(40, 1000) for name in names}
+    tuned = {name: tensor.clone() for name, tensor in base.items()}
+    for count, tensor in enumerate(tuned.values(), 1):
+        tensor[0, :count] = 1
+    dense = {f"head.{i}": torch.zeros(1 + i) for i in range(11)}
+    note = {"name": "id3", "model": {"columns": {"text": "review"}, "chat": False}}
+    delta = replace(Delta.from_models(base, tuned), method=note, dense=dense)
+    text = run("inspect", write_delta(tmp_path / "delta", delta))
+    assert re.findall(r"encoder\.layer\.(\d+)", text) == [str(i) for i in range(11, 1, -1)]
+    assert "2 more: --all\n" in re.sub(" +\n", "\n", text)
+    assert re.findall(r"head\.(\d+)", text) == [str(i) for i in range(10, 0, -1)]
+    assert "1 more: --all" in text
+    assert "model columns" in text
+    assert "text: review" in text
+    assert "{" not in text
+    folded = [line.split()[1] for line in text.splitlines() if "output" in line]
+    assert folded == ["output.dense.weight"] * 10  # below "encoder.layer.11.attention."
+    text = run("inspect", tmp_path / "delta", "--all")
+    assert len(re.findall(r"encoder\.layer\.", text)) == 12
+    assert "more" not in text
