@@ -24,7 +24,6 @@ from sparse_optim.finetune import FinetuneConfig
 from sparse_optim.finetune.builtin_data import load_builtin
 from sparse_optim.finetune.job import run
 
-
 OUTPUT = Path("runs/example-reviews")  # this folder alone is overwritten by a second run
 
 

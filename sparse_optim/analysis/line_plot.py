@@ -33,6 +33,7 @@ class LinePanel:
         lines: by the name that the legend shows.
         counts: whether x counts entries: a log axis, labelled 80k. Else the values are labelled as
             they are, on a log axis if they span more than a factor of ten.
+        ticks: value of the x axis -> its label, where the value has a better one.
     """
 
     title: str
@@ -40,6 +41,7 @@ class LinePanel:
     y_label: str
     lines: Mapping[str, Sequence[Point]] = field(default_factory=dict)
     counts: bool = False
+    ticks: Mapping[float, str] = field(default_factory=dict)
 
     @property
     def values(self) -> list[float]:
@@ -54,7 +56,9 @@ class LinePanel:
 
 
 def draw_lines(grid: Sequence[Sequence[LinePanel]], title: str, path: Path, note: str = "") -> None:
-    """Draw rows of panels; a line has one colour in all of them, bars are one deviation each way.
+    """Draw rows of panels; a line has one colour in all of them.
+
+    Bars are one deviation each way; the mean of a single run has none.
 
     Args:
         grid: rows of panels, of equal length.
@@ -77,10 +81,13 @@ def draw_lines(grid: Sequence[Sequence[LinePanel]], title: str, path: Path, note
 def _draw_panel(axes: Axes, panel: LinePanel, colours: Mapping[str, str]) -> None:
     for name, line in panel.lines.items():
         points = sorted(line, key=lambda point: point.x)
-        axes.errorbar([point.x for point in points], [point.mean for point in points],
-                      yerr=[point.deviation or 0.0 for point in points], label=name,
-                      color=colours[name], marker="o", markersize=4.5, linewidth=1.6,
-                      elinewidth=0.9, capsize=2.5)  # fmt: skip
+        axes.plot([point.x for point in points], [point.mean for point in points], label=name,
+                  color=colours[name], marker="o", markersize=4.5, linewidth=1.6)  # fmt: skip
+        bars = [(point.x, point.mean, point.deviation) for point in points if point.deviation]
+        if bars:
+            places, means, deviations = zip(*bars, strict=True)
+            axes.errorbar(places, means, yerr=deviations, color=colours[name], linestyle="",
+                          elinewidth=0.9, capsize=2.5)  # fmt: skip
     axes.set_title(panel.title, fontsize=10, loc="left")
     axes.set_xlabel(panel.x_label)
     axes.set_ylabel(panel.y_label)
@@ -88,8 +95,20 @@ def _draw_panel(axes: Axes, panel: LinePanel, colours: Mapping[str, str]) -> Non
         axes.set_xscale("log" if panel.logarithmic else "linear")
         axes.set_xticks(panel.values)
         axes.minorticks_off()
-    plainly = FuncFormatter(lambda value, _: f"{value:g}")
-    axes.xaxis.set_major_formatter(EngFormatter(sep="") if panel.counts else plainly)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: x_text(panel, value)))
     axes.tick_params(axis="x", labelrotation=45 if panel.counts else 0)
     axes.margins(y=0.12)
     plain([axes])
+
+
+def x_text(panel: LinePanel, value: float) -> str:
+    """The label of a value of the x axis: as it was given, or three digits of it.
+
+    Examples:
+        >>> counts = LinePanel("", "", "", counts=True, ticks={22565: "0.1%"})
+        >>> x_text(counts, 22565), x_text(counts, 112823), x_text(LinePanel("", "", ""), 0.5)
+        ('0.1%', '113k', '0.5')
+    """
+    if value in panel.ticks:
+        return panel.ticks[value]
+    return EngFormatter(sep="")(float(f"{value:.3g}")) if panel.counts else f"{value:g}"

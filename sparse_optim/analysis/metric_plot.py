@@ -13,6 +13,8 @@ from matplotlib.ticker import EngFormatter
 from sparse_optim.analysis.plot_style import new_figure, plain, run_colours, save
 from sparse_optim.analysis.record import AllocationRecord
 
+LABELS = 8  # of steps, beside the points of a line
+
 
 @dataclass(frozen=True)
 class MetricPanel:
@@ -37,10 +39,9 @@ class MetricPanel:
 def draw_metric(panels: Sequence[MetricPanel], path: Path) -> None:
     """Draw each panel: the metric against the entries unmasked so far (Figure 5), a line per run.
 
-    Evaluations with the same number of entries are above one another; their first and last step are
-    named. Where all evaluations of a run have the same number, a dashed line carries its last value
-    over to the other runs. Runs with different budgets add the last value against the budget
-    (Figure 6).
+    Points are labelled with their step (see `labelled`). Where all evaluations of a run have the
+    same number, a dashed line carries its last value over to the other runs. Runs with different
+    budgets add the last value against the budget (Figure 6).
     """
     rows = sum(1 + panel.budgets_differ for panel in panels)
     names = [name for panel in panels for name in panel.records]
@@ -85,14 +86,29 @@ def _draw_runs(axes: Axes, panel: MetricPanel) -> None:
 
 
 def _note_steps(axes: Axes, found: Sequence[tuple[int, int, float]], colour: str) -> None:
-    """Name the first and the last step of those that share the last number of active entries.
-
-    Once the budget is spent, points are above one another, and the line does not show their order.
-    """
-    spent = [row for row in found if row[1] == found[-1][1]]
-    for step, active, value in (spent[0], spent[-1]) if len(spent) > 1 else ():
+    for step, active, value in labelled(found):
         axes.annotate(f"step {step}", (active, value), xytext=(7, 6), textcoords="offset points",
                       ha="left", va="center", color=colour, fontsize=8.5)  # fmt: skip
+
+
+def labelled(found: Sequence[tuple[int, int, float]]) -> list[tuple[int, int, float]]:
+    """The evaluations (step, active entries, value) that are labelled with their step.
+
+    All, but for those between the first and the last of equal numbers of entries: once the budget
+    is spent, points are above one another. Of more than LABELS only some, with the first and last.
+
+    Examples:
+        >>> labelled([(5, 10, 0.1), (10, 20, 0.2), (15, 20, 0.3), (20, 20, 0.4)])
+        [(5, 10, 0.1), (10, 20, 0.2), (20, 20, 0.4)]
+    """
+    end = len(found) - 1
+    ends = [
+        row
+        for at, row in enumerate(found)
+        if at in (0, end) or not found[at - 1][1] == row[1] == found[at + 1][1]
+    ]
+    every = -(-len(ends) // LABELS)
+    return [row for at, row in enumerate(ends) if at % every == 0 or at == len(ends) - 1]
 
 
 def _draw_budgets(axes: Axes, panel: MetricPanel) -> None:

@@ -12,6 +12,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from sparse_optim.analysis.plot_style import COLOURS, GREY, new_figure, plain, save
 
 SHAPES = "osD^vPX*<>hp"  # markers of the methods, in order; with the colours 24 pairs
+SIZE_NOTE = "Larger marker: more trained entries. Dotted: the best with as few entries."
 AREAS = (45.0, 330.0)  # of the markers with the fewest and the most entries, in square points
 
 
@@ -63,7 +64,7 @@ def draw_pareto(
 
     Args:
         rows: at least one with entries.
-        note: a line below the axes.
+        note: a line below the axes, after that on the markers.
     """
     placed = [row for row in rows if row.entries > 0]
     names = list(dict.fromkeys(row.method for row in placed))
@@ -77,8 +78,8 @@ def draw_pareto(
         mine = [row for row in placed if row.method == name]
         axes.scatter([row.entries for row in mine], [row.value for row in mine],
                      s=[areas[id(row)] for row in mine], marker=SHAPES[index % len(SHAPES)],
-                     color=COLOURS[index % len(COLOURS)], alpha=0.85, linewidths=0,
-                     label=name)  # fmt: skip
+                     color=COLOURS[index % len(COLOURS)], alpha=0.7,
+                     edgecolors="white", linewidths=0.9, label=name)  # fmt: skip
     for row in rows:
         if row.entries <= 0:
             axes.axhline(row.value, color=GREY, linestyle="--", linewidth=1.1,
@@ -95,6 +96,6 @@ def draw_pareto(
     for handle in legend.legend_handles:
         if handle is not None and hasattr(handle, "set_sizes"):
             handle.set_sizes([60.0])
-    if note:
-        figure.supxlabel(note, fontsize=8.5, color=GREY, x=0.02, ha="left")
+    figure.supxlabel("\n".join(filter(None, (SIZE_NOTE, note))), fontsize=8.5, color=GREY, x=0.02,
+                     ha="left")  # fmt: skip
     save(figure, path)

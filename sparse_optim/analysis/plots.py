@@ -41,7 +41,7 @@ def draw_sparsity(records: Records, path: Path) -> None:
     sparsity_axes, entropy_axes = figure.subplots(2, 1, sharex=True)
     colours = run_colours(len(records))
     for colour, (name, record) in zip(colours, records.items(), strict=True):
-        style = {"color": colour, "linewidth": 1.8, "label": name}
+        style = {"color": colour, "linewidth": 1.8, "label": name, "drawstyle": "steps-post"}
         sparsity_axes.plot(record.steps, record.tensor_sparsity(), **style)
         # Before the first entry is unmasked there is no entropy to draw.
         drawn = [
@@ -103,7 +103,7 @@ def _label_cells(axes: Axes, grid: AllocationGrid, norm: LogNorm) -> None:
     short = EngFormatter(places=0, sep="")
     every = -(-columns // LABELLED_TICKS)
     ticks = range(0, columns, every)
-    names = ["none" if grid.layers[at] is None else str(grid.layers[at]) for at in ticks]
+    names = ["no layer" if grid.layers[at] is None else str(grid.layers[at]) for at in ticks]
     axes.set_xticks(ticks, names, fontsize=8)
     axes.set_xlabel("layer", fontsize=9)
     axes.tick_params(length=0)
@@ -133,10 +133,10 @@ def draw_growth(record: AllocationRecord, title: str, path: Path) -> None:
     module_axes, layer_axes = figure.subplots(2, 1, sharex=True)
     modules, bands = _largest(last.modules, by_module)
     colours = [*COLOURS[:SHOWN_MODULES], OTHERS][: len(modules)]
-    module_axes.stackplot(record.steps, bands, labels=modules, colors=colours)
-    layer_axes.stackplot(record.steps, by_layer, colors=_layer_colours(last.layers), labels=[
-        "no layer" if layer is None else f"layer {layer}" for layer in last.layers
-    ])  # fmt: skip
+    module_axes.stackplot(record.steps, bands, labels=modules, colors=colours, step="post")
+    names = ["no layer" if layer is None else f"layer {layer}" for layer in last.layers]
+    layer_axes.stackplot(record.steps, by_layer, colors=_layer_colours(last.layers), labels=names,
+                         step="post")  # fmt: skip
     for axes in (module_axes, layer_axes):
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))
         axes.set_ylabel("active entries")

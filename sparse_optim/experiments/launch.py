@@ -39,9 +39,10 @@ def make_runner(experiment: Experiment, options: RunOptions, console: Console) -
 
 
 def show_plan(runner: Runner, console: Console) -> None:
-    """Print one line for each cell with its state or estimated time, then the remaining time."""
-    left, unknown = 0.0, 0
+    """Print the number of cells and the remaining time, then a line for each cell."""
+    left, unknown, finished = 0.0, 0, 0
     planned, estimates = list(runner.wanted()), runner.estimates()
+    lines = []
     for position, cell in enumerate(planned, 1):
         done = runner.store.read(cell) is not None
         estimate = None if done else estimates[cell.task.name]
@@ -49,14 +50,12 @@ def show_plan(runner: Runner, console: Console) -> None:
             runner.config(cell)  # checks data folder, budget and method
             left += estimate or 0.0
             unknown += estimate is None
-        state = "done" if done else "?" if estimate is None else f"{estimate:.0f} s"
-        console.print(f"{position:4}  {cell.name}  {state}", highlight=False, soft_wrap=True)
-    finished = sum(runner.store.read(cell) is not None for cell in planned)
+        finished += done
+        time = "time unknown" if estimate is None else f"about {estimate:.0f} s"
+        lines.append(f"{position:4}  {cell.name}  {'done' if done else time}")
     rest = f"; {unknown} cells without an estimate (none of their task has run)" if unknown else ""
     is_known = left or not unknown
     time = f"about {left / 60:.0f} minutes left" if is_known else "time left: unknown"
-    console.print(
-        f"{len(planned)} cells, {finished} finished, {time}{rest}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    summary = f"{len(planned)} cells, {finished} finished, {time}{rest}"
+    for line in (summary, "Cells in order, with the estimated time of each:", *lines):
+        console.print(line, highlight=False, soft_wrap=True)

@@ -75,13 +75,17 @@ def budget_entries(summary: Summary) -> float:
 def budget_panels(experiment: Experiment, summaries: Sequence[Summary]) -> list[LinePanel]:
     """A panel for each task with a value: metric against budget, a line for each method."""
     places = {one["row"]: budget_entries(one) for one in summaries if one["budget"]}
+    # Shares are labelled as they were given, where their entries are.
+    given = {places[one["row"]]: one["budget"] for one in summaries if one["row"] in places}
+    ticks = {place: budget for place, budget in given.items() if "%" in budget}
     found = [
         LinePanel(
             task.name,
-            "budget (entries)",
+            "budget" if ticks else "budget (entries)",
             metric_label(task),
             lines_of(summaries, task.name, places, "method"),
             counts=True,
+            ticks=ticks,
         )
         for task in experiment.tasks
     ]
@@ -156,9 +160,17 @@ def draw_tradeoffs(experiment: Experiment, summaries: Sequence[Summary], path: P
     if len({row.entries for row in rows if row.entries > 0}) < 2:
         return False
     columns = averaged_columns(experiment, summaries)
-    label = f"average of {len(columns)} columns (%)" if len(columns) > 1 else f"{columns[0]} (%)"
-    draw_pareto(rows, label, experiment.title, path, note)
+    draw_pareto(rows, *pareto_text(experiment, columns), path, note)
     return True
+
+
+def pareto_text(experiment: Experiment, columns: Sequence[str]) -> tuple[str, str]:
+    """The label of the y axis, and the title: of one column its metric, and with its name."""
+    if len(columns) > 1:
+        return f"average of {len(columns)} columns (%)", experiment.title
+    (column,) = columns
+    (task,) = (task for task in experiment.tasks if column in task.table_columns)
+    return metric_label(task), f"{experiment.title}: {column}"
 
 
 Draw = Callable[[Experiment, Sequence[Summary], Path], bool]

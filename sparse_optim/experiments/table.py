@@ -163,7 +163,7 @@ def markdown(experiment: Experiment, summaries: Sequence[Summary]) -> str:
             theirs += [number(whole, 1.0)] if average else []
             lines.append(["*the paper*", "", "", *theirs, "", "", ""])
     body = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    notes = legend(experiment) + (SHIFTED if experiment.shifted_columns & filled else "")
+    notes = legend(experiment, summaries) + (SHIFTED if experiment.shifted_columns & filled else "")
     return f"**{experiment.title}**\n\n{body}\n{notes}\n"
 
 
@@ -175,8 +175,10 @@ def our_figures(summary: Summary, shown: Sequence[str], average: bool, kept: int
     return [*columns, entries, state, f"{summary['step_ms']:.0f}"]
 
 
-def legend(experiment: Experiment) -> str:
-    """The text below the table."""
+def legend(experiment: Experiment, summaries: Sequence[Summary]) -> str:
+    """The text below the table; of means and deviations only where a value has several runs."""
+    found = [entry for summary in summaries for entry in summary["columns"].values()]
+    several = any(entry["runs"] > 1 for entry in found)
     how = {
         "grid": "one run for each learning rate; "
         + (
@@ -187,6 +189,8 @@ def legend(experiment: Experiment) -> str:
         "tuned": "mean and sample deviation over seeds; the learning rate of each method and task "
         "was chosen on a part of train with one seed.",
     }[experiment.protocol]
+    if found and not several:
+        how = "one run for each value."
     lr = "lr: rate of the best run; if tasks differ, in their order."
     entries = (
         "Entries: active at the end, less the fresh head, which every method trains densely; "

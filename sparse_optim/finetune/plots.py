@@ -82,8 +82,8 @@ def draw_metric(axes: Axes, evaluations: Sequence[Any], name: str) -> None:
 def draw_active(axes: Axes, log: Sequence[Any], final: int, parameters: int) -> None:
     """Active entries, from nothing to what the run ended with."""
     steps, active = points(log, "active")
-    axes.plot(steps, active, color=BLUE, linewidth=1.8)
-    axes.fill_between(steps, active, color=BLUE, alpha=0.12, linewidth=0)
+    axes.plot(steps, active, color=BLUE, linewidth=1.8, drawstyle="steps-post")
+    axes.fill_between(steps, active, color=BLUE, alpha=0.12, linewidth=0, step="post")
     axes.set_ylim(0, 1.15 * max(final, 1))
     axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     axes.annotate(f"{final:,} of {parameters:,} ({final / parameters:.2%})", (0.02, 0.95),

@@ -155,7 +155,12 @@ pytest.importorskip("typer", reason="the rest needs the extra 'finetune'")
 from typer.testing import CliRunner  # noqa: E402
 
 from sparse_optim.analysis import metric_plot, plots  # noqa: E402
-from sparse_optim.analysis.metric_plot import MetricPanel, draw_metric  # noqa: E402
+from sparse_optim.analysis.metric_plot import (  # noqa: E402
+    LABELS,
+    MetricPanel,
+    draw_metric,
+    labelled,
+)
 from sparse_optim.analysis.recorder import AllocationRecorder  # noqa: E402
 from sparse_optim.cli.main import app  # noqa: E402
 
@@ -320,15 +325,26 @@ def spent_record(method: str = "id3", budget: int = 20) -> AllocationRecord:
     )  # fmt: skip
 
 
-def test_steps_are_named_once_the_budget_is_spent(figures, tmp_path):
-    """Such points lie above one another: first and last of them are told apart."""
+def test_points_are_labelled_with_their_step(figures, tmp_path):
+    """Once the budget is spent, points are above one another: only their first and last."""
     spent = spent_record()
     draw_metric([MetricPanel("", "accuracy", {"run": spent})], tmp_path / "unused.png")
     noted = {text.get_text(): text.xy for text in figures[0].axes[0].texts}
-    assert noted == {"step 10": (20, 0.25), "step 20": (20, 0.5)}
-    spent.snapshots[:] = spent.snapshots[:2]
-    draw_metric([MetricPanel("", "accuracy", {"run": spent})], tmp_path / "unused.png")
-    assert not figures[1].axes[0].texts
+    assert noted == {"step 5": (10, 0.125), "step 10": (20, 0.25), "step 20": (20, 0.5)}
+    growing = [(step, step, 0.0) for step in range(1, 101)]
+    shown = [step for step, _, _ in labelled(growing)]
+    assert (shown[0], shown[-1]) == (1, 100)
+    assert len(shown) <= LABELS + 1
+
+
+def test_a_step_without_growth_is_flat_until_the_next_snapshot(figures, tmp_path):
+    plots.draw_sparsity({"run": spent_record()}, tmp_path / "unused.png")
+    lines = [axes.lines[0] for axes in figures[0].axes]
+    assert [line.get_drawstyle() for line in lines] == ["steps-post"] * 2
+    plots.draw_growth(spent_record(), "", tmp_path / "unused.png")
+    band = figures[1].axes[0].collections[0].get_paths()[0].vertices.tolist()
+    assert [10, 10] in band  # ten entries from step 5 until step 10, then twenty
+    assert [10, 20] in band
 
 
 def test_a_growing_run_that_is_evaluated_late_is_not_called_constant(figures, tmp_path):

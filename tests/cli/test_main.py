@@ -77,8 +77,8 @@ def every_command(command, name=""):
 def test_help_loses_no_brackets():
     """rich takes [word] for a style; a word that is no style vanishes from the help."""
     checked = 0
-    for command, name in every_command(get_command(app)):
-        for text in (command.help, *(getattr(param, "help", None) for param in command.params)):
+    for shown, name in every_command(get_command(app)):
+        for text in (shown.help, *(getattr(param, "help", None) for param in shown.params)):
             for span in Text.from_markup(text or "").spans:
                 Style.parse(str(span.style))  # raises an error for [paths]
                 checked += 1

@@ -13,6 +13,7 @@ pytest.importorskip("matplotlib", reason="pictures need the extra 'finetune'")
 from experiment_cases import outcome
 from matplotlib.figure import Figure
 
+from sparse_optim.analysis import line_plot
 from sparse_optim.analysis.line_plot import LinePanel, Point
 from sparse_optim.analysis.pareto_plot import AREAS, Tradeoff, frontier, marker_areas
 from sparse_optim.analysis.plot_style import new_figure, save
@@ -23,6 +24,7 @@ from sparse_optim.experiments.pictures import (
     PICTURES,
     budget_panels,
     diverged,
+    pareto_text,
     sweep_panels,
     tradeoffs,
     write_pictures,
@@ -61,6 +63,21 @@ def test_a_budget_that_is_a_share_is_drawn_where_its_entries_are():
     outcomes = [with_entries("rte", "id3-0.1%", 0.7, 22_565)]
     (panel,) = budget_panels(chosen, summarise(chosen, outcomes))
     assert panel.lines == {"id3": [Point(22_565, 70.0)]}
+    assert (panel.x_label, panel.ticks) == ("budget", {22_565: "0.1%"})
+
+
+def test_a_single_run_has_no_bars(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(line_plot, "save", lambda figure, path: figures.append(figure))
+    for deviation in (None, 0.5):
+        panel = LinePanel("", "", "", {"id3": [Point(1.0, 0.5, deviation)]}, counts=True)
+        line_plot.draw_lines([[panel]], "", tmp_path)
+    assert [len(figure.axes[0].collections) for figure in figures] == [0, 1]
+
+
+def test_the_tradeoff_of_one_column_has_its_metric_and_its_name():
+    assert pareto_text(GLUE, ["cola"]) == ("matthews (%)", f"{GLUE.title}: cola")
+    assert pareto_text(GLUE, ["cola", "rte"]) == ("average of 2 columns (%)", GLUE.title)
 
 
 def test_sweeps_hold_one_setting_while_the_other_changes():

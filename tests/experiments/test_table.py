@@ -161,3 +161,14 @@ def test_the_best_rate_is_the_first_of_equals_and_needs_all_trials():
     assert best_lr(row, trials, lambda cell: found.get(cell.name)) == 3.0
     del found[trials[0].name]
     assert best_lr(row, trials, lambda cell: found.get(cell.name)) is None
+
+
+def test_the_text_below_a_table_of_single_runs_names_no_mean(tmp_path):
+    blocks = (Block((tiny_task("one"),), (Row("id3", (1.0, 2.0), "100"),)),)
+    experiment = tiny_experiment(tmp_path, blocks=blocks, seeds=(0, 1), kept=2)
+    one = [outcome("one", "id3-100", 0.5)]
+    text = markdown(experiment, summarise(experiment, one))
+    assert "one run for each value." in text
+    assert "deviation" not in text
+    text = markdown(experiment, summarise(experiment, [*one, outcome("one", "id3-100", 0.6)]))
+    assert "mean and sample deviation of the best" in text
