@@ -119,10 +119,19 @@ def _on_cpu(tensor: Tensor) -> Tensor:
 
 
 def _quantize(model: nn.Module) -> None:
-    """Put the adapted layers into 4 bits; the rest keeps its dtype, as in bitsandbytes."""
-    for module in model.modules():
+    """Put the adapted layers into 4 bits; the rest keeps its dtype, as in bitsandbytes.
+
+    So do the layers that a model's class keeps in float32 (wo of T5), which transformers does not
+    quantize.
+    """
+    kept = {
+        name
+        for module in model.modules()
+        for name in getattr(module, "_keep_in_fp32_modules", None) or ()
+    }
+    for path, module in model.named_modules():
         layer = getattr(module, "base_layer", None)
-        if isinstance(layer, nn.Linear):
+        if isinstance(layer, nn.Linear) and not kept & set(path.split(".")):
             module.base_layer = _FourBitLinear(layer)
 
 

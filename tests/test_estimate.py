@@ -12,12 +12,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_models import save_t5
 from typer.testing import CliRunner
 
 from sparse_optim import IncrementalMaskedAdamW, MaskedAdamW, Random, Static, estimate
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 from bench import allocations
+from sparse_optim.cli import estimate as command
 from sparse_optim.cli.estimate import make_planner
 from sparse_optim.cli.main import app
 from sparse_optim.finetune.adapter_kinds import AdapterRequest
@@ -284,7 +286,8 @@ def test_the_state_of_adamw_for_a_builtin_model(minilm):
     shown = run("--model", "minilm", "--dtype", "float32", "--optimizer", "adamw",
                 "--sequence", "32", "--batch", "2")  # fmt: skip
     assert shown.exit_code == 0, shown.output
-    assert f"{22_713_986 * 8 / 2**30:.3f}" in shown.output
+    assert f"{22_713_986 * 8 / 2**20:.1f}" in shown.output
+    assert "MiB, calculated; the GPU (a100) has 80 GiB" in shown.output
 
 
 def test_json_of_one_optimizer(decoder):
@@ -376,3 +379,26 @@ def test_mistakes_are_told_in_a_line(minilm, option, value, message):
     assert shown.exit_code == 1
     assert message in shown.output
     assert "Traceback" not in shown.output
+
+
+def test_an_encoder_decoder_is_counted_beyond_the_length_of_its_targets(tmp_path):
+    folder = save_t5(tmp_path / "model")
+    shown = run("--model", str(folder), "--sequence", "256", "--json", "--batch", "1")
+    assert shown.exit_code == 0, shown.output
+    found = json.loads(shown.stdout)
+    assert {row["optimizer"] for row in found["rows"]} == set(estimate.OPTIMIZERS), found
+
+
+def test_a_row_that_fails_is_named_and_the_others_are_shown(decoder, monkeypatch):
+    row = command._row
+
+    def broken(name, *rest):
+        if name == "qlora":
+            raise RuntimeError("a layer that cannot be counted\nmore")
+        return row(name, *rest)
+
+    monkeypatch.setattr(command, "_row", broken)
+    shown = run("--model", decoder, "--sequence", "64", "--batch", "2")
+    assert shown.exit_code == 0, shown.output
+    assert "qlora is left out: a layer that cannot be counted" in shown.output
+    assert "adamw" in shown.output

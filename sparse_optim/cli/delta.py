@@ -182,8 +182,11 @@ def _delta_path(path: Path) -> Path:
     """The delta in a folder that finetune wrote; any other path as it is."""
     if not path.is_dir():
         return path
-    from sparse_optim.finetune.output import DELTA_FILE
+    from sparse_optim.finetune.errors import FinetuneError
+    from sparse_optim.finetune.output import DELTA_FILE, is_unfinished
 
+    if is_unfinished(path):
+        raise FinetuneError(f"{path} has no {DELTA_FILE} (an unfinished run)")
     return path / DELTA_FILE if (path / DELTA_FILE).is_file() else path
 
 

@@ -86,7 +86,10 @@ def estimate(
         if as_json:
             print_json(as_document(asked, gpu, rows, left_out))
             return
-        Console().print(_table(rows, f"the GPU ({gpu}) has {memory / GIB:.4g}"))
+        if not rows:
+            name, reason = next(iter(left_out.items()))
+            raise FinetuneError(f"cannot count a step of {model}: {name}: {reason}")
+        Console().print(_table(rows, describe_gpu(gpu, memory)))
         for name, reason in left_out.items():
             print_line(f"{name} is left out: {reason}")
 
@@ -132,15 +135,16 @@ def count(asked: Asked, optimizers: Sequence[str]) -> tuple[list[Row], dict[str,
             with waiting:
                 waiting.update(f"counting {name}")
                 rows.append(_row(name, planner, itemsize, asked))
-        except (ModuleNotFoundError, ValueError) as error:
-            if name not in ("lora", "qlora"):
-                raise
-            left_out[name] = str(error).splitlines()[0]
+        except FinetuneError:  # of the model, so of all rows
+            raise
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise FinetuneError(
                 f"cannot count {asked.model}: its forward pass depends on values, not on shapes "
                 f"alone ({error})"
             ) from error
+        except (ModuleNotFoundError, ValueError, RuntimeError, TypeError) as error:
+            # What a model's own code raises: the other rows may still be counted.
+            left_out[name] = (str(error).splitlines() or [type(error).__name__])[0]
     return rows, left_out
 
 
@@ -204,7 +208,8 @@ def make_planner(name: str, dtype: str, sequence: int, checkpointing: bool) -> t
     def inputs(batch: int) -> dict[str, torch.Tensor]:
         ids = torch.zeros((batch, sequence), dtype=torch.long)
         labels = ids[:, :MAX_TARGET_LENGTH] if config.is_encoder_decoder else ids
-        return {"input_ids": ids, "labels": labels if generates else ids[:, 0]}
+        labels = labels if generates else ids[:, 0]
+        return {"input_ids": ids, "labels": labels.contiguous()}  # models call view(-1) on them
 
     return Planner(build, inputs), getattr(torch, dtype).itemsize
 
@@ -243,9 +248,25 @@ def as_document(
     }
 
 
+def describe_gpu(name: str, memory: int) -> str:
+    """The GPU that --gpu names, or the size that it gives.
+
+    Examples:
+        >>> describe_gpu("H200", 140 * GIB), describe_gpu("8", 8 * GIB)
+        ('the GPU (H200) has 140 GiB', 'a GPU of 8 GiB')
+    """
+    size = f"{memory / GIB:.4g} GiB"
+    return f"a GPU of {size}" if name[:1].isdigit() else f"the GPU ({name}) has {size}"
+
+
 def _table(rows: Sequence[Row], gpu: str) -> Table:
-    """One row for each optimizer: sizes in GiB, whether the GPU has enough, and for which batch."""
-    table = Table(title=plain(f"GiB, calculated; {gpu}"))
+    """One row for each optimizer: sizes, whether the GPU has enough, and for which batch.
+
+    Sizes are in MiB where GiB would leave two digits of the smallest one, or fewer.
+    """
+    smallest = min(min(row.estimate.state, row.estimate.footprint.weights) for row in rows)
+    unit, size_of, digits = ("GiB", GIB, 3) if smallest >= GIB / 10 else ("MiB", GIB >> 10, 1)
+    table = Table(title=plain(f"{unit}, calculated; {gpu}"))
     for column in ("optimizer", "weights", "state", "step", "peak", "fits", "largest\nbatch"):
         table.add_column(column, justify="left" if column == "optimizer" else "right")
     for row in rows:
@@ -253,7 +274,7 @@ def _table(rows: Sequence[Row], gpu: str) -> Table:
         sizes = (each.footprint.weights, each.state, each.footprint.step, each.peak)
         table.add_row(
             each.optimizer,
-            *(f"{size / GIB:.3f}" for size in sizes),
+            *(f"{size / size_of:,.{digits}f}" for size in sizes),
             row.fits,
             f"{row.largest:,}" if row.largest else "none",
         )

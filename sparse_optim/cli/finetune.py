@@ -254,8 +254,26 @@ def run_and_show(config: FinetuneConfig, debug: bool) -> None:
         table.add_row(Text(label, "bold"), plain(text))
     console.print(table, highlight=False)
     folder = shlex.quote(str(config.output))
-    text = '"A text" "and its pair"' if metrics["used"]["columns"]["text_pair"] else '"A text"'
     console.print()
-    print_line(f"Use it:    sparse-optim predict {folder} {text}")
+    print_line(f"Use it:    sparse-optim predict {folder} {example_of(metrics)}")
     print_line(f"Measure:   sparse-optim evaluate {folder} LABELLED_DATA")
     print_line(f"In Python: model, tokenizer = sparse_optim.load_model({str(config.output)!r})")
+
+
+def example_of(metrics: Mapping[str, Any]) -> str:
+    """Arguments of `predict` that look like the training data.
+
+    Args:
+        metrics: as in metrics.json.
+
+    Example:
+        >>> columns = {"text": "instruction", "text_pair": "input", "label": "output"}
+        >>> example_of({"task": "causal-lm", "used": {"columns": columns}})
+        '"An instruction" "its input"'
+    """
+    columns = metrics["used"]["columns"]
+    if metrics["task"] == "causal-lm" and columns["label"]:
+        text, second = "An instruction", "its input"
+    else:
+        text, second = "A text", "and its pair"
+    return f'"{text}" "{second}"' if columns["text_pair"] else f'"{text}"'

@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sparse_optim.cli.console import one_line_errors, print_line, quiet_libraries
+from sparse_optim.finetune.summary import counted_things
+
+SHOWN = 3  # names of modules
 
 if TYPE_CHECKING:
     from torch import nn
@@ -58,7 +62,7 @@ def export_peft(
             f"({written.stored:,} stored, zeros included)"
         )
         if written.whole:
-            print_line(f"stored whole: {', '.join(written.whole)}")
+            print_line(f"stored whole: {_listed(written.whole)}")
         print_line(f"load it so: {_loading(delta, model, output)}")
 
 
@@ -80,6 +84,7 @@ def import_summary(
     dtype: Annotated[
         str, typer.Option(help="dtype in which it was fine-tuned: float32, bfloat16 or float16.")
     ] = "float32",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
 ) -> None:
     """Convert what the package selective_optimizers saved to a delta file.
 
@@ -98,13 +103,27 @@ def import_summary(
             raise FinetuneError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
         if not summary.is_file():  # before a model is loaded
             raise DeltaError(f"{summary}: no such file")
+        if output.exists() and not overwrite:
+            raise DeltaError(f"--output: {output} exists; add --overwrite or name another file")
         base = load_bare_model(find_model(model), task, dtype, allow_fresh=False)
         delta = read_summary(summary, base)
         save_delta(delta, output)
         print_line(
-            f"{output}: {delta.num_entries:,} entries in {len(delta.sparse):,} parameters, "
+            f"{output}: {counted_things(delta.num_entries, 'entry', 'entries')} in "
+            f"{counted_things(len(delta.sparse), 'parameter')}, "
             f"{output.stat().st_size:,} bytes"
         )
+
+
+def _listed(names: Sequence[str]) -> str:
+    """How many modules, and the first few.
+
+    Example:
+        >>> _listed(["a", "b", "c", "d"])
+        '4 modules: a, b, c, ...'
+    """
+    more = ", ..." if len(names) > SHOWN else ""
+    return f"{counted_things(len(names), 'module')}: {', '.join(names[:SHOWN])}{more}"
 
 
 def _loading(delta: Delta, model: nn.Module, folder: Path) -> str:

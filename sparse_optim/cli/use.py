@@ -40,6 +40,13 @@ Split = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
+FACTS = {  # of `evaluate`, beside the metrics: what people read for the keys of --json
+    "cut": "examples cut",
+    "targets_cut": "summaries cut",
+    "dropped": "examples dropped",
+    "trained_on": "trained on this split",
+}
+
 
 def register(app: typer.Typer) -> None:
     """Add the commands to `app`."""
@@ -112,10 +119,11 @@ def evaluate(
     """Measure a fine-tuned model on labelled data."""
     with one_line_errors():
         from sparse_optim.finetune import predict as predicting
+        from sparse_optim.finetune.metrics import describe_metric
 
-        named = Columns(text_column, text_pair_column, label_column)
+        named, tuned = Columns(text_column, text_pair_column, label_column), _load(run, base)
         found = predicting.evaluate(
-            _load(run, base),
+            tuned,
             data,
             dataset_config=dataset_config,
             columns=None if named == Columns() else named,
@@ -130,8 +138,8 @@ def evaluate(
             return
         table = Table(show_header=False, box=None, pad_edge=False)
         for name, value in found.items():
-            shown = f"{value:.4f}" if isinstance(value, float) else f"{value}"
-            table.add_row(plain(name), plain(shown))
+            label = FACTS.get(name) or describe_metric(name, tuned.spec.task)
+            table.add_row(plain(label), plain(_shown(value)))
         Console().print(table, highlight=False)
 
 
@@ -148,6 +156,18 @@ def push(
         from sparse_optim.finetune.push import push_to_hub
 
         print_line(push_to_hub(run, repository, private=private))
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return (
+        f"{value:.4f}"
+        if isinstance(value, float)
+        else f"{value:,}"
+        if isinstance(value, int)
+        else value
+    )
 
 
 def _is_file(text: str, pair: str | None) -> bool:

@@ -7,6 +7,7 @@ files are read.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
@@ -137,12 +138,36 @@ def read_asdiv(path: Path) -> Splits:
 
 
 def read_xsum(path: Path) -> Splits:
-    """Read news stories, each with a summary of one sentence; an empty story is left out."""
+    """Read news stories, each with a summary of one sentence; an empty story is left out.
+
+    The package has a few characters twice encoded ("Â£" for "£"): these are mended.
+    """
     import json
 
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     rows = [row for row in rows if all(row[name].strip() for name in XSUM_COLUMNS)]
-    return hold_out({name: [row[name].strip() for row in rows] for name in XSUM_COLUMNS}, 200)
+    return hold_out(
+        {name: [mended(row[name]).strip() for row in rows] for name in XSUM_COLUMNS}, 200
+    )
+
+
+def mended(text: str) -> str:
+    """Text without characters that were written as UTF-8 and read as Windows-1252.
+
+    Only whole pieces outside of ASCII that are UTF-8 in that encoding are changed.
+
+    Example:
+        >>> mended("Â£5 or £5, beenâ€¦ Ã©tÃ©")
+        '£5 or £5, been… été'
+    """
+    return re.sub(r"[^\x00-\x7f]{2,}", _decoded_again, text)
+
+
+def _decoded_again(found: re.Match[str]) -> str:
+    try:
+        return found[0].encode("cp1252").decode("utf-8-sig")  # without a mark of byte order
+    except UnicodeError:
+        return found[0]
 
 
 def hold_out(table: Table, test_size: int) -> Splits:

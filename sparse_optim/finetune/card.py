@@ -8,6 +8,7 @@ from typing import Any
 
 from sparse_optim.finetune.builtin_data import MODELS
 from sparse_optim.finetune.config import FinetuneConfig
+from sparse_optim.finetune.metrics import describe_metric
 from sparse_optim.finetune.spec import ModelSpec
 from sparse_optim.finetune.tasks import TASKS
 from sparse_optim.integrations.peft_package import in_transformers
@@ -121,7 +122,11 @@ def write_card(
         "seed": config.seed,
     }
     known = ("loss", *TASKS[spec.task].metrics)
-    values = {name: value for name, value in metrics["final"].items() if name in known}
+    values = {
+        describe_metric(name, spec.task): value
+        for name, value in metrics["final"].items()
+        if name in known
+    }
     lines = [
         f"---\n{header.to_yaml()}\n---",
         f"# {Path(spec.base).name} fine-tuned on {Path(config.dataset).name}",
@@ -146,8 +151,8 @@ def _series(rows: Sequence[Mapping[str, Any]]) -> str:
             f"| file | share of the budget | entries | step | {name} |",
             "| :-- | --: | --: | --: | --: |",
             *(
-                f"| {row['file']} | {100 * row['share']:.3g}% | {row['entries']:,} | {row['step']:,} | "
-                f"{row['value']:.4g} |"
+                f"| {row['file']} | {100 * row['share']:.3g}% | {row['entries']:,} | "
+                f"{row['step']:,} | {row['value']:.4g} |"
                 for row in rows
             ),
         ]

@@ -42,8 +42,12 @@ def read_config(path: Path) -> dict[str, Any]:
     return found
 
 
-def write_config(config: FinetuneConfig, path: Path) -> None:
+def write_config(config: FinetuneConfig, path: Path, place: Path | None = None) -> None:
     """Write a configuration so that `read_config` gives it back.
+
+    Args:
+        path: the file to write.
+        place: where the file will be, for its first line (default: `path`).
 
     A setting that is None by default and None here is left out; so are `overwrite` and `resume`.
     """
@@ -56,8 +60,9 @@ def write_config(config: FinetuneConfig, path: Path) -> None:
         and not ((value := getattr(config, field.name)) is None and field.default is None)
     }
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    header = HEADER.format(shlex.quote(str(place or path)))
     with replacing(path) as temporary:
-        temporary.write_text(HEADER.format(shlex.quote(str(path))) + text, encoding="utf-8")
+        temporary.write_text(header + text, encoding="utf-8")
 
 
 def _mapping(path: Path) -> dict[Any, Any]:

@@ -55,24 +55,24 @@ DATA_SUFFIXES = {".csv", ".tsv", ".json", ".jsonl", ".parquet"}
 
 def hub_error(kind: str, name: str, builtins: Iterable[str], error: Exception) -> FinetuneError:
     """Turn what a library raised into one line that says what to do."""
-    from huggingface_hub import is_offline_mode
-
-    reason = _reason(kind, name, error)
-    if is_offline_mode() and not Path(name).exists():
-        reason = "it is not in the hub cache, and HF_HUB_OFFLINE prevents a download"
-    if Path(name).expanduser().exists():
+    reason = explain(kind, name, error)
+    known = list(builtins)
+    if name in known or Path(name).expanduser().exists():
         return FinetuneError(f"cannot load {kind} {name!r}: {reason}")
     return FinetuneError(
-        f"cannot load {kind} {name!r}{did_you_mean(name, builtins)}: {reason} "
-        f"(built-in {kind}s: {', '.join(builtins)}; or a local folder, or a hub id)"
+        f"cannot load {kind} {name!r}{did_you_mean(name, known)}: no folder of this name is here, "
+        f"and from the hub: {reason} (built-in {kind}s: {', '.join(known)})"
     )
 
 
-def _reason(kind: str, name: str, error: Exception) -> str:
+def explain(kind: str, name: str, error: Exception) -> str:
     """What a library's error says in its first line, or what to do where later lines say it."""
     from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub import is_offline_mode
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
+    if is_offline_mode() and not Path(name).expanduser().exists():
+        return "it is not in the hub cache, and HF_HUB_OFFLINE prevents a download"
     log_in = "log in with `hf auth login`"
     chain = list(_chain(error))
     if any(isinstance(each, GatedRepoError) or " a gated " in str(each) for each in chain):

@@ -100,6 +100,14 @@ class FinetuneResult:
     output: Path
     model: nn.Module
 
+    def __repr__(self) -> str:
+        """Short, for a notebook: the metrics are long, and so is the model."""
+        metric, entries = self.metrics["metric"], self.metrics["active_entries"]
+        return (
+            f"FinetuneResult(output={str(self.output)!r}, {metric['name']}={metric['value']:.4f}, "
+            f"entries={entries:,})"
+        )
+
 
 def run(
     config: FinetuneConfig, console: Console | None = None, data: TaskData | None = None
@@ -183,7 +191,7 @@ def load_inputs(config: FinetuneConfig, data: TaskData | None = None) -> Inputs:
     source = find_model(config.model)
     data = data or load_data(data_request(config))
     task = TASKS[data.task]
-    task.check_metric(config.metric)
+    task.check_metric(config.metric, data.label_names)
     tokenizer = load_tokenizer(source)
     prepared = prepare(data, tokenizer, config, source)
     return Inputs(source, data, task, tokenizer, **vars(prepared))
@@ -226,7 +234,8 @@ def train_model(
     if config.packing:
         check_packing(loaded.model)
     metric = inputs.task.check_metric(config.metric)
-    stopper = Stopper(partial(tell, console))
+    keeps = trainer.best is not None or trainer.series is not None
+    stopper = Stopper(partial(tell, console), evaluates=keeps)
     if stops:
         hashes = {
             "base model": hash_weights(loaded.model),
@@ -266,7 +275,7 @@ def write_results(config: FinetuneConfig, inputs: Inputs, trained: Trained) -> F
             members = trained.trainer.series.members
             metrics["series"] = write_series(members, folder / SERIES_FOLDER, describe)
         settings, spec, model = resolved(config), trained.spec, trained.loaded.model
-        write_config(settings, folder / CONFIG_FILE)
+        write_config(settings, folder / CONFIG_FILE, config.output / CONFIG_FILE)
         card = partial(write_card, spec=spec, config=settings, metrics=metrics)
         card(folder, load_run(str(config.output)))
         if config.adapter is not None:

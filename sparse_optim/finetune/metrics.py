@@ -15,21 +15,36 @@ from sparse_optim.finetune.encode import IGNORED
 ROUGE = ("rouge1", "rouge2", "rougeL")
 
 
+def describe_metric(name: str, task: str) -> str:
+    """A metric's name for people: which F1 it is, where the name does not say.
+
+    Examples:
+        >>> describe_metric("f1", "sequence-classification"), describe_metric("f1", "x")
+        ('f1 (macro mean)', 'f1')
+    """
+    words = {"f1": "f1 (macro mean)", "f1_positive": "f1 of the second class"}
+    return words.get(name, name) if task == "sequence-classification" else name
+
+
 def class_ids(prediction: EvalPrediction) -> tuple[np.ndarray, np.ndarray]:
     """Predicted and true classes."""
     return np.asarray(prediction.predictions).argmax(-1), np.asarray(prediction.label_ids)
 
 
 def classification_metrics(prediction: EvalPrediction, names: list[str]) -> dict[str, float]:
-    """Accuracy, Matthews correlation, macro F1, and F1 of the second class alone (GLUE's MRPC)."""
+    """Accuracy, Matthews correlation and macro F1.
+
+    Of two classes also F1 of the second one alone (GLUE's MRPC).
+    """
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
     guess, truth = class_ids(prediction)
     seen = set(truth) | set(guess)
+    positive = {"f1_positive": float(f1_score(truth == 1, guess == 1, zero_division=0))}
     return {
         "accuracy": float(accuracy_score(truth, guess)),
         "f1": float(f1_score(truth, guess, average="macro", zero_division=0)),
-        "f1_positive": float(f1_score(truth == 1, guess == 1, zero_division=0)),
+        **(positive if len(names) == 2 else {}),
         # Undefined, and a warning, where there is one class alone.
         "matthews": float(matthews_corrcoef(truth, guess)) if len(seen) > 1 else 0.0,
     }

@@ -36,6 +36,7 @@ from sparse_optim.finetune.errors import FinetuneError
 from sparse_optim.finetune.gguf import converted
 from sparse_optim.finetune.hub import hub_error, require_hub
 from sparse_optim.finetune.mean_pooling import MeanPooledBert, MeanPooledBertConfig
+from sparse_optim.finetune.quiet import quiet
 from sparse_optim.finetune.seq2seq import set_decoding
 from sparse_optim.finetune.spec import ModelSpec
 from sparse_optim.finetune.tasks import TASKS
@@ -155,13 +156,14 @@ def load_base_model(
             kind, arguments = MeanPooledBert, {"config": config}
         else:
             kind = getattr(transformers, TASKS[spec.task].model_class)
-        model, info = kind.from_pretrained(
-            source.location,
-            **arguments,
-            dtype=DTYPES[spec.dtype],
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
+        with quiet(source.location):
+            model, info = kind.from_pretrained(
+                source.location,
+                **arguments,
+                dtype=DTYPES[spec.dtype],
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
     except FinetuneError:
         raise
     except Exception as error:  # a cut file or an odd config.json fails anywhere in the loader
@@ -197,9 +199,10 @@ def load_bare_model(
         else:
             name = TASKS[task].model_class
         model: PreTrainedModel
-        model, info = getattr(transformers, name).from_pretrained(
-            source.location, dtype=DTYPES[dtype], output_loading_info=True
-        )
+        with quiet(source.location):
+            model, info = getattr(transformers, name).from_pretrained(
+                source.location, dtype=DTYPES[dtype], output_loading_info=True
+            )
     except Exception as error:  # as in `load_base_model`
         raise hub_error("model", source.name, MODELS, error) from error
     fresh = sorted(fresh_parameters(model, info))

@@ -21,7 +21,7 @@ from sparse_optim.analysis import ALLOCATION_FILE
 from sparse_optim.analysis import METRICS_FILE as METRICS_FILE
 from sparse_optim.files import remove
 from sparse_optim.finetune.card import CARD_FILE
-from sparse_optim.finetune.checkpoints import check_checkpoint, read_record, step_of
+from sparse_optim.finetune.checkpoints import MANIFEST, check_checkpoint, read_record, step_of
 from sparse_optim.finetune.config import FinetuneConfig
 from sparse_optim.finetune.config_file import CONFIG_FILE
 from sparse_optim.finetune.errors import FinetuneError
@@ -49,6 +49,8 @@ def check_output(config: FinetuneConfig) -> None:
                 "name another output folder"
             )
     goes_on = resume is not None and _is_inside(resume, output / CHECKPOINTS)
+    if resume is not None and goes_on and not config.overwrite:
+        _check_unfinished(output, resume)
     if _contents(output) and not (config.overwrite or goes_on):
         saved = (output / CHECKPOINTS).glob("checkpoint-*")
         newest = max(saved, key=lambda path: step_of(path) or 0, default=None)
@@ -63,6 +65,29 @@ def check_output(config: FinetuneConfig) -> None:
                 f"--output: {output / name} is not listed in {output / METRICS_FILE}, so no "
                 "earlier job wrote it: move it away, or name another output folder"
             )
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Whether a folder is of a run that has saved checkpoints, and no results."""
+    return (folder / CHECKPOINTS).is_dir() and not (folder / DELTA_FILE).exists()
+
+
+def _check_unfinished(output: Path, resume: Path) -> None:
+    """Raise FinetuneError if the run has ended, and no checkpoint is newer than this one.
+
+    The results would be written again, with the timings of the few steps that are left or of none.
+    Results that are older than the checkpoint are of an earlier run, which this one replaces.
+    """
+    metrics, manifest = output / METRICS_FILE, resume / MANIFEST
+    steps = read_record(metrics).get("steps")
+    if steps is None or metrics.stat().st_mtime_ns < manifest.stat().st_mtime_ns:
+        return
+    newest = max(step_of(path) or 0 for path in resume.parent.glob("checkpoint-*"))
+    if step_of(resume) == newest:
+        raise FinetuneError(
+            f"--resume: nothing is left to do: the run in {output} ended at step {steps}, and its "
+            "results are there (--overwrite writes them again, without the timings of its steps)"
+        )
 
 
 def _contents(output: Path) -> list[Path]:

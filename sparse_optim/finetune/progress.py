@@ -71,7 +71,7 @@ class ConsoleProgress(TrainerCallback):
         self.loss = float("nan")
         self.active = 0
         self._first_step = 0
-        self._begin = 0.0
+        self._begin = self._evaluating = 0.0  # seconds
         self._bar = Progress(
             *columns(console.width),
             console=console,
@@ -96,8 +96,9 @@ class ConsoleProgress(TrainerCallback):
         self._bar.update(self._task, completed=state.global_step, rate=rate)
 
     def rate(self, state: TrainerState) -> float:
-        """Steps per second of this run so far, evaluations included."""
-        return (state.global_step - self._first_step) / (time.perf_counter() - self._begin)
+        """Steps per second of this run so far, evaluations left out."""
+        seconds = time.perf_counter() - self._begin - self._evaluating
+        return (state.global_step - self._first_step) / seconds
 
     def on_log(
         self,
@@ -117,8 +118,12 @@ class ConsoleProgress(TrainerCallback):
             if not self.console.is_terminal and state.global_step % tenth < args.logging_steps:
                 self._line(state, f"loss {self.loss:.4f}  active {self.active:,}")
         if f"eval_{self.metric}" in logs:
-            value = logs[f"eval_{self.metric}"]
-            self._line(state, f"{self.metric} {value:.4f}  eval loss {logs['eval_loss']:.4f}")
+            value, seconds = logs[f"eval_{self.metric}"], logs["eval_runtime"]
+            self._evaluating += seconds
+            text = (
+                f"{self.metric} {value:.4f}  eval loss {logs['eval_loss']:.4f} in {seconds:.1f} s"
+            )
+            self._line(state, text)
 
     def _line(self, state: TrainerState, text: str) -> None:
         """One line, above the bar where there is one."""

@@ -14,15 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from sparse_optim.delta import Delta, apply_delta, load_delta
 from sparse_optim.files import replacing
 from sparse_optim.finetune.build import build, hash_weights
 from sparse_optim.finetune.errors import FinetuneError
-from sparse_optim.finetune.hub import hub_is_reachable
+from sparse_optim.finetune.hub import explain, hub_is_reachable
 from sparse_optim.finetune.models import find_model, load_tokenizer
-from sparse_optim.finetune.output import DELTA_FILE, SERIES_FOLDER
+from sparse_optim.finetune.output import DELTA_FILE, SERIES_FOLDER, is_unfinished
 from sparse_optim.finetune.series import find_members
 from sparse_optim.finetune.spec import ModelSpec, read_spec
 
@@ -97,6 +96,8 @@ def find_delta(run: str | os.PathLike[str]) -> Path:
             raise FinetuneError(
                 f"{path} has several models: name one of its files: {', '.join(members)}"
             )
+        if is_unfinished(path):
+            raise FinetuneError(f"{path} has no {DELTA_FILE} (an unfinished run)")
         raise FinetuneError(
             f"{path} has no {DELTA_FILE}: give a folder that `sparse-optim finetune` wrote"
         )
@@ -104,12 +105,13 @@ def find_delta(run: str | os.PathLike[str]) -> Path:
 
     named = HUB_ID.fullmatch(str(run))
     if named is None or not (is_offline_mode() or hub_is_reachable()):
-        raise FinetuneError(f"{run}: no such folder or file (and no hub id that can be reached)")
+        why = "the hub cannot be reached" if named else "it is no hub id"
+        raise FinetuneError(f"{run}: no such folder or file, and {why}")
     try:
         return Path(hf_hub_download(named[1], named[2] or DELTA_FILE))
     except Exception as error:  # the hub's client raises many kinds
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise FinetuneError(f"cannot load {run} from the hub: {reason}") from error
+        reason = explain("model", str(run), error)
+        raise FinetuneError(f"{run}: no such folder or file, and from the hub: {reason}") from error
 
 
 def described(delta: Delta, path: Path) -> ModelSpec:
@@ -139,7 +141,7 @@ def rebuild(delta: Delta, spec: ModelSpec, base: str | None = None) -> Tuned:
             "(base= in Python)"
         ) from None
     tokenizer = load_tokenizer(source)
-    with quiet(), kept_random_state():
+    with kept_random_state():
         built = build(source, spec, tokenizer)
     if spec.weights not in (None, hash_weights(built.model, without=built.fresh)):
         raise FinetuneError(
@@ -149,17 +151,6 @@ def rebuild(delta: Delta, spec: ModelSpec, base: str | None = None) -> Tuned:
     apply_delta(model, delta)
     model.eval()
     return Tuned(model, tokenizer, spec)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence transformers' report of a head that the base lacks: the delta has it."""
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
 
 
 @contextmanager

@@ -1,4 +1,8 @@
-"""Ctrl-C and SIGTERM: the step is finished, a checkpoint saved, and the user told how to go on."""
+"""Ctrl-C and SIGTERM: the step is finished, a checkpoint saved, and the user told how to go on.
+
+An evaluation that is due or runs is left out, unless the run keeps its best model or a series: then
+a resumed run would choose another one.
+"""
 
 from __future__ import annotations
 
@@ -29,17 +33,23 @@ class JobStoppedError(FinetuneError):
         self.exit_code = 128 + number
 
 
+class EvaluationLeftOutError(Exception):
+    """A signal stops the training during an evaluation; `JobTrainer.evaluate` catches this."""
+
+
 class Stopper(TrainerCallback):
-    """Stops the training at the end of the step in which a signal arrives.
+    """Stops the training at the end of the step in which, or after which, a signal arrives.
 
     Several processes agree on the step, at the next that is logged: to ask at each would wait for
     the device.
 
     Args:
         say: shows a line to the user.
+        evaluates: whether to finish an evaluation of the last step.
     """
 
-    def __init__(self, say: Callable[[str], None]) -> None:
+    def __init__(self, say: Callable[[str], None], evaluates: bool = False) -> None:
+        self.evaluates = evaluates
         self.signal: int | None = None
         self.checkpoint: Path | None = None
         self._is_over = False
@@ -68,7 +78,8 @@ class Stopper(TrainerCallback):
             self._say("The training is over: writing its results; Ctrl-C again stops at once.")
         else:
             soon = "after this step" if count() == 1 else "at the next step that is logged"
-            self._say(f"Stopping {soon}, with a checkpoint; Ctrl-C again stops at once.")
+            due = " (and its evaluation, if one is due)" if self.evaluates else ""
+            self._say(f"Stopping {soon}{due}, with a checkpoint; Ctrl-C again stops at once.")
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -79,14 +90,41 @@ class Stopper(TrainerCallback):
             if state.global_step % args.logging_steps:
                 return
             self.signal = largest(self.signal or 0, args.device) or None
-        if self.signal is not None and state.global_step < state.max_steps:
-            control.should_save = control.should_training_stop = self._is_stopping = True
+        self._stop(state, control)
+
+    def _stop(self, state: TrainerState, control: TrainerControl) -> bool:
+        """Ask for it, if a signal has arrived before the last step; return whether."""
+        if self.signal is None or self._is_stopping or state.global_step >= state.max_steps:
+            return False
+        control.should_save = control.should_training_stop = self._is_stopping = True
+        control.should_evaluate = control.should_evaluate and self.evaluates
+        return True
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Stop before the next step: the signal came after the end of this one."""
+        if count() == 1 and state.global_step:
+            self._stop(state, control)
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Leave out the rest of the evaluation in which the signal came.
+
+        Raises:
+            EvaluationLeftOutError: to get out of the Trainer's loop.
+        """
+        if count() == 1 and not self.evaluates and self._stop(state, control):
+            raise EvaluationLeftOutError
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Note where the last checkpoint is."""
+        """Note where the checkpoint is; stop with it, if the signal came while it was saved."""
         self.checkpoint = folder_of(args, state)
+        if count() == 1 and self._stop(state, control):
+            control.should_save = False
 
     def check(self, step: int, last_step: int) -> None:
         """Raise JobStoppedError if a signal has cut the training short."""

@@ -77,7 +77,7 @@ def describe_model(name: str) -> str:
     if path.is_file():
         return f"{name}: {path.stat().st_size / 1e9:.2g} GB"
     if not path.is_dir():
-        return f"{name} on the Hugging Face hub"
+        return f"{name} on the Hugging Face hub (no folder of this name here)"
     entries = stored_entries(path)
     return name if entries is None else f"{name}: {counted(entries)} parameters"
 
@@ -139,7 +139,7 @@ def describe_run(usage: Usage, batch: str, steps: int, device: str) -> Rows:
         parts.append(f"{usage.dense:,} entries densely")
     yield "trains", ", and ".join(parts)
     kernels = f"backend {usage.backend}, {usage.gradients} gradients"
-    yield "run", f"{steps:,} steps of {batch} on {device}, {kernels}"
+    yield "run", f"{counted_things(steps, 'step')} of {batch} on {device}, {kernels}"
 
 
 def describe_series(rows: Sequence[Mapping[str, Any]], parts: int) -> str:
@@ -150,14 +150,26 @@ def describe_series(rows: Sequence[Mapping[str, Any]], parts: int) -> str:
         parts: that were asked for; several that one step reaches have one member.
 
     Example:
-        >>> describe_series([{"share": 0.5, "value": 0.61}, {"share": 1.0, "value": 0.7}], 2)
-        '0.6100 at 50%, 0.7000 at 100%'
+        >>> describe_series([{"share": 0.5, "value": 0.61, "step": 20}], 1)
+        '0.6100 at 50% (step 20)'
     """
-    values = ", ".join(f"{row['value']:.4f} at {row['share']:.0%}" for row in rows)
+    values = ", ".join(
+        f"{row['value']:.4f} at {row['share']:.0%} (step {row['step']:,})" for row in rows
+    )
     if len(rows) == parts:
         return values
     counted = f"{len(rows)} of {parts} parts: see --every, --unmask-share and --steps"
-    return f"{values} ({counted})" if rows else counted
+    return f"{values}; {counted}" if rows else counted
+
+
+def counted_things(number: int, thing: str, things: str | None = None) -> str:
+    """A number and what it counts, in singular or plural.
+
+    Examples:
+        >>> counted_things(1, "step"), counted_things(2_000, "step")
+        ('1 step', '2,000 steps')
+    """
+    return f"{number:,} {thing if number == 1 else things or f'{thing}s'}"
 
 
 def counted(entries: int) -> str:

@@ -86,15 +86,22 @@ class Task:
             return lambda prediction: self.compute(decoded(prediction, tokenizer), names)
         return lambda prediction: self.compute(prediction, names)
 
-    def check_metric(self, metric: str | None) -> str:
+    def check_metric(self, metric: str | None, names: list[str] | None = None) -> str:
         """The metric to report.
 
+        Args:
+            names: the classes, once they are known.
+
         Raises:
-            FinetuneError: the task does not have it.
+            FinetuneError: the task does not have it, or it is for two classes.
         """
         if metric is not None and metric not in self.metrics:
             raise FinetuneError(
                 f"no metric {metric!r} for this task; known: {', '.join(self.metrics)}"
+            )
+        if metric == "f1_positive" and names is not None and len(names) != 2:
+            raise FinetuneError(
+                f"--metric f1_positive is for two classes, and the data has {len(names)}: use f1"
             )
         return metric or self.metrics[0]
 

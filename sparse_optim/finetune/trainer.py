@@ -25,6 +25,7 @@ from sparse_optim.delta import Delta
 from sparse_optim.finetune.best import BestModel
 from sparse_optim.finetune.readings import active_entries, budget_progress, make_delta
 from sparse_optim.finetune.series_recorder import SeriesRecorder
+from sparse_optim.finetune.stopping import EvaluationLeftOutError
 from sparse_optim.finetune.tasks import Task
 from sparse_optim.integrations.trainer import SelectiveTrainer
 from sparse_optim.optim.grad_scaler import GradScaler
@@ -98,6 +99,13 @@ class JobTrainer(SelectiveTrainer):
         loss = super().training_step(*args, **kwargs)
         self.stopwatch.backward_done()
         return loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate; return nothing if a signal has stopped the training meanwhile."""
+        try:
+            return super().evaluate(*args, **kwargs)
+        except EvaluationLeftOutError:
+            return {}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the active entries to the training and evaluation logs."""

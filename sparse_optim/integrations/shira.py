@@ -196,7 +196,8 @@ def _layers(
 def _obstacle(module: nn.Module, delta: Delta, keys: Collection[str]) -> str | None:
     """Why SHiRA cannot express the changes of a module, or None."""
     if not isinstance(module, nn.Linear):
-        return f"a {type(module).__name__}, not a Linear"
+        kind = type(module).__name__
+        return f"{'an' if kind[0] in 'AEIOU' else 'a'} {kind}, not a Linear"
     (key, *others) = keys
     if others or not key.endswith(".weight"):
         return "its bias changed"

@@ -25,6 +25,8 @@ from sparse_optim.finetune import FinetuneConfig, FinetuneError, job, output
 from sparse_optim.finetune import checkpoints as module
 from sparse_optim.finetune.checkpoints import find_last
 from sparse_optim.finetune.job import run
+from sparse_optim.finetune.stopping import JobStoppedError
+from sparse_optim.finetune.trainer import JobTrainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -444,3 +446,43 @@ def test_names_with_brackets_are_no_markup(folders, tmp_path):
     result = CliRunner().invoke(app, ["finetune", "--config", str(tmp_path / "job.yaml")])
     assert result.exit_code == 0, result.output
     assert "run[/x]" in "".join(result.output.split())
+
+
+# What a signal or a repeated command finds.
+
+
+def test_a_signal_in_an_evaluation_leaves_the_rest_of_it_out(folders, tmp_path, monkeypatch):
+    seen = []
+    predict = JobTrainer.prediction_step
+
+    def counted(self, *args, **kwargs):
+        seen.append(self.state.global_step)
+        if seen == [2]:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return predict(self, *args, **kwargs)
+
+    settings = {"steps": 6, "eval_every": 2, "eval_batch_size": 4}
+    with monkeypatch.context() as patch:
+        patch.setattr(JobTrainer, "prediction_step", counted)
+        with pytest.raises(JobStoppedError) as stopped:
+            run(config(folders, tmp_path / "run", "encoder", "sequence", **settings))
+    assert stopped.value.exit_code == 143
+    assert seen == [2]
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["checkpoint-2"]
+    resume(folders, Path("last"), tmp_path / "run", **settings)
+    run(config(folders, tmp_path / "whole", "encoder", "sequence", **settings))
+    ours, theirs = (load_file(tmp_path / name / "delta.safetensors") for name in ("run", "whole"))
+    assert ours.keys() == theirs.keys()
+    assert all((ours[name] == theirs[name]).all() for name in theirs)
+
+
+def test_a_finished_run_has_nothing_to_resume_and_keeps_its_results(folders, tmp_path):
+    settings = {"save_every": 3}
+    run(config(folders, tmp_path / "run", "encoder", "sequence", **settings))
+    header = (tmp_path / "run" / "config.yaml").read_text().splitlines()[0]
+    assert f"--config {tmp_path / 'run' / 'config.yaml'} " in header
+    before = (tmp_path / "run" / "metrics.json").read_bytes()
+    with pytest.raises(FinetuneError, match=r"nothing is left to do: .* ended at step 6"):
+        resume(folders, Path("last"), tmp_path / "run", **settings)
+    assert (tmp_path / "run" / "metrics.json").read_bytes() == before
+    resume(folders, Path("last"), tmp_path / "run", overwrite=True, **settings)

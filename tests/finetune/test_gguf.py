@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-from pathlib import Path
 import shutil
+from pathlib import Path
 
 import gguf
 import numpy as np

@@ -219,8 +219,12 @@ def test_a_member_on_the_hub(monkeypatch):
 
 
 def test_its_line_in_the_summary():
-    rows = [{"share": 0.5, "value": 0.61}, {"share": 1.0, "value": 0.7}]
-    assert describe_series(rows, 2) == "0.6100 at 50%, 0.7000 at 100%"
+    rows = [
+        {"share": 0.5, "value": 0.61, "step": 3},
+        {"share": 1.0, "value": 0.7, "step": 1500},
+    ]
+    found = "0.6100 at 50% (step 3), 0.7000 at 100% (step 1,500)"
+    assert describe_series(rows, 2) == found
     missing = "2 of 4 parts: see --every, --unmask-share and --steps"
-    assert describe_series(rows, 4) == f"0.6100 at 50%, 0.7000 at 100% ({missing})"
+    assert describe_series(rows, 4) == f"{found}; {missing}"
     assert describe_series([], 4).startswith("0 of 4 parts")

@@ -60,7 +60,8 @@ def test_the_model_is_shown_with_its_size(folders, tmp_path):
     shown = request()
     assert shown["model"] == "minilm: MiniLM-L6 encoder (BERT), 22.7M parameters"
     assert shown["data"] == "trec6: questions, 6 classes"
-    assert request(model="some/model")["model"] == "some/model on the Hugging Face hub"
+    shown = request(model="some/model")["model"]
+    assert shown == "some/model on the Hugging Face hub (no folder of this name here)"
     entries = stored_entries(Path(folders["encoder"]))
     model_config = json.loads((Path(folders["encoder"]) / "config.json").read_text())
     assert entries > model_config["vocab_size"] * model_config["hidden_size"]
@@ -132,6 +133,22 @@ def test_the_bar_fits_80_columns(tmp_path):
     for part in ("stochastic-tuning", "100000/123456", "loss 12.3456", "steps/s"):
         assert part in line
     assert "…" not in line
+
+
+def test_the_rate_leaves_evaluations_out_and_their_time_is_shown(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("sparse_optim.finetune.progress.time.perf_counter", lambda: now[0])
+    written = io.StringIO()
+    progress = ConsoleProgress(Console(file=written, width=80), "accuracy", "id3")
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    state = TrainerState(global_step=0, max_steps=20)
+    progress.on_train_begin(arguments, state, TrainerControl())
+    state.global_step, now[0] = 10, 100.0 + 5 + 40
+    logs = {"eval_accuracy": 0.5, "eval_loss": 1.0, "eval_runtime": 40.0}
+    progress.on_log(arguments, state, TrainerControl(), logs)
+    progress.stop()
+    assert progress.rate(state) == pytest.approx(2.0)
+    assert "accuracy 0.5000  eval loss 1.0000 in 40.0 s" in written.getvalue()
 
 
 @pytest.mark.usefixtures("one_thread")

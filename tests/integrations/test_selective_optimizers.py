@@ -217,12 +217,18 @@ def test_the_command(tmp_path):
     command = ["import-summary", str(path), "-m", str(folder), "-o", str(out)]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
-    assert "1 entries in 1 parameters" in done.output
+    assert "1 entry in 1 parameter, " in done.output
+    before = out.read_bytes()
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 1
+    assert "exists; add --overwrite" in " ".join(done.output.split())
+    assert out.read_bytes() == before
+    assert CliRunner().invoke(app, [*command, "--overwrite"]).exit_code == 0
     base = BertModel.from_pretrained(folder)
     apply_delta(base, load_delta(out))
     assert torch.equal(base.get_parameter(name), tuned.get_parameter(name))
     # A head with random values: the delta would fit no model.
-    done = CliRunner().invoke(app, [*command, "--task", "sequence-classification"])
+    done = CliRunner().invoke(app, [*command, "--overwrite", "--task", "sequence-classification"])
     assert done.exit_code == 1
     assert "has no classifier.bias, classifier.weight: the values would be random" in done.stderr
     done = CliRunner().invoke(app, [*command, "--dtype", "int8"])
