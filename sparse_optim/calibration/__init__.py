@@ -4,6 +4,14 @@ Each function returns float32 scores >= 0 by parameter name, shaped as the param
 device: entries with higher scores are unmasked first. The model is left unchanged.
 """
 
-from sparse_optim.calibration._scores import child_tuning_d, fisher, grasp, snip, synflow
+from sparse_optim.calibration._scores import (
+    child_tuning_d,
+    fisher,
+    gradient,
+    grasp,
+    snip,
+    synflow,
+)
+from sparse_optim.calibration._wanda import wanda
 
-__all__ = ["child_tuning_d", "fisher", "grasp", "snip", "synflow"]
+__all__ = ["child_tuning_d", "fisher", "gradient", "grasp", "snip", "synflow", "wanda"]

@@ -113,6 +113,26 @@ def child_tuning_d(
     return check_finite({name: score.div_(count) for name, score in scores.items()})
 
 
+def gradient(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    loss: Loss | None = None,
+    params: Collection[str] | None = None,
+    progress: bool = True,
+) -> dict[str, Tensor]:
+    """Size of the gradient of the mean loss: D3 with exp = 0, over several batches.
+
+        score = |g|,  g = mean_batches d loss(batch) / d theta
+
+    Arguments, result and errors as for `fisher`.
+    """
+    with calibrating(model, params) as chosen:
+        batches = _batches(batches, chosen, "gradient", progress)
+        scores = _mean_gradient(model, batches, loss, chosen)
+    return check_finite({name: score.abs_() for name, score in scores.items()})
+
+
 def snip(
     model: nn.Module,
     batches: Iterable[Any],

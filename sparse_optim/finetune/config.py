@@ -113,6 +113,11 @@ class FinetuneConfig:
         written=str,
         read=parse_budget,
     )
+    rank: str = _selection(
+        "all",
+        "Parameters that compete for the budget: all, linear (weights of Linear modules) or a "
+        "regular expression for their names; the others stay frozen.",
+    )
     d3_exp: float = _selection(0.0, "exp in the importance |grad| / (|param| + eps)^exp.")
     d3_eps: float = _selection(1.0, "eps in the importance.")
     unmask_schedule: ScheduleName = _selection(

@@ -436,6 +436,7 @@ def build_optimizer(
         model=model,
         named=named,
         fresh=loaded.fresh,
+        rank=config.rank,
         no_decay=frozenset(name for name, param in named if param.ndim < 2),
         lr=lr,
         head_lr=config.head_lr or lr,

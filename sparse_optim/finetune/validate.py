@@ -15,12 +15,18 @@ from sparse_optim.finetune.hub import did_you_mean
 from sparse_optim.methods import METHODS
 
 # They score by calibration passes, which each process runs on different examples.
-ONE_PROCESS = frozenset({"fish", "child-tuning-d", "sparse-adapter"})
+ONE_PROCESS = frozenset(
+    {"fish", "child-tuning-d", "sparse-adapter", "gem", "shira-grad", "shira-snip", "super"}
+)
 
 
 def check_method(config: FinetuneConfig) -> None:
     """Raise FinetuneError for an unknown method or adapter, or an option the adapter lacks."""
     check_name("method", config.method, METHODS, "adapter", ADAPTERS)
+    if config.rank != "all" and not METHODS[config.method].has_budget:
+        raise FinetuneError(
+            f"--rank: nothing competes for a budget in --method {config.method}: drop one of them"
+        )
     if config.adapter is None:
         return
     check_name("adapter", config.adapter, ADAPTERS, "method", METHODS)

@@ -83,7 +83,9 @@ def multi_head(request: MethodRequest) -> torch.optim.Optimizer:
     Raises:
         ValueError: the model has none.
     """
-    chosen = [item for item in request.ranked if _in_attention(item[0])]
+    chosen = [
+        item for item in request.named if _in_attention(item[0]) and item[0] not in request.fresh
+    ]
     return _structural(request, chosen, "multi-head", "no parameter's name contains 'attention'")
 
 
@@ -106,7 +108,8 @@ def frozen(request: MethodRequest) -> torch.optim.Optimizer:
 
 
 def _biases(request: MethodRequest) -> list[tuple[str, nn.Parameter]]:
-    return [(name, param) for name, param in request.ranked if name.endswith("bias")]
+    fresh = request.fresh
+    return [item for item in request.named if item[0].endswith("bias") and item[0] not in fresh]
 
 
 def _bias_budget(request: MethodRequest) -> int | float:

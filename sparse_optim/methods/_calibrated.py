@@ -30,7 +30,7 @@ def fish(request: MethodRequest) -> MaskedAdamW:
     True labels, batch size 1, 1024 samples, as in the paper's runs.
     """
     scores = fisher(
-        request.model, _calibration(request), samples=FISHER_SAMPLES, params=_names(request)
+        request.model, calibration_of(request), samples=FISHER_SAMPLES, params=_names(request)
     )
     return masked_adamw(request, _some(scores, request), Static(request.given_budget))
 
@@ -40,7 +40,7 @@ def child_tuning(request: MethodRequest) -> MaskedAdamW:
 
     Batches of the calibration data, all of them, once.
     """
-    scores = child_tuning_d(request.model, _calibration(request), params=_names(request))
+    scores = child_tuning_d(request.model, calibration_of(request), params=_names(request))
     return masked_adamw(request, _some(scores, request), Static(request.given_budget))
 
 
@@ -82,7 +82,7 @@ def _magnitude(request: MethodRequest) -> Importance:
 
 
 def _grasp(request: MethodRequest) -> Importance:
-    batch = islice(_calibration(request), 1)
+    batch = islice(calibration_of(request), 1)
     return _some(grasp(request.model, batch, params=_names(request)), request)
 
 
@@ -123,7 +123,7 @@ def _names(request: MethodRequest) -> list[str]:
     return [name for name, _ in request.ranked]
 
 
-def _calibration(request: MethodRequest) -> Iterable[Any]:
+def calibration_of(request: MethodRequest) -> Iterable[Any]:
     if request.calibration is None:
         raise ValueError(
             "this method scores entries before the first step: give calibration=, a function that "

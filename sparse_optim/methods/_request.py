@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from sparse_optim.backends.operands import BiasCorrection
 from sparse_optim.backends.registry import BackendName
 from sparse_optim.optim.attach import can_sample
 from sparse_optim.optim.masked_adamw import MaskedAdamW
+from sparse_optim.optim.param_groups import Competes, competing
 from sparse_optim.policy.importance import Importance
 from sparse_optim.policy.schedule import Schedule, Uniform
 from sparse_optim.policy.selection import Selection
@@ -27,6 +28,7 @@ class MethodRequest:
         model: the model to train, as the training loop calls it.
         named: (name, parameter) pairs, in the model's order, tied weights once.
         fresh: names of parameters to train densely, outside the budget (a new classifier head).
+        rank: which of the others compete for the budget, as in `param_groups`; the rest is frozen.
         no_decay: names of parameters without weight decay (biases, norms).
         lr, head_lr: learning rates of the pretrained and of the fresh parameters.
         budget: entries (int) or share of the ranked entries (float); None: the method's default.
@@ -46,6 +48,7 @@ class MethodRequest:
     model: nn.Module
     named: list[tuple[str, nn.Parameter]]
     fresh: frozenset[str] = frozenset()
+    rank: str | Competes = "all"
     no_decay: frozenset[str] = frozenset()
     lr: float = 5e-4
     head_lr: float = 5e-4
@@ -70,8 +73,13 @@ class MethodRequest:
 
     @property
     def ranked(self) -> list[tuple[str, nn.Parameter]]:
-        """The parameters that are not fresh."""
-        return [(name, param) for name, param in self.named if name not in self.fresh]
+        """The parameters that compete for the budget."""
+        competes = competing(self.model, self.rank)
+        return [
+            (name, param)
+            for name, param in self.named
+            if name not in self.fresh and competes(name, param)
+        ]
 
     @property
     def given_budget(self) -> int | float:
@@ -94,16 +102,19 @@ class MethodRequest:
 def masked_adamw(
     request: MethodRequest, importance: Importance, selection: Selection
 ) -> MaskedAdamW:
-    """A MaskedAdamW that ranks pretrained parameters and trains fresh ones densely.
+    """A MaskedAdamW that ranks the parameters that compete, and trains fresh ones densely.
+
+    All others no longer require gradients.
 
     Raises:
         ValueError: there is nothing to rank.
     """
     if not request.ranked:
         raise ValueError(
-            "the pool is empty: every trainable parameter is fresh (--dense), so the budget would "
-            "not be used; name fewer, or use the method 'full'"
+            f"the pool is empty: rank={request.rank!r} leaves no parameter that is not fresh "
+            "(--dense), so the budget would not be used; name others, or use the method 'full'"
         )
+    train_only(request, {name for name, _ in request.ranked} | request.fresh)
     sampled = request.sampled_backward
     if sampled is None:
         params = [param for _, param in request.ranked]
@@ -151,16 +162,20 @@ def dense_adamw(
     """
     check_whole_gradients(request)
     chosen = list(chosen)
-    names = {name for name, _ in chosen}
-    for name, param in request.named:
-        param.requires_grad_(name in names)
+    train_only(request, {name for name, _ in chosen})
     return torch.optim.AdamW(
         request.param_groups(chosen), request.lr, request.betas, request.adam_eps, fused=True
     )
 
 
+def train_only(request: MethodRequest, names: Collection[str]) -> None:
+    """Let only these parameters require gradients."""
+    for name, param in request.named:
+        param.requires_grad_(name in names)
+
+
 def ranked_groups(request: MethodRequest) -> list[dict[str, Any]]:
-    """Param groups: pretrained parameters to rank, fresh ones to train densely."""
+    """Param groups: parameters to rank, fresh ones to train densely."""
     fresh = [item for item in request.named if item[0] in request.fresh]
     ranked = [{**group, "unmask": "rank"} for group in request.param_groups(request.ranked)]
     return ranked + [{**group, "unmask": "all"} for group in request.param_groups(fresh)]

@@ -53,11 +53,14 @@ class WithLoss(Model):
         return Output(super().forward(**batch))
 
 
+CALIBRATED = ("fish", "child-tuning-d", "gem", "shira-grad", "shira-snip", "super")
+
+
 def build(name: str, model: nn.Module, **options: object) -> torch.optim.Optimizer:
     options = {"fresh": ["classifier"], "total_steps": 4} | options
     if METHODS[name].budget == "given":
         options.setdefault("budget", 40)
-    if name in ("fish", "child-tuning-d"):
+    if name in CALIBRATED:
         options.setdefault("calibration", lambda: [make_batch(9), make_batch(10)])
     return methods.build(name, model, **options)
 
@@ -125,6 +128,9 @@ def test_what_each_method_is_made_of():
         "sparse-adapter": ("Snip", "Static"),
         "stochastic-tuning": ("ActivationWeightGradient", "Stochastic"),
         "top-tuning": ("ActivationWeightGradient", "Repeat"),
+        **dict.fromkeys(
+            ("lift", "gem", "shira", "shira-grad", "shira-snip", "super"), ("Scores", "Static")
+        ),
     }
     built = {name: build(name, WithLoss()) for name in METHODS}
     assert {
@@ -208,7 +214,7 @@ def test_param_groups_by_rate_and_decay():
         (
             "id3",
             {"fresh": [""]},
-            "pool is empty: every trainable parameter is fresh.*method 'full'",
+            "pool is empty: rank='all' leaves no parameter that is not fresh.*method 'full'",
         ),
     ],
 )
