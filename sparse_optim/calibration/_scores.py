@@ -74,7 +74,7 @@ def fisher(
         with gradients(chosen, add_square):
             for sample in tracked(islice(singles, samples), samples, "Fisher", progress):
                 if sample_type == "label":
-                    _loss(model, sample, loss).backward()
+                    loss_of(model, sample, loss).backward()
                     continue
                 log_probs = _log_probs(model, sample)
                 for log_prob in log_probs:
@@ -108,7 +108,7 @@ def child_tuning_d(
 
         with gradients(chosen, add_square):
             for batch in _batches(batches, chosen, "Child-Tuning-D", progress):
-                _loss(model, batch, loss).backward()
+                loss_of(model, batch, loss).backward()
                 count += 1
     return check_finite({name: score.div_(count) for name, score in scores.items()})
 
@@ -191,7 +191,7 @@ def grasp(
         with gradients(chosen, lambda name, product: scores[name].add_(product)):
             for batch in second:
                 grads = torch.autograd.grad(
-                    _loss(model, batch, loss),
+                    loss_of(model, batch, loss),
                     list(chosen.values()),
                     create_graph=True,
                     allow_unused=True,
@@ -281,12 +281,12 @@ def _mean_gradient(
     total, count = zero_scores(chosen), 0
     with gradients(chosen, lambda name, grad: total[name].add_(grad)):
         for batch in batches:
-            _loss(model, batch, loss).backward()
+            loss_of(model, batch, loss).backward()
             count += 1
     return {name: grad.div_(count) for name, grad in total.items()}
 
 
-def _loss(model: nn.Module, batch: Any, loss: Loss | None) -> Tensor:
+def loss_of(model: nn.Module, batch: Any, loss: Loss | None) -> Tensor:
     """The loss of a batch, differentiable."""
     if loss is not None:
         return _check_differentiable(loss(model, batch))

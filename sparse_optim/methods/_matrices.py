@@ -131,7 +131,8 @@ def spread(budget: int, parts: Mapping[str, float], sizes: Mapping[str, int]) ->
         raise ValueError(
             f"the budget is {budget} entries, and all matrices have {sum(sizes.values())}"
         )
-    counts, left, rest = {}, budget, dict(parts)
+    counts: dict[str, int] = {}
+    left, rest = budget, dict(parts)
     while rest:
         total = sum(rest.values())
         exact = {name: left * part / total for name, part in rest.items()}
