@@ -53,8 +53,8 @@ class Curvature:
 class Crowding:
     """How many entries of a mask share a row, or a column, with one of them: means over entries.
 
-    In a random mask they are few. A mask that fills a block has many: its update is nearly of low rank,
-    and steep.
+    In a random mask they are few. A mask that fills a block has many, so that its update is nearly
+    of low rank, and steep.
     """
 
     row: float

@@ -5,6 +5,7 @@ The command checks names before it imports torch and transformers, which takes s
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 
 from sparse_optim.finetune import processes
@@ -23,6 +24,12 @@ ONE_PROCESS = frozenset(
 def check_method(config: FinetuneConfig) -> None:
     """Raise FinetuneError for an unknown method or adapter, or an option the adapter lacks."""
     check_name("method", config.method, METHODS, "adapter", ADAPTERS)
+    try:
+        re.compile(config.rank)
+    except re.error as error:
+        raise FinetuneError(
+            f"--rank {config.rank!r}: expected all, linear or a regular expression ({error})"
+        ) from None
     if config.rank != "all" and not METHODS[config.method].has_budget:
         raise FinetuneError(
             f"--rank: nothing competes for a budget in --method {config.method}: drop one of them"

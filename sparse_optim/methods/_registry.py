@@ -83,21 +83,18 @@ METHODS = {
         "dense windows of steps choose what the next window trains",
         clips=False,
     ),
-<<<<<<< HEAD
     "dps-mix": Method(
         on_call("sparse_optim.methods._dps_mix", "dps_mix"),
         1e-4,
         "dps with mixout in the dense windows",
         clips=False,
     ),
-=======
     "lift": _matrices("lift", "largest entries of low-rank approximations, fixed"),
     "gem": _matrices("gem", "largest |grad| / |param|, by entropy in each matrix, fixed"),
     "shira": _matrices("shira", "largest magnitudes, the same share of each matrix, fixed"),
     "shira-grad": _matrices("shira_grad", "largest gradients, the same share of each, fixed"),
     "shira-snip": _matrices("shira_snip", "largest |grad param|, the same share of each, fixed"),
     "super": _matrices("super_tuning", "largest |param| x input (Wanda), the same share, fixed"),
->>>>>>> 8c8fd3d (feat: rank=linear and regular expressions; LIFT, GEM, SHiRA and Super as methods)
     "bitfit": _dense("bitfit", 1e-3, "bias terms only"),
     "multi-head": _dense("multi_head", 1e-4, "attention modules only"),
     "full": _dense("full", 5e-5, "every entry, torch.optim.AdamW"),

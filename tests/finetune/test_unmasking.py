@@ -11,6 +11,7 @@ pytest.importorskip("accelerate", reason="the main job needs the extra 'finetune
 
 from finetune_jobs import config, make_folders
 
+from sparse_optim.delta import load_delta
 from sparse_optim.engine import sampled
 from sparse_optim.finetune import FinetuneError
 from sparse_optim.finetune.job import run
@@ -117,3 +118,32 @@ def test_methods_that_choose_anew_take_whole_gradients(folders, tmp_path):
 def test_every_is_for_id3(folders, tmp_path):
     with pytest.raises(FinetuneError, match="--every is for the method id3, not for pafi"):
         config(folders, tmp_path, "encoder", "sequence", method="pafi", every=2)
+
+
+def test_the_pool_is_chosen_and_the_rest_is_frozen(folders, tmp_path):
+    options = {"method": "r-mask", "budget": 40, "rank": "linear", "steps": 2}
+    result = run(config(folders, tmp_path / "out", "encoder", "sequence", **options))
+    moved = load_delta(tmp_path / "out" / "delta.safetensors").sparse
+    linear = {
+        f"{name}.weight"
+        for name, module in result.model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    assert moved
+    assert set(moved) <= linear
+    frozen = {name for name, param in result.model.named_parameters() if not param.requires_grad}
+    assert not any(name in linear for name in frozen)
+    assert any("embeddings" in name for name in frozen)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank": "lin(ear"}, r"--rank.*or a regular expression"),
+        ({"rank": "nowhere"}, r"rank='nowhere' leaves no parameter"),
+        ({"rank": "linear", "method": "full", "budget": None}, "nothing competes for a budget"),
+    ],
+)
+def test_a_pool_that_cannot_be_is_refused(folders, tmp_path, settings, message):
+    with pytest.raises(FinetuneError, match=message):
+        run(config(folders, tmp_path / "out", "encoder", "sequence", **settings))
