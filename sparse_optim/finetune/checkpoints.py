@@ -21,7 +21,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from sparse_optim.files import replacing
 from sparse_optim.finetune.builtin_data import DATASETS
-from sparse_optim.finetune.config import MAX_TARGET_LENGTH, FinetuneConfig, option
+from sparse_optim.finetune.config import AUTO, MAX_TARGET_LENGTH, FinetuneConfig, option
 from sparse_optim.finetune.defaults import resolved
 from sparse_optim.finetune.errors import FinetuneError
 from sparse_optim.finetune.processes import wait_for_all
@@ -93,6 +93,12 @@ def folder_of(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
 
 
+def saved_rate(folder: Path) -> float:
+    """The learning rate of the job that wrote a checkpoint of this job."""
+    rate: float = read_record(folder / MANIFEST)["config"]["lr"]
+    return rate
+
+
 def find_last(folder: Path, config: FinetuneConfig) -> Path:
     """The newest checkpoint in a folder that can resume a job.
 
@@ -152,6 +158,8 @@ def find_problem(folder: Path, config: FinetuneConfig) -> str | None:
     theirs = completed(theirs, config)
     for name in ours:
         if theirs[name] == ours[name] or (name == "max_length" and may_be_equal(theirs, ours)):
+            continue
+        if name == "lr" and ours[name] == AUTO:  # a job that found its rate has it in the manifest
             continue
         return (
             f"it is of another job: {option(name)} was {theirs[name]!r}, now it is {ours[name]!r}"

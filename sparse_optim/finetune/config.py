@@ -27,6 +27,8 @@ MAX_TARGET_LENGTH = 128
 # Steps from one that unmasks to the next: 16 scored like 1, see bench/results/every/README.md.
 DEFAULT_EVERY = 16
 
+AUTO = "auto"  # as --lr: see sparse_optim.finetune.auto_rate
+
 LAST = Path("last")  # as --resume: the newest checkpoint in the output folder
 
 RATES = ", ".join(f"{name} {method.lr:g}" for name, method in METHODS.items())
@@ -66,6 +68,22 @@ def parse_budget(text: str) -> int | float:
     if entries < 1:
         raise FinetuneError(f"--budget must be at least one entry, got {text!r}")
     return entries
+
+
+def parse_rate(text: str) -> float | str:
+    """Read a learning rate: a number, or auto.
+
+    Raises:
+        FinetuneError: if it is neither.
+    """
+    if text == AUTO:
+        return AUTO
+    try:
+        return float(text)
+    except ValueError:
+        raise FinetuneError(
+            f"--lr: expected a number such as 5e-4, or auto, got {text!r}"
+        ) from None
 
 
 def zero_is_none(value: float) -> float | None:
@@ -152,10 +170,13 @@ class FinetuneConfig:
         None, "Batch size in evaluation (default: 64, for causal-lm and summarization 8)."
     )
     accumulation: int = _training(1, "Gradient accumulation steps.")
-    lr: float | None = _training(
+    lr: float | str | None = _training(
         None,
-        "Learning rate. ID3 needs 1e-4 to 7e-4, ten times the rate of full fine-tuning "
-        f"(default: {RATES}; with --adapter at least {DEFAULT_RATE:g}).",
+        "Learning rate, or auto: from the curvature of the loss on the method's entries. ID3 needs "
+        f"1e-4 to 7e-4, ten times the rate of full fine-tuning (default: {RATES}; with --adapter "
+        f"at least {DEFAULT_RATE:g}).",
+        written=str,
+        read=parse_rate,
     )
     head_lr: float | None = _training(None, "Learning rate of the fresh head (default: --lr).")
     schedule: str = _training(
@@ -289,9 +310,11 @@ class FinetuneConfig:
             value = getattr(self, name)
             if isinstance(value, float) and not math.isfinite(value):
                 raise FinetuneError(f"{option(name)} must be a finite number, got {value}")
+        if isinstance(self.lr, str) and self.lr != AUTO:
+            raise FinetuneError(f"--lr must be a number or {AUTO}, got {self.lr!r}")
         for name in _POSITIVE:
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value not in (None, AUTO) and not value > 0:
                 raise FinetuneError(f"{option(name)} must be above 0, got {value}")
         for name, most in _AT_MOST.items():
             value = getattr(self, name)

@@ -9,8 +9,8 @@ from sparse_optim.finetune.config import DEFAULT_BUDGET, FinetuneConfig
 from sparse_optim.methods import METHODS
 
 
-def learning_rate(config: FinetuneConfig) -> float:
-    """The user's learning rate, else the method's; on an adapter at least DEFAULT_RATE."""
+def learning_rate(config: FinetuneConfig) -> float | str:
+    """The user's learning rate or AUTO, else the method's; on an adapter at least DEFAULT_RATE."""
     default = METHODS[config.method].lr
     return config.lr or (default if config.adapter is None else max(default, DEFAULT_RATE))
 

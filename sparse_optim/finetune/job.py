@@ -31,6 +31,7 @@ from sparse_optim.delta import Delta, apply_delta, load_delta, save_delta
 from sparse_optim.files import replacing
 from sparse_optim.finetune import processes
 from sparse_optim.finetune.adapters import save_adapter
+from sparse_optim.finetune.auto_rate import find_rate
 from sparse_optim.finetune.best import Evaluated
 from sparse_optim.finetune.build import LoadModel, build, hash_weights
 from sparse_optim.finetune.card import load_adapter, load_folder, load_run, write_card
@@ -39,8 +40,9 @@ from sparse_optim.finetune.checkpoints import (
     check_inputs,
     find_last,
     hash_examples,
+    saved_rate,
 )
-from sparse_optim.finetune.config import LAST, FinetuneConfig
+from sparse_optim.finetune.config import AUTO, LAST, FinetuneConfig
 from sparse_optim.finetune.config_file import CONFIG_FILE, write_config
 from sparse_optim.finetune.data import TaskData, load_data
 from sparse_optim.finetune.defaults import learning_rate, resolved
@@ -141,6 +143,7 @@ def run(
         inputs = load_inputs(config, data)
         for line in inputs.notes if is_first else ():
             tell(console, line)
+        config = with_rate(config, inputs, console)
         trained = train_model(config, inputs, console if is_first else None, stops=True)
         processes.leave()
         if not is_first:
@@ -428,11 +431,26 @@ def build_optimizer(
     batches: Callable[[], Iterable[Any]],
 ) -> torch.optim.Optimizer:
     """Build the optimizer of the method; turn its ValueError into a FinetuneError."""
+    request = method_request(config, loaded, model, total_steps, batches)
+    try:
+        return METHODS[config.method].build(request)
+    except ValueError as error:
+        raise FinetuneError(str(error)) from error
+
+
+def method_request(
+    config: FinetuneConfig,
+    loaded: LoadedModel,
+    model: nn.Module,
+    total_steps: int,
+    batches: Callable[[], Iterable[Any]],
+) -> MethodRequest:
+    """The settings of the job as the methods take them."""
     named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
     method = METHODS[config.method]
     config = resolved(config)
-    lr = learning_rate(config)
-    request = MethodRequest(
+    lr = config.lr if isinstance(config.lr, float) else 0.0  # auto: until it is found
+    return MethodRequest(
         model=model,
         named=named,
         fresh=loaded.fresh,
@@ -459,10 +477,27 @@ def build_optimizer(
         calibration=batches,
         seed=config.seed,
     )
+
+
+def with_rate(config: FinetuneConfig, inputs: Inputs, console: Console | None) -> FinetuneConfig:
+    """The configuration with a number in place of `--lr auto`.
+
+    Raises:
+        FinetuneError: no rate follows from the curvature.
+    """
+    if config.lr != AUTO:
+        return config
+    if config.resume is not None:
+        return dataclasses.replace(config, lr=saved_rate(config.resume))
+    loaded = load_base(config, inputs)
+    batches = make_trainer(config, inputs, loaded).get_train_dataloader()
+    request = method_request(config, loaded, loaded.model, 1, lambda: batches)
     try:
-        return method.build(request)
+        rate, sentence = find_rate(config.method, request, config.head_lr)
     except ValueError as error:
-        raise FinetuneError(str(error)) from error
+        raise FinetuneError(f"--lr auto: {error}") from error
+    tell(console, sentence)
+    return dataclasses.replace(config, lr=rate)
 
 
 def train(

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from sparse_optim.finetune.adapter_kinds import ADAPTERS
 from sparse_optim.finetune.builtin_data import DATASETS, MODELS
-from sparse_optim.finetune.config import FinetuneConfig
+from sparse_optim.finetune.config import AUTO, FinetuneConfig
 from sparse_optim.finetune.defaults import resolved
 
 if TYPE_CHECKING:
@@ -65,7 +65,12 @@ def describe_request(config: FinetuneConfig) -> Rows:
     if config.adapter is not None:
         rank = config.adapter_rank or ADAPTERS[config.adapter].rank
         adapter = f"on {config.adapter}" + (f" of rank {rank}" if rank else "")
-    parts = (f"{config.method} {adapter}".rstrip(), budget, f"lr {used.lr:g}", config.schedule)
+    parts = (
+        f"{config.method} {adapter}".rstrip(),
+        budget,
+        f"lr {used.lr if used.lr == AUTO else format(used.lr, 'g')}",
+        config.schedule,
+    )
     yield "method", ", ".join(part for part in parts if part)
 
 

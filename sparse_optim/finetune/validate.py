@@ -10,7 +10,7 @@ from collections.abc import Collection
 
 from sparse_optim.finetune import processes
 from sparse_optim.finetune.adapter_kinds import ADAPTERS
-from sparse_optim.finetune.config import FinetuneConfig, option
+from sparse_optim.finetune.config import AUTO, FinetuneConfig, option
 from sparse_optim.finetune.errors import FinetuneError
 from sparse_optim.finetune.hub import did_you_mean
 from sparse_optim.methods import METHODS
@@ -20,10 +20,18 @@ ONE_PROCESS = frozenset(
     {"fish", "child-tuning-d", "sparse-adapter", "gem", "shira-grad", "shira-snip", "super"}
 )
 
+# They choose by what earlier steps recorded.
+FOLLOW_EARLIER_STEPS = frozenset({"stochastic-tuning", "top-tuning", "dps", "dps-mix"})
+
 
 def check_method(config: FinetuneConfig) -> None:
     """Raise FinetuneError for an unknown method or adapter, or an option the adapter lacks."""
     check_name("method", config.method, METHODS, "adapter", ADAPTERS)
+    if config.lr == AUTO and config.method in FOLLOW_EARLIER_STEPS:
+        raise FinetuneError(
+            f"--lr auto: {config.method} chooses entries by earlier steps, so that their curvature "
+            "is not known before training: give a number"
+        )
     try:
         re.compile(config.rank)
     except re.error as error:
@@ -66,6 +74,10 @@ def check_machine(config: FinetuneConfig) -> None:
         raise FinetuneError("--amp fp16 needs a GPU: on the CPU use --amp bf16")
     if processes.count() == 1:
         return
+    if config.lr == AUTO:
+        raise FinetuneError(
+            "--lr auto needs one process: find the rate in a run without torchrun, and give it"
+        )
     for name in ("fuse_backward", "sampled_backward"):
         if getattr(config, name):
             raise FinetuneError(
