@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -26,9 +27,11 @@ class Curvature:
 
     Attributes:
         entries: size of the mask.
-        slope: sum |g|, of the gradient g of the mean loss.
-        sign_curvature: s^T H s, s = sign(g) on the mask, H the Hessian of the mean loss.
-        sharpness: largest eigenvalue of H, by magnitude, restricted to the mask.
+        slope: sum |g|, of the gradient g of a batch's loss: the mean over the batches.
+        sign_curvature: s^T H s, s = sign(g) on the mask, H the Hessian of the same batch's loss:
+            the mean over the batches.
+        sharpness: largest eigenvalue, by magnitude, of the Hessian of the mean loss, restricted to
+            the mask.
     """
 
     entries: int
@@ -43,8 +46,9 @@ class Curvature:
             loss(theta - lr s) = loss - lr slope + lr^2 / 2 sign_curvature,  lowest at
             lr = slope / sign_curvature
 
-        AdamW's first step moves every entry by lr against the sign of its gradient. Without an
-        upward curvature along that step there is no lowest point.
+        AdamW's first step moves every entry by lr against the sign of the batch's gradient. Signs
+        of a mean gradient over batches would tell less: along them the curvature of some batches
+        is negative. Without an upward curvature there is no lowest point.
         """
         return self.slope / self.sign_curvature if self.sign_curvature > 0 else None
 
@@ -73,8 +77,8 @@ def curvature(
 ) -> Curvature:
     """Measure slope and curvature on the entries of a mask, before training.
 
-    Takes (iterations + 1) products of the Hessian with a vector, each about two forward and
-    backward passes over the batches, in evaluation mode. The model is left unchanged.
+    Takes (iterations + 1) products of the Hessian with a vector for each batch, each about two
+    forward and backward passes, in evaluation mode. The model is left unchanged.
 
     Args:
         model: any module; for transformers models, batches are dicts that hold `labels`.
@@ -95,16 +99,18 @@ def curvature(
         problem = _Restricted(model, params, entries, kept, loss)
         if problem.size == 0:
             raise ValueError("mask: it has no entry")
-        grad = problem.gradient()
-        signs = {name: part.sign() for name, part in grad.items()}
-        slope = sum(float(part.abs().sum()) for part in grad.values())
-        sign_curvature = _dot(signs, problem.product(signs))
+        slopes, curvatures = [], []
+        for batch in kept:
+            grad = problem.gradient([batch])
+            signs = {name: part.sign() for name, part in grad.items()}
+            slopes.append(_dot(grad, signs))
+            curvatures.append(_dot(signs, problem.product(signs, [batch])))
         sharpness = problem.largest_eigenvalue(iterations)
-    return Curvature(problem.size, slope, sign_curvature, sharpness)
+    return Curvature(problem.size, fmean(slopes), fmean(curvatures), sharpness)
 
 
 class _Restricted:
-    """The mean loss over the batches as a function of the entries of a mask."""
+    """The mean loss over batches as a function of the entries of a mask."""
 
     def __init__(
         self,
@@ -118,10 +124,10 @@ class _Restricted:
         self.batches, self.loss = batches, loss
         self.size = sum(positions.numel() for positions in entries.values())
 
-    def gradient(self) -> Vector:
-        return self._mean(lambda grads: grads)
+    def gradient(self, batches: list[Any]) -> Vector:
+        return self._mean(batches, lambda grads: grads)
 
-    def product(self, vector: Vector) -> Vector:
+    def product(self, vector: Vector, batches: list[Any]) -> Vector:
         """H v, restricted to the mask."""
 
         def derive(grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
@@ -135,7 +141,7 @@ class _Restricted:
             along = torch.stack(terms).sum()
             return torch.autograd.grad(along, list(self.params.values()), allow_unused=True)
 
-        return self._mean(derive, create_graph=True)
+        return self._mean(batches, derive, create_graph=True)
 
     def largest_eigenvalue(self, iterations: int) -> float:
         """The power method, from a fixed random vector."""
@@ -150,17 +156,17 @@ class _Restricted:
             if length == 0:
                 return 0.0
             vector = {name: part / length for name, part in vector.items()}
-            image = self.product(vector)
+            image = self.product(vector, self.batches)
             found, vector = _dot(vector, image), image
         return found
 
-    def _mean(self, derive: Derive, create_graph: bool = False) -> Vector:
-        """The mean over the batches of what `derive` makes of the gradients, on the mask."""
+    def _mean(self, batches: list[Any], derive: Derive, create_graph: bool = False) -> Vector:
+        """The mean over batches of what `derive` makes of the gradients, on the mask."""
         total = {
             name: torch.zeros(positions.numel(), device=positions.device)
             for name, positions in self.entries.items()
         }
-        for batch in self.batches:
+        for batch in batches:
             value = loss_of(self.model, batch, self.loss)
             grads = torch.autograd.grad(
                 value, list(self.params.values()), create_graph=create_graph, allow_unused=True
@@ -168,7 +174,7 @@ class _Restricted:
             for name, found in zip(self.params, derive(grads), strict=True):
                 if found is not None:
                     total[name] += self._taken(name, found).detach()
-        return {name: part / len(self.batches) for name, part in total.items()}
+        return {name: part / len(batches) for name, part in total.items()}
 
     def _taken(self, name: str, grad: Tensor) -> Tensor:
         return grad.reshape(-1)[self.entries[name]].float()
