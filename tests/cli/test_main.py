@@ -159,7 +159,7 @@ def test_finetune_then_inspect(tmp_path):
         (("--lr", "0"), 1, "--lr must be above 0"),
         (("--max-grad-norm", "-1"), 1, "--max-grad-norm must be above 0"),
         (("--amp", "fp8"), 2, "Invalid value for '--amp'"),
-        (("--lr", "fast"), 2, "Invalid value for '--lr'"),
+        (("--lr", "fast"), 1, "--lr: expected a number such as 5e-4, or auto"),
         (("--colour",), 2, "No such option"),
     ],
 )
