@@ -77,7 +77,7 @@ def target_at(targets: Tensor, step: Tensor) -> Tensor:
 
 
 def ahead(targets: Tensor, steps: int) -> Tensor:
-    """The targets of so many steps later: target_at(ahead, t) = target_at(targets, t + steps)."""
+    """The targets `steps` steps later: target_at(ahead, t) = target_at(targets, t + steps)."""
     if not is_formula(targets):
         return targets[min(steps, targets.numel() - 1) :]
     shift = torch.tensor([steps, 0, 0, 0], device=targets.device)
@@ -85,7 +85,7 @@ def ahead(targets: Tensor, steps: int) -> Tensor:
 
 
 def largest_quota(targets: Tensor, steps: int = 1) -> int:
-    """Entries that so many steps unmask at most where none has found too few; of a formula, or
+    """Entries that `steps` steps unmask at most where none has found too few; of a formula, or
     one more."""
     if not is_formula(targets):
         last = targets.numel() - 1

@@ -1,4 +1,4 @@
-"""What unmasking at every so many-th step alone costs in quality: ID3 with `every` = 1 to 64.
+"""What unmasking at every N-th step costs in quality: ID3 with `every` = 1 to 64.
 
 At one learning rate, the best one of ID3 in the quality experiment. One row takes dense gradients
 where the others sample them: it must end at the same quality.

@@ -45,7 +45,7 @@ class PadGeneration:
         self.single = DataCollatorForTokenClassification(tokenizer, label_pad_token_id=IGNORED)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Tensor]:
-        """A batch; padding of packed rows has positions of its own, so it is no one's context."""
+        """A batch; padding of packed rows has separate positions, so it is no one's context."""
         if POSITIONS not in rows[0]:
             batch: Mapping[str, Tensor] = self.single(list(rows))
             return batch
