@@ -39,6 +39,7 @@ def read(tmp_path: Path, text: str) -> dict:
         ("budget: null", None),
         ("lr: 5e-4", 5e-4),  # YAML reads text: there is no point
         ("lr: 1", 1.0),
+        ("lr: auto", "auto"),
         ("max_grad_norm: null", None),
         ("max_grad_norm: 0", None),
         ("max_grad_norm: 2", 2.0),
@@ -66,7 +67,7 @@ def test_values(tmp_path, text, value):
         ("1: 2", "unknown setting 1; known: model, dataset, output"),
         ("steps: 1.5", "steps: expected a whole number or null, got 1.5"),
         ("steps: true", "steps: expected a whole number or null, got True"),
-        ("lr: fast", "lr: expected a number or null, got 'fast'"),
+        ("lr: fast", "lr: --lr: expected a number such as 5e-4, or auto, got 'fast'"),
         ("cpu: 1", "cpu: expected true or false, got 1"),
         ("model: 7", "model: expected text, got 7"),
         ("model: null", "model: expected text, got None"),
