@@ -74,6 +74,13 @@ Shifted = Annotated[
     bool,
     typer.Option("--shifted", help="quality: also test on other data than that of the training."),
 ]
+Forgetting = Annotated[
+    bool,
+    typer.Option(
+        "--forgetting",
+        help="Also measure what runs lose: cosines of STS-B pairs, or LM loss on XSum.",
+    ),
+]
 MaxMinutes = Annotated[
     float | None,
     typer.Option(help="Start no cell that would end later than this; resume by the same command."),
@@ -147,6 +154,7 @@ def command(experiment: Experiment) -> Callable[..., None]:
         eval_limit: EvalLimit = None,
         eval_every: EvalEvery = None,
         shifted: Shifted = False,
+        forgetting: Forgetting = False,
         max_minutes: MaxMinutes = None,
         only: Only = None,
         dry_run: DryRun = False,
@@ -171,6 +179,7 @@ def command(experiment: Experiment) -> Callable[..., None]:
             "limit": limit,
             "eval_limit": eval_limit,
             "shifted": shifted,
+            "forgetting": forgetting,
             "max_minutes": max_minutes,
             "only": tuple(only or ()),
             "keep": keep,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from sparse_optim.experiments.cells import Cell, Outcome
 from sparse_optim.experiments.presets import Block, Experiment, Row, TaskPreset
 
 Lookup = Callable[[Cell], Outcome | None]
+
+MOST_WIDENED = 8  # rates beyond those of a row
 
 
 def cells(experiment: Experiment, finished: Lookup) -> Iterator[Cell]:
@@ -23,7 +25,7 @@ def cells(experiment: Experiment, finished: Lookup) -> Iterator[Cell]:
         if experiment.protocol == "grid":
             yield from grid(block, experiment.seeds)
         else:
-            yield from tuned(block, experiment.seeds, finished)
+            yield from tuned(block, experiment.seeds, finished, experiment.widen)
 
 
 def grid(block: Block, seeds: Sequence[int]) -> Iterator[Cell]:
@@ -35,33 +37,70 @@ def grid(block: Block, seeds: Sequence[int]) -> Iterator[Cell]:
                     yield Cell(task, row, row.lrs[position], seeds[position % len(seeds)])
 
 
-def tuned(block: Block, seeds: Sequence[int], finished: Lookup) -> Iterator[Cell]:
-    """One tuning cell for each learning rate before a row's first run; one run for each seed."""
+def tuned(block: Block, seeds: Sequence[int], finished: Lookup, widen: float) -> Iterator[Cell]:
+    """The tuning cells of a row before its first run; one run for each seed."""
     for seed in seeds:
         for task in block.tasks:
             for row in block.rows:
-                trials = tuning_cells(task, row, seeds[0])
                 if seed == seeds[0]:
-                    yield from trials
-                yield Cell(task, row, best_lr(row, trials, finished), seed)
+                    yield from tuning_cells(task, row, seed, finished, widen)
+                yield Cell(task, row, best_lr(task, row, seeds[0], finished, widen), seed)
 
 
-def tuning_cells(task: TaskPreset, row: Row, seed: int) -> list[Cell]:
-    """The cells that choose the row's learning rate on a task; none if there is only one rate."""
+def tuning_cells(
+    task: TaskPreset, row: Row, seed: int, finished: Lookup, widen: float
+) -> Iterator[Cell]:
+    """The cells that choose the row's learning rate on a task; none if there is only one rate.
+
+    Args:
+        widen: while the best rate is at an end of the grid, the rate beyond it by this factor
+            follows (at most `MOST_WIDENED` times); 0: the grid stays as it is.
+    """
     if len(row.lrs) == 1:
-        return []
-    return [Cell(task, row, lr, seed, "tune") for lr in row.lrs]
+        return
+    lrs = sorted(row.lrs)
+    for lr in lrs:
+        yield Cell(task, row, lr, seed, "tune")
+    for _ in range(MOST_WIDENED if widen else 0):
+        best = best_of(task, row, lrs, seed, finished)
+        if best is None or best not in (lrs[0], lrs[-1]):
+            return
+        lr = significant(best / widen if best == lrs[0] else best * widen)
+        lrs = sorted([*lrs, lr])
+        yield Cell(task, row, lr, seed, "tune")
 
 
-def best_lr(row: Row, trials: list[Cell], finished: Lookup) -> float | None:
-    """The rate with the highest value (the first of equals), None while a trial is missing."""
-    if not trials:
+def best_lr(
+    task: TaskPreset, row: Row, seed: int, finished: Lookup, widen: float = 0
+) -> float | None:
+    """The rate with the highest value (the lowest of equals), None while a trial is missing."""
+    if len(row.lrs) == 1:
         return row.lrs[0]
-    outcomes = [finished(trial) for trial in trials]
-    if any(outcome is None for outcome in outcomes):
-        return None
-    values = [value_of(outcome, trials[0].task.name) for outcome in outcomes if outcome]
-    return row.lrs[values.index(max(values))]
+    lrs = [cell.lr for cell in tuning_cells(task, row, seed, finished, widen) if cell.lr]
+    return best_of(task, row, lrs, seed, finished)
+
+
+def best_of(
+    task: TaskPreset, row: Row, lrs: Iterable[float], seed: int, finished: Lookup
+) -> float | None:
+    """The best of these rates, None while the outcome of one is missing."""
+    values: dict[float, float] = {}
+    for lr in sorted(lrs):
+        outcome = finished(Cell(task, row, lr, seed, "tune"))
+        if outcome is None:
+            return None
+        values[lr] = value_of(outcome, task.name)
+    return max(values, key=values.__getitem__)
+
+
+def significant(value: float) -> float:
+    """The value without the noise of its last bits: file names and lookups hold it.
+
+    Example:
+        >>> significant(0.1 * 3)
+        0.3
+    """
+    return float(f"{value:.6g}")
 
 
 def value_of(outcome: Outcome, column: str) -> float:

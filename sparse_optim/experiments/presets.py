@@ -133,6 +133,8 @@ class Experiment:
         protocol: "grid": one run for each learning rate; the best `kept` are averaged. "tuned": one
             run for each learning rate on a part of train (the first seed) chooses the rate; then
             one run for each seed, all averaged.
+        widen: for "tuned": factor from an end of a row's rates to the next one, tried while the
+            best rate is at that end; 0: only the row's own rates.
         settings: further fields of `FinetuneConfig`, for all runs.
         paper: the paper's figures. paper_note: where the paper has them, or why there are none.
         pictures: keys of `sparse_optim.experiments.pictures.PICTURES`, drawn beside the table.
@@ -150,6 +152,7 @@ class Experiment:
     paper: PaperTable = field(default_factory=dict)
     paper_note: str = ""
     pictures: tuple[str, ...] = ("pareto",)
+    widen: float = 0
 
     @property
     def tasks(self) -> tuple[TaskPreset, ...]:

@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from transformers import TrainerCallback
 
+from sparse_optim.delta import save_delta
 from sparse_optim.experiments.cells import (
     Cell,
     CellStore,
@@ -20,6 +21,7 @@ from sparse_optim.experiments.cells import (
     check_same,
     differing_settings,
 )
+from sparse_optim.experiments.forgetting import GLUE, STSB, score_of
 from sparse_optim.experiments.machine import machine
 from sparse_optim.experiments.model_cache import ModelCache
 from sparse_optim.experiments.plan import cells
@@ -30,6 +32,7 @@ from sparse_optim.finetune.config import FinetuneConfig, parse_budget
 from sparse_optim.finetune.errors import FinetuneError
 from sparse_optim.finetune.job import Inputs, Trained, load_inputs, train_model, write_results
 from sparse_optim.finetune.models import set_threads
+from sparse_optim.finetune.output import DELTA_FILE
 from sparse_optim.finetune.report import jsonable
 from sparse_optim.version import __version__
 
@@ -66,6 +69,7 @@ class RunOptions:
         max_minutes: start no cell that would end later, judged by the cells so far.
         only: run only cells with one of these in their names.
         shifted: also test each run on the shifted sets of its task.
+        forgetting: also measure what each run has lost: see `sparse_optim.experiments.forgetting`.
         keep: also write delta, metrics and curves of each run.
         decoding: settings for answers, for tasks that have them.
         extra: further fields of `FinetuneConfig`, which override the experiment's.
@@ -78,6 +82,7 @@ class RunOptions:
     max_minutes: float | None = None
     only: tuple[str, ...] = ()
     shifted: bool = False
+    forgetting: bool = False
     keep: bool = False
     decoding: Decoding = Decoding()
     extra: Mapping[str, Any] | None = None
@@ -172,6 +177,7 @@ class Runner:
         self.store = CellStore(options.output / "cells.jsonl")
         self.load = ModelCache()
         self.inputs: tuple[Any, Inputs] | None = None
+        self.base_scores: dict[tuple[str, str], float] = {}
 
     def wanted(self) -> Iterator[Cell]:
         """The cells that `--only` selects, in order."""
@@ -239,6 +245,7 @@ class Runner:
         begin = time.perf_counter()
         try:
             inputs = self.inputs_of(config)
+            further: dict[str, Any] = {}
             with tempfile.TemporaryDirectory() as scratch:
                 config = FinetuneConfig(**{**vars(config), "output": Path(scratch) / "run"})
                 watchers = self.watchers(cell, config, inputs)
@@ -247,6 +254,7 @@ class Runner:
                     values = {cell.task.name: trained.metrics["metric"]["value"]}
                 else:
                     values = self.measure(config, inputs, trained, cell.task, self.options)
+                    further = self.further(config, inputs, trained, cell.task, Path(scratch))
             if self.options.keep and cell.stage == "run":
                 folder = self.options.output / "runs" / cell.name
                 kept = FinetuneConfig(**{**vars(config), "output": folder})
@@ -254,10 +262,38 @@ class Runner:
         except FinetuneError as error:
             raise ExperimentError(f"cell {cell.name}: {error}") from error
         seconds = time.perf_counter() - begin
-        outcome = describe(cell, self.settings(cell, config), trained, values, seconds)
+        outcome = describe(cell, self.settings(cell, config), trained, values, seconds) | further
         for watcher in watchers:
             outcome["evaluations"] += [*watcher.rows, {"step": outcome["steps"], **values}]
         return outcome
+
+    def further(
+        self,
+        config: FinetuneConfig,
+        inputs: Inputs,
+        trained: Trained,
+        task: TaskPreset,
+        scratch: Path,
+    ) -> dict[str, Any]:
+        """The size of the run's delta and, if asked for, what the model has lost."""
+        save_delta(trained.trainer.delta(), scratch / DELTA_FILE)
+        found: dict[str, Any] = {"delta_bytes": (scratch / DELTA_FILE).stat().st_size}
+        score = score_of(config, task, self.stsb()) if self.options.forgetting else None
+        if score is not None:
+            name, measure = score
+            key = (config.model, name)
+            if key not in self.base_scores:
+                base = self.load(inputs.source, trained.spec, inputs.tokenizer)
+                self.base_scores[key] = measure(base.model, inputs.tokenizer)
+            after = measure(trained.loaded.model, inputs.tokenizer)
+            before = self.base_scores[key]
+            found["forgetting"] = {"score": name, "before": before, "after": after}
+        return found
+
+    def stsb(self) -> str:
+        """Where STS-B is."""
+        folder = self.options.data_folder
+        return GLUE if folder is None else str(folder / STSB)
 
     def watchers(self, cell: Cell, config: FinetuneConfig, inputs: Inputs) -> list[Watcher]:
         """What measures the run of a cell while it is trained."""
@@ -273,6 +309,8 @@ class Runner:
             kept["dataset"] = config.dataset.removeprefix(f"{self.options.data_folder}/")
         if self.options.shifted and cell.task.shifts and cell.stage == "run":
             kept["shifted"] = True  # not otherwise: a cell with more values will do
+        if self.options.forgetting and cell.stage == "run":
+            kept["forgetting"] = True
         return kept | vars(self.options.decoding)
 
     def inputs_of(self, config: FinetuneConfig) -> Inputs:

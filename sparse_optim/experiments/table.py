@@ -17,6 +17,11 @@ from sparse_optim.files import replacing
 
 Summary = dict[str, Any]
 
+FORGETTING = (
+    " Last column: what the base model could do (before -> after), mean over the tasks that do not "
+    "train it."
+)
+
 SHIFTED = (
     " A -> B: trained on A, tested on B (typos: the test set of A with two letters swapped in some "
     "words); not in the average."
@@ -91,6 +96,7 @@ def summarise_row(
                 columns[column] = {"mean": mean, "deviation": deviation, "runs": count}
     averaged = [name for name in shown if name not in experiment.shifted_columns]
     means = [columns[name]["mean"] for name in averaged if name in columns]
+    sizes = [run["delta_bytes"] for run in runs if "delta_bytes" in run]
     return {
         "row": row.label,
         "method": row.name,
@@ -101,7 +107,33 @@ def summarise_row(
         "entries": statistics.median(run["active_entries"] - run["fresh_entries"] for run in runs),
         "state_bytes": statistics.median(run["state_bytes"] for run in runs),
         "step_ms": statistics.median(run["step_ms"] for run in runs),
+        "delta_bytes": statistics.median(sizes) if sizes else None,
+        "forgetting": forgotten(runs),
         "paper": dict(experiment.paper.get(row.label, {})),
+    }
+
+
+def forgotten(runs: Iterable[Outcome]) -> Summary | None:
+    """What the models could do before and after, the mean over tasks of the mean over seeds.
+
+    None if it was not measured.
+    """
+    by_task: dict[str, list[Mapping[str, Any]]] = {}
+    for run in runs:
+        if "forgetting" in run:
+            by_task.setdefault(run["cell"]["task"], []).append(run["forgetting"])
+    if not by_task:
+        return None
+    tasks = list(by_task.values())
+
+    def mean(when: str) -> float:
+        return statistics.fmean(statistics.fmean(one[when] for one in task) for task in tasks)
+
+    return {
+        "score": tasks[0][0]["score"],
+        "before": mean("before"),
+        "after": mean("after"),
+        "tasks": list(by_task),
     }
 
 
@@ -153,18 +185,37 @@ def markdown(experiment: Experiment, summaries: Sequence[Summary]) -> str:
     average = ["average"] if len(averaged) > 1 else []
     tasks = [task.name for task in experiment.tasks if any(task.name in s["lr"] for s in summaries)]
     head = ["method", "budget", "lr", *shown, *average, "entries", "state MB", "ms a step"]
+    has_size = any(summary["delta_bytes"] is not None for summary in summaries)
+    losses = [summary["forgetting"] for summary in summaries if summary["forgetting"] is not None]
+    head += ["delta MB"] if has_size else []
+    head += [losses[0]["score"]] if losses else []
     lines = [head, [":--", ":--", ":--", *("--:" for _ in head[3:])]]
     for summary in summaries:
         start = [summary["method"], summary["budget"], rates(summary["lr"], tasks)]
-        lines.append(start + our_figures(summary, shown, bool(average), experiment.kept))
+        further = [megabytes(summary["delta_bytes"])] if has_size else []
+        further += [change(summary["forgetting"])] if losses else []
+        lines.append(start + our_figures(summary, shown, bool(average), experiment.kept) + further)
         if summary["paper"]:
             theirs = [number(summary["paper"].get(name), 1.0) for name in shown]
             whole = summary["paper"].get("average") if is_whole else None
             theirs += [number(whole, 1.0)] if average else []
-            lines.append(["*the paper*", "", "", *theirs, "", "", ""])
+            lines.append(["*the paper*", "", "", *theirs, *[""] * (len(head) - 3 - len(theirs))])
     body = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     notes = legend(experiment, summaries) + (SHIFTED if experiment.shifted_columns & filled else "")
+    notes += FORGETTING if losses else ""
     return f"**{experiment.title}**\n\n{body}\n{notes}\n"
+
+
+def megabytes(size: float | None) -> str:
+    """A size with two decimals; empty for None."""
+    return "" if size is None else f"{size / 1e6:.2f}"
+
+
+def change(forgetting: Mapping[str, Any] | None) -> str:
+    """'0.812 -> 0.433'; empty for None."""
+    if forgetting is None:
+        return ""
+    return f"{forgetting['before']:.3f} -> {forgetting['after']:.3f}"
 
 
 def our_figures(summary: Summary, shown: Sequence[str], average: bool, kept: int) -> list[str]:

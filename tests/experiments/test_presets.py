@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -33,7 +34,13 @@ from sparse_optim.experiments.glue import ADAPTERS, GLUE, NER, PFEIFFER_RANK
 from sparse_optim.experiments.overrides import Choice, choose
 from sparse_optim.experiments.pictures import PICTURES
 from sparse_optim.experiments.presets import ExperimentError
-from sparse_optim.experiments.quality import QUALITY
+from sparse_optim.experiments.quality import (
+    BUDGET,
+    LORA_RANK,
+    QUALITY,
+    SMALL,
+    SMALL_LORA_RANK,
+)
 from sparse_optim.experiments.stochastic import STOCHASTIC
 from sparse_optim.experiments.sweeps import SWEEPS
 from sparse_optim.experiments.table import markdown
@@ -260,28 +267,36 @@ def test_the_papers_averages_are_near_those_of_their_columns():
             assert abs(sum(columns) / len(columns) - figures["average"]) < 0.7, label
 
 
-def test_quality_begins_with_the_core_and_gives_selective_methods_equal_chances():
+def test_quality_begins_with_the_core_at_equal_budgets():
     first = QUALITY.blocks[0]
-    assert [task.name for task in first.tasks] == ["conll2003", "trec50", "stsb"]
+    assert [task.name for task in first.tasks] == ["conll2003", "trec50", "stsb", "cola"]
     assert {row.label for row in first.rows} == {
         "full",
-        "frozen",
-        "id3-0.5%",
-        "id3@share=0.5-0.5%",
-        "static-d3-0.5%",
-        "fish-0.5%",
-        "pafi-0.5%",
-        "r-mask-0.5%",
         "lora-r3",
+        "r-mask@linear-112827",
+        "pafi@linear-112827",
+        "id3@paper-112827",
+        "id3@early-112827",
     }
-    budgeted = [row for row in QUALITY.rows if row.budget]
-    assert len({row.lrs for row in budgeted}) == 1
-    assert {len(row.lrs) for row in QUALITY.rows} == {4}
-    lora = 6 * (4 * (384 + 384) + 2 * (384 + 1536))  # every Linear of six layers, a rank
+    assert {row.budget for row in QUALITY.rows} == {"", BUDGET, SMALL}
     pool = 22_565_376
-    for share, rank in ((0.005, 3), (0.001, 1)):
-        distance = {r: abs(r * lora - share * pool) for r in range(1, 20)}
+    assert (int(BUDGET), int(SMALL)) == (round(0.005 * pool), int(0.0005 * pool))
+    every_linear = 6 * (4 * (384 + 384) + 2 * (384 + 1536))  # entries a rank, six layers
+    query_value = 6 * 2 * (384 + 384)
+    for budget, entries, rank in (
+        (BUDGET, every_linear, LORA_RANK),
+        (SMALL, query_value, SMALL_LORA_RANK),
+    ):
+        distance = {r: abs(r * entries - int(budget)) for r in range(1, 20)}
         assert rank == min(distance, key=distance.get)
+
+
+def test_rates_of_quality_are_powers_of_two():
+    """So that the grids of all rows meet, wherever they grow."""
+    for row in QUALITY.rows:
+        for lr in row.lrs:
+            assert math.log2(lr / 1e-3) == pytest.approx(round(math.log2(lr / 1e-3)))
+        assert row.lrs[1] == pytest.approx(QUALITY.widen * row.lrs[0])
 
 
 def test_unknown_names_list_the_known_ones():

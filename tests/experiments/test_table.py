@@ -11,7 +11,7 @@ pytest.importorskip("transformers", reason="experiments need the extra 'finetune
 
 from experiment_cases import outcome, tiny_experiment, tiny_task
 
-from sparse_optim.experiments.plan import best_lr, cells, tuning_cells
+from sparse_optim.experiments.plan import MOST_WIDENED, best_lr, cells, tuning_cells
 from sparse_optim.experiments.presets import Block, Row
 from sparse_optim.experiments.table import markdown, rates, summarise, top_mean, write_table
 
@@ -151,16 +151,40 @@ def test_every_row_is_run_once_before_any_is_run_again(tmp_path):
     ]
 
 
-def test_the_best_rate_is_the_first_of_equals_and_needs_all_trials():
-    task, row = tiny_task("one"), Row("id3", (1.0, 2.0, 3.0), "100")
-    trials = tuning_cells(task, row, 0)
+def searched(row: Row, score, widen: float = 0, missing: float | None = None):
+    """The rates that tuning tries if their scores are `score(lr)`, and the rate it chooses."""
+    task, tried = tiny_task("one"), []
+
+    def finished(cell):
+        return None if cell.lr == missing else {"values": {"one": score(cell.lr)}}
+
+    tried = [cell.lr for cell in tuning_cells(task, row, 0, finished, widen)]
+    return tried, best_lr(task, row, 0, finished, widen)
+
+
+def test_the_best_rate_is_the_lowest_of_equals_and_needs_all_trials():
+    row = Row("id3", (1.0, 2.0, 3.0), "100")
     values = {1.0: 0.4, 2.0: 0.6, 3.0: 0.6}
-    found = {trial.name: {"values": {"one": values[trial.lr]}} for trial in trials}
-    assert best_lr(row, trials, lambda cell: found.get(cell.name)) == 2.0
-    found[trials[1].name] = {"values": {"one": None}}  # diverged
-    assert best_lr(row, trials, lambda cell: found.get(cell.name)) == 3.0
-    del found[trials[0].name]
-    assert best_lr(row, trials, lambda cell: found.get(cell.name)) is None
+    assert searched(row, values.get) == ([1.0, 2.0, 3.0], 2.0)
+    assert searched(row, (values | {2.0: None}).get) == ([1.0, 2.0, 3.0], 3.0)  # diverged
+    assert searched(row, values.get, missing=1.0)[1] is None
+    assert searched(Row("id3", (7.0,), "100"), values.get) == ([], 7.0)
+
+
+def test_the_grid_grows_until_the_best_rate_is_inside():
+    row = Row("id3", (1e-3, 2e-3), "100")
+
+    def around(best):
+        return lambda lr: -abs(math.log(lr / best))
+
+    assert searched(row, around(8e-3), 2.0) == ([1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2], 8e-3)
+    assert searched(row, around(2.5e-4), 2.0) == ([1e-3, 2e-3, 5e-4, 2.5e-4, 1.25e-4], 2.5e-4)
+    assert searched(row, around(1e-3), 2.0) == ([1e-3, 2e-3, 5e-4], 1e-3)
+    assert searched(row, lambda lr: None if lr > 2e-3 else lr, 2.0)[1] == 2e-3
+    tried, best = searched(row, lambda lr: lr, 2.0)  # it ends
+    assert len(tried) == 2 + MOST_WIDENED
+    assert best == tried[-1]
+    assert searched(row, around(8e-3), 2.0, missing=4e-3) == ([1e-3, 2e-3, 4e-3], None)
 
 
 def test_the_text_below_a_table_of_single_runs_names_no_mean(tmp_path):
@@ -172,3 +196,22 @@ def test_the_text_below_a_table_of_single_runs_names_no_mean(tmp_path):
     assert "deviation" not in text
     text = markdown(experiment, summarise(experiment, [*one, outcome("one", "id3-100", 0.6)]))
     assert "mean and sample deviation of the best" in text
+
+
+def test_what_runs_lost_is_averaged_over_tasks_not_runs(tmp_path):
+    experiment = two_tasks(tmp_path)
+    lost = [{"score": "cosine", "before": 0.8, "after": after} for after in (0.6, 0.4, 0.1)]
+    outcomes = [
+        outcome("one", "id3-100", 0.8, delta_bytes=2_000_000, forgetting=lost[0]),
+        outcome("one", "id3-100", 0.9, delta_bytes=4_000_000, forgetting=lost[1]),
+        outcome("two", "id3-100", 0.6, delta_bytes=4_000_000, forgetting=lost[2]),
+    ]
+    (summary,) = summarise(experiment, outcomes)
+    assert summary["delta_bytes"] == 4_000_000
+    assert summary["forgetting"]["after"] == pytest.approx((0.5 + 0.1) / 2)
+    text = markdown(experiment, [summary])
+    assert "| delta MB | cosine |" in text
+    assert "| 4.00 | 0.800 -> 0.300 |" in text
+    assert "delta MB" not in markdown(
+        experiment, summarise(experiment, [outcome("one", "id3-100", 1)])
+    )
