@@ -35,7 +35,8 @@ def record(dataset: str, step: int, dtype: torch.dtype) -> list[Tensor]:
     from transformers import TrainerCallback
 
     from sparse_optim.finetune.config import FinetuneConfig
-    from sparse_optim.finetune.job import load_base, load_inputs, make_trainer
+    from sparse_optim.finetune.inputs import load_base, load_inputs
+    from sparse_optim.finetune.trainer_setup import make_trainer
 
     class Stop(TrainerCallback):
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -22,7 +22,8 @@ from sparse_optim.experiments.arithmetic import is_right, prompt_of, read_tests,
 from sparse_optim.experiments.presets import ExperimentError, TaskPreset
 from sparse_optim.experiments.runner import AT_THE_END, Decoding, RunOptions, Watcher
 from sparse_optim.finetune.config import FinetuneConfig
-from sparse_optim.finetune.job import Inputs, Trained
+from sparse_optim.finetune.inputs import Inputs
+from sparse_optim.finetune.job import Trained
 from sparse_optim.finetune.tasks import TASKS
 
 logger = logging.getLogger(__name__)

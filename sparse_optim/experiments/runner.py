@@ -30,7 +30,8 @@ from sparse_optim.experiments.shifts import measure_shifts
 from sparse_optim.finetune.builtin_data import DATASETS
 from sparse_optim.finetune.config import FinetuneConfig, parse_budget
 from sparse_optim.finetune.errors import FinetuneError
-from sparse_optim.finetune.job import Inputs, Trained, load_inputs, train_model, write_results
+from sparse_optim.finetune.inputs import Inputs, load_inputs
+from sparse_optim.finetune.job import Trained, train_model, write_results
 from sparse_optim.finetune.models import set_threads
 from sparse_optim.finetune.output import DELTA_FILE
 from sparse_optim.finetune.report import jsonable

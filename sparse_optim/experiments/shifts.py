@@ -12,7 +12,8 @@ from datasets import Dataset
 from sparse_optim.experiments.presets import Shift, TaskPreset
 from sparse_optim.finetune.config import FinetuneConfig
 from sparse_optim.finetune.data import TaskData, load_data
-from sparse_optim.finetune.job import Inputs, Trained, load_inputs
+from sparse_optim.finetune.inputs import Inputs, load_inputs
+from sparse_optim.finetune.job import Trained
 from sparse_optim.finetune.request import data_request
 
 SEED = 0  # of the typing errors: they are the same for each cell

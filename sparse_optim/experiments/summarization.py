@@ -24,7 +24,8 @@ from sparse_optim.experiments.presets import Block, Experiment, Row, TaskPreset
 if TYPE_CHECKING:
     from sparse_optim.experiments.runner import RunOptions  # torch: the command has it by then
     from sparse_optim.finetune.config import FinetuneConfig
-    from sparse_optim.finetune.job import Inputs, Trained
+    from sparse_optim.finetune.inputs import Inputs
+    from sparse_optim.finetune.job import Trained
 
 MODEL = "facebook/bart-base"
 LR, FULL_LR = 3e-4, 3e-5

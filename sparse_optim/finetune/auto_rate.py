@@ -8,15 +8,21 @@ Measured on MiniLM with three tasks (bench/results/curvature): from 1e-4 for ful
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import chain, islice
+from collections.abc import Iterable, Mapping
+from itertools import chain, islice, repeat
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
-from sparse_optim.analysis.curvature import curvature
+from sparse_optim.analysis.curvature import Curvature, curvature
+from sparse_optim.finetune.checkpoints import saved_rate
+from sparse_optim.finetune.config import AUTO, FinetuneConfig
 from sparse_optim.finetune.errors import FinetuneError
+from sparse_optim.finetune.inputs import Inputs, load_base
+from sparse_optim.finetune.progress import tell
+from sparse_optim.finetune.trainer_setup import make_trainer, method_request
 from sparse_optim.methods import METHODS, MethodRequest
 from sparse_optim.optim.masked_adamw import MaskedAdamW
 
@@ -27,43 +33,49 @@ BATCHES = 4
 STATIC_KIN = {"id3": "static-d3", "repeat-d3": "static-d3", "random-tuning": "r-mask"}
 
 
-def find_rate(method: str, request: MethodRequest, head_rate: float | None) -> tuple[float, str]:
-    """The learning rate of a method on a model, and a sentence on how it was found.
-
-    Trains a fresh head alone for 30 steps, takes the entries that the method would train, and
-    measures the loss along AdamW's first step on them (`sparse_optim.analysis.curvature`).
-
-    Args:
-        method: a key of METHODS.
-        request: of the job; its model is changed, and of no further use.
-        head_rate: of the head's 30 steps; None: 5e-3.
+def with_rate(config: FinetuneConfig, inputs: Inputs, console: Console | None) -> FinetuneConfig:
+    """The configuration with a number in place of `--lr auto`.
 
     Raises:
-        FinetuneError: the loss has no lowest point along the step.
-        ValueError: the method cannot use the request.
+        FinetuneError: no rate follows from the curvature.
     """
-    if request.calibration is None:
-        raise ValueError("it needs batches: give calibration=")
-    batches = chain.from_iterable(repeat_call(request.calibration))
-    request.model.eval()
-    train_head(request, islice(batches, HEAD_STEPS), head_rate or HEAD_RATE)
-    some = list(islice(batches, BATCHES))
-    found = curvature(request.model, some, mask_of(method, request, some), iterations=0)
+    if config.lr != AUTO:
+        return config
+    if config.resume is not None:
+        return dataclasses.replace(config, lr=saved_rate(config.resume))
+    try:
+        found = curvature_of(config, inputs)
+    except ValueError as error:
+        raise FinetuneError(f"--lr auto: {error}") from error
     if found.lr is None:
         raise FinetuneError(
             "--lr auto: the loss has no lowest point along the first step (its curvature there is "
             f"{found.sign_curvature:.3g}): give a number"
         )
-    return float(f"{found.lr:.2g}"), (
+    tell(
+        console,
         f"learning rate {found.lr:.2g}: slope {found.slope:.3g} / curvature "
-        f"{found.sign_curvature:.3g} of the loss along a first step on {found.entries:,} entries"
+        f"{found.sign_curvature:.3g} of the loss along a first step on {found.entries:,} entries",
     )
+    return dataclasses.replace(config, lr=float(f"{found.lr:.2g}"))
 
 
-def repeat_call(make: Callable[[], Iterable[Any]]) -> Iterator[Iterable[Any]]:
-    """Epoch after epoch."""
-    while True:
-        yield make()
+def curvature_of(config: FinetuneConfig, inputs: Inputs) -> Curvature:
+    """The loss along AdamW's first step on the entries that the job would train.
+
+    Trains a fresh head alone for 30 steps before it measures (at `--head-lr`, or 5e-3).
+
+    Raises:
+        ValueError: the method cannot use the job's settings.
+    """
+    loaded = load_base(config, inputs)
+    batches = make_trainer(config, inputs, loaded).get_train_dataloader()
+    request = method_request(config, loaded, loaded.model, 1, lambda: batches)
+    several = chain.from_iterable(repeat(batches))  # epoch after epoch
+    request.model.eval()
+    train_head(request, islice(several, HEAD_STEPS), config.head_lr or HEAD_RATE)
+    some = list(islice(several, BATCHES))
+    return curvature(request.model, some, mask_of(config.method, request, some), iterations=0)
 
 
 def train_head(request: MethodRequest, batches: Iterable[Any], rate: float) -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -16,45 +15,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from rich.console import Console
 from torch import nn
 from transformers import (
-    PreTrainedTokenizerBase,
-    PrinterCallback,
     TrainerCallback,
-    TrainingArguments,
 )
-from transformers.integrations.integration_utils import TensorBoardCallback, default_logdir
 
 from sparse_optim.delta import Delta, apply_delta, load_delta, save_delta
 from sparse_optim.files import replacing
 from sparse_optim.finetune import processes
 from sparse_optim.finetune.adapters import save_adapter
-from sparse_optim.finetune.auto_rate import find_rate
+from sparse_optim.finetune.auto_rate import with_rate
 from sparse_optim.finetune.best import Evaluated
-from sparse_optim.finetune.build import LoadModel, build, hash_weights
+from sparse_optim.finetune.build import LoadModel, hash_weights
 from sparse_optim.finetune.card import load_adapter, load_folder, load_run, write_card
 from sparse_optim.finetune.checkpoints import (
     ManifestWriter,
     check_inputs,
     find_last,
     hash_examples,
-    saved_rate,
 )
-from sparse_optim.finetune.config import AUTO, LAST, FinetuneConfig
+from sparse_optim.finetune.config import LAST, FinetuneConfig
 from sparse_optim.finetune.config_file import CONFIG_FILE, write_config
-from sparse_optim.finetune.data import TaskData, load_data
-from sparse_optim.finetune.defaults import learning_rate, resolved
-from sparse_optim.finetune.encode import Lengths
+from sparse_optim.finetune.data import TaskData
+from sparse_optim.finetune.defaults import resolved
 from sparse_optim.finetune.errors import FinetuneError
+from sparse_optim.finetune.inputs import Inputs, load_base, load_inputs
 from sparse_optim.finetune.models import (
     LoadedModel,
-    ModelSource,
     check_lengths,
-    find_model,
     load_base_model,
-    load_tokenizer,
     set_threads,
 )
 from sparse_optim.finetune.output import (
@@ -71,25 +61,21 @@ from sparse_optim.finetune.output import (
 )
 from sparse_optim.finetune.packing import check_packing
 from sparse_optim.finetune.plots import draw_curves
-from sparse_optim.finetune.prepare import prepare
-from sparse_optim.finetune.progress import Announcer, ConsoleProgress
+from sparse_optim.finetune.progress import Announcer, ConsoleProgress, tell
 from sparse_optim.finetune.push import check_login, push_to_hub
 from sparse_optim.finetune.report import collect, write_json
-from sparse_optim.finetune.request import data_request
 from sparse_optim.finetune.reuse import Tuned, write_model
 from sparse_optim.finetune.series import write_series
 from sparse_optim.finetune.spec import KEY, ModelSpec, spec_of
 from sparse_optim.finetune.stopping import Stopper
-from sparse_optim.finetune.tasks import TASKS, Task
-from sparse_optim.finetune.trainer import JobTrainer, WritingTrainer, arguments_class
+from sparse_optim.finetune.trainer import JobTrainer
+from sparse_optim.finetune.trainer_setup import make_trainer
 from sparse_optim.finetune.validate import (
     check_machine,
     check_method,
     check_schedule,
     check_tracker,
 )
-from sparse_optim.methods import METHODS, MethodRequest
-from sparse_optim.policy.schedule import SCHEDULES
 
 logger = logging.getLogger(__name__)
 
@@ -160,44 +146,6 @@ def run(
         except FinetuneError as error:
             raise FinetuneError(f"the results are in {config.output}, but {error}") from error
     return result
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """The tokenised data of a job; jobs that differ in method, rate or seed share it.
-
-    Attributes:
-        train_set, eval_set, lengths, longest, counts, notes: see `Prepared`.
-    """
-
-    source: ModelSource
-    data: TaskData
-    task: Task
-    tokenizer: PreTrainedTokenizerBase
-    train_set: Dataset
-    eval_set: Dataset
-    lengths: Lengths
-    longest: int
-    counts: dict[str, Any]
-    notes: tuple[str, ...]
-
-
-def load_inputs(config: FinetuneConfig, data: TaskData | None = None) -> Inputs:
-    """Find the model, load and tokenise the data.
-
-    Args:
-        data: the data, if it is loaded already.
-
-    Raises:
-        FinetuneError: wrong input, in one line.
-    """
-    source = find_model(config.model)
-    data = data or load_data(data_request(config))
-    task = TASKS[data.task]
-    task.check_metric(config.metric, data.label_names)
-    tokenizer = load_tokenizer(source)
-    prepared = prepare(data, tokenizer, config, source)
-    return Inputs(source, data, task, tokenizer, **vars(prepared))
 
 
 @dataclass(frozen=True)
@@ -338,168 +286,6 @@ def rescue(
     return FinetuneError(f"{problem}, nor can the folder for temporary files or your home folder")
 
 
-def load_base(
-    config: FinetuneConfig, inputs: Inputs, load: LoadModel = load_base_model
-) -> LoadedModel:
-    """Load the model that the job begins with; a second call returns the same model."""
-    spec = spec_of(config, inputs.data, inputs.lengths)
-    return build(inputs.source, spec, inputs.tokenizer, load)
-
-
-def make_trainer(config: FinetuneConfig, inputs: Inputs, loaded: LoadedModel) -> JobTrainer:
-    """Make the trainer for the tokenised examples."""
-    task, names = inputs.task, inputs.data.label_names or []
-    if config.gradient_checkpointing and not loaded.model.supports_gradient_checkpointing:
-        raise FinetuneError(
-            f"--gradient-checkpointing: {type(loaded.model).__name__} does not support it: drop it"
-        )
-    trainer = (WritingTrainer if task.writes else JobTrainer)(
-        partial(build_optimizer, config, loaded),
-        averages_tokens=inputs.data.task == "causal-lm",
-        model=loaded.model,
-        args=training_arguments(config, task, len(inputs.train_set)),
-        train_dataset=inputs.train_set,
-        eval_dataset=inputs.eval_set,
-        processing_class=inputs.tokenizer,
-        data_collator=task.collator(inputs.tokenizer, loaded.model),
-        compute_metrics=task.scores(inputs.tokenizer, names),
-        preprocess_logits_for_metrics=task.preprocess_logits,
-    )
-    trainer.remove_callback(PrinterCallback)
-    for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
-            # Where people look: the Trainer would take the folder of the checkpoints.
-            callback.logging_dir = str(config.output / default_logdir())
-    if config.series is not None:
-        trainer.keep_series(config.series, task.check_metric(config.metric))
-    if config.keeps_best:
-        trainer.keep_best(task.check_metric(config.metric), config.patience)
-    return trainer
-
-
-def training_arguments(config: FinetuneConfig, task: Task, train_size: int) -> TrainingArguments:
-    """Arguments of the Trainer, which must not clip if the optimizer already does."""
-    method = METHODS[config.method]
-    per_step = config.batch_size * config.accumulation * processes.count()
-    steps = config.steps or max(1, math.ceil(train_size / per_step * config.epochs))
-    return arguments_class(task)(
-        output_dir=str(config.output / CHECKPOINTS),
-        max_steps=config.steps or -1,
-        num_train_epochs=config.epochs,
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=config.eval_batch_size or task.eval_batch_size,
-        gradient_accumulation_steps=config.accumulation,
-        learning_rate=learning_rate(config),
-        lr_scheduler_type=config.schedule,
-        warmup_steps=config.warmup,
-        weight_decay=config.weight_decay,
-        max_grad_norm=0.0 if method.clips else config.max_grad_norm or 0.0,
-        bf16=config.amp == "bf16",
-        fp16=config.amp == "fp16",
-        **recomputation(config),
-        train_sampling_strategy="group_by_length" if config.group_by_length else "random",
-        logging_steps=config.log_every or max(1, steps // 100),
-        eval_strategy="steps",
-        eval_steps=config.eval_every or max(1, steps // 5),
-        save_strategy="steps" if config.save_every else "no",
-        save_steps=config.save_every or 500,
-        seed=config.seed,
-        use_cpu=config.cpu or not torch.cuda.is_available(),
-        dataloader_pin_memory=torch.cuda.is_available() and not config.cpu,
-        disable_tqdm=True,
-        log_level_replica="passive",  # as the caller set it: "warning" would print on each process
-        report_to=config.report_to,
-    )
-
-
-def recomputation(config: FinetuneConfig) -> dict[str, Any]:
-    """The Trainer's arguments for gradient checkpointing."""
-    if not config.gradient_checkpointing:
-        return {}
-    renamed = hasattr(TrainingArguments, "activation_checkpointing")  # the old names warn
-    kind = "activation" if renamed else "gradient"
-    # The reentrant kind gives no gradients behind frozen embeddings.
-    options = {"use_reentrant": False}
-    return {f"{kind}_checkpointing": True, f"{kind}_checkpointing_kwargs": options}
-
-
-def build_optimizer(
-    config: FinetuneConfig,
-    loaded: LoadedModel,
-    model: nn.Module,
-    total_steps: int,
-    batches: Callable[[], Iterable[Any]],
-) -> torch.optim.Optimizer:
-    """Build the optimizer of the method; turn its ValueError into a FinetuneError."""
-    request = method_request(config, loaded, model, total_steps, batches)
-    try:
-        return METHODS[config.method].build(request)
-    except ValueError as error:
-        raise FinetuneError(str(error)) from error
-
-
-def method_request(
-    config: FinetuneConfig,
-    loaded: LoadedModel,
-    model: nn.Module,
-    total_steps: int,
-    batches: Callable[[], Iterable[Any]],
-) -> MethodRequest:
-    """The settings of the job as the methods take them."""
-    named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
-    method = METHODS[config.method]
-    config = resolved(config)
-    lr = config.lr if isinstance(config.lr, float) else 0.0  # auto: until it is found
-    return MethodRequest(
-        model=model,
-        named=named,
-        fresh=loaded.fresh,
-        rank=config.rank,
-        no_decay=frozenset(name for name, param in named if param.ndim < 2),
-        lr=lr,
-        head_lr=config.head_lr or lr,
-        betas=(0.9, 0.999),
-        adam_eps=config.adam_eps or method.adam_eps,
-        weight_decay=config.weight_decay,
-        budget=config.budget,
-        total_steps=total_steps,
-        d3_exp=config.d3_exp,
-        d3_eps=config.d3_eps,
-        schedule=SCHEDULES[config.unmask_schedule],
-        unmask_share=config.unmask_share,
-        bias_correction=config.bias_correction,
-        sparse_score=config.sparse_score,
-        fuse_backward=config.fuse_backward,
-        every=config.every,
-        sampled_backward=config.sampled_backward,
-        max_grad_norm=config.max_grad_norm,
-        backend=config.backend,
-        calibration=batches,
-        seed=config.seed,
-    )
-
-
-def with_rate(config: FinetuneConfig, inputs: Inputs, console: Console | None) -> FinetuneConfig:
-    """The configuration with a number in place of `--lr auto`.
-
-    Raises:
-        FinetuneError: no rate follows from the curvature.
-    """
-    if config.lr != AUTO:
-        return config
-    if config.resume is not None:
-        return dataclasses.replace(config, lr=saved_rate(config.resume))
-    loaded = load_base(config, inputs)
-    batches = make_trainer(config, inputs, loaded).get_train_dataloader()
-    request = method_request(config, loaded, loaded.model, 1, lambda: batches)
-    try:
-        rate, sentence = find_rate(config.method, request, config.head_lr)
-    except ValueError as error:
-        raise FinetuneError(f"--lr auto: {error}") from error
-    tell(console, sentence)
-    return dataclasses.replace(config, lr=rate)
-
-
 def train(
     trainer: JobTrainer, config: FinetuneConfig, metric: str, console: Console | None
 ) -> float:
@@ -530,16 +316,6 @@ def restore_best(model: nn.Module, kept: Evaluated, base: nn.Module) -> None:
     """
     apply_delta(base, kept.delta)
     model.load_state_dict(base.state_dict())
-
-
-def tell(console: Console | None, line: str) -> None:
-    """Show a line on the console, or log it; of several processes, the first."""
-    if not processes.is_first():
-        return
-    if console is None:
-        logger.warning(line)
-    else:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def evaluated_at(trainer: JobTrainer) -> float | None:

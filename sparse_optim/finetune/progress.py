@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any
 
@@ -17,9 +18,12 @@ from rich.progress import (
 from rich.table import Column
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from sparse_optim.finetune import processes
 from sparse_optim.finetune.packing import POSITIONS
 from sparse_optim.finetune.readings import usage_of
 from sparse_optim.finetune.summary import describe_run, show
+
+logger = logging.getLogger(__name__)
 
 WIDE = 100  # columns of a terminal that has room for the active entries
 
@@ -166,3 +170,13 @@ def columns(width: int) -> list[ProgressColumn]:
         TextColumn("{task.fields[rate]}", table_column=Column(no_wrap=True)),
         TimeRemainingColumn(table_column=Column(no_wrap=True)),
     ]
+
+
+def tell(console: Console | None, line: str) -> None:
+    """Show a line on the console, or log it; of several processes, the first."""
+    if not processes.is_first():
+        return
+    if console is None:
+        logger.warning(line)
+    else:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -15,7 +15,9 @@ from sparse_optim.delta import load_delta
 from sparse_optim.finetune import FinetuneConfig, FinetuneError
 from sparse_optim.finetune.auto_rate import mask_of
 from sparse_optim.finetune.config import parse_rate
-from sparse_optim.finetune.job import load_base, load_inputs, method_request, run
+from sparse_optim.finetune.inputs import load_base, load_inputs
+from sparse_optim.finetune.job import run
+from sparse_optim.finetune.trainer_setup import method_request
 from sparse_optim.finetune.validate import check_method
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -19,10 +19,12 @@ from transformers import AutoTokenizer
 
 from sparse_optim.finetune import FinetuneError
 from sparse_optim.finetune.card import PIPELINES
-from sparse_optim.finetune.job import load_base, load_inputs, make_trainer, run
+from sparse_optim.finetune.inputs import load_base, load_inputs
+from sparse_optim.finetune.job import run
 from sparse_optim.finetune.reuse import load_model
 from sparse_optim.finetune.spec import spec_of
 from sparse_optim.finetune.tasks import TASKS
+from sparse_optim.finetune.trainer_setup import make_trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -25,13 +25,9 @@ from sparse_optim import load_model
 from sparse_optim.analysis import load_record
 from sparse_optim.delta import load_delta
 from sparse_optim.finetune import FinetuneConfig
-from sparse_optim.finetune.job import (
-    differing_tensors,
-    load_base,
-    load_inputs,
-    make_trainer,
-    run,
-)
+from sparse_optim.finetune.inputs import load_base, load_inputs
+from sparse_optim.finetune.job import differing_tensors, run
+from sparse_optim.finetune.trainer_setup import make_trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -15,8 +15,10 @@ from finetune_jobs import config, make_folders
 from sparse_optim.amp import GradScaler
 from sparse_optim.delta import content_fingerprint, load_delta
 from sparse_optim.finetune import FinetuneConfig, FinetuneError
-from sparse_optim.finetune.job import load_base, load_inputs, make_trainer, run
+from sparse_optim.finetune.inputs import load_base, load_inputs
+from sparse_optim.finetune.job import run
 from sparse_optim.finetune.trainer import JobTrainer
+from sparse_optim.finetune.trainer_setup import make_trainer
 from sparse_optim.finetune.validate import check_machine, check_method
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -24,7 +24,8 @@ from sparse_optim.finetune import FinetuneConfig, FinetuneError
 from sparse_optim.finetune.columns import Columns
 from sparse_optim.finetune.data import load_data
 from sparse_optim.finetune.encode import Lengths, Targets, encode_summaries
-from sparse_optim.finetune.job import load_base, load_inputs, run
+from sparse_optim.finetune.inputs import load_base, load_inputs
+from sparse_optim.finetune.job import run
 from sparse_optim.finetune.metrics import ROUGE, summary_metrics
 from sparse_optim.finetune.models import check_lengths, check_writes, find_model
 from sparse_optim.finetune.predict import as_examples, evaluate, predict, read_texts
