@@ -11,6 +11,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+SHADES = [plt.get_cmap("tab20")(number) for number in range(20)]
+WHOLE = "full fine-tuning"
 OURS, OTHERS, INK, FAINT = "#0072B2", "#AAAAAA", "#222222", "#666666"
 
 
@@ -39,24 +41,9 @@ def draw_whole_steps(cases: Mapping[str, Mapping[str, float]], path: Path) -> No
     plt.close(figure)
 
 
-def draw_quality(scores: Mapping[str, float], ours: Sequence[str], path: Path) -> None:
-    """Draw a bar for the average score of each way to fine-tune.
-
-    Args:
-        scores: name -> score in per cent.
-        ours: names whose bars are in our colour: the methods that run on the engine.
-    """
-    figure, axis = plt.subplots(figsize=(7, 0.7 + 0.34 * len(scores)), layout="constrained")
-    _bars(axis, scores, "{:.1f}", set(ours))
-    axis.set_xlim(0, 100)
-    axis.set_xlabel("average score, per cent (blue: methods of this package)", color=FAINT)
-    figure.savefig(path, dpi=150, facecolor="white")
-    plt.close(figure)
-
-
-def _bars(axis: Any, bars: Mapping[str, float], form: str, ours: set[str] | None = None) -> None:
+def _bars(axis: Any, bars: Mapping[str, float], form: str) -> None:
     for place, (name, value) in enumerate(bars.items()):
-        is_ours = name.startswith("sparse_optim") if ours is None else name in ours
+        is_ours = name.startswith("sparse_optim")
         axis.barh(place, value, height=0.72, color=OURS if is_ours else OTHERS)
         axis.annotate(
             form.format(value), (value, place), xytext=(4, 0), textcoords="offset points",
@@ -67,3 +54,85 @@ def _bars(axis: Any, bars: Mapping[str, float], form: str, ours: set[str] | None
     axis.spines[["top", "right", "left", "bottom"]].set_visible(False)
     axis.tick_params(length=0, labelsize=9, labelcolor=INK)
     axis.set_xticks([])
+
+
+def draw_scores(lines: Mapping[str, Sequence[tuple[float, Any]]], label: str, path: Path) -> None:
+    """Draw scores against trained entries, with bars of one deviation each way.
+
+    Methods at the same number of entries stand side by side, so that their bars can be seen.
+
+    Args:
+        lines: name -> (entries, score with `mean` and `deviation` in per cent); a band for
+            "full fine-tuning".
+        label: of the y axis.
+    """
+    figure, axis = plt.subplots(figsize=(9.5, 5.2), layout="constrained")
+    names = [name for name in lines if name != WHOLE]
+    for place, name in enumerate(names):
+        dodge = 1.045 ** (place - (len(names) - 1) / 2)
+        xs = [entries * dodge for entries, _ in lines[name]]
+        means = [score.mean for _, score in lines[name]]
+        bars = [score.deviation or 0.0 for _, score in lines[name]]
+        axis.errorbar(
+            xs, means, yerr=bars, label=name, color=SHADES[place % len(SHADES)],
+            marker="os^Dv"[place % 5], markersize=6, linewidth=1, elinewidth=1, capsize=2.5,
+        )  # fmt: skip
+    for _, score in lines.get(WHOLE, []):
+        spread = score.deviation or 0.0
+        axis.axhspan(score.mean - spread, score.mean + spread, color=FAINT, alpha=0.18, lw=0)
+        axis.axhline(score.mean, color=FAINT, linestyle="--", linewidth=1, label=WHOLE)
+    axis.set_xscale("log")
+    axis.set_xlabel("trained entries, without the fresh head", color=FAINT)
+    axis.set_ylabel(label, color=FAINT)
+    axis.grid(True, color="#E6E6E6", linewidth=0.8)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=9)
+    figure.savefig(path, dpi=150, facecolor="white")
+    plt.close(figure)
+
+
+def draw_rates(
+    points: Sequence[tuple[str, Mapping[str, float], float, tuple[float, float]]],
+    factor: float,
+    path: Path,
+) -> None:
+    """Draw tuned learning rates against curvature, and against the rates that follow from it.
+
+    Args:
+        points: (method, line with `sign_curvature` and `lr`, best rate, (lowest, highest) rate that
+            is as good).
+        factor: half-width of the band around the diagonal.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.8), sharey=True, layout="constrained")
+    names = list(dict.fromkeys(name for name, *_ in points))
+    for place, name in enumerate(names):
+        mine = [point for point in points if point[0] == name]
+        best = [tuned for _, _, tuned, _ in mine]
+        below = [tuned - low for _, _, tuned, (low, _) in mine]
+        above = [high - tuned for _, _, tuned, (_, high) in mine]
+        for axis, key in ((left, "sign_curvature"), (right, "lr")):
+            axis.errorbar(
+                [line[key] for _, line, _, _ in mine], best, yerr=[below, above], linestyle="",
+                color=SHADES[place % len(SHADES)], marker="os^Dv"[place % 5], markersize=6,
+                elinewidth=1, capsize=2.5, label=name if axis is left else None,
+            )  # fmt: skip
+    low = min(min(line["lr"], tuned) for _, line, tuned, _ in points) / factor
+    high = max(max(line["lr"], tuned) for _, line, tuned, _ in points) * factor
+    right.fill_between(
+        [low, high], [low / factor, high / factor], [low * factor, high * factor],
+        color=FAINT, alpha=0.15, lw=0,
+    )  # fmt: skip
+    right.plot([low, high], [low, high], color=FAINT, linestyle="--", linewidth=1)
+    for axis, label in (
+        (left, "curvature along the signs of the gradient"),
+        (right, f"suggested rate: slope / curvature (band: a factor of {factor:g})"),
+    ):
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_xlabel(label, color=FAINT)
+        axis.grid(True, color="#E6E6E6", linewidth=0.8)
+        axis.spines[["top", "right"]].set_visible(False)
+    left.set_ylabel("tuned rate (bar: within a point of the best)", color=FAINT)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    figure.savefig(path, dpi=150, facecolor="white")
+    plt.close(figure)

@@ -1,8 +1,12 @@
-"""Tables of the recorded quality experiment, for README.md and docs/benchmarks.md."""
+"""Tables and picture of the recorded quality experiment, for README.md and docs/benchmarks.md."""
 
 from __future__ import annotations
 
 import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,75 +18,205 @@ TASKS = {
     "conll2003": "CoNLL-2003, F1",
     "trec50": "TREC-50, accuracy",
     "stsb": "STS-B, correlation",
+    "cola": "CoLA, Matthews",
 }
-ROWS = {  # row of the experiment -> name in the table
-    "full": "full fine-tuning",
-    "lora-r3": "LoRA, r = 3",
-    "pafi-0.5%": "PaFi",
-    "r-mask-0.5%": "random mask",
-    "id3@share=0.5-0.5%": "ID3, budget spent by half-time",
-    "id3-0.5%": "ID3, as in the paper",
-    "static-d3-0.5%": "static D3",
-    "fish-0.5%": "Fish",
-    "bitfit": "BitFit",
-    "frozen": "head only",
-}
+SMALL_TASKS = ("conll2003", "trec50")  # have runs at both budgets
+BUDGET, SMALL = "112827", "11282"
+LABEL = "mean of CoNLL-2003 (F1) and TREC-50 (accuracy), per cent"
+FULL, LORA = "full", "lora-r3"
 SEEDS = 3
 
 
+@dataclass(frozen=True, eq=False)
+class Row:
+    """A row of the tables.
+
+    Attributes:
+        labels: of the experiment's rows, by budget.
+        name: for readers. pool: which entries compete.
+    """
+
+    labels: Mapping[str, str]
+    name: str
+    pool: str = ""
+
+    def is_ours(self) -> bool:
+        """Whether the row runs on this package's engine."""
+        return self.pool != ""
+
+
+def masked(name: str, label: str, pool: str = "Linear") -> Row:
+    """A method with a budget."""
+    return Row({budget: f"{label}-{budget}" for budget in (BUDGET, SMALL)}, name, pool)
+
+
+ROWS = (
+    Row({BUDGET: FULL, SMALL: FULL}, "full fine-tuning"),
+    Row({BUDGET: LORA, SMALL: "lora-r1@qv"}, "LoRA"),
+    masked("random mask", "r-mask@linear"),
+    masked("PaFi", "pafi@linear"),
+    masked("ID3, budget spent in a fifth of the run", "id3@early"),
+    masked("ID3, in half of the run", "id3@half"),
+    masked("ID3, in the whole run", "id3@whole"),
+    masked("ID3, as in its paper", "id3@paper", "all"),
+    masked("static D3", "static-d3@linear"),
+    masked("Fish", "fish@linear"),
+    masked("LIFT", "lift@linear"),
+    masked("SHiRA, SNIP", "shira-snip@linear"),
+    masked("SHiRA, magnitude", "shira@linear"),
+    masked("GEM", "gem@linear"),
+    masked("Super", "super@linear"),
+    masked("random mask, all parameters", "r-mask", "all"),
+    Row({BUDGET: "bitfit"}, "BitFit", "biases"),
+    Row({BUDGET: "frozen"}, "head only"),
+)
+
+Cell = dict[str, Any]
+
+
+@cache
+def runs(folder: Path = FOLDER) -> tuple[Cell, ...]:
+    """The finished runs on test sets."""
+    lines = (folder / "cells.jsonl").read_text().splitlines()
+    return tuple(cell for cell in map(json.loads, lines) if cell["cell"]["stage"] == "run")
+
+
+def of(cells: Iterable[Cell], label: str, tasks: Iterable[str]) -> list[Cell]:
+    """The runs of a row on some tasks."""
+    wanted = set(tasks)
+    return [c for c in cells if c["cell"]["row"] == label and c["cell"]["task"] in wanted]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Mean over seeds in per cent, sample deviation (None for one seed), number of seeds."""
+
+    mean: float
+    deviation: float | None
+    seeds: int
+
+    def __str__(self) -> str:
+        spread = "" if self.deviation is None else f" ± {self.deviation:.1f}"
+        return f"{self.mean:.1f}{spread}" + ("" if self.seeds == SEEDS else f" (n = {self.seeds})")
+
+
+def score(cells: Iterable[Cell], tasks: Sequence[str]) -> Score | None:
+    """The score of a row's runs: for each seed that all tasks have, their mean. None without one.
+
+    A run that diverged counts as 0.
+    """
+    by_seed: dict[int, dict[str, float]] = {}
+    for cell in cells:
+        task = cell["cell"]["task"]
+        by_seed.setdefault(cell["cell"]["seed"], {})[task] = 100 * (cell["values"][task] or 0.0)
+    means = [
+        statistics.fmean(values[task] for task in tasks)
+        for values in by_seed.values()
+        if all(task in values for task in tasks)
+    ]
+    if not means:
+        return None
+    deviation = statistics.stdev(means) if len(means) > 1 else None
+    return Score(statistics.fmean(means), deviation, len(means))
+
+
 def full_table(folder: Path = FOLDER) -> str:
-    """Show mean and deviation of every row and task."""
-    found = _summaries(folder)
-    rows = []
-    for label, name in ROWS.items():
-        summary = found[label]
-        scores = [_score(summary["columns"][task]) for task in TASKS]
-        rows.append([name, f"{summary['entries']:,.0f}", *scores])
-    return table(["", "entries", *TASKS.values()], rows)
+    """Show scores by task and cost at 0.5%, then scores at 0.05%."""
+    cells = runs(folder)
+    parts = [
+        "0.5% of the entries (112,827; LoRA of rank 3: 124,416), three seeds:",
+        scores_table(cells, BUDGET, tuple(TASKS)),
+        "What runs cost and lose. Forgetting: how well cosines of the encoder's vectors rank the "
+        "pairs of STS-B (Spearman), of the base model and after training on the other tasks:",
+        costs_table(cells),
+    ]
+    if any(of(cells, row.labels.get(SMALL, ""), SMALL_TASKS) for row in ROWS[2:]):
+        parts += [
+            "0.05% of the entries (11,282; LoRA of rank 1 on query and value: 9,216):",
+            scores_table(cells, SMALL, SMALL_TASKS),
+        ]
+    return "\n\n".join(parts)
 
 
-HEADLINE = ("full", "lora-r3", "pafi-0.5%", "r-mask-0.5%", "id3@share=0.5-0.5%", "id3-0.5%")
-OURS = tuple(ROWS[row] for row in HEADLINE[2:])
+def scores_table(cells: Sequence[Cell], budget: str, tasks: Sequence[str]) -> str:
+    """Show a line for each row that has runs, the mean over tasks as a share of full's."""
+    whole = score(of(cells, FULL, tasks), tasks)
+    lines = []
+    for row in ROWS:
+        mine = of(cells, row.labels.get(budget, ""), tasks)
+        if not mine:
+            continue
+        by_task = [score(of(mine, row.labels[budget], [task]), [task]) for task in tasks]
+        mean = score(mine, tasks)
+        share = f"{mean.mean / whole.mean:.1%}" if mean and whole else ""
+        shown = ["" if one is None else str(one) for one in (*by_task, mean)]
+        lines.append([row.name, row.pool, rates(mine, tasks), *shown, share])
+    heads = ["", "pool", "learning rates", *(TASKS[task] for task in tasks), "mean", "of full"]
+    return table(heads, lines)
 
 
-def averages(folder: Path = FOLDER) -> dict[str, float]:
-    """Average scores in per cent, for the picture in README.md."""
-    found = _summaries(folder)
-    return {ROWS[row]: 100 * found[row]["average"] for row in HEADLINE}
+def rates(cells: Iterable[Cell], tasks: Sequence[str]) -> str:
+    """The tuned rates, in the order of the tasks."""
+    found = {cell["cell"]["task"]: cell["cell"]["lr"] for cell in cells}
+    return ", ".join(f"{found[task]:.2g}" if task in found else "-" for task in tasks)
+
+
+def costs_table(cells: Sequence[Cell]) -> str:
+    """Show entries, state, delta and forgetting of the rows at 0.5%."""
+    lines = []
+    for row in ROWS:
+        mine = of(cells, row.labels.get(BUDGET, ""), TASKS)
+        if not mine:
+            continue
+        entries = statistics.median(c["active_entries"] - c["fresh_entries"] for c in mine)
+        lost = [c["forgetting"] for c in mine if "forgetting" in c]
+        change = (
+            f"{lost[0]['before']:.3f} to {statistics.fmean(one['after'] for one in lost):.3f}"
+            if lost
+            else ""
+        )
+        state, size = (
+            statistics.median(cell[key] for cell in mine) / 1e6
+            for key in ("state_bytes", "delta_bytes")
+        )
+        lines.append([row.name, f"{entries:,.0f}", f"{state:.2f}", f"{size:.2f}", change])
+    return table(["", "entries", "state MB", "delta MB", "forgetting"], lines)
+
+
+def points(folder: Path = FOLDER) -> dict[str, list[tuple[float, Score]]]:
+    """For the picture: name -> (entries, mean score over the tasks with both budgets)."""
+    cells, found = runs(folder), {}
+    for row in ROWS:
+        line = []
+        for label in dict.fromkeys(row.labels.values()):
+            mine = of(cells, label, SMALL_TASKS)
+            mean = score(mine, SMALL_TASKS)
+            if mean is not None:
+                entries = statistics.median(c["active_entries"] - c["fresh_entries"] for c in mine)
+                line.append((entries, mean))
+        if line and line[0][0] > 0:
+            found[row.name] = line
+    return found
 
 
 def headline(folder: Path = FOLDER) -> str:
-    """Show the averages with tuned learning rates, and the scores at a rate of the ID3 paper."""
-    id3, pafi, mask = (
-        _tuning_score(folder, row, "conll2003", 5e-4)
-        for row in ("id3@share=0.5-0.5%", "pafi-0.5%", "r-mask-0.5%")
+    """Show the picture, and the best masks beside full fine-tuning and LoRA."""
+    cells, tasks = runs(folder), tuple(TASKS)
+    found = {row: score(of(cells, row.labels[BUDGET], tasks), tasks) for row in ROWS}
+    means = {row: one.mean for row, one in found.items() if one is not None}
+    best = max((row for row in means if row.is_ours()), key=means.__getitem__)
+    by_name = {row.name: mean for row, mean in means.items()}
+    whole, lora = by_name["full fine-tuning"], by_name["LoRA"]
+    others = ", ".join(
+        f"{row.name} ({row.pool}) {mean:.1f}"
+        for row, mean in sorted(means.items(), key=lambda each: -each[1])
+        if row.is_ours() and row != best
     )
     return (
-        "![Average scores](bench/results/quality.png)\n\n"
-        "MiniLM (22.7M) with a budget of 0.5% of its entries, the learning rate tuned for each "
-        "method and task, average over three tasks and three seeds. With tuned rates ID3 is behind "
-        "random masks here; at a learning rate that the ID3 paper uses (5e-4), it is ahead: "
-        f"{id3:.1f} against {pafi:.1f} (PaFi) and {mask:.1f} (random mask) on a held-out part of "
-        "CoNLL-2003's training data."
+        "![Score against trained entries](bench/results/quality.png)\n\n"
+        "MiniLM (22.7M), 0.5% of its entries, rates tuned for each method and task, mean of "
+        f"{', '.join(text.split(',')[0] for text in TASKS.values())} over three seeds: full "
+        f"fine-tuning {whole:.1f}, LoRA of the same size {lora:.1f}, {best.name} over the weights "
+        f"of Linear modules {means[best]:.1f} ({means[best] / whole:.1%} of full fine-tuning); "
+        f"{others}."
     )
-
-
-def _summaries(folder: Path) -> dict[str, dict[str, Any]]:
-    return {summary["row"]: summary for summary in json.loads((folder / "table.json").read_text())}
-
-
-def _score(entry: dict[str, Any]) -> str:
-    """Show mean and deviation in per cent; the number of runs if seeds are missing."""
-    spread = "" if entry["deviation"] is None else f" ± {100 * entry['deviation']:.1f}"
-    runs = "" if entry["runs"] == SEEDS else f" (n = {entry['runs']})"
-    return f"{100 * entry['mean']:.1f}{spread}{runs}"
-
-
-def _tuning_score(folder: Path, row: str, task: str, lr: float) -> float:
-    """Return the score in per cent that tuning measured at a learning rate."""
-    wanted = {"row": row, "task": task, "lr": lr, "stage": "tune"}
-    for line in (folder / "cells.jsonl").read_text().splitlines():
-        outcome = json.loads(line)
-        if wanted.items() <= outcome["cell"].items():
-            return float(100 * outcome["values"][task])
-    raise LookupError(f"no cell {wanted}")

@@ -18,7 +18,7 @@ from typing import Any
 from bench import backward, console, goals, gpu_report, quality, sampling, whole_step
 from bench.environment import RESULTS, ROOT
 from bench.memory import held_bytes
-from bench.pictures import draw_quality, draw_whole_steps
+from bench.pictures import draw_scores, draw_whole_steps
 from bench.plot import draw, draw_gpu
 from bench.results import SYNTHETIC, Results, newest
 from bench.tables import count, table
@@ -295,7 +295,7 @@ def write(results: Results) -> None:
     (RESULTS / "tables.md").write_text(full_report(results))
     draw(results.of(SYNTHETIC), RESULTS / "cpu-steps.png")
     draw_whole_steps(whole_step.shown(RESULTS), RESULTS / "whole-step.png")
-    draw_quality(quality.averages(), quality.OURS, RESULTS / "quality.png")
+    draw_scores(quality.points(), quality.LABEL, RESULTS / "quality.png")
     draw_gpu_steps(RESULTS)
 
 

@@ -19,7 +19,7 @@ from sparse_optim.experiments.every import EVERY
 from sparse_optim.experiments.glue import ADAPTERS, GLUE, NER
 from sparse_optim.experiments.overrides import Choice, choose, whole
 from sparse_optim.experiments.presets import Experiment
-from sparse_optim.experiments.quality import QUALITY
+from sparse_optim.experiments.quality import COSTS, QUALITY
 from sparse_optim.experiments.stochastic import STOCHASTIC
 from sparse_optim.experiments.summarization import SUMMARIZATION
 from sparse_optim.experiments.sweeps import SWEEPS
@@ -34,6 +34,7 @@ EXPERIMENTS = (
     SWEEPS,
     STOCHASTIC,
     QUALITY,
+    COSTS,
     ABLATION,
     EVERY,
 )

@@ -12,6 +12,8 @@ against both, questions and news with typing errors (lower case is no shift for 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from sparse_optim.experiments.presets import Block, Experiment, Row, Shift, TaskPreset
 
 MODEL = "minilm"
@@ -29,6 +31,7 @@ BUDGET, SMALL = "112827", "11282"
 LORA_RANK, SMALL_LORA_RANK = 3, 1
 SMALL_TARGETS = ("query", "value")
 
+COST_STEPS = 60  # of a run that only measures its costs
 EVERY = 16  # steps of ID3 from one that unmasks to the next, as in `finetune`
 
 # All rates are 1e-3 times a power of 2: the grid grows until the best is inside.
@@ -170,4 +173,22 @@ QUALITY = Experiment(
     kept=3,
     settings=SETTINGS | {"amp": "none"},
     widen=WIDEN,
+)
+
+COSTS = Experiment(
+    name="costs",
+    title="MiniLM (22.7M): time, state and delta",
+    about="What a step of the rows of `quality` costs, in short runs: for an idle machine.",
+    model=MODEL,
+    blocks=(
+        Block(
+            tuple(replace(task, steps=COST_STEPS) for task in SMALL_TASKS),
+            tuple(replace(row, lrs=row.lrs[:1]) for row in (*CORE, *MASKS)),
+        ),
+    ),
+    seeds=(0,),
+    protocol="grid",
+    kept=1,
+    settings=QUALITY.settings,
+    pictures=(),
 )

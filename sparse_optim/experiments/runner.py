@@ -347,7 +347,8 @@ class Runner:
             "batch_size": task.batch_size,
             "lr": cell.lr,
             "seed": cell.seed,
-            "unmask_share": 1.0,  # as the paper's ID3
+            "rank": "all",  # as the paper's ID3, like the next two
+            "unmask_share": 1.0,
             "every": 1,
             **({"budget": parse_budget(row.budget)} if row.budget else {}),
             **adapter_settings(row),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from repository import ROOT
 
 from bench import (
     backward,
+    curvature,
     goals,
     memory,
     models,
@@ -204,18 +206,84 @@ def test_the_recorded_results_are_what_the_documents_show():
 def test_the_pictures_of_the_front_page_are_drawn(tmp_path):
     bars = {"clip + fused AdamW": 3.0, "sparse_optim, every = 16": 2.0}
     pictures.draw_whole_steps({f"case {n}": bars for n in range(4)}, tmp_path / "steps.png")
-    pictures.draw_quality({"full": 90.0, "ours": 80.0}, ["ours"], tmp_path / "quality.png")
-    for name in ("steps.png", "quality.png"):
+    whole = [(1e6, quality.Score(90.0, 1.0, 3))]
+    ours = [(1e3, quality.Score(80.0, None, 1)), (1e4, quality.Score(85.0, 0.5, 3))]
+    lines = {"full fine-tuning": whole, "ours": ours, "other": ours[:1]}
+    pictures.draw_scores(lines, "score", tmp_path / "quality.png")
+    line = {"sign_curvature": 1e5, "lr": 1e-3}
+    drawn = [("ours", line, 2e-3, (1e-3, 2e-3)), ("other", line, 1e-3, (1e-3, 1e-3))]
+    pictures.draw_rates(drawn, 2.0, tmp_path / "rates.png")
+    for name in ("steps.png", "quality.png", "rates.png"):
         assert (tmp_path / name).stat().st_size > 5_000
 
 
-def test_scores_show_deviation_and_missing_seeds(tmp_path):
-    row = {"mean": 0.8, "deviation": 0.0123, "runs": 3}
-    columns = {"conll2003": row, "trec50": {**row, "deviation": None, "runs": 1}, "stsb": row}
-    summaries = [{"row": label, "entries": 1000, "columns": columns} for label in quality.ROWS]
-    (tmp_path / "table.json").write_text(json.dumps(summaries))
-    shown = quality.full_table(tmp_path).splitlines()[2]
-    assert shown == "| full fine-tuning | 1,000 | 80.0 ± 1.2 | 80.0 (n = 1) | 80.0 ± 1.2 |"
+def recorded_run(task, row, value, seed=0, stage="run", lr=1e-3, **more):
+    """A line of cells.jsonl, as far as the tables read it."""
+    cell = {"task": task, "row": row, "stage": stage, "lr": lr, "seed": seed}
+    costs = {"active_entries": 1010, "fresh_entries": 10, "state_bytes": 2e6, "delta_bytes": 1e6}
+    return {"cell": cell, "values": {task: value}, **costs, **more}
+
+
+def write_runs(folder, runs):
+    folder.mkdir(exist_ok=True)
+    (folder / "cells.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
+    quality.runs.cache_clear()
+
+
+def test_a_score_is_the_mean_over_seeds_of_the_mean_over_tasks():
+    runs = [recorded_run("one", "full", value, seed) for seed, value in enumerate((0.8, 0.6))]
+    runs += [recorded_run("two", "full", value, seed) for seed, value in enumerate((0.4, None, 1))]
+    both = quality.score(runs, ("one", "two"))
+    assert both.mean == pytest.approx((60 + 30) / 2)  # a run that diverged counts as 0
+    assert both.deviation == pytest.approx(math.sqrt(15**2 + 15**2))
+    assert str(both) == "45.0 ± 21.2 (n = 2)"  # the third seed lacks a task
+    assert str(quality.score(runs[:1], ("one",))) == "80.0 (n = 1)"
+    assert quality.score(runs, ("one", "three")) is None
+
+
+def test_the_tables_of_scores_show_what_ran(tmp_path):
+    lost = {"forgetting": {"before": 0.8, "after": 0.4}}
+    runs = [
+        recorded_run(task, label, value, seed, **(lost if task != "stsb" else {}))
+        for label, value in (("full", 0.8), ("lora-r3", 0.7), ("r-mask@linear-112827", 0.792))
+        for task in quality.TASKS
+        for seed in range(3)
+    ]
+    write_runs(tmp_path, runs)
+    shown = quality.full_table(tmp_path)
+    scores = "79.2 ± 0.0 | " * 5
+    line = f"| random mask | Linear | 0.001, 0.001, 0.001, 0.001 | {scores}99.0% |"
+    assert line in shown.splitlines()
+    assert "| random mask | 1,000 | 2.00 | 1.00 | 0.800 to 0.400 |" in shown.splitlines()
+    assert "PaFi" not in shown
+    assert "0.05%" not in shown
+    text = quality.headline(tmp_path)
+    assert "fine-tuning 80.0" in text
+    assert "random mask over the weights of Linear modules 79.2 (99.0% of full" in text
+    small = [recorded_run(task, "pafi@linear-11282", 0.5) for task in quality.SMALL_TASKS]
+    write_runs(tmp_path, [*runs, *small])
+    assert "0.05%" in quality.full_table(tmp_path)
+    assert quality.points(tmp_path)["PaFi"] == [(1000, quality.Score(50.0, None, 1))]
+    quality.runs.cache_clear()
+
+
+def test_suggested_rates_stand_beside_the_tuned_ones(tmp_path):
+    tried = {1e-3: 0.70, 2e-3: 0.80, 4e-3: 0.795, 8e-3: None}
+    runs = [
+        recorded_run("trec50", "full", value, stage="tune", lr=lr) for lr, value in tried.items()
+    ]
+    write_runs(tmp_path, [*runs, recorded_run("trec50", "full", 0.9)])
+    (tuned,) = curvature.tuned(tmp_path).values()
+    assert (tuned.best, tuned.good, tuned.misses(5e-4)) == (2e-3, (2e-3, 4e-3), 4)
+    line = {"task": "trec50", "row": "full", "sign_curvature": 1e5, "lr": 7e-3}
+    (tmp_path / "rates.jsonl").write_text(json.dumps(line) + "\n")
+    shown = curvature.comparison(tmp_path, tmp_path)
+    assert shown.startswith("0 of 1 suggested rates are within a factor of 2")
+    assert "1 within that factor of a rate that scores within a point" in shown
+    assert "| full fine-tuning | trec50 | 1e+05 | 0.007 | 0.002 | 0.002 to 0.004 | 3.5 |" in shown
+    curvature.draw(tmp_path, tmp_path)
+    assert (tmp_path / "rates.png").stat().st_size > 5_000
+    quality.runs.cache_clear()
 
 
 def test_results_of_another_schema_are_refused():
