@@ -38,7 +38,11 @@ def build(
     params = [torch.nn.Parameter(torch.empty(shape, dtype=dtype)) for shape in shapes]
     steps = -(-budget // quota)
     return IncrementalMaskedAdamW(
-        params, budget=budget, total_steps=steps, importance=D3(exp=exp, eps=1.0)
+        params,
+        budget=budget,
+        total_steps=steps,
+        importance=D3(exp=exp, eps=1.0),
+        unmask_steps=1.0,
     )
 
 
@@ -92,7 +96,7 @@ def of_optimizers(
     for backend in backends:
         makers[backend] = partial(
             IncrementalMaskedAdamW, params, budget=budget, total_steps=-(-budget // quota),
-            max_grad_norm=1.0, backend=backend, lr=LR,
+            unmask_steps=1.0, max_grad_norm=1.0, backend=backend, lr=LR,
         )  # fmt: skip
     return [{"name": name, **_two_steps(make, params[0].device)} for name, make in makers.items()]
 

@@ -181,6 +181,7 @@ def midway(
             total_steps=steps,
             importance=D3(exp=exp, eps=D3_EPS),
             schedule=lambda step: min(quota * step, budget),
+            unmask_steps=1.0,
             max_grad_norm=max_grad_norm,
             **options,
         )

@@ -87,7 +87,7 @@ def measured(folder: str, optimizer_of, checkpointing: bool, dtype: str) -> allo
 OPTIMIZERS = {
     "adamw": lambda model: torch.optim.AdamW(model.parameters(), fused=True),
     "sparse": lambda model: IncrementalMaskedAdamW(
-        model.named_parameters(), budget=BUDGET, total_steps=10
+        model.named_parameters(), budget=BUDGET, total_steps=10, unmask_steps=1.0
     ),
     "in-backward": lambda model: IncrementalMaskedAdamW(
         model.named_parameters(),
@@ -95,6 +95,7 @@ OPTIMIZERS = {
         total_steps=10,
         max_grad_norm=1.0,
         fuse_backward=True,
+        unmask_steps=1.0,
     ),
     "sampled": lambda model: MaskedAdamW(
         model.named_parameters(),

@@ -9,18 +9,23 @@ import torch
 from torch import nn
 
 from sparse_optim.calibration.input_means import InputMeans
-from sparse_optim.methods._request import MethodRequest, dense_adamw, masked_adamw
+from sparse_optim.methods._request import MethodRequest, dense_adamw, masked_adamw, samples
 from sparse_optim.optim.masked_adamw import MaskedAdamW
+from sparse_optim.policy.defaults import default_every
 from sparse_optim.policy.importance import D3, ActivationWeightGradient, Magnitude, Random
-from sparse_optim.policy.selection import Increment, Repeat, Selection, Static, Stochastic
+from sparse_optim.policy.selection import Increment, Repeat, Selection, Static, Stochastic, steps_of
 
 
 def id3(request: MethodRequest) -> MaskedAdamW:
     """D3 importance, the budget unmasked step by step (Agarwal et al. 2025, Algorithm 1)."""
-    steps = request.total_steps
-    unmask_steps = max(1, round(steps * request.unmask_share))
+    share = float(request.unmask_share)
+    unmask_steps = steps_of(share, request.total_steps)
     selection = Increment(
-        request.given_budget, steps, request.schedule, unmask_steps, request.every
+        request.given_budget,
+        request.total_steps,
+        request.schedule,
+        share,
+        request.every or default_every(unmask_steps, samples(request)),
     )
     return masked_adamw(request, D3(request.d3_exp, request.d3_eps), selection)
 

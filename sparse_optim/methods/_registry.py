@@ -49,8 +49,8 @@ def _calibrated(name: str, lr: float, about: str) -> Method:
     return Method(on_call("sparse_optim.methods._calibrated", name), lr, about)
 
 
-def _matrices(name: str, about: str) -> Method:
-    return Method(on_call("sparse_optim.methods._matrices", name), 5e-4, about)
+def _matrices(name: str, about: str, lr: float = 1e-3) -> Method:
+    return Method(on_call("sparse_optim.methods._matrices", name), lr, about)
 
 
 def _fresh_each_step(name: str, about: str) -> Method:
@@ -61,16 +61,20 @@ def _dense(name: str, lr: float, about: str) -> Method:
     return replace(_simple(name, lr, about), budget="none", clips=False)
 
 
+# Learning rates: of the best on MiniLM for each task, at 1% of the Linear weights, the lowest
+# (bench/results/quality); of id3 half of it, since one seed in nine did badly there. Not tuned in
+# this way: gem, shira, shira-grad, super, multi-head, dps, and methods with a new set at each step.
+# Larger models want lower rates: see docs/learning-rates.md.
 METHODS = {
-    "id3": _simple("id3", 5e-4, "ID3: budget unmasked step by step"),
-    "static-d3": _simple("static_d3", 5e-4, "top budget of D3 at step 1, then fixed"),
-    "repeat-d3": _simple("repeat_d3", 5e-4, "top budget of D3, a new set at each step"),
-    "pafi": _simple("pafi", 5e-4, "smallest magnitudes, fixed"),
-    "fish": _calibrated("fish", 5e-4, "largest Fisher information, fixed"),
-    "child-tuning-d": _calibrated("child_tuning", 5e-4, "squared batch gradients, fixed"),
-    "r-mask": _simple("r_mask", 5e-4, "random entries, fixed"),
+    "id3": _simple("id3", 1e-3, "ID3: budget unmasked step by step"),
+    "static-d3": _simple("static_d3", 1e-3, "top budget of D3 at step 1, then fixed"),
+    "repeat-d3": _simple("repeat_d3", 1e-3, "top budget of D3, a new set at each step"),
+    "pafi": _simple("pafi", 8e-3, "smallest magnitudes, fixed"),
+    "fish": _calibrated("fish", 1e-3, "largest Fisher information, fixed"),
+    "child-tuning-d": _calibrated("child_tuning", 1e-3, "squared batch gradients, fixed"),
+    "r-mask": _simple("r_mask", 8e-3, "random entries, fixed"),
     "sparse-adapter": _calibrated(
-        "sparse_adapter", 5e-4, "SNIP or another pruning score of an adapter, fixed"
+        "sparse_adapter", 1e-3, "SNIP or another pruning score of an adapter, fixed"
     ),
     "stochastic-tuning": _fresh_each_step(
         "stochastic_tuning", "a sample weighted by |mu param grad|, drawn at each step"
@@ -89,16 +93,16 @@ METHODS = {
         "dps with mixout in the dense windows",
         clips=False,
     ),
-    "lift": _matrices("lift", "largest entries of low-rank approximations, fixed"),
+    "lift": _matrices("lift", "largest entries of low-rank approximations, fixed", 2e-3),
     "gem": _matrices("gem", "largest |grad| / |param|, by entropy in each matrix, fixed"),
     "shira": _matrices("shira", "largest magnitudes, the same share of each matrix, fixed"),
     "shira-grad": _matrices("shira_grad", "largest gradients, the same share of each, fixed"),
     "shira-snip": _matrices("shira_snip", "largest |grad param|, the same share of each, fixed"),
     "super": _matrices("super_tuning", "largest |param| x input (Wanda), the same share, fixed"),
-    "bitfit": _dense("bitfit", 1e-3, "bias terms only"),
+    "bitfit": _dense("bitfit", 2e-3, "bias terms only"),
     "multi-head": _dense("multi_head", 1e-4, "attention modules only"),
-    "full": _dense("full", 5e-5, "every entry, torch.optim.AdamW"),
-    "frozen": _dense("frozen", 1e-2, "fresh head only"),
+    "full": _dense("full", 1e-4, "every entry, torch.optim.AdamW"),
+    "frozen": _dense("frozen", 2e-2, "fresh head only"),
 }
 
 
@@ -126,7 +130,7 @@ def build(
         >>> from torch import nn
         >>> model = nn.Linear(8, 2)
         >>> build("bitfit", model).param_groups[0]["lr"]
-        0.001
+        0.002
     """
     from sparse_optim.methods._request import MethodRequest  # torch: not needed for the names
 

@@ -15,6 +15,7 @@ from sparse_optim.backends.registry import BackendName
 from sparse_optim.optim.attach import can_sample
 from sparse_optim.optim.masked_adamw import MaskedAdamW
 from sparse_optim.optim.param_groups import Competes, competing
+from sparse_optim.policy.defaults import RANK, UNMASK_SHARE
 from sparse_optim.policy.importance import Importance
 from sparse_optim.policy.schedule import Schedule, Uniform
 from sparse_optim.policy.selection import Selection
@@ -34,13 +35,13 @@ class MethodRequest:
         budget: entries (int) or share of the ranked entries (float); None: the method's default.
         total_steps: optimizer steps of the run.
         schedule, unmask_share: for methods that unmask step by step: the spread of the budget over
-            the steps, and the share of the run in which it is spent.
+            the steps, and the share of the run in which it is spent (1.0: ID3's paper).
         bias_correction: as in `MaskedAdamW`.
         max_grad_norm: clip gradients to this norm; None: no clipping.
         calibration: returns batches, for methods that score entries before training.
         sparse_score: for "sparse-adapter", a key of `SPARSE_SCORES`.
         fuse_backward: as in `MaskedAdamW`.
-        every: for methods that unmask step by step: as in `Increment`.
+        every: for methods that unmask step by step: as in `IncrementalMaskedAdamW`.
         sampled_backward: as in `MaskedAdamW`; None: where the method and the model allow it.
         seed: for methods that draw entries.
     """
@@ -48,7 +49,7 @@ class MethodRequest:
     model: nn.Module
     named: list[tuple[str, nn.Parameter]]
     fresh: frozenset[str] = frozenset()
-    rank: str | Competes = "all"
+    rank: str | Competes = RANK
     no_decay: frozenset[str] = frozenset()
     lr: float = 5e-4
     head_lr: float = 5e-4
@@ -60,14 +61,14 @@ class MethodRequest:
     d3_exp: float = 0.0
     d3_eps: float = 1.0
     schedule: Schedule = field(default_factory=Uniform)
-    unmask_share: float = 1.0
+    unmask_share: float = UNMASK_SHARE
     bias_correction: BiasCorrection = "entry"
     max_grad_norm: float | None = None
     backend: BackendName = "auto"
     calibration: Callable[[], Iterable[Any]] | None = None
     sparse_score: str = "snip"
     fuse_backward: bool = False
-    every: int = 1
+    every: int | None = None
     sampled_backward: bool | None = False
     seed: int = 0
 
@@ -112,13 +113,11 @@ def masked_adamw(
     if not request.ranked:
         raise ValueError(
             f"the pool is empty: rank={request.rank!r} leaves no parameter that is not fresh "
-            "(--dense), so the budget would not be used; name others, or use the method 'full'"
+            "(--dense), so the budget would not be used; take 'all' (--rank all), name others, or "
+            "use the method 'full'"
         )
     train_only(request, {name for name, _ in request.ranked} | request.fresh)
-    sampled = request.sampled_backward
-    if sampled is None:
-        params = [param for _, param in request.ranked]
-        sampled = not selection.replaces and can_sample(request.model, params)
+    sampled = samples(request) and not (selection.replaces and request.sampled_backward is None)
     return MaskedAdamW(
         ranked_groups(request),
         request.lr,
@@ -135,6 +134,13 @@ def masked_adamw(
         model=request.model,
         sampled_backward=sampled,
     )
+
+
+def samples(request: MethodRequest) -> bool:
+    """Whether quiet steps compute the weight gradients of active entries alone."""
+    if request.sampled_backward is not None:
+        return request.sampled_backward
+    return can_sample(request.model, [param for _, param in request.ranked])
 
 
 def _clip_norm(request: MethodRequest, sampled: bool) -> float | None:

@@ -237,11 +237,14 @@ def restore(engine: Engine, state: EngineState) -> Engine:
     """An engine in a state that `split` checked; the one given stays as it is."""
     before, targets = engine.targets, state.targets
     if not same_targets(targets, before):
+        theirs = budget_of(targets), total_steps(targets)
+        ours = budget_of(before), total_steps(before)
+        spread = ", spent in other steps" if theirs == ours else ""
         logger.warning(
-            "the checkpoint's schedule (budget %d, %d steps) replaces the constructor's "
+            "the checkpoint's schedule (budget %d, %d steps%s) replaces the constructor's "
             "(budget %d, %d steps); extend() changes it",
-            budget_of(targets), total_steps(targets), budget_of(before), total_steps(before),
-        )  # fmt: skip
+            *(*theirs, spread, *ours),
+        )
     return engine.restored(
         state.segments, state.progress, targets, state.threshold, state.touched, state.written,
         state.known,

@@ -11,18 +11,21 @@ from sparse_optim.backends.operands import BiasCorrection
 from sparse_optim.backends.registry import BackendName
 from sparse_optim.engine.engine import Norm
 from sparse_optim.optim.masked_adamw import MaskedAdamW
+from sparse_optim.policy.defaults import UNMASK_SHARE, default_every
 from sparse_optim.policy.importance import D3
-from sparse_optim.policy.schedule import Schedule, Uniform
-from sparse_optim.policy.selection import Increment
+from sparse_optim.policy.schedule import Linear, Schedule, Uniform
+from sparse_optim.policy.selection import Increment, steps_of
 
 
 class IncrementalMaskedAdamW(MaskedAdamW):
     """Fine-tune `budget` entries of a model, unmasked step by step (ID3).
 
         importance D3 = |grad| / (|param| + eps)^exp, ranked over the whole model at each step;
-        the most important frozen entries become active until `budget` is spent at `total_steps`.
+        the most important frozen entries become active until `budget` is spent, by default in a
+        fifth of the run.
 
-    Use learning rates of 1e-4 to 7e-4, about ten times those of full fine-tuning.
+    Use about ten times the learning rate of full fine-tuning: 1e-4 to 7e-4 in the paper, for 184M
+    to 7B parameters; 1e-3 to 2e-3 for a small encoder (docs/learning-rates.md).
 
     Args:
         params, lr, betas, eps, weight_decay, amsgrad: as in torch.optim.AdamW; see `MaskedAdamW`
@@ -32,8 +35,11 @@ class IncrementalMaskedAdamW(MaskedAdamW):
         importance: exp and eps of D3.
         schedule: `Uniform()`, `Linear()`, `Warmup(share, steps)`, or a function that maps a step to
             the number of entries unmasked so far.
-        unmask_steps: spend the budget in this many steps (default: `total_steps`).
-        every: unmask only at every N-th call; see `Increment`.
+        unmask_steps: spend the budget in this many first steps (int), or in this share of the run
+            (float): 1 is the first step, 1.0 the whole run, as in the paper. Default: 0.2, but 1.0
+            for a `Warmup` or a function, which say themselves when the budget is spent.
+        every: unmask only at every N-th call; see `Increment`. Default: 1, as in the paper; with
+            `sampled_backward=True` 16, or fewer so that at least four steps unmask something.
         max_grad_norm, norm, bias_correction, backend, maximize: as in `MaskedAdamW`.
         foreach, capturable, differentiable, fused, fuse_backward: as in `MaskedAdamW`.
         model, sampled_backward: as in `MaskedAdamW`.
@@ -67,8 +73,8 @@ class IncrementalMaskedAdamW(MaskedAdamW):
         total_steps: int,
         importance: D3 = D3(exp=0.0, eps=1.0),
         schedule: Schedule | Callable[[int], int] = Uniform(),
-        unmask_steps: int | None = None,
-        every: int = 1,
+        unmask_steps: int | float | None = None,
+        every: int | None = None,
         max_grad_norm: float | None = None,
         norm: Norm | None = None,
         bias_correction: BiasCorrection = "entry",
@@ -82,6 +88,10 @@ class IncrementalMaskedAdamW(MaskedAdamW):
         model: nn.Module | None = None,
         sampled_backward: bool = False,
     ) -> None:
+        if unmask_steps is None:
+            unmask_steps = UNMASK_SHARE if isinstance(schedule, (Uniform, Linear)) else 1.0
+        if every is None:
+            every = default_every(steps_of(unmask_steps, total_steps), sampled_backward)
         super().__init__(
             params,
             lr,

@@ -8,13 +8,15 @@ from typing import Any
 
 from torch import nn
 
+from sparse_optim.policy.defaults import RANK
+
 Competes = Callable[[str, nn.Parameter], bool]
 
 
 def param_groups(
     model: nn.Module,
     *,
-    rank: str | Competes = "all",
+    rank: str | Competes = RANK,
     dense: str | Sequence[str] = (),
     weight_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
@@ -22,10 +24,10 @@ def param_groups(
 
     Args:
         model: its parameters that require a gradient are sorted; tied ones count once.
-        rank: which parameters compete for the budget, of those that are not dense: "all";
-            "linear", the weights that `linear_weights` finds; those with names in which this
-            regular expression is found; or those for which this function of name and parameter
-            is true. The others stay frozen.
+        rank: which parameters compete for the budget, of those that are not dense: "linear", the
+            weights that `linear_weights` finds; "all"; those with names in which this regular
+            expression is found; or those for which this function of name and parameter is true.
+            The others stay frozen.
         dense: beginnings of names of parameters to train whole, outside the budget (a fresh head):
             whole parts of a name, as "classifier" in "classifier.weight".
         weight_decay: of parameters with two or more dimensions; biases and norms have none.
@@ -41,10 +43,10 @@ def param_groups(
     Examples:
         >>> model = nn.ModuleDict({"body": nn.Linear(4, 4), "head": nn.Linear(4, 2)})
         >>> [(group["unmask"], len(group["params"])) for group in param_groups(model, dense="head")]
-        [('rank', 2), ('all', 2)]
-        >>> groups = param_groups(model, rank="linear", dense="head")
-        >>> [(group["unmask"], len(group["params"])) for group in groups]
         [('rank', 1), ('all', 2), ('none', 1)]
+        >>> groups = param_groups(model, rank="all", dense="head")
+        >>> [(group["unmask"], len(group["params"])) for group in groups]
+        [('rank', 2), ('all', 2)]
     """
     begins = (dense,) if isinstance(dense, str) else tuple(dense)
     named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
@@ -65,7 +67,8 @@ def param_groups(
         groups.setdefault((unmask, decay), []).append((name, param))
     if not any(unmask == "rank" for unmask, _ in groups):
         raise ValueError(
-            f"no parameter competes for the budget: rank={rank!r} and dense={dense!r} leave none"
+            f"no parameter competes for the budget: rank={rank!r} and dense={dense!r} leave none; "
+            'rank="all" takes all that are not dense'
         )
     order = {"rank": 0, "all": 1, "none": 2}
     return [

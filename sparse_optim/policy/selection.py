@@ -40,6 +40,31 @@ def resolve_budget(budget: int | float, pool_size: int) -> int:
     return budget
 
 
+def steps_of(unmask_steps: int | float, total_steps: int) -> int:
+    """The number of steps in which a budget is spent: an int, or a share (float) of the run.
+
+    Raises:
+        ValueError: it is neither, or out of range.
+    """
+    if isinstance(unmask_steps, float):
+        if not 0 < unmask_steps <= 1:
+            raise ValueError(
+                "a float as unmask_steps is a share of the run, above 0 and at most 1, got "
+                f"{unmask_steps}; give an int to count steps"
+            )
+        return max(1, round(unmask_steps * total_steps))
+    if isinstance(unmask_steps, bool) or not isinstance(unmask_steps, int):
+        raise ValueError(
+            "unmask_steps must be an int (steps) or a float (share of the run), got "
+            f"{unmask_steps!r}"
+        )
+    if not 1 <= unmask_steps <= total_steps:
+        raise ValueError(
+            f"unmask_steps must be 1 to {total_steps} (total_steps), got {unmask_steps}"
+        )
+    return unmask_steps
+
+
 class Selection(Protocol):
     """What `Increment`, `Static`, `Repeat` and `Stochastic` offer.
 
@@ -87,7 +112,8 @@ class Increment:
         budget: entries (int) or share of the pool (float) that may ever be active.
         total_steps: optimizer steps of the whole run.
         schedule: how the budget is spread over the steps.
-        unmask_steps: spend the budget within this many first steps (default: all of them).
+        unmask_steps: spend the budget within this many first steps (int), or in this share of the
+            run (float): 1 is the first step, 1.0 the whole run.
         every: unmask only at every N-th call, the first one included, what the schedule asks for
             until the next of them. With `sampled_backward=True` the calls between cost no
             weight gradients.
@@ -101,7 +127,7 @@ class Increment:
     budget: int | float
     total_steps: int
     schedule: Schedule | Callable[[int], int] = field(default_factory=Uniform)
-    unmask_steps: int | None = None
+    unmask_steps: int | float = 1.0
     every: int = 1
     replaces: ClassVar[bool] = False
     one_step: ClassVar[bool] = False
@@ -112,18 +138,14 @@ class Increment:
             raise ValueError(f"total_steps must be an int, got {self.total_steps!r}")
         if self.total_steps < 1:
             raise ValueError(f"total_steps must be at least 1, got {self.total_steps}")
-        if self.unmask_steps is not None and not 1 <= self.unmask_steps <= self.total_steps:
-            raise ValueError(
-                f"unmask_steps must be 1 to {self.total_steps} (total_steps), "
-                f"got {self.unmask_steps}"
-            )
+        steps_of(self.unmask_steps, self.total_steps)
         if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
             raise ValueError(f"every must be an int of at least 1, got {self.every!r}")
 
     def targets(self, budget: int) -> Tensor:
         """Cumulative targets of a budget in entries; see `Selection`."""
-        unmask_steps = self.unmask_steps or self.total_steps
-        return cumulative_targets(self.schedule, budget, self.total_steps, unmask_steps)
+        steps = steps_of(self.unmask_steps, self.total_steps)
+        return cumulative_targets(self.schedule, budget, self.total_steps, steps)
 
     def extended(
         self, budget: int | float, total_steps: int | None, current_steps: int

@@ -224,7 +224,9 @@ def test_the_recorder_notes_what_the_optimizer_holds(tmp_path):
     def optimizer_of(model):
         head = {"params": list(model.head.named_parameters()), "unmask": "all"}
         ranked = {"params": list(model.layers.named_parameters(prefix="layers"))}
-        return IncrementalMaskedAdamW([ranked, head], lr=1e-3, budget=20, total_steps=8)
+        return IncrementalMaskedAdamW(
+            [ranked, head], lr=1e-3, budget=20, total_steps=8, unmask_steps=1.0
+        )
 
     recorder, tracker, seen = train(tmp_path, optimizer_of)
     path = recorder.save(tmp_path, method="id3", metric="loss")

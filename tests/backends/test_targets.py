@@ -76,7 +76,7 @@ def test_long_runs_keep_a_formula(schedule, monkeypatch):
         torch.manual_seed(0)
         param = torch.nn.Parameter(torch.randn(900))
         optimizer = IncrementalMaskedAdamW(
-            [("p", param)], budget=300, total_steps=60, schedule=schedule
+            [("p", param)], budget=300, total_steps=60, schedule=schedule, unmask_steps=1.0
         )
         assert is_formula(optimizer.engine.targets) == (limit == 10)
         for _ in range(65):
@@ -107,12 +107,14 @@ def test_a_billion_steps_take_no_memory():
     param = torch.nn.Parameter(torch.randn(900))
     for schedule in (Uniform(), Warmup(0.5, 10**8)):
         optimizer = IncrementalMaskedAdamW(
-            [param], budget=300, total_steps=10**9, schedule=schedule
+            [param], budget=300, total_steps=10**9, schedule=schedule, unmask_steps=1.0
         )
         assert optimizer.engine.targets.nbytes < 200
         assert optimizer.engine.total_steps == 10**9
     with pytest.raises(ValueError, match="would need a table of 1000000000 targets"):
-        IncrementalMaskedAdamW([param], budget=3, total_steps=10**9, schedule=lambda t: min(t, 3))
+        IncrementalMaskedAdamW(
+            [param], budget=3, total_steps=10**9, schedule=lambda t: min(t, 3), unmask_steps=1.0
+        )
 
 
 @pytest.mark.parametrize(

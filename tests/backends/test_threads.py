@@ -31,7 +31,7 @@ def train(dtype: torch.dtype, seed: int, exp: float = 0.0, steps: int = 3) -> li
     params = new_params(*SHAPES, dtype=dtype, seed=seed)
     optimizer = IncrementalMaskedAdamW(
         params, lr=0.01, budget=30_000, total_steps=6, importance=D3(exp, 0.1), max_grad_norm=1.0,
-        backend="cpp",
+        backend="cpp", unmask_steps=1.0,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
     results = []

@@ -81,7 +81,7 @@ def new_optimizer() -> tuple[list[torch.nn.Parameter], IncrementalMaskedAdamW]:
     generator = torch.Generator().manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(50, generator=generator)) for _ in range(3)]
     named = [(f"p{index}", param) for index, param in enumerate(params)]
-    return params, IncrementalMaskedAdamW(named, budget=15, total_steps=2)
+    return params, IncrementalMaskedAdamW(named, budget=15, total_steps=2, unmask_steps=1.0)
 
 
 def take_step(params, optimizer):

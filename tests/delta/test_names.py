@@ -56,7 +56,7 @@ WRAPPERS: dict[str, Callable[[nn.Sequential], nn.Module]] = {
 
 def train(model: nn.Module, named: bool) -> IncrementalMaskedAdamW:
     params = model.named_parameters() if named else list(model.parameters())
-    optimizer = IncrementalMaskedAdamW(params, lr=0.1, budget=30, total_steps=2)
+    optimizer = IncrementalMaskedAdamW(params, lr=0.1, budget=30, total_steps=2, unmask_steps=1.0)
     for step in range(2):
         give_grads(list(model.parameters()), "normal", torch.Generator().manual_seed(step))
         optimizer.step()

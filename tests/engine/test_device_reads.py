@@ -33,7 +33,9 @@ def test_a_step_that_waits_for_the_device_is_found() -> None:
     """The reference does, as it says."""
     param = torch.nn.Parameter(torch.ones(9))
     param.grad = torch.ones(9)
-    optimizer = IncrementalMaskedAdamW([param], budget=4, total_steps=3, backend="reference")
+    optimizer = IncrementalMaskedAdamW(
+        [param], budget=4, total_steps=3, backend="reference", unmask_steps=1.0
+    )
     optimizer.step()
     with device_reads.refused(), pytest.raises(AssertionError, match="the host reads a tensor"):
         optimizer.step()

@@ -21,7 +21,7 @@ ENTRIES = 60
 
 def build(**options) -> tuple[Tensor, MaskedAdamW]:
     (param,) = new_params((ENTRIES,))
-    given = {"lr": 0.01, "budget": 40, "total_steps": 17, **options}
+    given = {"lr": 0.01, "budget": 40, "total_steps": 17, "unmask_steps": 1.0, **options}
     return param, IncrementalMaskedAdamW([param], **given)
 
 
@@ -170,7 +170,7 @@ def test_the_norm_of_active_gradients(backend, fuse):
     optimizer = IncrementalMaskedAdamW(
         [{"params": params[:2]}, {"params": params[2:], "unmask": "all"}], lr=0.01, budget=60,
         total_steps=6, every=2, norm="active", max_grad_norm=0.5, backend=backend,
-        fuse_backward=fuse,
+        fuse_backward=fuse, unmask_steps=1.0,
     )  # fmt: skip
     for call in range(8):
         generator = torch.Generator().manual_seed(call)

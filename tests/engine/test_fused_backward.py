@@ -76,7 +76,12 @@ def test_static_ranks_at_the_first_step_only(backend, monkeypatch):
 def test_a_non_finite_gradient_of_a_frozen_entry_skips_the_step_when_nothing_is_left():
     param = nn.Parameter(torch.randn(50))
     optimizer = IncrementalMaskedAdamW(
-        [param], budget=3, total_steps=1, max_grad_norm=math.inf, fuse_backward=True
+        [param],
+        budget=3,
+        total_steps=1,
+        max_grad_norm=math.inf,
+        fuse_backward=True,
+        unmask_steps=1.0,
     )
     (param * torch.arange(50.0)).sum().backward()
     optimizer.step()
@@ -94,7 +99,12 @@ def test_gradients_are_freed_one_by_one(small_batches):
     """No more than the waiting ones, less than a batch, are alive when the next one comes."""
     net = nn.Sequential(*(nn.Linear(40, 40) for _ in range(6)))
     optimizer = IncrementalMaskedAdamW(
-        net.parameters(), budget=5, total_steps=5, max_grad_norm=1.0, fuse_backward=True
+        net.parameters(),
+        budget=5,
+        total_steps=5,
+        max_grad_norm=1.0,
+        fuse_backward=True,
+        unmask_steps=1.0,
     )
     alive = []
 

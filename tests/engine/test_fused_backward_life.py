@@ -90,7 +90,12 @@ def test_activation_checkpointing(reentrant):
 def test_reentrant_checkpoints_that_share_a_parameter_are_refused():
     layer = nn.Linear(4, 4)
     optimizer = IncrementalMaskedAdamW(
-        layer.parameters(), budget=2, total_steps=1, max_grad_norm=1.0, fuse_backward=True
+        layer.parameters(),
+        budget=2,
+        total_steps=1,
+        max_grad_norm=1.0,
+        fuse_backward=True,
+        unmask_steps=1.0,
     )
     x = torch.ones(2, 4, requires_grad=True)
     for _ in range(2):
@@ -327,9 +332,9 @@ def test_a_failed_construction_leaves_no_hooks():
     """The second of two parameters is another optimizer's."""
     first, second = nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(5))
     options = {"budget": 2, "total_steps": 1, "max_grad_norm": 1.0, "fuse_backward": True}
-    owner = IncrementalMaskedAdamW([second], **options)
+    owner = IncrementalMaskedAdamW([second], **options, unmask_steps=1.0)
     with pytest.raises(ValueError, match="another optimizer"):
-        IncrementalMaskedAdamW([first, second], **options)
+        IncrementalMaskedAdamW([first, second], **options, unmask_steps=1.0)
     (first * 2 + second).sum().backward()
     assert first.grad is not None
     assert owner.holds_gradients

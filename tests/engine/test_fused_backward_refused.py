@@ -67,7 +67,7 @@ def test_fully_sharded_parameters_are_refused(group_of_one, fuse):
     with pytest.raises(
         TypeError, match=r"0\.weight .* is a DTensor; .*fully_shard.* keep the model"
     ):
-        IncrementalMaskedAdamW(net.named_parameters(), **options)
+        IncrementalMaskedAdamW(net.named_parameters(), **options, unmask_steps=1.0)
     net(torch.ones(3, 8)).sum().backward()
     assert all(param.grad is not None for param in net.parameters())
 
@@ -93,7 +93,12 @@ def test_says_that_nothing_clips():
 def test_sparse_gradients_are_refused_in_backward():
     layer = nn.Embedding(9, 4, sparse=True)
     optimizer = IncrementalMaskedAdamW(
-        layer.parameters(), budget=2, total_steps=1, max_grad_norm=1.0, fuse_backward=True
+        layer.parameters(),
+        budget=2,
+        total_steps=1,
+        max_grad_norm=1.0,
+        fuse_backward=True,
+        unmask_steps=1.0,
     )
     with pytest.raises(TypeError, match="sparse=False"):
         layer(torch.tensor([1])).sum().backward()

@@ -337,7 +337,7 @@ def test_a_second_backward_through_sampled_weights_alone():
     layer = nn.Linear(8, 8, bias=False)
     optimizer = IncrementalMaskedAdamW(
         layer.parameters(), budget=9, total_steps=9, every=3, max_grad_norm=1.0, model=layer,
-        sampled_backward=True, fuse_backward=True,
+        sampled_backward=True, fuse_backward=True, unmask_steps=1.0,
     )  # fmt: skip
     for _ in range(2):
         layer(torch.randn(3, 8)).sum().backward()
@@ -565,7 +565,9 @@ def test_refused(options, message):
     model = new_model()
     given = {"model": model, "sampled_backward": True, "max_grad_norm": 1.0, **options}
     with pytest.raises(ValueError, match=message):
-        IncrementalMaskedAdamW(model.parameters(), budget=9, total_steps=3, **given)
+        IncrementalMaskedAdamW(
+            model.parameters(), budget=9, total_steps=3, **given, unmask_steps=1.0
+        )
     assert "forward" not in vars(model.up)
 
 
@@ -582,7 +584,12 @@ def test_says_that_nothing_clips():
     model = new_model()
     with pytest.warns(UserWarning, match="clip_grad_norm_ does not find all"):
         IncrementalMaskedAdamW(
-            model.parameters(), budget=9, total_steps=3, model=model, sampled_backward=True
+            model.parameters(),
+            budget=9,
+            total_steps=3,
+            model=model,
+            sampled_backward=True,
+            unmask_steps=1.0,
         )
 
 

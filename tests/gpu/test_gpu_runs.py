@@ -230,7 +230,9 @@ def test_more_than_two_to_the_32_entries(on_gpu, monkeypatch):
         params.append(param)
     # Hashing 9 GB takes longer than all the rest.
     monkeypatch.setattr(fingerprint, "fingerprint", lambda param: "not taken")
-    optimizer = IncrementalMaskedAdamW(params, lr=0.5, budget=6, total_steps=2, backend=on_gpu[0])
+    optimizer = IncrementalMaskedAdamW(
+        params, lr=0.5, budget=6, total_steps=2, backend=on_gpu[0], unmask_steps=1.0
+    )
     planted = [(0, 0, 2.0), (1, 1_200_000_001, 4.0), (2, size - 1, 3.0)]
     later = [(0, 5, 0.5), (1, size - 1, 1.5), (2, 7, 1.0), (2, size - 2, 0.5)]
     for index, position, value in itertools.chain(planted, later):

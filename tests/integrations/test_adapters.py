@@ -46,7 +46,7 @@ EXPECTED = {
 
 def optimizer_for(model, **settings):
     arguments = {"lr": 1e-2, "budget": 0.3, "total_steps": 4, "weight_decay": 0.1, **settings}
-    return IncrementalMaskedAdamW(adapter_groups(model), **arguments)
+    return IncrementalMaskedAdamW(adapter_groups(model), **arguments, unmask_steps=1.0)
 
 
 @pytest.mark.parametrize("kind", KINDS)

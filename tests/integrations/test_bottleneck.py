@@ -140,7 +140,9 @@ def test_a_model_whose_attention_is_not_found_is_refused_and_unchanged():
 
 def trained(folder):
     model = bottleneck()
-    optimizer = IncrementalMaskedAdamW(adapter_groups(model), lr=1e-2, budget=100, total_steps=3)
+    optimizer = IncrementalMaskedAdamW(
+        adapter_groups(model), lr=1e-2, budget=100, total_steps=3, unmask_steps=1.0
+    )
     train(model, optimizer, steps=3)
     save_bottlenecks(model, folder)
     return model

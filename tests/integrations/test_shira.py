@@ -39,7 +39,9 @@ def tuned(ranked, dtype=torch.float32, budget=300):
         {"params": [(name, param) for name, param in named if ranked(name)]},
         {"params": head, "unmask": "all"},
     ]
-    optimizer = IncrementalMaskedAdamW(groups, lr=5e-2, budget=budget, total_steps=4)
+    optimizer = IncrementalMaskedAdamW(
+        groups, lr=5e-2, budget=budget, total_steps=4, unmask_steps=1.0
+    )
     train(model, optimizer)
     return model, optimizer.delta(model)
 
@@ -227,7 +229,9 @@ def test_the_base_is_not_changed(tmp_path):
 
 def test_a_delta_over_an_adapter_is_told_what_to_do(tmp_path):
     model = adapted("lora")
-    optimizer = IncrementalMaskedAdamW(adapter_groups(model), budget=20, total_steps=1)
+    optimizer = IncrementalMaskedAdamW(
+        adapter_groups(model), budget=20, total_steps=1, unmask_steps=1.0
+    )
     train(model, optimizer, steps=1)
     with pytest.raises(DeltaError, match=r"PeftModel\.save_pretrained"):
         export_shira(optimizer.delta(model), classifier(), tmp_path / "shira")

@@ -55,7 +55,12 @@ def arguments(folder: Path, **changes: Any) -> TrainingArguments:
 
 def build_optimizer(model: nn.Module, total_steps: int, **options: Any) -> IncrementalMaskedAdamW:
     return IncrementalMaskedAdamW(
-        model.named_parameters(), lr=0.01, budget=200, total_steps=total_steps, **options
+        model.named_parameters(),
+        lr=0.01,
+        budget=200,
+        total_steps=total_steps,
+        **options,
+        unmask_steps=1.0,
     )
 
 
@@ -164,7 +169,7 @@ def test_the_best_model_at_the_end_has_a_delta(tmp_path):
 
     def build(model: nn.Module, total_steps: int) -> IncrementalMaskedAdamW:
         return IncrementalMaskedAdamW(
-            model.named_parameters(), lr=3.0, budget=200, total_steps=total_steps
+            model.named_parameters(), lr=3.0, budget=200, total_steps=total_steps, unmask_steps=1.0
         )
 
     trainer = trainer_of(
@@ -209,7 +214,7 @@ def test_sampled_gradients_in_a_trainer(tmp_path, fuse):
             return IncrementalMaskedAdamW(
                 model.named_parameters(), lr=0.01, budget=200, total_steps=total_steps, every=3,
                 norm="active", max_grad_norm=1.0, model=model, sampled_backward=sampled,
-                fuse_backward=sampled and fuse,
+                fuse_backward=sampled and fuse, unmask_steps=1.0,
             )  # fmt: skip
 
         trainer = SelectiveTrainer(

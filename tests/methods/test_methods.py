@@ -8,7 +8,7 @@ from repository import ROOT
 from torch import Tensor, nn
 from training import active_of
 
-from sparse_optim import MaskedAdamW, methods
+from sparse_optim import IncrementalMaskedAdamW, MaskedAdamW, methods
 from sparse_optim.methods import METHODS
 
 
@@ -57,7 +57,7 @@ CALIBRATED = ("fish", "child-tuning-d", "gem", "shira-grad", "shira-snip", "supe
 
 
 def build(name: str, model: nn.Module, **options: object) -> torch.optim.Optimizer:
-    options = {"fresh": ["classifier"], "total_steps": 4} | options
+    options = {"fresh": ["classifier"], "total_steps": 4, "rank": "all"} | options
     if METHODS[name].budget == "given":
         options.setdefault("budget", 40)
     if name in CALIBRATED:
@@ -142,6 +142,25 @@ def test_what_each_method_is_made_of():
         assert {group["eps"] for group in built[name].param_groups} == {1e-6}
 
 
+@pytest.mark.parametrize("sampled", [False, True])
+def test_id3_means_the_same_by_name_and_by_class(sampled):
+    """One default: the importance, when the budget is spent, and how often entries are unmasked."""
+    model, other = WithLoss(), WithLoss()
+    options = {"budget": 40, "total_steps": 100, "sampled_backward": sampled, "max_grad_norm": 1.0}
+    by_name = build("id3", model, **options)
+    by_class = IncrementalMaskedAdamW(other.named_parameters(), model=other, **options)
+    assert by_name.selection == by_class.selection
+    assert by_name.importance == by_class.importance
+    assert by_class.selection.every == (5 if sampled else 1)
+    targets = by_class.selection.targets(40).tolist()
+    assert (targets[10], targets[20:]) == (20, [40] * 81)  # spent in the first fifth
+    paper = {"unmask_steps": 1.0, "every": 1}
+    other = IncrementalMaskedAdamW(
+        WithLoss().named_parameters(), budget=40, total_steps=80, **paper
+    )
+    assert other.selection.targets(40).tolist() == [t // 2 for t in range(81)]
+
+
 def test_fish_takes_the_greatest_sums_of_squares():
     """Per-sample gradients of the calibration data, by hand."""
     torch.manual_seed(1)
@@ -195,7 +214,8 @@ def test_stochastic_tuning_sees_the_means_of_each_step():
 def test_param_groups_by_rate_and_decay():
     model = WithLoss()
     optimizer = methods.build(
-        "id3", model, fresh=["classifier"], lr=1e-3, head_lr=2e-3, weight_decay=0.1, budget=5,
+        "id3", model, fresh=["classifier"], rank="all", lr=1e-3, head_lr=2e-3,
+        weight_decay=0.1, budget=5,
         no_decay=frozenset(name for name, param in model.named_parameters() if param.ndim < 2),
     )  # fmt: skip
     seen = {

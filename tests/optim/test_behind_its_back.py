@@ -19,7 +19,9 @@ from sparse_optim.delta import Delta, apply_delta
 
 
 def build(net: nn.Module, steps: int = 4) -> IncrementalMaskedAdamW:
-    return IncrementalMaskedAdamW(net.named_parameters(), lr=0.1, budget=10, total_steps=steps)
+    return IncrementalMaskedAdamW(
+        net.named_parameters(), lr=0.1, budget=10, total_steps=steps, unmask_steps=1.0
+    )
 
 
 def train(net: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
@@ -140,9 +142,9 @@ def test_tensors_of_several_parts_are_refused_by_what_they_are(mode):
     plain = new_params((5,))
     groups = [{"params": plain}, {"params": parts, "unmask": mode}]
     with pytest.raises(TypeError, match=r"is a TwoTensor \(quantized by torchao.*unmask='none'"):
-        IncrementalMaskedAdamW(groups, budget=2, total_steps=2)
+        IncrementalMaskedAdamW(groups, budget=2, total_steps=2, unmask_steps=1.0)
     groups[1]["unmask"] = "none"
-    optimizer = IncrementalMaskedAdamW(groups, budget=2, total_steps=2)
+    optimizer = IncrementalMaskedAdamW(groups, budget=2, total_steps=2, unmask_steps=1.0)
     set_grads(plain, 1.0)
     optimizer.step()
 
@@ -153,7 +155,9 @@ class FlatParameter(Parameter):
 
 def test_flat_parameters_are_refused():
     with pytest.raises(TypeError, match="flat parameter of FSDP"):
-        IncrementalMaskedAdamW([FlatParameter(torch.ones(4))], budget=2, total_steps=2)
+        IncrementalMaskedAdamW(
+            [FlatParameter(torch.ones(4))], budget=2, total_steps=2, unmask_steps=1.0
+        )
 
 
 @pytest.mark.parametrize("first", ["rank", "none"])
@@ -167,11 +171,11 @@ def test_a_frozen_parameter_that_shares_memory_is_refused(first):
         {"params": [("two", two)], "unmask": modes[1]},
     ]
     with pytest.raises(ValueError, match="one and two share memory"):
-        IncrementalMaskedAdamW(groups, budget=4, total_steps=2)
+        IncrementalMaskedAdamW(groups, budget=4, total_steps=2, unmask_steps=1.0)
     for group in groups:
         group["unmask"] = "none"
     spare = {"params": [("spare", new_params((8,))[0])]}
-    IncrementalMaskedAdamW([*groups, spare], budget=4, total_steps=2)
+    IncrementalMaskedAdamW([*groups, spare], budget=4, total_steps=2, unmask_steps=1.0)
 
 
 @pytest.mark.parametrize("mode", ["rank", "all", "none"])
@@ -182,7 +186,10 @@ def test_empty_parameters_of_any_strides(mode):
     ]
     plain = new_params((8,))
     optimizer = IncrementalMaskedAdamW(
-        [{"params": plain}, {"params": empty, "unmask": mode}], budget=4, total_steps=1
+        [{"params": plain}, {"params": empty, "unmask": mode}],
+        budget=4,
+        total_steps=1,
+        unmask_steps=1.0,
     )
     set_grads([*plain, *empty], 1.0)
     optimizer.step()
@@ -192,7 +199,9 @@ def test_empty_parameters_of_any_strides(mode):
 def test_layers_may_be_unfrozen_later():
     """A share of the budget counts all entries where none requires a gradient yet."""
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).requires_grad_(False)
-    optimizer = IncrementalMaskedAdamW(net.named_parameters(), budget=0.5, total_steps=4)
+    optimizer = IncrementalMaskedAdamW(
+        net.named_parameters(), budget=0.5, total_steps=4, unmask_steps=1.0
+    )
     assert optimizer.metrics()["budget"] == 20
     for layer in (net[1], net[0]):
         layer.requires_grad_(True)

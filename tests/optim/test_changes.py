@@ -17,7 +17,9 @@ from sparse_optim.amp import GradScaler
 
 def build(params: list[Parameter], **options: object) -> IncrementalMaskedAdamW:
     arguments = {"budget": 60, "total_steps": 10, "max_grad_norm": 1.0, **options}
-    return IncrementalMaskedAdamW([("a", params[0]), ("b", params[1])], **arguments)
+    return IncrementalMaskedAdamW(
+        [("a", params[0]), ("b", params[1])], **arguments, unmask_steps=1.0
+    )
 
 
 def train(params: list[Parameter], optimizer: MaskedAdamW, steps: range) -> None:
@@ -89,7 +91,7 @@ def test_max_grad_norm_may_be_changed_within_its_range():
 
 
 def test_a_group_on_another_device_is_refused():
-    optimizer = IncrementalMaskedAdamW(new_params((9,)), budget=3, total_steps=2)
+    optimizer = IncrementalMaskedAdamW(new_params((9,)), budget=3, total_steps=2, unmask_steps=1.0)
     pool = copy.copy(optimizer.engine.pool)
     object.__setattr__(pool, "device", torch.device("cuda", 0))
     with pytest.raises(ValueError, match=r"new parameters are on cuda:0, but .* built for cpu"):
@@ -100,7 +102,12 @@ def test_a_step_that_raises_leaves_the_loss_scale_as_it_was():
     """torch deletes what it hands over only after a step that returns."""
     layer = nn.Linear(4, 2)
     optimizer = IncrementalMaskedAdamW(
-        layer.parameters(), budget=3, total_steps=9, fuse_backward=True, max_grad_norm=1e9
+        layer.parameters(),
+        budget=3,
+        total_steps=9,
+        fuse_backward=True,
+        max_grad_norm=1e9,
+        unmask_steps=1.0,
     )
     scaler = GradScaler("cpu", init_scale=8.0)
 

@@ -35,7 +35,8 @@ def build(params: list[Parameter], budget: int = 300, total_steps: int = 8, **op
     return IncrementalMaskedAdamW(
         [{"params": params[:-1], "weight_decay": 0.1}, {"params": params[-1:], "lr": 0.05},
          {"params": new_params((17,), dtype=params[0].dtype, seed=9), "unmask": "all"}],
-        lr=0.02, budget=budget, total_steps=total_steps, importance=D3(-1.0, 0.5), **options,
+        lr=0.02, budget=budget, total_steps=total_steps, importance=D3(-1.0, 0.5),
+        unmask_steps=1.0, **options,
     )  # fmt: skip
 
 
@@ -194,7 +195,9 @@ def test_the_checkpoints_schedule_wins_and_extend_changes_it(caplog):
 
 def test_extend_keeps_what_is_active():
     params = new_params((500,))
-    optimizer = IncrementalMaskedAdamW(params, budget=100, total_steps=4, schedule=Linear())
+    optimizer = IncrementalMaskedAdamW(
+        params, budget=100, total_steps=4, schedule=Linear(), unmask_steps=1.0
+    )
     set_grads(params, 1.0)
     optimizer.step()
     before, positions = optimizer.engine.active.segment(0)["exp_avg"].clone(), active_of(optimizer)
@@ -235,7 +238,7 @@ def test_a_change_without_memory_leaves_the_optimizer_as_it_was(monkeypatch, cha
 
 def test_extend_refuses_what_cannot_be():
     params = new_params((500,))
-    optimizer = IncrementalMaskedAdamW(params, budget=100, total_steps=1)
+    optimizer = IncrementalMaskedAdamW(params, budget=100, total_steps=1, unmask_steps=1.0)
     set_grads(params, 1.0)
     optimizer.step()
     before = optimizer.engine.targets.clone()
@@ -271,7 +274,10 @@ def _sparse_checkpoint(shape: tuple[int, ...] = (600,), **changes: Any) -> dict[
     params = new_params(shape, (1,), dtype=changes.pop("dtype", torch.float32))
     mode = changes.pop("unmask", "all")
     optimizer = IncrementalMaskedAdamW(
-        [{"params": params[:1]}, {"params": params[1:], "unmask": mode}], budget=90, total_steps=3
+        [{"params": params[:1]}, {"params": params[1:], "unmask": mode}],
+        budget=90,
+        total_steps=3,
+        unmask_steps=1.0,
     )
     for _ in range(2):
         give_grads(params, "normal", torch.Generator().manual_seed(0))
@@ -288,7 +294,7 @@ def _sparse_checkpoint(shape: tuple[int, ...] = (600,), **changes: Any) -> dict[
 
 def _fewer_params() -> dict[str, Any]:
     params = new_params((600,))
-    return IncrementalMaskedAdamW(params, budget=9, total_steps=3).state_dict()
+    return IncrementalMaskedAdamW(params, budget=9, total_steps=3, unmask_steps=1.0).state_dict()
 
 
 FOREIGN = {
@@ -320,7 +326,10 @@ def test_foreign_checkpoints_are_refused_and_change_nothing(case):
     make, message = FOREIGN[case]
     params = new_params((600,), (1,), seed=3)
     optimizer = IncrementalMaskedAdamW(
-        [{"params": params[:1]}, {"params": params[1:], "unmask": "all"}], budget=90, total_steps=3
+        [{"params": params[:1]}, {"params": params[1:], "unmask": "all"}],
+        budget=90,
+        total_steps=3,
+        unmask_steps=1.0,
     )
     give_grads(params, "normal", torch.Generator().manual_seed(0))
     optimizer.step()
@@ -340,7 +349,10 @@ def test_foreign_checkpoints_are_refused_and_change_nothing(case):
 def test_a_float32_checkpoint_does_not_fit_a_bfloat16_model():
     params = new_params((600,), (1,), dtype=torch.bfloat16)
     optimizer = IncrementalMaskedAdamW(
-        [{"params": params[:1]}, {"params": params[1:], "unmask": "all"}], budget=90, total_steps=3
+        [{"params": params[:1]}, {"params": params[1:], "unmask": "all"}],
+        budget=90,
+        total_steps=3,
+        unmask_steps=1.0,
     )
     with pytest.raises(ValueError, match="master"):
         optimizer.load_state_dict(_sparse_checkpoint())

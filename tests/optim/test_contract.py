@@ -29,7 +29,9 @@ from sparse_optim import D3, IncrementalMaskedAdamW, MaskedAdamW, Static
 def test_entry_updates_over_a_run(budget, steps):
     """Exactly (B T + B - T + gcd(B, T)) / 2: half of what a static mask would take."""
     (param,) = new_params((60,))
-    optimizer = IncrementalMaskedAdamW([param], lr=1e-3, budget=budget, total_steps=steps)
+    optimizer = IncrementalMaskedAdamW(
+        [param], lr=1e-3, budget=budget, total_steps=steps, unmask_steps=1.0
+    )
     updates = 0
     generator = torch.Generator().manual_seed(budget)
     for _ in range(steps):
@@ -58,7 +60,7 @@ def test_the_best_are_unmasked_and_stay(exp, dtype, kind, budget, steps, seed):
     initial = snapshot(params)
     optimizer = IncrementalMaskedAdamW(
         params, lr=0.1, weight_decay=0.5, budget=budget, total_steps=steps,
-        importance=D3(exp, 0.25),
+        importance=D3(exp, 0.25), unmask_steps=1.0,
     )  # fmt: skip
     known: set[tuple[str, int]] = set()
     for t in range(1, steps + 1):
@@ -85,7 +87,9 @@ def test_the_best_are_unmasked_and_stay(exp, dtype, kind, budget, steps, seed):
 
 def test_equal_gradients_go_by_position(backend):
     params = new_params((7,), (1000,), (3,))
-    optimizer = IncrementalMaskedAdamW(params, budget=600, total_steps=4, backend=backend)
+    optimizer = IncrementalMaskedAdamW(
+        params, budget=600, total_steps=4, backend=backend, unmask_steps=1.0
+    )
     for t in range(1, 5):
         set_grads(params, -0.125)
         optimizer.step()
@@ -99,7 +103,7 @@ def test_zero_gradients_unmask_nothing_and_carry_the_quota(backend):
     params = new_params((500,))
     initial = snapshot(params)
     optimizer = IncrementalMaskedAdamW(
-        params, budget=100, total_steps=10, weight_decay=0.5, backend=backend
+        params, budget=100, total_steps=10, weight_decay=0.5, backend=backend, unmask_steps=1.0
     )
     set_grads(params, 0.0)
     for _ in range(4):
@@ -129,7 +133,7 @@ def test_partial_shortfall_unmasks_what_there_is():
 
 def test_nothing_is_unmasked_past_the_last_step():
     params = new_params((50,))
-    optimizer = IncrementalMaskedAdamW(params, budget=7, total_steps=3)
+    optimizer = IncrementalMaskedAdamW(params, budget=7, total_steps=3, unmask_steps=1.0)
     set_grads(params, 1.0)
     for _ in range(6):
         optimizer.step()
@@ -140,7 +144,7 @@ def test_nothing_is_unmasked_past_the_last_step():
 
 def test_fewer_entries_than_steps():
     params = new_params((50,))
-    optimizer = IncrementalMaskedAdamW(params, budget=3, total_steps=9)
+    optimizer = IncrementalMaskedAdamW(params, budget=3, total_steps=9, unmask_steps=1.0)
     counts = []
     for _ in range(9):
         set_grads(params, 1.0)
@@ -177,7 +181,9 @@ def test_layouts_of_gradients(how, backend):
     results = []
     for grad in (layout, layout.contiguous()):
         params = new_params((40, 30))
-        optimizer = IncrementalMaskedAdamW(params, budget=200, total_steps=2, backend=backend)
+        optimizer = IncrementalMaskedAdamW(
+            params, budget=200, total_steps=2, backend=backend, unmask_steps=1.0
+        )
         params[0].grad = grad
         for _ in range(2):
             optimizer.step()
@@ -211,7 +217,7 @@ def test_the_default_dtype_does_not_count(backend, fuse):
         try:
             optimizer = IncrementalMaskedAdamW(
                 params, budget=9, total_steps=3, importance=D3(exp=-1.0),
-                max_grad_norm=1.0, backend=backend, fuse_backward=fuse,
+                max_grad_norm=1.0, backend=backend, fuse_backward=fuse, unmask_steps=1.0,
             )  # fmt: skip
             for step in range(3):
                 for param in params:
@@ -227,7 +233,7 @@ def test_the_default_dtype_does_not_count(backend, fuse):
 
 def test_a_step_without_gradients_is_no_step():
     params = new_params((5,), (0,))
-    optimizer = IncrementalMaskedAdamW(params, budget=2, total_steps=2)
+    optimizer = IncrementalMaskedAdamW(params, budget=2, total_steps=2, unmask_steps=1.0)
     optimizer.step()
     params[1].grad = torch.empty(0)
     optimizer.step()
@@ -236,7 +242,9 @@ def test_a_step_without_gradients_is_no_step():
 
 def test_missing_gradients_freeze_the_tensor_for_this_step():
     params = new_params((50,), (50,))
-    optimizer = IncrementalMaskedAdamW(params, budget=60, total_steps=2, weight_decay=0.5)
+    optimizer = IncrementalMaskedAdamW(
+        params, budget=60, total_steps=2, weight_decay=0.5, unmask_steps=1.0
+    )
     give_grads(params, "normal", torch.Generator().manual_seed(0))
     optimizer.step()
     before, moments = snapshot(params), optimizer.engine.active.segment(1)["exp_avg"].clone()
@@ -257,7 +265,7 @@ def test_a_gradient_that_is_not_finite_skips_the_whole_step(where, value, backen
     optimizer = IncrementalMaskedAdamW(
         [{"params": [ranked]}, {"params": [dense], "unmask": "all"},
          {"params": [frozen], "unmask": "none"}],
-        budget=100, total_steps=5, max_grad_norm=1.0, backend=backend,
+        budget=100, total_steps=5, max_grad_norm=1.0, backend=backend, unmask_steps=1.0,
     )  # fmt: skip
     params = [ranked, dense, frozen]
     generator = torch.Generator().manual_seed(0)

@@ -28,7 +28,9 @@ def build() -> tuple[list[Parameter], IncrementalMaskedAdamW]:
         {"params": [("p", params[0]), ("q", params[1])]},
         {"params": [("head", params[2])], "unmask": "all"},
     ]
-    return params, IncrementalMaskedAdamW(groups, budget=100, total_steps=10, importance=D3(1.0))
+    return params, IncrementalMaskedAdamW(
+        groups, budget=100, total_steps=10, importance=D3(1.0), unmask_steps=1.0
+    )
 
 
 def train(params: list[Parameter], optimizer: IncrementalMaskedAdamW, steps: range) -> None:

@@ -84,7 +84,13 @@ def test_a_budget_of_everything_is_adamw(dtype, bias_correction, backend):
     double = [Parameter(param.detach().double()) for param in ours]
     options = {"lr": 0.02, "weight_decay": 0.1, "betas": (0.9, 0.95)}
     sparse = IncrementalMaskedAdamW(
-        ours, budget=1.0, total_steps=1, bias_correction=bias_correction, backend=backend, **options
+        ours,
+        budget=1.0,
+        total_steps=1,
+        bias_correction=bias_correction,
+        backend=backend,
+        **options,
+        unmask_steps=1.0,
     )
     adams = [torch.optim.AdamW(params, **options) for params in (single, double)]
     generator = torch.Generator().manual_seed(0)
@@ -173,7 +179,7 @@ def test_frozen_groups_stay_whatever_they_hold():
     initial = snapshot([frozen, codes])
     optimizer = IncrementalMaskedAdamW(
         [{"params": [ranked]}, {"params": [frozen, codes], "unmask": "none"}],
-        lr=1.0, weight_decay=0.5, budget=50, total_steps=1,
+        lr=1.0, weight_decay=0.5, budget=50, total_steps=1, unmask_steps=1.0,
     )  # fmt: skip
     ranked.grad, frozen.grad = torch.ones(50), torch.full((60,), math.nan)
     optimizer.step()
@@ -193,7 +199,7 @@ def test_all_and_rank_side_by_side_do_not_disturb_each_other():
                 {"params": [params[name]], "unmask": "rank" if name == "body" else "all"}
                 for name in groups
             ],
-            lr=0.1, budget=50, total_steps=5,
+            lr=0.1, budget=50, total_steps=5, unmask_steps=1.0,
         )  # fmt: skip
         for step in range(5):
             generator = torch.Generator().manual_seed(step)

@@ -55,7 +55,7 @@ def trained(backend: str, **options) -> IncrementalMaskedAdamW:
     """An optimizer after two of its steps."""
     named = [("first", param_of(700)), ("second", param_of(9))]
     options = {"budget": 20, "total_steps": 10, "backend": backend, **options}
-    optimizer = IncrementalMaskedAdamW(named, **options)
+    optimizer = IncrementalMaskedAdamW(named, **options, unmask_steps=1.0)
     for _ in range(2):
         step(optimizer)
     return optimizer
@@ -109,7 +109,9 @@ def test_a_gradient_on_another_device_is_refused(unmask):
         param_of(9).grad = torch.empty(9, device="meta")
     groups = [{"params": [("first", param_of(30))]},
               {"params": [("second", param_of(9))], "unmask": unmask}]  # fmt: skip
-    optimizer = IncrementalMaskedAdamW(groups, budget=4, total_steps=4, backend="reference")
+    optimizer = IncrementalMaskedAdamW(
+        groups, budget=4, total_steps=4, backend="reference", unmask_steps=1.0
+    )
     step(optimizer)
     before = everything(optimizer)
     optimizer.param_groups[1]["params"][0].__class__ = GradElsewhere
@@ -142,7 +144,7 @@ def test_no_memory_at_construction(backend):
     """The error comes from the constructor, and the parameters are as they were."""
 
     def build(params: list[nn.Parameter]) -> None:
-        IncrementalMaskedAdamW(params, budget=20, total_steps=10, backend=backend)
+        IncrementalMaskedAdamW(params, budget=20, total_steps=10, backend=backend, unmask_steps=1.0)
 
     original = param_of(700)
     for params in failing_at_each_allocation(lambda: [param_of(700)], build):
@@ -194,7 +196,7 @@ def test_an_optimizer_built_before_fully_shard_says_that_nothing_is_trained(grou
     """fully_shard puts DTensors in the parameters' place; torch.optim then does nothing, too."""
     net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
     options = {"budget": 5, "total_steps": 3, "max_grad_norm": 1.0, "fuse_backward": fuse}
-    optimizer = IncrementalMaskedAdamW(net.named_parameters(), **options)
+    optimizer = IncrementalMaskedAdamW(net.named_parameters(), **options, unmask_steps=1.0)
     mesh = distributed.device_mesh.init_device_mesh("cpu", (1,))
     distributed.fsdp.fully_shard(net, mesh=mesh)
     told = []
@@ -216,7 +218,9 @@ def test_steps_without_gradients_after_some_with_are_the_users_affair(backend):
     optimizer.zero_grad()
     for _ in range(3 * STEPS_WITHOUT_GRADIENTS):  # warnings are errors
         optimizer.step()
-    late = IncrementalMaskedAdamW([param_of(9)], budget=2, total_steps=2, backend=backend)
+    late = IncrementalMaskedAdamW(
+        [param_of(9)], budget=2, total_steps=2, backend=backend, unmask_steps=1.0
+    )
     for _ in range(STEPS_WITHOUT_GRADIENTS - 1):
         late.step()
     step(late)

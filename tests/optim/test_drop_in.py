@@ -17,7 +17,9 @@ from sparse_optim import D3, IncrementalMaskedAdamW, MaskedAdamW, Static
 
 def test_closure_runs_with_gradients_and_its_loss_comes_back():
     model = torch.nn.Linear(4, 1)
-    optimizer = IncrementalMaskedAdamW(model.parameters(), budget=2, total_steps=1)
+    optimizer = IncrementalMaskedAdamW(
+        model.parameters(), budget=2, total_steps=1, unmask_steps=1.0
+    )
     seen = []
 
     def closure() -> torch.Tensor:
@@ -101,7 +103,7 @@ def test_clipping_inside_is_clipping_outside():
     def build(params, **extra):
         return IncrementalMaskedAdamW(
             [{"params": params[:1]}, {"params": params[1:], "unmask": "all"}],
-            lr=0.05, budget=90, total_steps=6, **extra,
+            lr=0.05, budget=90, total_steps=6, **extra, unmask_steps=1.0,
         )  # fmt: skip
 
     inside, outside = build(ours, max_grad_norm=0.7), build(theirs)
@@ -124,7 +126,8 @@ def test_norm_counts_dense_groups_but_not_frozen_ones(backend):
     params = new_params((300,), (40,), (50,), dtype=torch.float16)
     optimizer = IncrementalMaskedAdamW(
         [{"params": params[:1]}, {"params": params[1:2], "unmask": "all"},
-         {"params": params[2:], "unmask": "none"}], budget=9, total_steps=3, backend=backend,
+         {"params": params[2:], "unmask": "none"}],
+        budget=9, total_steps=3, unmask_steps=1.0, backend=backend,
     )  # fmt: skip
     grads = give_grads(params, "normal", torch.Generator().manual_seed(0))
     optimizer.step()
@@ -141,7 +144,7 @@ def test_grad_scaler(unscale_first):
     def build(params):
         return IncrementalMaskedAdamW(
             [{"params": params[:1]}, {"params": params[1:], "unmask": "all"}],
-            lr=0.05, budget=90, total_steps=6, max_grad_norm=1.5,
+            lr=0.05, budget=90, total_steps=6, max_grad_norm=1.5, unmask_steps=1.0,
         )  # fmt: skip
 
     scaled, plain = build(ours), build(theirs)
@@ -176,7 +179,7 @@ def test_grad_scaler(unscale_first):
 
 def test_step_hooks_and_zero_grad_are_torchs():
     params = new_params((30,))
-    optimizer = IncrementalMaskedAdamW(params, budget=3, total_steps=1)
+    optimizer = IncrementalMaskedAdamW(params, budget=3, total_steps=1, unmask_steps=1.0)
     calls = []
     optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
     optimizer.register_step_post_hook(lambda *_: calls.append("after"))
@@ -190,7 +193,7 @@ def test_step_hooks_and_zero_grad_are_torchs():
 def test_autograd_notices_the_step():
     """A graph that saved the old values refuses to run backward, as after any optimizer."""
     params = new_params((30,))
-    optimizer = IncrementalMaskedAdamW(params, budget=3, total_steps=1)
+    optimizer = IncrementalMaskedAdamW(params, budget=3, total_steps=1, unmask_steps=1.0)
     loss = params[0].square().sum()
     set_grads(params, 1.0)
     optimizer.step()
@@ -203,7 +206,9 @@ def test_autograd_notices_the_step():
 
 def test_values_loaded_in_mid_run_replace_master_values():
     params = new_params((200,), dtype=torch.bfloat16)
-    optimizer = IncrementalMaskedAdamW(params, lr=1e-5, weight_decay=0.0, budget=100, total_steps=2)
+    optimizer = IncrementalMaskedAdamW(
+        params, lr=1e-5, weight_decay=0.0, budget=100, total_steps=2, unmask_steps=1.0
+    )
     set_grads(params, 1.0)
     optimizer.step()
     loaded = torch.linspace(3, 4, 200).bfloat16()
@@ -222,7 +227,7 @@ def test_bounds_follow_weights_written_from_outside(exp, how, backend):
     """exp < 0 keeps the largest |param| of each tile; a stale one would hide the new winner."""
     params = new_params((4000,))
     optimizer = IncrementalMaskedAdamW(
-        params, budget=4, total_steps=4, importance=D3(exp), backend=backend
+        params, budget=4, total_steps=4, importance=D3(exp), backend=backend, unmask_steps=1.0
     )
     set_grads(params, 1.0)
     optimizer.step()
@@ -268,7 +273,7 @@ def test_metrics(backend):
     weight, head = new_params((300,), (4,))
     optimizer = IncrementalMaskedAdamW(
         [{"params": [("body", weight)]}, {"params": [("head", head)], "unmask": "all"}],
-        budget=90, total_steps=3, backend=backend,
+        budget=90, total_steps=3, backend=backend, unmask_steps=1.0,
     )  # fmt: skip
     weight.grad = torch.arange(300.0)
     optimizer.step()

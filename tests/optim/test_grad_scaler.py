@@ -26,7 +26,7 @@ def build(params) -> MaskedAdamW:
     return IncrementalMaskedAdamW(
         [{"params": params[:2]}, {"params": params[2:3], "unmask": "all"},
          {"params": params[3:4], "unmask": "none"}],
-        lr=0.05, budget=60, total_steps=9, max_grad_norm=0.5,
+        lr=0.05, budget=60, total_steps=9, max_grad_norm=0.5, unmask_steps=1.0,
     )  # fmt: skip
 
 
@@ -76,7 +76,7 @@ def test_equals_torchs_scaler(dtype, unscale_first, others):
 def test_no_pass_over_the_gradients(monkeypatch):
     """torch's inspection is not called; gradients keep their bits."""
     params = new_params((50,))
-    optimizer = IncrementalMaskedAdamW(params, budget=5, total_steps=1)
+    optimizer = IncrementalMaskedAdamW(params, budget=5, total_steps=1, unmask_steps=1.0)
     monkeypatch.setattr(GradScaler, "_unscale_grads_", None)
     scaler = GradScaler("cpu", **OPTIONS)
     params[0].grad = torch.full((50,), 3.0)
@@ -90,7 +90,10 @@ def test_no_pass_over_the_gradients(monkeypatch):
 
 def test_several_optimizers_of_ours_keep_flags_of_their_own():
     params = new_params((50,), (50,))
-    optimizers = [IncrementalMaskedAdamW([param], budget=5, total_steps=1) for param in params]
+    optimizers = [
+        IncrementalMaskedAdamW([param], budget=5, total_steps=1, unmask_steps=1.0)
+        for param in params
+    ]
     scaler = GradScaler("cpu", **OPTIONS)
     scaler.scale(torch.ones(()))
     for param, value in zip(params, (1.0, math.inf), strict=True):
@@ -150,7 +153,7 @@ def test_checkpoints_are_torchs():
 
 def test_disabled_it_only_steps():
     params = new_params((50,))
-    optimizer = IncrementalMaskedAdamW(params, budget=5, total_steps=1)
+    optimizer = IncrementalMaskedAdamW(params, budget=5, total_steps=1, unmask_steps=1.0)
     params[0].grad = torch.ones(50)
     scaler = GradScaler("cpu", enabled=False)
     assert scaler.scale(params[0]) is params[0]

@@ -35,7 +35,7 @@ def int8() -> Parameter:
 
 def build(params: Any, **options: Any) -> MaskedAdamW:
     options = {"budget": 2, "total_steps": 2, **options}
-    return IncrementalMaskedAdamW(params, **options)
+    return IncrementalMaskedAdamW(params, **options, unmask_steps=1.0)
 
 
 REFUSED_PARAMS = {
@@ -142,6 +142,7 @@ def test_signature_begins_as_adamws():
         total_steps=1,
         foreach=True,
         fused=True,
+        unmask_steps=1.0,
     )
     group = optimizer.param_groups[0]
     wanted = {"lr": 0.5, "betas": (0.1, 0.2), "eps": 1e-3, "weight_decay": 0.25, "amsgrad": False}

@@ -28,13 +28,23 @@ def names(groups):
 
 
 def test_a_beginning_is_whole_parts_of_a_name():
-    assert names(param_groups(model(), dense="classifier")) == {
+    assert names(param_groups(model(), rank="all", dense="classifier")) == {
         "rank": ["body.weight", "body.bias", "classifier2.weight", "classifier2.bias"],
         "all": ["classifier.weight", "classifier.bias"],
     }
     assert names(param_groups(model(), dense=["classifier.bias", "classifier2"]))["all"] == [
         "classifier.bias", "classifier2.weight", "classifier2.bias",
     ]  # fmt: skip
+
+
+def test_weights_of_linear_modules_compete_unless_something_else_is_asked_for():
+    assert names(param_groups(model(), dense="classifier")) == {
+        "rank": ["body.weight", "classifier2.weight"],
+        "all": ["classifier.weight", "classifier.bias"],
+        "none": ["body.bias", "classifier2.bias"],
+    }
+    with pytest.raises(ValueError, match='rank="all" takes all that are not dense'):
+        param_groups(torch.nn.Conv2d(1, 1, 3))
 
 
 def test_a_function_chooses_what_competes_and_the_rest_stays_frozen():
@@ -47,7 +57,7 @@ def test_a_function_chooses_what_competes_and_the_rest_stays_frozen():
         "none": ["classifier2.bias"],
     }
     before = {name: param.detach().clone() for name, param in made.named_parameters()}
-    optimizer = IncrementalMaskedAdamW(groups, lr=0.1, budget=3, total_steps=1)
+    optimizer = IncrementalMaskedAdamW(groups, lr=0.1, budget=3, total_steps=1, unmask_steps=1.0)
     for param in made.parameters():
         param.grad = torch.ones_like(param) if param.requires_grad else None
     optimizer.step()

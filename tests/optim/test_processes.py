@@ -97,7 +97,7 @@ def test_accelerate_prepares_it_and_saves_its_state(tmp_path, mixed_precision):
         torch.manual_seed(0)
         net = torch.nn.Linear(8, 4)
         optimizer = IncrementalMaskedAdamW(
-            net.named_parameters(), lr=0.05, budget=20, total_steps=6
+            net.named_parameters(), lr=0.05, budget=20, total_steps=6, unmask_steps=1.0
         )
         accelerator = accelerate.Accelerator(cpu=True, mixed_precision=mixed_precision)
         return accelerator, *accelerator.prepare(net, optimizer)

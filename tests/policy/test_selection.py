@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import Parameter
 
-from sparse_optim import D3, Increment, Linear, MaskedAdamW, Static
+from sparse_optim import D3, Increment, IncrementalMaskedAdamW, Linear, MaskedAdamW, Static, Warmup
+from sparse_optim.policy.defaults import default_every
 from sparse_optim.policy.selection import resolve_budget
 
 
@@ -56,6 +57,10 @@ def test_wrong_budgets_are_refused(budget, pool, message):
         ({"total_steps": True}, "total_steps must be an int"),
         ({"total_steps": 5, "unmask_steps": 6}, r"unmask_steps must be 1 to 5 .*, got 6"),
         ({"total_steps": 5, "unmask_steps": 0}, "unmask_steps must be 1"),
+        ({"total_steps": 5, "unmask_steps": 0.0}, "a share of the run, above 0 and at most 1"),
+        ({"total_steps": 5, "unmask_steps": 5.0}, "got 5.0; give an int to count steps"),
+        ({"total_steps": 5, "unmask_steps": True}, "must be an int .* or a float .*, got True"),
+        ({"total_steps": 5, "unmask_steps": None}, "must be an int .* or a float .*, got None"),
     ],
 )
 def test_wrong_steps_are_refused(options, message):
@@ -66,8 +71,33 @@ def test_wrong_steps_are_refused(options, message):
 def test_targets():
     assert Increment(10, 4).targets(10).tolist() == [0, 2, 5, 7, 10]
     assert Increment(10, 4, Linear(), unmask_steps=2).targets(10).tolist() == [0, 7, 10, 10, 10]
+    assert Increment(10, 5, unmask_steps=0.5).targets(10).tolist() == [0, 5, 10, 10, 10, 10]
+    assert Increment(10, 4, unmask_steps=0.1).targets(10).tolist() == [0, 10, 10, 10, 10]
     assert Increment(4, 2, lambda t: t).targets(4).tolist() == [0, 1, 2]
     assert Static(7).targets(7).tolist() == [0, 7]
+
+
+def test_sampled_runs_unmask_in_a_few_steps_at_least():
+    assert [default_every(steps, True) for steps in (1, 7, 20, 60, 64, 1000)] == [
+        1,
+        1,
+        5,
+        15,
+        16,
+        16,
+    ]
+    assert default_every(1000, False) == 1
+
+
+@pytest.mark.parametrize("schedule", [Warmup(0.5, 10), lambda t: 3 * t])
+def test_a_schedule_of_ones_own_says_when_the_budget_is_spent(schedule):
+    params = [Parameter(torch.zeros(400))]
+    optimizer = IncrementalMaskedAdamW(params, budget=300, total_steps=100, schedule=schedule)
+    targets = optimizer.selection.targets(300).tolist()
+    assert targets[20] < 300
+    assert targets[100] == 300
+    early = IncrementalMaskedAdamW(params, budget=300, total_steps=100, schedule=Linear())
+    assert early.selection.targets(300).tolist()[20] == 300
 
 
 def test_a_share_counts_only_what_can_be_unmasked():

@@ -66,7 +66,7 @@ def build(net: nn.Module, fuse: bool, **options) -> MaskedAdamW:
     body = [item for item in net.named_parameters() if not item[0].startswith("head")]
     options = {"budget": 300, "total_steps": 90, "lr": 0.01, "max_grad_norm": 0.5, **options}
     groups = [{"params": body}, *([{"params": head, "unmask": "all"}] if head else [])]
-    return IncrementalMaskedAdamW(groups, fuse_backward=fuse, **options)
+    return IncrementalMaskedAdamW(groups, fuse_backward=fuse, **options, unmask_steps=1.0)
 
 
 def loss_of(net: nn.Module, generator: torch.Generator, **options) -> Tensor:

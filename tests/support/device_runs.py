@@ -71,7 +71,11 @@ def build(backend: str, device: str | torch.device) -> MaskedAdamW:
     with warnings.catch_warnings():  # "auto" may have to say that nothing compiled is there
         warnings.simplefilter("ignore", RuntimeWarning)
         return IncrementalMaskedAdamW(
-            [Parameter(torch.ones(4, device=device))], budget=1, total_steps=1, backend=backend
+            [Parameter(torch.ones(4, device=device))],
+            budget=1,
+            total_steps=1,
+            backend=backend,
+            unmask_steps=1.0,
         )
 
 
@@ -102,7 +106,7 @@ def new_run(
         [{"params": own[:2]}, {"params": own[2:-DENSE], "betas": (0.8, 0.95), "maximize": True},
          {"params": own[-DENSE:], "unmask": "all"}],
         lr=lr, budget=BUDGET, total_steps=STEPS, importance=D3(exp=exp, eps=0.01),
-        max_grad_norm=1.0, backend=backend, **options,
+        max_grad_norm=1.0, backend=backend, **options, unmask_steps=1.0,
     )  # fmt: skip
     return Run(optimizer, own)
 

@@ -46,6 +46,13 @@ def write_checkpoint(folder: Path, job: FinetuneConfig) -> Path:
 
 
 def config(folders, output: Path, model: str, dataset: str, **settings) -> FinetuneConfig:
-    defaults = {"steps": 6, "batch_size": 8, "max_length": 16, "budget": 500, "cpu": True}
+    defaults = {
+        "rank": "all",
+        "steps": 6,
+        "batch_size": 8,
+        "max_length": 16,
+        "budget": 500,
+        "cpu": True,
+    }
     arguments = {**defaults, "eval_fraction": 0.25, **settings}
     return FinetuneConfig(folders[model], folders[dataset], output, **arguments)

@@ -49,7 +49,9 @@ def optimizer_of(model: nn.Module, sampled: bool, **options: Any) -> MaskedAdamW
         "lr": 0.01, "budget": 200, "total_steps": 12, "every": 4, "max_grad_norm": 1.0,
         "norm": "active", **options,
     }  # fmt: skip
-    return IncrementalMaskedAdamW(groups, model=model, sampled_backward=sampled, **given)
+    return IncrementalMaskedAdamW(
+        groups, model=model, sampled_backward=sampled, **given, unmask_steps=1.0
+    )
 
 
 def loss_of(model: nn.Module, seed: int) -> Tensor:

@@ -314,6 +314,7 @@ def test_a_step_reads_nothing_from_the_device(monkeypatch: pytest.MonkeyPatch) -
         importance=D3(exp=-0.5),
         max_grad_norm=1.0,
         backend="triton",
+        unmask_steps=1.0,
     )
     for _ in range(2):
         for param in params:
@@ -332,7 +333,7 @@ def test_gradients_taken_one_by_one_give_the_same_run(monkeypatch: pytest.Monkey
         params = [torch.nn.Parameter(torch.randn(n, generator=generator)) for n in (300, 17, 130)]
         optimizer = IncrementalMaskedAdamW(
             params, lr=1e-2, budget=60, total_steps=3, max_grad_norm=1.0, backend="triton",
-            fuse_backward=fuse,
+            fuse_backward=fuse, unmask_steps=1.0,
         )  # fmt: skip
         memory = [torch.empty_like(param.detach()) for param in params]
         for _ in range(3):
