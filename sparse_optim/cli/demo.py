@@ -42,7 +42,7 @@ class Contender:
 
 
 CONTENDERS = (
-    Contender("ID3, 1%", "id3", lr=7e-4, head_lr=5e-3),
+    Contender("ID3, 1%", "id3", lr=2e-3, head_lr=5e-3),
     Contender("full AdamW", "full", lr=3e-4, head_lr=5e-3),
     Contender("head only", "frozen", lr=5e-2, head_lr=5e-2),
 )

@@ -38,7 +38,9 @@ def register(app: typer.Typer) -> None:
 
 def estimate(
     model: Annotated[str, typer.Option("--model", "-m", help="Built-in name, folder or hub id.")],
-    budget: Annotated[str, typer.Option(help="Number of entries, or a share such as 1%.")] = "1%",
+    budget: Annotated[
+        str, typer.Option(help="Number of entries, or a share of all such as 1%.")
+    ] = "1%",
     dtype: Annotated[str, typer.Option(help=f"Weights: {', '.join(DTYPES)}.")] = "bfloat16",
     gpu: Annotated[
         str, typer.Option(help=f"GPU to compare with, or its GiB (48): {', '.join(GPUS)}.")

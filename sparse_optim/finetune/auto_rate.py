@@ -1,22 +1,22 @@
-"""`--lr auto`: the learning rate from the curvature of the loss on the entries of the method.
+"""`--lr auto`: the learning rate from the size of a first step on the entries of the method.
 
-Measured on MiniLM with three tasks (bench/results/curvature): from 1e-4 for full fine-tuning to
-5e-2 for a random mask, in 13 of 18 cases within a factor of two of the best tuned rate, at most
-3.3. The head matters: before a fresh head is trained, the rule gives rates ten times higher.
+docs/learning-rates.md compares it with tuned rates.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from itertools import chain, islice, repeat
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
-from sparse_optim.analysis.curvature import Curvature, curvature
+from sparse_optim.analysis.curvature import curvature
+from sparse_optim.analysis.relative_step import BEST_STEP, relative_step
 from sparse_optim.finetune.checkpoints import saved_rate
 from sparse_optim.finetune.config import AUTO, FinetuneConfig
 from sparse_optim.finetune.errors import FinetuneError
@@ -44,38 +44,64 @@ def with_rate(config: FinetuneConfig, inputs: Inputs, console: Console | None) -
     if config.resume is not None:
         return dataclasses.replace(config, lr=saved_rate(config.resume))
     try:
-        found = curvature_of(config, inputs)
+        rate, reason = suggest(prepare(config, inputs))
     except ValueError as error:
         raise FinetuneError(f"--lr auto: {error}") from error
-    if found.lr is None:
-        raise FinetuneError(
-            "--lr auto: the loss has no lowest point along the first step (its curvature there is "
-            f"{found.sign_curvature:.3g}): give a number"
-        )
-    tell(
-        console,
-        f"learning rate {found.lr:.2g}: slope {found.slope:.3g} / curvature "
-        f"{found.sign_curvature:.3g} of the loss along a first step on {found.entries:,} entries",
-    )
-    return dataclasses.replace(config, lr=float(f"{found.lr:.2g}"))
+    if rate is None:
+        raise FinetuneError(f"--lr auto: {reason}: give a number")
+    tell(console, f"learning rate {rate:.2g}: {reason}")
+    return dataclasses.replace(config, lr=float(f"{rate:.2g}"))
 
 
-def curvature_of(config: FinetuneConfig, inputs: Inputs) -> Curvature:
-    """The loss along AdamW's first step on the entries that the job would train.
+@dataclass(frozen=True)
+class Prepared:
+    """What a rate is measured on: the model with a trained head, batches, the method's entries."""
 
-    Trains a fresh head alone for 30 steps before it measures (at `--head-lr`, or 5e-3).
+    model: nn.Module
+    batches: list[Any]
+    mask: Mapping[str, Tensor]
+    is_head: bool  # whether the mask is the fresh head alone
+
+
+def prepare(config: FinetuneConfig, inputs: Inputs) -> Prepared:
+    """Train a fresh head alone for 30 steps (at `--head-lr`, or 5e-3), and choose the entries.
 
     Raises:
         ValueError: the method cannot use the job's settings.
     """
     loaded = load_base(config, inputs)
-    batches = make_trainer(config, inputs, loaded).get_train_dataloader()
-    request = method_request(config, loaded, loaded.model, 1, lambda: batches)
-    several = chain.from_iterable(repeat(batches))  # epoch after epoch
+    loader = make_trainer(config, inputs, loaded).get_train_dataloader()
+    request = method_request(config, loaded, loaded.model, 1, lambda: loader)
+    several = chain.from_iterable(repeat(loader))  # epoch after epoch
     request.model.eval()
     train_head(request, islice(several, HEAD_STEPS), config.head_lr or HEAD_RATE)
-    some = list(islice(several, BATCHES))
-    return curvature(request.model, some, mask_of(config.method, request, some), iterations=0)
+    batches = list(islice(several, BATCHES))
+    mask = mask_of(config.method, request, batches)
+    return Prepared(request.model, batches, mask, mask.keys() <= request.fresh)
+
+
+def suggest(found: Prepared) -> tuple[float | None, str]:
+    """A rate, None where none is known, and the reason.
+
+    The rate at which a first step has the usual size relative to the weights; of entries outside
+    the weights of Linear modules (biases, a head alone) that at which it goes farthest down.
+    """
+    step = None if found.is_head else relative_step(found.model, found.batches, found.mask)
+    if step is not None:
+        return step.lr, (
+            f"a first step changes {step.matrices} weights by {BEST_STEP:.2%} of their largest "
+            "singular value"
+        )
+    bent = curvature(found.model, found.batches, found.mask, iterations=0)
+    if bent.lr is None:
+        return None, (
+            "the loss has no lowest point along the first step (its curvature there is "
+            f"{bent.sign_curvature:.3g})"
+        )
+    return bent.lr, (
+        f"slope {bent.slope:.3g} / curvature {bent.sign_curvature:.3g} of the loss along a first "
+        f"step on {bent.entries:,} entries"
+    )
 
 
 def train_head(request: MethodRequest, batches: Iterable[Any], rate: float) -> None:

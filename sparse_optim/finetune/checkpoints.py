@@ -170,8 +170,7 @@ def find_problem(folder: Path, config: FinetuneConfig) -> str | None:
 def completed(theirs: dict[str, Any], config: FinetuneConfig) -> dict[str, Any]:
     """The settings of a manifest, with those that an earlier version lacked or left at None."""
     missing = {field.name: field.default for field in dataclasses.fields(config)}
-    if config.method == "id3":
-        missing["every"] = 1  # before there was a choice
+    missing |= {"rank": "all", "every": 1}  # before there was a choice
     values: dict[str, Any] = json.loads(json.dumps(missing, default=str)) | theirs
     unset = dataclasses.replace(config, lr=None, adam_eps=None, budget=None, max_length=None)
     for name, default in comparable(unset).items():
@@ -237,6 +236,8 @@ def comparable(config: FinetuneConfig) -> dict[str, Any]:
         free = FREE - SERIES_JUDGES
     used = dataclasses.asdict(resolved(config))
     values = {name: value for name, value in used.items() if name not in free}
+    if config.method != "id3":
+        del values["every"]
     builtin = DATASETS.get(config.dataset)
     task = config.task or (None if builtin is None else builtin.task)
     if task is not None:

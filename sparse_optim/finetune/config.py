@@ -14,18 +14,12 @@ from sparse_optim.finetune.columns import TaskName
 from sparse_optim.finetune.errors import FinetuneError
 from sparse_optim.finetune.settings import KEY, Setting, choices, setting
 from sparse_optim.methods import METHODS
+from sparse_optim.policy.defaults import RANK, SAMPLED_EVERY, UNMASK_SHARE
 
 DEFAULT_BUDGET = 0.01
 
-# Entries that are unmasked late have few steps left, at a decayed learning rate. Half of the run
-# gained against the paper's whole run on each of three tasks: see bench/results/quality/README.md.
-DEFAULT_UNMASK_SHARE = 0.5
-
 # Tokens: summaries of CNN/DailyMail have 56 words on average (See et al. 2017, section 4).
 MAX_TARGET_LENGTH = 128
-
-# Steps from one that unmasks to the next: 16 scored like 1, see bench/results/every/README.md.
-DEFAULT_EVERY = 16
 
 AUTO = "auto"  # as --lr: see sparse_optim.finetune.auto_rate
 
@@ -131,22 +125,26 @@ class FinetuneConfig:
         written=str,
         read=parse_budget,
     )
-    rank: str = _selection(
-        "all",
+    rank: str | None = _selection(
+        None,
         "Parameters that compete for the budget: all, linear (weights of Linear modules) or a "
-        "regular expression for their names; the others stay frozen.",
+        "regular expression for their names; the others stay frozen (default: "
+        f"{RANK}; all with --adapter).",
     )
     d3_exp: float = _selection(0.0, "exp in the importance |grad| / (|param| + eps)^exp.")
     d3_eps: float = _selection(1.0, "eps in the importance.")
     unmask_schedule: ScheduleName = _selection(
         "uniform", "Spread the budget over the steps evenly, or with most entries early (linear)."
     )
-    unmask_share: float = _selection(
-        DEFAULT_UNMASK_SHARE, "Spend the budget in this share of the run (1: the paper's ID3)."
+    unmask_share: float | None = _selection(
+        None,
+        "id3: spend the budget in this share of the run (1: the paper's ID3; default: "
+        f"{UNMASK_SHARE}; 1 with --series, so that every saved model has been trained).",
     )
-    every: int = _selection(
-        DEFAULT_EVERY,
-        "id3: unmask only at every N-th step; the steps between are faster (1: the paper's ID3).",
+    every: int | None = _selection(
+        None,
+        "id3: unmask only at every N-th step; the steps between are faster (1: the paper's ID3; "
+        f"default: at most {SAMPLED_EVERY} where --sampled-backward is possible, else 1).",
     )
     bias_correction: Literal["entry", "global"] = _selection(
         "entry", "Count Adam's steps from the unmasking of an entry, or from the start (global)."
@@ -172,8 +170,8 @@ class FinetuneConfig:
     accumulation: int = _training(1, "Gradient accumulation steps.")
     lr: float | str | None = _training(
         None,
-        "Learning rate, or auto: from the curvature of the loss on the method's entries. ID3 needs "
-        f"1e-4 to 7e-4, ten times the rate of full fine-tuning (default: {RATES}; with --adapter "
+        "Learning rate, or auto: from the size of a first step on the method's entries, relative "
+        f"to the weights (default: {RATES}; with --adapter "
         f"at least {DEFAULT_RATE:g}).",
         written=str,
         read=parse_rate,
@@ -323,7 +321,7 @@ class FinetuneConfig:
         for name in ("warmup", "weight_decay"):
             if not getattr(self, name) >= 0:
                 raise FinetuneError(f"{option(name)} must be at least 0, got {getattr(self, name)}")
-        if not 0 < self.unmask_share <= 1:
+        if self.unmask_share is not None and not 0 < self.unmask_share <= 1:
             raise FinetuneError(
                 f"--unmask-share must be above 0 and at most 1, got {self.unmask_share}"
             )
@@ -352,7 +350,7 @@ class FinetuneConfig:
                 "--fuse-backward frees each gradient at once, so --accumulation has nothing to add "
                 "up: drop one of them"
             )
-        if self.every not in (1, DEFAULT_EVERY) and self.method != "id3":
+        if self.every not in (None, 1, SAMPLED_EVERY) and self.method != "id3":
             raise FinetuneError(f"--every is for the method id3, not for {self.method}")
         if self.series is not None and self.method != "id3":
             raise FinetuneError(

@@ -21,6 +21,7 @@ class Usage:
         dense: entries that are trained from the start: a fresh head, or all of a dense method.
         backend: kernels of the step; "torch" for an optimizer of torch.
         gradients: "sampled", "fused" (read and freed inside the backward pass) or "ordinary".
+        every: steps from one that unmasks entries to the next; None without a budget.
     """
 
     budget: int
@@ -28,6 +29,7 @@ class Usage:
     dense: int
     backend: str
     gradients: str
+    every: int | None = None
 
 
 def usage_of(optimizer: torch.optim.Optimizer) -> Usage:
@@ -38,6 +40,7 @@ def usage_of(optimizer: torch.optim.Optimizer) -> Usage:
     return Usage(
         budget=optimizer.engine.budget,
         ranked=sum(param.numel() for param in optimizer.engine.pool.params),
+        every=optimizer.selection.every,
         dense=_dense_entries(optimizer),
         backend=optimizer.engine.backend,
         gradients="sampled" if optimizer.sampled_backward else kind,

@@ -48,6 +48,9 @@ def plain(text: str) -> Text:
     return Text("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text))
 
 
+POOLS = {"all": "entries", "linear": "Linear weights"}  # by --rank
+
+
 def describe_request(config: FinetuneConfig) -> Rows:
     """Model, data and method, as the user named them and with defaults filled in.
 
@@ -60,7 +63,8 @@ def describe_request(config: FinetuneConfig) -> Rows:
     used, budget = resolved(config), ""
     if used.budget is not None:
         share = isinstance(used.budget, float)
-        budget = f"{100 * used.budget:.4g}% of the entries" if share else f"{used.budget:,} entries"
+        pool = POOLS.get(used.rank or "", "ranked entries")
+        budget = f"{100 * used.budget:.4g}% of the {pool}" if share else f"{used.budget:,} entries"
     adapter = ""
     if config.adapter is not None:
         rank = config.adapter_rank or ADAPTERS[config.adapter].rank

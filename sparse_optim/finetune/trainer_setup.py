@@ -22,6 +22,7 @@ from sparse_optim.finetune.output import CHECKPOINTS
 from sparse_optim.finetune.tasks import Task
 from sparse_optim.finetune.trainer import JobTrainer, WritingTrainer, arguments_class
 from sparse_optim.methods import METHODS, MethodRequest
+from sparse_optim.policy.defaults import RANK, UNMASK_SHARE
 from sparse_optim.policy.schedule import SCHEDULES
 
 
@@ -133,7 +134,7 @@ def method_request(
         model=model,
         named=named,
         fresh=loaded.fresh,
-        rank=config.rank,
+        rank=config.rank or RANK,
         no_decay=frozenset(name for name, param in named if param.ndim < 2),
         lr=lr,
         head_lr=config.head_lr or lr,
@@ -145,7 +146,7 @@ def method_request(
         d3_exp=config.d3_exp,
         d3_eps=config.d3_eps,
         schedule=SCHEDULES[config.unmask_schedule],
-        unmask_share=config.unmask_share,
+        unmask_share=config.unmask_share or UNMASK_SHARE,
         bias_correction=config.bias_correction,
         sparse_score=config.sparse_score,
         fuse_backward=config.fuse_backward,

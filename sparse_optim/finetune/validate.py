@@ -33,12 +33,12 @@ def check_method(config: FinetuneConfig) -> None:
             "is not known before training: give a number"
         )
     try:
-        re.compile(config.rank)
+        re.compile(config.rank or "")
     except re.error as error:
         raise FinetuneError(
             f"--rank {config.rank!r}: expected all, linear or a regular expression ({error})"
         ) from None
-    if config.rank != "all" and not METHODS[config.method].has_budget:
+    if config.rank not in (None, "all") and not METHODS[config.method].has_budget:
         raise FinetuneError(
             f"--rank: nothing competes for a budget in --method {config.method}: drop one of them"
         )

@@ -55,7 +55,7 @@ app(["finetune", "-m", "minilm", "-d", "trec6", "-o", "/nowhere"], standalone_mo
 """
     shown = run(code.format(slow=SLOW, last="quiet_datasets"))
     assert "MiniLM-L6 encoder" in shown
-    assert "id3, 1% of the entries, lr 0.0005" in shown
+    assert "id3, 1% of the Linear weights, lr 0.001" in shown
     assert shown.endswith("imported:\n")
     shown = run(code.format(slow=SLOW, last="quiet_libraries"))
     assert "loaded 4,499 examples to train on, 881 to evaluate (test)" in shown

@@ -158,8 +158,8 @@ def test_a_later_job_without_an_adapter_leaves_none_behind(folder, tmp_path):
 
 def test_dense_methods_take_the_rate_of_adapters(folder, tmp_path):
     given = config(folder, tmp_path, adapter="lora", method="full")
-    assert learning_rate(given) == DEFAULT_RATE == 5e-4
-    assert learning_rate(config(folder, tmp_path, method="full")) == 5e-5
+    assert learning_rate(given) == DEFAULT_RATE == 2e-3
+    assert learning_rate(config(folder, tmp_path, method="full")) == 1e-4
     assert learning_rate(config(folder, tmp_path, adapter="lora", lr=1e-6)) == 1e-6
 
 
@@ -206,7 +206,7 @@ def invoke(*arguments):
 
 
 def test_export_peft_computes_the_same(folder, tmp_path):
-    run(config(folder, tmp_path / "out", budget=4000, lr=1e-2))
+    run(config(folder, tmp_path / "out", budget=4000, lr=1e-2, rank="all"))
     delta = load_delta(tmp_path / "out" / "delta.safetensors")
     weights = {name: held for name, held in delta.sparse.items() if name.endswith("weight")}
     prints = {name: delta.fingerprints[name] for name in weights}

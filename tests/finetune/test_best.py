@@ -81,7 +81,7 @@ def test_patience_counts_evaluations_in_a_row():
 # Learning rates that make the loss rise, while entries are unmasked until step 4.
 RISING = {
     **{"steps": 8, "eval_every": 2, "lr": 1.0, "schedule": "constant", "best": True},
-    **{"budget": 2000, "every": 1},
+    **{"budget": 2000, "every": 1, "unmask_share": 0.5},
 }
 
 

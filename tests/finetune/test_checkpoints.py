@@ -113,7 +113,7 @@ def test_a_checkpoint_whose_saving_was_cut_short(folders, checkpoints, tmp_path)
         ({"method": "pafi"}, "--method was 'id3', now it is 'pafi'"),
         ({"dtype": "bfloat16"}, "--dtype was 'float32', now it is 'bfloat16'"),
         ({"steps": 9}, "--steps was 6, now it is 9"),
-        ({"lr": 1e-3}, "--lr was 0.0005, now it is 0.001"),
+        ({"lr": 3e-3}, "--lr was 0.001, now it is 0.003"),
         ({"seed": 5}, "--seed was 0, now it is 5"),
     ],
 )
@@ -179,7 +179,10 @@ def test_a_setting_that_an_earlier_version_lacked_had_its_default(folders, check
     ("saved", "settings", "problem"),
     [
         ({"every": "-"}, {"every": 1}, None),
-        ({"every": "-"}, {}, "--every was 1, now it is 16"),
+        ({"every": "-"}, {}, "--every was 1, now it is None"),
+        ({"every": 16}, {"method": "pafi"}, None),
+        ({"rank": "-"}, {}, None),
+        ({"rank": "-"}, {"rank": "linear"}, "--rank was 'all', now it is 'linear'"),
         ({"every": "-"}, {"method": "pafi"}, None),  # it has no such setting
         ({"max_length": 128}, {"max_length": None}, None),
         ({"max_length": None}, {"max_length": 1024}, None),  # the task may be causal-lm
@@ -196,9 +199,9 @@ def test_a_setting_that_an_earlier_version_lacked_had_its_default(folders, check
             {"max_length": None, "best": True},
             "--max-length was 128, now it is None",
         ),
-        ({"lr": None, "adam_eps": None}, {"lr": 5e-4}, None),
-        ({"lr": None}, {"lr": 1e-4}, "--lr was 0.0005, now it is 0.0001"),
-        ({"lr": 5e-4}, {}, None),
+        ({"lr": None, "adam_eps": None}, {"lr": 1e-3}, None),
+        ({"lr": None}, {"lr": 1e-4}, "--lr was 0.001, now it is 0.0001"),
+        ({"lr": 1e-3}, {}, None),
         ({"budget": None}, {"budget": 0.01}, None),
     ],
 )
@@ -274,7 +277,7 @@ def start(folders, output: Path, *options: str) -> subprocess.Popen[str]:
     settings = ["--steps", "12", "--batch-size", "8", "--max-length", "16", "--budget", "500"]
     command = [
         "finetune", "-m", folders["encoder"], "-d", folders["sequence"], "-o", str(output),
-        "--cpu", "--eval-fraction", "0.25", "--threads", "1", *settings, *options,
+        "--cpu", "--eval-fraction", "0.25", "--threads", "1", "--rank", "all", *settings, *options,
     ]  # fmt: skip
     return subprocess.Popen(
         [sys.executable, "-c", JOB, *command],

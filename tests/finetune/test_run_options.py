@@ -127,7 +127,7 @@ def test_metrics_have_the_values_that_were_used(folders, tmp_path):
     job |= {"steps": None, "backend": "reference"}
     used = run(config(folders, tmp_path / "out", "encoder", "sequence", **job)).metrics["used"]
     expected = {
-        **{"lr": 5e-4, "head_lr": 1e-3, "adam_eps": 1e-8, "backend": "reference", "device": "cpu"},
+        **{"lr": 1e-3, "head_lr": 1e-3, "adam_eps": 1e-8, "backend": "reference", "device": "cpu"},
         **{"steps": 3, "planned_steps": 3, "warmup_steps": 2, "train_rows": 48, "seed": 0},
         **{"columns": {"text": "text", "text_pair": None, "label": "label"}, "max_length": 16},
         **{"batch_size": 8, "accumulation": 2, "eval_split": "held-out 25% of train"},
@@ -139,7 +139,7 @@ def test_metrics_have_the_values_that_were_used(folders, tmp_path):
     assert used["dense_entries"] == 2 * 32 + 2
     other = config(folders, tmp_path / "full", "encoder", "sequence", method="full", steps=1)
     used = run(other).metrics["used"]
-    assert (used["lr"], used["budget_entries"], used["backend"]) == (5e-5, 0, "torch")
+    assert (used["lr"], used["budget_entries"], used["backend"]) == (1e-4, 0, "torch")
 
 
 def test_tensorboard_files_are_where_people_look(folders, tmp_path):

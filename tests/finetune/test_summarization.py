@@ -59,7 +59,8 @@ def folders(tmp_path_factory):
 
 def job(folders, output, model, **settings):
     defaults = {"steps": 60, "eval_every": 20, "batch_size": 8, "lr": 2e-2, "cpu": True}
-    arguments = {**defaults, "budget": 0.5, "max_target_length": 8, **settings}
+    arguments = {**defaults, "budget": 0.5, "rank": "all", "unmask_share": 0.5}
+    arguments |= {"max_target_length": 8, **settings}
     return FinetuneConfig(folders[model], folders["pairs"], output, **arguments)
 
 

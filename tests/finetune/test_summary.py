@@ -44,12 +44,12 @@ def request(**settings: object) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({}, "id3, 1% of the entries, lr 0.0005, linear"),
+        ({}, "id3, 1% of the Linear weights, lr 0.001, linear"),
         ({"budget": 320_000, "lr": 1e-4}, "id3, 320,000 entries, lr 0.0001, linear"),
-        ({"budget": 0.0025}, "id3, 0.25% of the entries, lr 0.0005, linear"),
-        ({"method": "full", "schedule": "cosine"}, "full, lr 5e-05, cosine"),
-        ({"adapter": "lora"}, "id3 on lora of rank 8, 1% of the entries, lr 0.0005, linear"),
-        ({"adapter": "ia3", "method": "full"}, "full on ia3, lr 0.0005, linear"),
+        ({"budget": 0.0025}, "id3, 0.25% of the Linear weights, lr 0.001, linear"),
+        ({"method": "full", "schedule": "cosine"}, "full, lr 0.0001, cosine"),
+        ({"adapter": "lora"}, "id3 on lora of rank 8, 1% of the entries, lr 0.002, linear"),
+        ({"adapter": "ia3", "method": "full"}, "full on ia3, lr 0.002, linear"),
     ],
 )
 def test_the_method_is_shown_with_its_defaults(settings, text):

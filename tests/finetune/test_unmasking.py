@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -11,10 +13,14 @@ pytest.importorskip("accelerate", reason="the main job needs the extra 'finetune
 
 from finetune_jobs import config, make_folders
 
+from sparse_optim import IncrementalMaskedAdamW, param_groups
 from sparse_optim.delta import load_delta
 from sparse_optim.engine import sampled
-from sparse_optim.finetune import FinetuneError
+from sparse_optim.finetune import FinetuneConfig, FinetuneError
+from sparse_optim.finetune.inputs import load_base, load_inputs
 from sparse_optim.finetune.job import run
+from sparse_optim.finetune.trainer_setup import method_request
+from sparse_optim.methods import METHODS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -29,7 +35,9 @@ def folders(tmp_path_factory) -> dict[str, str]:
     [
         ({"unmask_share": 1.0}, [10, 20, 30, 40]),
         ({"unmask_share": 1.0, "unmask_schedule": "linear"}, [17, 30, 37, 40]),  # 40 (1-(1-t/4)^2)
-        ({}, [20, 40, 40, 40]),
+        ({"unmask_share": 0.5}, [20, 40, 40, 40]),
+        ({}, [40, 40, 40, 40]),  # a fifth of four steps is one
+        ({"series": 2}, [10, 20, 30, 40]),  # so that each of its models is trained
     ],
 )
 def test_the_budget_is_spent_as_asked(folders, tmp_path, settings, counts):
@@ -39,11 +47,41 @@ def test_the_budget_is_spent_as_asked(folders, tmp_path, settings, counts):
     assert [row["active"] - fresh for row in result.metrics["log"]] == counts
 
 
+def test_the_command_and_the_library_have_the_same_defaults(folders, tmp_path):
+    """Which parameters compete, when the budget is spent, how often entries are unmasked."""
+    given = {"budget": 40, "steps": 100, "cpu": True, "eval_fraction": 0.25, "max_length": 16}
+    job = FinetuneConfig(folders["encoder"], folders["sequence"], tmp_path / "out", **given)
+    inputs = load_inputs(job)
+    loaded, other = load_base(job, inputs), load_base(job, inputs)
+    command = METHODS["id3"].build(method_request(job, loaded, loaded.model, 100, list))
+    library = IncrementalMaskedAdamW(
+        param_groups(other.model, dense=sorted(other.fresh)),
+        budget=40,
+        total_steps=100,
+        max_grad_norm=1.0,
+        model=other.model,
+        sampled_backward=True,
+    )
+    assert command.sampled_backward
+    assert command.selection == library.selection
+    assert command.selection.every == 5  # so that four steps of the first twenty are loud
+    assert command.importance == library.importance
+    pools = [
+        {param.shape for group in optimizer.param_groups if group["unmask"] == "rank"
+         for param in group["params"]}
+        for optimizer in (command, library)
+    ]  # fmt: skip
+    assert pools[0] == pools[1]
+    assert all(len(shape) == 2 for shape in pools[0])
+    adapted = dataclasses.replace(job, adapter="lora")
+    assert method_request(adapted, loaded, loaded.model, 100, list).rank == "all"
+
+
 def test_bias_correction_reaches_the_optimizer(folders, tmp_path):
     """An entry unmasked at step 2 moves by its lr, or by half of it: two different models."""
     weights = {}
     for kind in ("entry", "global"):
-        options = {"steps": 4, "budget": 40, "bias_correction": kind, "every": 1}
+        options = {"steps": 4, "budget": 40, "bias_correction": kind, "every": 1, "unmask_share": 1}
         result = run(config(folders, tmp_path / kind, "encoder", "sequence", **options))
         weights[kind] = [param.detach() for param in result.model.parameters()]
     assert not all(map(torch.equal, weights["entry"], weights["global"]))
