@@ -18,6 +18,9 @@ from sparse_optim.files import replacing
 from sparse_optim.finetune.config import FinetuneConfig
 from sparse_optim.finetune.report import jsonable
 
+# Of cells from before these settings existed.
+FORMER = {"rank": "all", "every": 1}
+
 Outcome = dict[str, Any]  # the result of a finished cell
 
 _order = itemgetter("task", "row", "stage", "seed", "lr")  # of the lines in a file of cells
@@ -131,7 +134,7 @@ def differing_settings(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> 
     A cell from before a setting existed ran with that setting's default.
     """
     defaults = {field.name: jsonable(field.default) for field in fields(FinetuneConfig)}
-    known = defaults | dict(stored)
+    known = defaults | FORMER | dict(stored)
     return {name: known.get(name) for name in wanted if known.get(name) != wanted[name]}
 
 

@@ -13,7 +13,7 @@ LRS = (1.5e-3,)
 BUDGET = "0.5%"
 
 
-# The budget is spent in the middle of the run, as `finetune` does.
+# The budget is spent in the first half of the run.
 ID3 = Row("id3", LRS, BUDGET, settings={"unmask_share": 0.5})
 
 EVERY = Experiment(

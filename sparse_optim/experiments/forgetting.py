@@ -9,6 +9,7 @@ model's score is its mean loss, in nats a token, on news (XSum, test).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any
@@ -20,7 +21,6 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
 from sparse_optim.experiments.presets import TaskPreset
-from sparse_optim.finetune.config import FinetuneConfig
 from sparse_optim.finetune.data import DataRequest, TaskData, load_data
 from sparse_optim.finetune.metrics import correlation
 
@@ -33,21 +33,25 @@ SENTENCE_BATCH, DOCUMENT_BATCH = 50, 4  # a language model gives a vocabulary of
 Score = Callable[[nn.Module, PreTrainedTokenizerBase], float]
 
 
-def score_of(config: FinetuneConfig, task: TaskPreset, stsb: str) -> tuple[str, Score] | None:
-    """The score that a task's model can lose, and its name; None if the task trains that skill.
+def score_name(task: TaskPreset) -> str | None:
+    """The name of the score that a task's model can lose; None if the task trains that skill."""
+    if task.task == "causal-lm":
+        return "LM loss on XSum"
+    if task.task not in CLASSIFIES or task.name == STSB:
+        return None
+    return "STS-B, cosine without training"
+
+
+def score_of(task: TaskPreset, stsb: str) -> Score:
+    """The score of a task that has one.
 
     Args:
         stsb: where STS-B is: a folder or hub id.
     """
     if task.task == "causal-lm":
-        return "LM loss on XSum", lambda model, tokenizer: lm_loss(model, tokenizer, news())
-    if task.task not in CLASSIFIES or task.name == STSB:
-        return None
+        return lambda model, tokenizer: lm_loss(model, tokenizer, news())
     pairs = sentence_pairs(stsb)
-    return (
-        "STS-B, cosine without training",
-        lambda model, tokenizer: cosine_score(model, tokenizer, pairs),
-    )
+    return lambda model, tokenizer: cosine_score(model, tokenizer, pairs)
 
 
 @cache
@@ -85,6 +89,8 @@ def cosine_score(model: nn.Module, tokenizer: PreTrainedTokenizerBase, pairs: Ta
     first = vectors(model, tokenizer, pairs.evaluation["text"])
     second = vectors(model, tokenizer, pairs.evaluation["text_pair"])
     cosines = functional.cosine_similarity(first, second)
+    if not cosines.isfinite().all():
+        return math.nan
     return correlation(rankdata(cosines), rankdata(pairs.evaluation["label"]))
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from rich.console import Console
 
 from sparse_optim.experiments.arithmetic import MATH
+from sparse_optim.experiments.forgetting import STSB, score_name
 from sparse_optim.experiments.generation import (
     locate_training,
     measure_exact_match,
@@ -21,13 +22,15 @@ def make_runner(experiment: Experiment, options: RunOptions, console: Console) -
     """The runner, with the experiment's functions that find data and measure.
 
     Raises:
-        ExperimentError: shifted test sets are asked for, and no task has one.
+        ExperimentError: shifted test sets or forgetting are asked for, and no task has them.
     """
     if options.shifted and not experiment.shifted_columns:
         tasks = ", ".join(task.name for task in experiment.tasks)
         raise ExperimentError(
             f"--shifted: none of the tasks has a shifted test set ({tasks}); see `quality --help`"
         )
+    if options.forgetting:
+        check_forgetting(experiment, options)
     if experiment.name == MATH.name:
         functions = (locate_training, measure_exact_match, watch_exact_match)
         return Runner(experiment, options, console, *functions)
@@ -36,6 +39,21 @@ def make_runner(experiment: Experiment, options: RunOptions, console: Console) -
         written = replace(experiment, settings=settings)
         return Runner(written, options, console, measure=measure_rouge)
     return Runner(experiment, options, console)
+
+
+def check_forgetting(experiment: Experiment, options: RunOptions) -> None:
+    """Raise ExperimentError if no task has a skill to lose, or if its data is missing."""
+    measured = [task for task in experiment.tasks if score_name(task)]
+    if not measured:
+        names = ", ".join(task.name for task in experiment.tasks)
+        raise ExperimentError(f"--forgetting: nothing is measured for {names}: drop it")
+    pairs = options.data_folder / STSB if options.data_folder is not None else None
+    encodes = any(task.task != "causal-lm" for task in measured)
+    if encodes and pairs is not None and not pairs.is_dir():
+        raise ExperimentError(
+            f"--forgetting: {pairs} is missing; the sentence pairs of GLUE's STS-B tell what an "
+            "encoder loses"
+        )
 
 
 def show_plan(runner: Runner, console: Console) -> None:

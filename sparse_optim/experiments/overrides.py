@@ -65,6 +65,7 @@ def choose(experiment: Experiment, choice: Choice) -> tuple[Experiment, list[str
         replace(
             with_model(experiment, choice.model or experiment.model),
             seeds=tuple(numbers("--seeds", choice.seeds, int)) or experiment.seeds,
+            widen=0 if lrs else experiment.widen,
             blocks=new_blocks(experiment, tasks, kept, bool(names or budgets)),
         ),
         left_out,

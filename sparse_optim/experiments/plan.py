@@ -54,7 +54,8 @@ def tuning_cells(
 
     Args:
         widen: while the best rate is at an end of the grid, the rate beyond it by this factor
-            follows (at most `MOST_WIDENED` times); 0: the grid stays as it is.
+            follows (at most `MOST_WIDENED` times, and not if all values are equal: nothing is
+            learnt); 0: the grid stays as it is.
     """
     if len(row.lrs) == 1:
         return
@@ -64,6 +65,8 @@ def tuning_cells(
     for _ in range(MOST_WIDENED if widen else 0):
         best = best_of(task, row, lrs, seed, finished)
         if best is None or best not in (lrs[0], lrs[-1]):
+            return
+        if is_flat(task, row, lrs, seed, finished):
             return
         lr = significant(best / widen if best == lrs[0] else best * widen)
         lrs = sorted([*lrs, lr])
@@ -91,6 +94,12 @@ def best_of(
             return None
         values[lr] = value_of(outcome, task.name)
     return max(values, key=values.__getitem__)
+
+
+def is_flat(task: TaskPreset, row: Row, lrs: Iterable[float], seed: int, finished: Lookup) -> bool:
+    """Whether all rates have the same value."""
+    outcomes = (finished(Cell(task, row, lr, seed, "tune")) for lr in lrs)
+    return len({value_of(outcome, task.name) for outcome in outcomes if outcome}) == 1
 
 
 def significant(value: float) -> float:

@@ -42,6 +42,7 @@ GRADIENT_LRS = (1e-3, 2e-3)  # for masks of the largest gradients
 SPREAD_LRS = (1.6e-2, 3.2e-2)  # for masks that do not look at the loss
 FROZEN_LRS = (1.6e-2, 3.2e-2)
 
+# `quality` itself runs without autocast: not all CPUs compute bfloat16 fast.
 SETTINGS = {"head_lr": HEAD_LR, "amp": "bf16", "group_by_length": True}
 
 
@@ -90,7 +91,8 @@ TASKS = (
     ),
     glue_task("stsb", "pearson_spearman"),
 )
-CORE_TASKS = (*TASKS, glue_task("cola", "matthews"))
+# Of CoLA nothing is learnt in 300 steps: all sentences are called acceptable.
+CORE_TASKS = (*TASKS, glue_task("cola", "matthews", steps=1000, seconds=200.0))
 SMALL_TASKS = TASKS[:2]
 MORE_TASKS = (
     glue_task("mrpc"),

@@ -21,7 +21,7 @@ from sparse_optim.experiments.cells import (
     check_same,
     differing_settings,
 )
-from sparse_optim.experiments.forgetting import GLUE, STSB, score_of
+from sparse_optim.experiments.forgetting import GLUE, STSB, score_name, score_of
 from sparse_optim.experiments.machine import machine
 from sparse_optim.experiments.model_cache import ModelCache
 from sparse_optim.experiments.plan import cells
@@ -225,7 +225,7 @@ class Runner:
                 return
             outcome = self.run_cell(cell, config)
             self.store.write(cell, outcome)
-            self.show(cell, outcome, f"{position}/{planned}")
+            self.show(cell, outcome, f"{position}/{max(position, planned)}")
             yield outcome
 
     def is_finished(self) -> bool:
@@ -279,10 +279,9 @@ class Runner:
         """The size of the run's delta and, if asked for, what the model has lost."""
         save_delta(trained.trainer.delta(), scratch / DELTA_FILE)
         found: dict[str, Any] = {"delta_bytes": (scratch / DELTA_FILE).stat().st_size}
-        score = score_of(config, task, self.stsb()) if self.options.forgetting else None
-        if score is not None:
-            name, measure = score
-            key = (config.model, name)
+        name = score_name(task) if self.options.forgetting else None
+        if name is not None:
+            measure, key = score_of(task, self.stsb()), (config.model, name)
             if key not in self.base_scores:
                 base = self.load(inputs.source, trained.spec, inputs.tokenizer)
                 self.base_scores[key] = measure(base.model, inputs.tokenizer)
@@ -310,7 +309,7 @@ class Runner:
             kept["dataset"] = config.dataset.removeprefix(f"{self.options.data_folder}/")
         if self.options.shifted and cell.task.shifts and cell.stage == "run":
             kept["shifted"] = True  # not otherwise: a cell with more values will do
-        if self.options.forgetting and cell.stage == "run":
+        if self.options.forgetting and score_name(cell.task) and cell.stage == "run":
             kept["forgetting"] = True
         return kept | vars(self.options.decoding)
 

@@ -18,8 +18,8 @@ from sparse_optim.files import replacing
 Summary = dict[str, Any]
 
 FORGETTING = (
-    " Last column: what the base model could do (before -> after), mean over the tasks that do not "
-    "train it."
+    " Last column: a skill of the base model, before -> after fine-tuning, mean over the tasks "
+    "that do not train it."
 )
 
 SHIFTED = (
@@ -116,7 +116,7 @@ def summarise_row(
 def forgotten(runs: Iterable[Outcome]) -> Summary | None:
     """What the models could do before and after, the mean over tasks of the mean over seeds.
 
-    None if it was not measured.
+    None if it was not measured; "after" is None if a run diverged.
     """
     by_task: dict[str, list[Mapping[str, Any]]] = {}
     for run in runs:
@@ -126,8 +126,11 @@ def forgotten(runs: Iterable[Outcome]) -> Summary | None:
         return None
     tasks = list(by_task.values())
 
-    def mean(when: str) -> float:
-        return statistics.fmean(statistics.fmean(one[when] for one in task) for task in tasks)
+    def mean(when: str) -> float | None:
+        values = [[one[when] for one in task] for task in tasks]
+        if any(value is None or not math.isfinite(value) for task in values for value in task):
+            return None
+        return statistics.fmean(map(statistics.fmean, values))
 
     return {
         "score": tasks[0][0]["score"],
@@ -215,7 +218,8 @@ def change(forgetting: Mapping[str, Any] | None) -> str:
     """'0.812 -> 0.433'; empty for None."""
     if forgetting is None:
         return ""
-    return f"{forgetting['before']:.3f} -> {forgetting['after']:.3f}"
+    after = forgetting["after"]
+    return f"{forgetting['before']:.3f} -> " + ("diverged" if after is None else f"{after:.3f}")
 
 
 def our_figures(summary: Summary, shown: Sequence[str], average: bool, kept: int) -> list[str]:

@@ -13,6 +13,7 @@ pytest.importorskip("transformers", reason="experiments need the extra 'finetune
 pytest.importorskip("datasets", reason="experiments need the extra 'finetune'")
 
 from experiment_cases import LETTERS, runner, tiny_experiment, tiny_task, write_lines
+from rich.console import Console
 from scipy.stats import spearmanr
 from tiny_models import save_decoder, save_encoder
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
@@ -21,11 +22,12 @@ from sparse_optim.experiments.forgetting import (
     TOKENS,
     cosine_score,
     lm_loss,
-    score_of,
+    score_name,
     sentence_pairs,
 )
+from sparse_optim.experiments.launch import make_runner
 from sparse_optim.experiments.presets import Block, ExperimentError, Row
-from sparse_optim.finetune.config import FinetuneConfig
+from sparse_optim.experiments.runner import RunOptions
 
 DRAW = random.Random(0)
 PAIRS = [
@@ -104,7 +106,17 @@ def test_runs_record_what_they_lost_and_the_size_of_their_delta(tmp_path):
 
 
 def test_a_task_that_trains_the_skill_has_no_score():
-    config = FinetuneConfig("model", "data", "out")
-    assert score_of(config, replace(tiny_task("stsb"), task="regression"), "nowhere") is None
-    name, _ = score_of(config, replace(tiny_task("chat"), task="causal-lm"), "nowhere")
-    assert name == "LM loss on XSum"
+    assert score_name(replace(tiny_task("stsb"), task="regression")) is None
+    assert score_name(replace(tiny_task("chat"), task="causal-lm")) == "LM loss on XSum"
+    assert score_name(replace(tiny_task("news"), task="summarization")) is None
+
+
+def test_what_cannot_be_measured_is_said_before_anything_runs(tmp_path):
+    experiment = tiny_experiment(tmp_path)
+    options = RunOptions(tmp_path, data_folder=tmp_path / "data", forgetting=True)
+    with pytest.raises(ExperimentError, match=r"--forgetting: .*data/stsb is missing"):
+        make_runner(experiment, options, Console())
+    task = replace(tiny_task("news"), task="summarization")
+    other = tiny_experiment(tmp_path, blocks=(Block((task,), (Row("full", (1e-3,)),)),))
+    with pytest.raises(ExperimentError, match="nothing is measured for news: drop it"):
+        make_runner(other, options, Console())
