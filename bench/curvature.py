@@ -1,11 +1,12 @@
-"""Measure curvature for the rows of the quality experiment, and draw tuned rates against it.
+"""Measure curvature for the rows of the quality experiment, and compare tuned rates with it.
 
-    python -m bench.curvature --data-folder GLUE_FOLDER [--tasks trec50,cola] [--draw]
+    python -m bench.curvature --data-folder GLUE_FOLDER [--tasks trec50,cola]
 
-For each task and row one line in bench/results/curvature/rates.jsonl: the loss along AdamW's first
-step on the entries that the row trains, as `finetune --lr auto` measures it. Lines that are there
-are not measured again. The picture and the table stand beside them; tuned rates come from
-bench/results/quality/cells.jsonl.
+For each task and row one line in bench/results/curvature/rates.jsonl: the size of AdamW's first
+step relative to the weights, from which `finetune --lr auto` takes its rate, and slope and
+curvature of the loss along it. Lines that are there are not measured again. Tuned rates come from
+bench/results/quality/cells.jsonl. `bench.report`
+writes table and picture into docs/learning-rates.md.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import argparse
 import json
 import math
 import statistics
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +24,12 @@ from bench import quality
 from bench.environment import RESULTS
 from bench.pictures import draw_rates
 from bench.tables import table
+from sparse_optim.analysis.relative_step import BEST_STEP
 
 FOLDER = RESULTS / "curvature"
+PICTURE = RESULTS / "learning-rates.png"
 FACTOR = 2.0  # the goal: within this factor of the best rate
+BENT = ("slope", "sign_curvature")
 CLOSE = 0.01  # a rate with a score as near to the best is as good
 
 
@@ -67,9 +70,10 @@ def tuned(folder: Path = quality.FOLDER) -> dict[tuple[str, str], Tuned]:
 
 
 def measured(folder: Path = FOLDER) -> list[dict[str, Any]]:
-    """The lines of rates.jsonl."""
+    """The lines of rates.jsonl, and the rate that follows from each."""
     path = folder / "rates.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = map(json.loads, path.read_text().splitlines() if path.exists() else [])
+    return [line | {"lr": BEST_STEP / line["relative_step"]} for line in lines]
 
 
 def pairs(
@@ -89,17 +93,16 @@ def comparison(folder: Path = FOLDER, cells: Path = quality.FOLDER) -> str:
     for line, tried in pairs(folder, cells):
         lr = line["lr"]
         low, high = tried.good
-        factor = tried.misses(lr) if lr else math.inf
+        factor = tried.misses(lr)
         factors.append(factor)
-        close += bool(lr and low / FACTOR <= lr <= high * FACTOR)
+        close += low / FACTOR <= lr <= high * FACTOR
         span = f"{low:.2g}" if low == high else f"{low:.2g} to {high:.2g}"
-        shown = f"{lr:.2g}" if lr else "none"
-        lines.append(
-            [names.get(line["row"], line["row"]), line["task"], f"{line['sign_curvature']:.2g}",
-             shown, f"{tried.best:.2g}", span, f"{factor:.1f}"]
-        )  # fmt: skip
+        figures = [f"{line['relative_step']:.3g}", f"{line['sign_curvature']:.2g}", f"{lr:.2g}"]
+        name = names.get(line["row"], line["row"])
+        lines.append([name, line["task"], *figures, f"{tried.best:.2g}", span, f"{factor:.1f}"])
     near = sum(factor <= FACTOR for factor in factors)
-    heads = ["", "task", "curvature", "suggested", "best tuned", "within a point", "factor"]
+    measures = ["relative step", "curvature", "suggested"]
+    heads = ["", "task", *measures, "best tuned", "within a point", "factor"]
     return (
         f"{near} of {len(factors)} suggested rates are within a factor of {FACTOR:g} of the best "
         f"tuned one (median {statistics.median(factors):.1f}, at most {max(factors):.1f}), {close} "
@@ -108,15 +111,19 @@ def comparison(folder: Path = FOLDER, cells: Path = quality.FOLDER) -> str:
     )
 
 
-def draw(folder: Path = FOLDER, cells: Path = quality.FOLDER) -> None:
+def section() -> str:
+    """The picture and the comparison, for docs/learning-rates.md."""
+    return f"![Learning rates](../bench/results/{PICTURE.name})\n\n{comparison()}"
+
+
+def draw(folder: Path = FOLDER, cells: Path = quality.FOLDER, path: Path = PICTURE) -> None:
     """Draw tuned rates against curvature and against suggested rates."""
     names = {label: row.name for row in quality.ROWS for label in row.labels.values()}
     drawn = [
         (names.get(line["row"], line["row"]), line, tried.best, tried.good)
         for line, tried in pairs(folder, cells)
-        if line["lr"]
     ]
-    draw_rates(drawn, FACTOR, folder / "rates.png")
+    draw_rates(drawn, FACTOR, path)
 
 
 def measure(data_folder: Path | None, tasks: set[str], rows: set[str], threads: int | None) -> None:
@@ -124,13 +131,16 @@ def measure(data_folder: Path | None, tasks: set[str], rows: set[str], threads: 
     # transformers: not needed to draw
     from rich.console import Console
 
+    from sparse_optim.analysis.curvature import curvature
+    from sparse_optim.analysis.relative_step import relative_step
     from sparse_optim.experiments.cells import Cell
     from sparse_optim.experiments.quality import QUALITY
     from sparse_optim.experiments.runner import Runner, RunOptions
-    from sparse_optim.finetune.auto_rate import curvature_of
+    from sparse_optim.finetune.auto_rate import prepare
     from sparse_optim.finetune.models import set_threads
 
     set_threads(threads)
+    FOLDER.mkdir(parents=True, exist_ok=True)
     done = {(line["task"], line["row"]) for line in measured()}
     runner = Runner(QUALITY, RunOptions(FOLDER, data_folder), Console())
     for block in QUALITY.blocks:
@@ -141,16 +151,21 @@ def measure(data_folder: Path | None, tasks: set[str], rows: set[str], threads: 
                     continue
                 done.add((task.name, row.label))
                 config = runner.config(Cell(task, row, 1e-3, 0, "tune"))
-                found = curvature_of(config, runner.inputs_of(config))
-                line = {"task": task.name, "row": row.label, **vars(found), "lr": found.lr}
-                del line["sharpness"]  # not measured
+                found = prepare(config, runner.inputs_of(config))
+                what = found.model, found.batches, found.mask
+                step = None if found.is_head else relative_step(*what)
+                if step is None:  # no weight of a Linear module moves
+                    continue
+                bent = curvature(*what, iterations=0)
+                line = {"task": task.name, "row": row.label, "relative_step": step.size}
+                line |= {name: getattr(bent, name) for name in ("entries", *BENT)}
                 print(line, flush=True)
                 with (FOLDER / "rates.jsonl").open("a") as file:
                     file.write(json.dumps(line) + "\n")
 
 
 def main() -> None:
-    """Measure, print the comparison and draw."""
+    """Measure, and print the comparison."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -158,16 +173,9 @@ def main() -> None:
     parser.add_argument("--tasks", default="", help="only these, separated by commas")
     parser.add_argument("--rows", default="", help="only these, separated by commas")
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--draw", action="store_true", help="measure nothing")
     arguments = parser.parse_args()
-    if not arguments.draw:
-        tasks, rows = (
-            set(filter(None, text.split(","))) for text in (arguments.tasks, arguments.rows)
-        )
-        measure(arguments.data_folder, tasks, rows, arguments.threads)
-    if not measured():
-        sys.exit("nothing is measured")
-    draw()
+    tasks, rows = (set(filter(None, text.split(","))) for text in (arguments.tasks, arguments.rows))
+    measure(arguments.data_folder, tasks, rows, arguments.threads)
     print(comparison())
 
 

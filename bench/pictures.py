@@ -56,7 +56,12 @@ def _bars(axis: Any, bars: Mapping[str, float], form: str) -> None:
     axis.set_xticks([])
 
 
-def draw_scores(lines: Mapping[str, Sequence[tuple[float, Any]]], label: str, path: Path) -> None:
+def draw_scores(
+    lines: Mapping[str, Sequence[tuple[float, Any]]],
+    ticks: Mapping[float, str],
+    label: str,
+    path: Path,
+) -> None:
     """Draw scores against trained entries, with bars of one deviation each way.
 
     Methods at the same number of entries stand side by side, so that their bars can be seen.
@@ -64,12 +69,13 @@ def draw_scores(lines: Mapping[str, Sequence[tuple[float, Any]]], label: str, pa
     Args:
         lines: name -> (entries, score with `mean` and `deviation` in per cent); a band for
             "full fine-tuning".
+        ticks: numbers of entries -> labels on the x axis.
         label: of the y axis.
     """
     figure, axis = plt.subplots(figsize=(9.5, 5.2), layout="constrained")
     names = [name for name in lines if name != WHOLE]
     for place, name in enumerate(names):
-        dodge = 1.045 ** (place - (len(names) - 1) / 2)
+        dodge = 1.09 ** (place - (len(names) - 1) / 2)
         xs = [entries * dodge for entries, _ in lines[name]]
         means = [score.mean for _, score in lines[name]]
         bars = [score.deviation or 0.0 for _, score in lines[name]]
@@ -82,6 +88,11 @@ def draw_scores(lines: Mapping[str, Sequence[tuple[float, Any]]], label: str, pa
         axis.axhspan(score.mean - spread, score.mean + spread, color=FAINT, alpha=0.18, lw=0)
         axis.axhline(score.mean, color=FAINT, linestyle="--", linewidth=1, label=WHOLE)
     axis.set_xscale("log")
+    places = [entries for name in names for entries, _ in lines[name]]
+    ticks = {at: text for at, text in ticks.items() if any(at < 2 * x < 4 * at for x in places)}
+    axis.set_xlim(min(ticks) / 2.5, max(ticks) * 2.5)
+    axis.set_xticks(list(ticks), labels=list(ticks.values()))
+    axis.minorticks_off()
     axis.set_xlabel("trained entries, without the fresh head", color=FAINT)
     axis.set_ylabel(label, color=FAINT)
     axis.grid(True, color="#E6E6E6", linewidth=0.8)
@@ -125,7 +136,7 @@ def draw_rates(
     right.plot([low, high], [low, high], color=FAINT, linestyle="--", linewidth=1)
     for axis, label in (
         (left, "curvature along the signs of the gradient"),
-        (right, f"suggested rate: slope / curvature (band: a factor of {factor:g})"),
+        (right, f"suggested rate (band: a factor of {factor:g})"),
     ):
         axis.set_xscale("log")
         axis.set_yscale("log")

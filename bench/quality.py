@@ -12,6 +12,7 @@ from typing import Any
 
 from bench.environment import RESULTS
 from bench.tables import table
+from sparse_optim.experiments.table import change, forgotten
 
 FOLDER = RESULTS / "quality"
 TASKS = {
@@ -22,6 +23,7 @@ TASKS = {
 }
 SMALL_TASKS = ("conll2003", "trec50")  # have runs at both budgets
 BUDGET, SMALL = "112827", "11282"
+TICKS: dict[float, str] = {11_282: "11,282\n0.05%", 112_827: "112,827\n0.5%"}
 LABEL = "mean of CoNLL-2003 (F1) and TREC-50 (accuracy), per cent"
 FULL, LORA = "full", "lora-r3"
 SEEDS = 3
@@ -41,8 +43,8 @@ class Row:
     pool: str = ""
 
     def is_ours(self) -> bool:
-        """Whether the row runs on this package's engine."""
-        return self.pool != ""
+        """Whether the row runs on this package's engine: it has a budget."""
+        return self.labels[BUDGET].endswith(f"-{BUDGET}")
 
 
 def masked(name: str, label: str, pool: str = "Linear") -> Row:
@@ -120,15 +122,28 @@ def score(cells: Iterable[Cell], tasks: Sequence[str]) -> Score | None:
     return Score(statistics.fmean(means), deviation, len(means))
 
 
+def complete(cells: Iterable[Cell]) -> tuple[str, ...]:
+    """The tasks on which full fine-tuning and the last of the first rows have all seeds."""
+    core = (FULL, f"id3@early-{BUDGET}")
+    seen = {(c["cell"]["task"], c["cell"]["row"], c["cell"]["seed"]) for c in cells}
+    return tuple(
+        task
+        for task in TASKS
+        if all((task, label, seed) in seen for label in core for seed in range(SEEDS))
+    )
+
+
 def full_table(folder: Path = FOLDER) -> str:
     """Show scores by task and cost at 0.5%, then scores at 0.05%."""
     cells = runs(folder)
+    tasks = complete(cells)
     parts = [
         "0.5% of the entries (112,827; LoRA of rank 3: 124,416), three seeds:",
-        scores_table(cells, BUDGET, tuple(TASKS)),
-        "What runs cost and lose. Forgetting: how well cosines of the encoder's vectors rank the "
-        "pairs of STS-B (Spearman), of the base model and after training on the other tasks:",
-        costs_table(cells),
+        scores_table(cells, BUDGET, tasks),
+        "What runs cost and lose. Time: float32, two idle CPU threads (bench/results/costs). "
+        "Forgetting: how well cosines of the encoder's vectors rank the pairs of STS-B (Spearman), "
+        "of the base model and after training on the other tasks:",
+        costs_table(cells, tasks, step_times()),
     ]
     if any(of(cells, row.labels.get(SMALL, ""), SMALL_TASKS) for row in ROWS[2:]):
         parts += [
@@ -161,26 +176,29 @@ def rates(cells: Iterable[Cell], tasks: Sequence[str]) -> str:
     return ", ".join(f"{found[task]:.2g}" if task in found else "-" for task in tasks)
 
 
-def costs_table(cells: Sequence[Cell]) -> str:
-    """Show entries, state, delta and forgetting of the rows at 0.5%."""
+def step_times(folder: Path = RESULTS / "costs") -> dict[str, float]:
+    """Milliseconds of a step by row: medians on an idle machine, the mean over tasks."""
+    summaries = json.loads((folder / "table.json").read_text())
+    return {summary["row"]: summary["step_ms"] for summary in summaries}
+
+
+def costs_table(cells: Sequence[Cell], tasks: Sequence[str], times: Mapping[str, float]) -> str:
+    """Show entries, time of a step, state, delta and forgetting of the rows at 0.5%."""
     lines = []
     for row in ROWS:
-        mine = of(cells, row.labels.get(BUDGET, ""), TASKS)
-        if not mine:
-            continue
+        mine = of(cells, row.labels.get(BUDGET, ""), tasks)
+        if {cell["cell"]["task"] for cell in mine} != set(tasks):
+            continue  # means over other tasks would not compare
         entries = statistics.median(c["active_entries"] - c["fresh_entries"] for c in mine)
-        lost = [c["forgetting"] for c in mine if "forgetting" in c]
-        change = (
-            f"{lost[0]['before']:.3f} to {statistics.fmean(one['after'] for one in lost):.3f}"
-            if lost
-            else ""
-        )
+        lost = change(forgotten(mine))
         state, size = (
             statistics.median(cell[key] for cell in mine) / 1e6
             for key in ("state_bytes", "delta_bytes")
         )
-        lines.append([row.name, f"{entries:,.0f}", f"{state:.2f}", f"{size:.2f}", change])
-    return table(["", "entries", "state MB", "delta MB", "forgetting"], lines)
+        label = row.labels[BUDGET]
+        time = f"{times[label]:.0f}" if label in times else ""
+        lines.append([row.name, f"{entries:,.0f}", time, f"{state:.2f}", f"{size:.2f}", lost])
+    return table(["", "entries", "ms a step", "state MB", "delta MB", "forgetting"], lines)
 
 
 def points(folder: Path = FOLDER) -> dict[str, list[tuple[float, Score]]]:
@@ -201,7 +219,8 @@ def points(folder: Path = FOLDER) -> dict[str, list[tuple[float, Score]]]:
 
 def headline(folder: Path = FOLDER) -> str:
     """Show the picture, and the best masks beside full fine-tuning and LoRA."""
-    cells, tasks = runs(folder), tuple(TASKS)
+    cells = runs(folder)
+    tasks = complete(cells)
     found = {row: score(of(cells, row.labels[BUDGET], tasks), tasks) for row in ROWS}
     means = {row: one.mean for row, one in found.items() if one is not None}
     best = max((row for row in means if row.is_ours()), key=means.__getitem__)
@@ -215,8 +234,7 @@ def headline(folder: Path = FOLDER) -> str:
     return (
         "![Score against trained entries](bench/results/quality.png)\n\n"
         "MiniLM (22.7M), 0.5% of its entries, rates tuned for each method and task, mean of "
-        f"{', '.join(text.split(',')[0] for text in TASKS.values())} over three seeds: full "
-        f"fine-tuning {whole:.1f}, LoRA of the same size {lora:.1f}, {best.name} over the weights "
-        f"of Linear modules {means[best]:.1f} ({means[best] / whole:.1%} of full fine-tuning); "
-        f"{others}."
+        f"{', '.join(TASKS[task].split(',')[0] for task in tasks)} over three seeds: full "
+        f"fine-tuning {whole:.1f}, LoRA of the same size {lora:.1f}, {best.name} ({best.pool}) "
+        f"{means[best]:.1f}, {means[best] / whole:.1%} of full fine-tuning; {others}."
     )

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import backward, console, goals, gpu_report, quality, sampling, whole_step
+from bench import backward, console, curvature, goals, gpu_report, quality, sampling, whole_step
 from bench.environment import RESULTS, ROOT
 from bench.memory import held_bytes
 from bench.pictures import draw_scores, draw_whole_steps
@@ -279,15 +279,19 @@ def insert(text: str, name: str, block: str) -> str:
     return f"{before}{begin}\n\n{block}\n\n{end}{rest[0].split(end)[1]}"
 
 
+def blocks(results: Results) -> dict[Path, dict[str, str]]:
+    """The generated parts of README.md and docs/: file -> name of a block -> its text."""
+    docs = ROOT / "docs"
+    return {
+        ROOT / "README.md": {"bench": headline(results), "quality": quality.headline()},
+        docs / "benchmarks.md": {"bench": main_tables(results), "quality": quality.full_table()},
+        docs / "learning-rates.md": {"rates": curvature.section()},
+    }
+
+
 def write(results: Results) -> None:
     """Write the generated parts of README.md and docs/, tables.md and the plots."""
-    blocks = {
-        ROOT / "README.md": {"bench": headline(results), "quality": quality.headline()},
-        ROOT / "docs" / "benchmarks.md": {
-            "bench": main_tables(results), "quality": quality.full_table()
-        },
-    }  # fmt: skip
-    for path, parts in blocks.items():
+    for path, parts in blocks(results).items():
         text = path.read_text()
         for name, block in parts.items():
             text = insert(text, name, block)
@@ -295,7 +299,8 @@ def write(results: Results) -> None:
     (RESULTS / "tables.md").write_text(full_report(results))
     draw(results.of(SYNTHETIC), RESULTS / "cpu-steps.png")
     draw_whole_steps(whole_step.shown(RESULTS), RESULTS / "whole-step.png")
-    draw_scores(quality.points(), quality.LABEL, RESULTS / "quality.png")
+    draw_scores(quality.points(), quality.TICKS, quality.LABEL, RESULTS / "quality.png")
+    curvature.draw()
     draw_gpu_steps(RESULTS)
 
 

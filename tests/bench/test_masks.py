@@ -1,0 +1,87 @@
+"""Masks that are tried in the quality experiment: which entries each of them takes."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("typer", reason="the command needs the extra 'finetune'")
+
+from bench import masks
+from sparse_optim.methods import MethodRequest
+
+BUDGET = 40
+
+
+class Model(nn.Module):
+    """Four layers of one width, and a head."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, inputs, labels):
+        for layer in self.layers:
+            inputs = torch.relu(layer(inputs)) + inputs
+        return SimpleNamespace(loss=nn.functional.cross_entropy(self.head(inputs), labels))
+
+
+def batches(count=16):
+    generator = torch.Generator().manual_seed(1)
+    return [
+        {
+            "inputs": torch.randn(6, 8, generator=generator),
+            "labels": torch.randint(2, (6,), generator=generator),
+        }
+        for _ in range(count)
+    ]
+
+
+def mask_of(build, seed=0):
+    model = Model()
+    named = list(model.named_parameters())
+    fresh = frozenset({"head.weight", "head.bias"})
+    request = MethodRequest(
+        model=model, named=named, fresh=fresh, budget=BUDGET, calibration=batches, seed=seed
+    )
+    optimizer = build(request)
+    model(**batches(1)[0]).loss.backward()
+    optimizer.step()
+    active = optimizer.active_entries()
+    return {name: set(active[name].tolist()) for name in active if len(active[name])}
+
+
+@pytest.mark.parametrize("name", masks.CANDIDATES)
+def test_the_whole_budget_is_spent_on_weights_of_layers(name):
+    found = mask_of(masks.CANDIDATES[name])
+    assert sum(map(len, found.values())) == BUDGET
+    assert all(key.startswith("layers.") and key.endswith(".weight") for key in found)
+    if name == "upper":
+        assert found.keys() <= {"layers.2.weight", "layers.3.weight"}
+
+
+def test_a_strong_tilt_takes_the_largest_gradients_and_none_is_random():
+    total = {}
+    model = Model().eval()
+    for batch in batches():
+        model.zero_grad()
+        model(**batch).loss.backward()
+        for name, param in model.layers.named_parameters(prefix="layers"):
+            if param.ndim == 2:
+                total[name] = total.get(name, 0) + param.grad
+    flat = torch.cat([grad.flatten() for grad in total.values()]).abs()
+    least = flat.topk(BUDGET).values[-1]
+    largest = {
+        name: set((grad.abs().flatten() >= least).nonzero().flatten().tolist())
+        for name, grad in total.items()
+    }
+    strong = mask_of(lambda request: masks.tilt(request, 300.0))
+    assert strong == {name: entries for name, entries in largest.items() if entries}
+    even = [mask_of(lambda request: masks.tilt(request, 0.0), seed) for seed in (0, 1)]
+    assert even[0] != even[1]
+    assert mask_of(masks.CANDIDATES["tilt-0.5"]) not in (strong, *even)
