@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default="smollm2-135m", help="built-in name, folder or hub id")
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--lr", type=float, default=7e-4)
-    parser.add_argument("--budget", type=float, default=0.01, help="share of the entries to train")
+    parser.add_argument("--budget", type=float, default=0.01, help="share of Linear weights")
     parser.add_argument("--ask", default="When do you open on Sunday?")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     args = parser.parse_args(argv)

@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default="minilm", help="built-in name, folder or hub id")
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--lr", type=float, default=7e-4)
-    parser.add_argument("--budget", type=float, default=0.01, help="share of the entries to train")
+    parser.add_argument("--budget", type=float, default=0.01, help="share of Linear weights")
     parser.add_argument(
         "--output", default="example-questions.safetensors", help="file of the delta"
     )

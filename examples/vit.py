@@ -4,7 +4,7 @@
 
 A small ViT learns the digits 0 to 4 of scikit-learn's 8x8 images; that is the base. Then the
 digits 5 to 9 are learnt from 150 images, with a new head, in three ways: the head alone, ID3 at 1%
-of the other entries, and all entries. Nothing is downloaded; it takes about 15 seconds on a CPU.
+of the Linear weights, and all entries. Nothing is downloaded; it takes about 15 seconds on a CPU.
 
 For a real model, replace `pretrain` and the data; the rest stays:
 
@@ -109,14 +109,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             model.vit.requires_grad_(False)
             optimizer = torch.optim.AdamW(model.classifier.parameters(), lr=1e-2)
         elif way == "id3":
-            # The new head is trained whole. Everything else competes for the budget: patch and
-            # position embeddings, the class token, attention, feed-forward blocks and norms.
+            # The new head is trained whole. Weights of attention and feed-forward blocks compete
+            # for the budget; rank="all" adds embeddings, the class token, biases and norms.
             optimizer = IncrementalMaskedAdamW(
                 param_groups(model, dense="classifier"),
                 lr=5e-3,
                 budget=arguments.budget,
                 total_steps=arguments.steps,
-                unmask_steps=max(1, arguments.steps // 2),
             )
         else:
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)

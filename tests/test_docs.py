@@ -64,7 +64,9 @@ def given():
     base.load_state_dict(model.state_dict())
     torch.manual_seed(1)
     batch = {"inputs": torch.randn(16, 8), "labels": torch.randint(2, (16,))}
-    optimizer = IncrementalMaskedAdamW(model.named_parameters(), budget=0.01, total_steps=1000)
+    optimizer = IncrementalMaskedAdamW(
+        model.named_parameters(), budget=0.01, total_steps=1000, unmask_steps=1.0
+    )
     return {
         "model": model, "base": base, "base_model": base, "optimizer": optimizer, "torch": torch,
         "loader": [batch] * 40, "evaluate": id, "train": lambda model, optimizer: None,

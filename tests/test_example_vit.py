@@ -21,12 +21,15 @@ def test_it_trains_one_percent_of_the_transformer_and_the_head(tmp_path, capsys)
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
     model = example.new_model()
-    ranked, whole = param_groups(model, dense="classifier")
+    ranked, whole, frozen = param_groups(model, dense="classifier")
     assert {name for name, _ in whole["params"]} == {"classifier.weight", "classifier.bias"}
     names = {name for name, _ in ranked["params"]}
-    assert names == {name for name, _ in model.named_parameters() if name.startswith("vit.")}
+    assert all(param.ndim == 2 for _, param in ranked["params"])
+    rest = {name for name, _ in frozen["params"]}
     embeddings = "vit.embeddings."
-    assert {embeddings + "cls_token", embeddings + "position_embeddings"} <= names
+    assert {embeddings + "cls_token", embeddings + "position_embeddings"} <= rest
+    everything = {name for name, _ in model.named_parameters() if name.startswith("vit.")}
+    assert names | rest == everything
     budget = round(0.01 * sum(param.numel() for _, param in ranked["params"]))
 
     file = tmp_path / "delta.safetensors"
