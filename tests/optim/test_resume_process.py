@@ -26,7 +26,8 @@ model = Sequential(Linear(24, 48), ReLU(), Linear(48, 24), ReLU(), Linear(24, 3)
 optimizer = IncrementalMaskedAdamW(
     [{"params": list(model[:4].named_parameters())},
      {"params": list(model[4].named_parameters("head")), "unmask": "all"}],
-    lr=3e-3, budget=700, total_steps=30, importance=D3(2.0, 0.5), max_grad_norm=1.0,
+    lr=3e-3, budget=700, total_steps=30, unmask_steps=1.0, importance=D3(2.0, 0.5),
+    max_grad_norm=1.0,
 )
 scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 40)
 first = 0
