@@ -5,8 +5,8 @@
 For each task and row one line in bench/results/curvature/rates.jsonl: the size of AdamW's first
 step relative to the weights, from which `finetune --lr auto` takes its rate, and slope and
 curvature of the loss along it. Lines that are there are not measured again. Tuned rates come from
-bench/results/quality/cells.jsonl. `bench.report`
-writes table and picture into docs/learning-rates.md.
+bench/results/quality/cells.jsonl; `bench.report` writes table and picture into
+docs/learning-rates.md.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from sparse_optim.analysis.relative_step import BEST_STEP
 FOLDER = RESULTS / "curvature"
 PICTURE = RESULTS / "learning-rates.png"
 FACTOR = 2.0  # the goal: within this factor of the best rate
-BENT = ("slope", "sign_curvature")
 CLOSE = 0.01  # a rate with a score as near to the best is as good
 
 
@@ -88,7 +87,6 @@ def pairs(
 
 def comparison(folder: Path = FOLDER, cells: Path = quality.FOLDER) -> str:
     """Show suggested and tuned rates, and how many are near."""
-    names = {label: row.name for row in quality.ROWS for label in row.labels.values()}
     lines, factors, close = [], [], 0
     for line, tried in pairs(folder, cells):
         lr = line["lr"]
@@ -98,7 +96,7 @@ def comparison(folder: Path = FOLDER, cells: Path = quality.FOLDER) -> str:
         close += low / FACTOR <= lr <= high * FACTOR
         span = f"{low:.2g}" if low == high else f"{low:.2g} to {high:.2g}"
         figures = [f"{line['relative_step']:.3g}", f"{line['sign_curvature']:.2g}", f"{lr:.2g}"]
-        name = names.get(line["row"], line["row"])
+        name = quality.NAMES.get(line["row"], line["row"])
         lines.append([name, line["task"], *figures, f"{tried.best:.2g}", span, f"{factor:.1f}"])
     near = sum(factor <= FACTOR for factor in factors)
     measures = ["relative step", "curvature", "suggested"]
@@ -118,9 +116,8 @@ def section() -> str:
 
 def draw(folder: Path = FOLDER, cells: Path = quality.FOLDER, path: Path = PICTURE) -> None:
     """Draw tuned rates against curvature and against suggested rates."""
-    names = {label: row.name for row in quality.ROWS for label in row.labels.values()}
     drawn = [
-        (names.get(line["row"], line["row"]), line, tried.best, tried.good)
+        (quality.NAMES.get(line["row"], line["row"]), line, tried.best, tried.good)
         for line, tried in pairs(folder, cells)
     ]
     draw_rates(drawn, FACTOR, path)
@@ -158,7 +155,8 @@ def measure(data_folder: Path | None, tasks: set[str], rows: set[str], threads: 
                     continue
                 bent = curvature(*what, iterations=0)
                 line = {"task": task.name, "row": row.label, "relative_step": step.size}
-                line |= {name: getattr(bent, name) for name in ("entries", *BENT)}
+                line |= {"entries": bent.entries, "slope": bent.slope}
+                line |= {"sign_curvature": bent.sign_curvature}
                 print(line, flush=True)
                 with (FOLDER / "rates.jsonl").open("a") as file:
                     file.write(json.dumps(line) + "\n")

@@ -66,8 +66,7 @@ def noise(request: MethodRequest, scores: dict[str, Tensor]) -> dict[str, Tensor
 
 def static(request: MethodRequest, scores: dict[str, Tensor]) -> MaskedAdamW:
     """The top of the scores over all matrices."""
-    every = {name: scores.get(name, torch.zeros_like(p)) for name, p in request.ranked}
-    return masked_adamw(request, Scores(every), Static(request.given_budget))
+    return masked_adamw(request, Scores(scores), Static(request.given_budget))
 
 
 def tilt(request: MethodRequest, power: float) -> MaskedAdamW:

@@ -73,6 +73,8 @@ ROWS = (
     Row({BUDGET: "frozen"}, "head only"),
 )
 
+NAMES = {label: row.name for row in ROWS for label in row.labels.values()}
+
 Cell = dict[str, Any]
 
 
@@ -123,7 +125,7 @@ def score(cells: Iterable[Cell], tasks: Sequence[str]) -> Score | None:
 
 
 def complete(cells: Iterable[Cell]) -> tuple[str, ...]:
-    """The tasks on which full fine-tuning and the last of the first rows have all seeds."""
+    """The tasks on which the first and the last row to run (full, ID3) have all seeds."""
     core = (FULL, f"id3@early-{BUDGET}")
     seen = {(c["cell"]["task"], c["cell"]["row"], c["cell"]["seed"]) for c in cells}
     return tuple(

@@ -77,7 +77,7 @@ def relative_step(
         None if no such weight moves: a mask of biases or of embeddings alone.
     """
     found: list[float] = []
-    matrices: set[str] = set()
+    sizes: dict[str, float] = {}  # of the weights, which do not change
     with calibrating(model, list(mask)) as params:
         for batch in on_device(batches, next(iter(params.values())).device):
             value = loss_of(model, batch, loss)
@@ -88,13 +88,13 @@ def relative_step(
                 if grad is not None and mask[name].numel()
             }
             for name, (step, weight) in _steps(model, params, signs).items():
-                size = spectral_norm(weight)
-                if size > 0:
-                    matrices.add(name)
-                    found.append(spectral_norm(step) / size)
+                if name not in sizes:
+                    sizes[name] = spectral_norm(weight)
+                if sizes[name] > 0:
+                    found.append(spectral_norm(step) / sizes[name])
     if not found or not fmean(found):
         return None
-    return RelativeStep(len(matrices), fmean(found))
+    return RelativeStep(sum(size > 0 for size in sizes.values()), fmean(found))
 
 
 def spectral_norm(matrix: Tensor) -> float:
@@ -111,10 +111,10 @@ def spectral_norm(matrix: Tensor) -> float:
 
 
 def _signs(grad: Tensor, positions: Tensor) -> Tensor:
-    signs = torch.zeros_like(grad)
     chosen = positions.to(grad.device)
-    signs.view(-1)[chosen] = grad.reshape(-1)[chosen].sign()
-    return signs
+    signs = torch.zeros(grad.numel(), dtype=grad.dtype, device=grad.device)
+    signs[chosen] = grad.reshape(-1)[chosen].sign()
+    return signs.view(grad.shape)  # whatever the strides of the gradient are
 
 
 def _steps(

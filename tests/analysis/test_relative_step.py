@@ -110,6 +110,31 @@ def test_a_lora_counts_as_the_weight_that_it_makes(trained):
     assert found.size == pytest.approx(size, rel=0.03)
 
 
+class Transposed(nn.Linear):
+    """Its gradient has the strides of a transposed matrix."""
+
+    def __init__(self):
+        super().__init__(6, 6, bias=False)
+        self.weight = nn.Parameter(self.weight.detach().t())
+
+    def forward(self, inputs):
+        return SimpleNamespace(loss=(inputs @ self.weight.t()).square().sum())
+
+
+def test_gradients_of_any_strides_are_read():
+    torch.manual_seed(0)
+    layer = Transposed()
+    (grad,) = torch.autograd.grad(layer(torch.ones(2, 6)).loss, [layer.weight])
+    assert not grad.is_contiguous()
+    found = relative_step(layer, [{"inputs": torch.ones(2, 6)}], {"weight": torch.arange(0, 36, 5)})
+    signs = torch.zeros(36)
+    signs[::5] = grad.reshape(-1)[::5].sign()[: len(signs[::5])]
+    exact = torch.linalg.matrix_norm(signs.view(6, 6), ord=2)
+    assert found.size == pytest.approx(
+        float(exact / torch.linalg.matrix_norm(layer.weight.detach(), ord=2)), rel=0.03
+    )
+
+
 def test_the_power_method_finds_the_largest_singular_value():
     matrix = torch.randn(30, 50, generator=torch.Generator().manual_seed(2))
     exact = float(torch.linalg.matrix_norm(matrix, ord=2))
