@@ -7,7 +7,7 @@ add up; entries that crowd into rows and columns, as those of the largest gradie
 large singular value, and so do the signs of a whole gradient, which is nearly of low rank.
 
 The tuned rates of dense training, random masks, PaFi and ID3 on MiniLM differ by a factor of a
-hundred; the relative step at them is the same within a factor of two: see docs/learning-rates.md.
+hundred; the relative step at them differs by a factor of 2.5: see docs/learning-rates.md.
 
 References: the spectral norm of updates relative to that of weights as what should stay constant:
 Yang, Simon and Bernstein 2023 (arXiv:2310.17813); larger rates of random masks: Xu and Zhang 2024,
