@@ -113,7 +113,7 @@ def new_blocks(
 
 
 def change_tasks(experiment: Experiment, choice: Choice) -> dict[str, TaskPreset]:
-    """The chosen tasks by name, with the given steps, batch size and steps between evaluations."""
+    """The chosen tasks by name, with what the user gave in place of the preset's."""
     if choice.eval_every is not None and choice.eval_every < 1:
         raise ExperimentError(f"--eval-every must be at least 1 step, got {choice.eval_every}")
     known = {task.name: task for task in experiment.tasks}
@@ -131,6 +131,8 @@ def change_tasks(experiment: Experiment, choice: Choice) -> dict[str, TaskPreset
             task = replace(task, batch_size=choice.batch_size, seconds=None)
         if choice.eval_every is not None:
             task = replace(task, eval_every=choice.eval_every, seconds=None)
+        if choice.lrs is not None:
+            task = replace(task, lr_factor=1.0)  # the rates are the user's
         changed[name] = task
     return changed
 

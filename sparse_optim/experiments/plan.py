@@ -33,8 +33,9 @@ def grid(block: Block, seeds: Sequence[int]) -> Iterator[Cell]:
     for position in range(max((len(row.lrs) for row in block.rows), default=0)):
         for task in block.tasks:
             for row in block.rows:
-                if position < len(row.lrs):
-                    yield Cell(task, row, row.lrs[position], seeds[position % len(seeds)])
+                lrs = rates_of(task, row)
+                if position < len(lrs):
+                    yield Cell(task, row, lrs[position], seeds[position % len(seeds)])
 
 
 def tuned(block: Block, seeds: Sequence[int], finished: Lookup, widen: float) -> Iterator[Cell]:
@@ -57,9 +58,9 @@ def tuning_cells(
             follows (at most `MOST_WIDENED` times, and not if all values are equal: nothing is
             learnt); 0: the grid stays as it is.
     """
-    if len(row.lrs) == 1:
+    lrs = sorted(rates_of(task, row))
+    if len(lrs) == 1:
         return
-    lrs = sorted(row.lrs)
     for lr in lrs:
         yield Cell(task, row, lr, seed, "tune")
     for _ in range(MOST_WIDENED if widen else 0):
@@ -73,12 +74,17 @@ def tuning_cells(
         yield Cell(task, row, lr, seed, "tune")
 
 
+def rates_of(task: TaskPreset, row: Row) -> list[float]:
+    """The row's learning rates as a task wants them."""
+    return [significant(lr * task.lr_factor) for lr in row.lrs]
+
+
 def best_lr(
     task: TaskPreset, row: Row, seed: int, finished: Lookup, widen: float = 0
 ) -> float | None:
     """The rate with the highest value (the lowest of equals), None while a trial is missing."""
     if len(row.lrs) == 1:
-        return row.lrs[0]
+        return rates_of(task, row)[0]
     lrs = [cell.lr for cell in tuning_cells(task, row, seed, finished, widen) if cell.lr]
     return best_of(task, row, lrs, seed, finished)
 

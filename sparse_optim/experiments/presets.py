@@ -44,6 +44,7 @@ class TaskPreset:
         epochs: passes over the training examples. steps: optimizer steps instead.
         eval_every: steps between evaluations (None: only at the end, to use the split once).
         batch_size: examples in a step.
+        lr_factor: of the rows' learning rates, for a task that wants others.
         columns: columns of the table, if they are not the task and its further splits.
         seconds: a first guess of the time of a cell, for `--dry-run`; None if there is none.
     """
@@ -61,6 +62,7 @@ class TaskPreset:
     steps: int | None = None
     eval_every: int | None = None
     batch_size: int = 16
+    lr_factor: float = 1.0
     columns: tuple[str, ...] = ()
     seconds: float | None = None
 

@@ -91,8 +91,9 @@ TASKS = (
     ),
     glue_task("stsb", "pearson_spearman"),
 )
-# Of CoLA nothing is learnt in 300 steps: all sentences are called acceptable.
-CORE_TASKS = (*TASKS, glue_task("cola", "matthews", steps=1000, seconds=200.0))
+# Of CoLA nothing is learnt in 300 steps, or at the rates of the others: all sentences are called
+# acceptable.
+CORE_TASKS = (*TASKS, glue_task("cola", "matthews", steps=1000, seconds=200.0, lr_factor=0.25))
 SMALL_TASKS = TASKS[:2]
 MORE_TASKS = (
     glue_task("mrpc"),
@@ -164,10 +165,10 @@ QUALITY = Experiment(
     model=MODEL,
     blocks=(
         Block(CORE_TASKS, CORE),
-        Block(CORE_TASKS, MASKS),
+        Block(TASKS, MASKS),
         Block(SMALL_TASKS, SMALL_ROWS),
-        Block(CORE_TASKS, SCHEDULES),
-        Block(CORE_TASKS, FURTHER),
+        Block(TASKS, SCHEDULES),
+        Block(TASKS, FURTHER),
         Block(MORE_TASKS, CORE),
     ),
     seeds=(0, 1, 2),

@@ -33,7 +33,8 @@ from sparse_optim.experiments.budgets import BUDGETS
 from sparse_optim.experiments.glue import ADAPTERS, GLUE, NER, PFEIFFER_RANK
 from sparse_optim.experiments.overrides import Choice, choose
 from sparse_optim.experiments.pictures import PICTURES
-from sparse_optim.experiments.presets import ExperimentError
+from sparse_optim.experiments.plan import best_lr, grid, tuning_cells
+from sparse_optim.experiments.presets import Block, ExperimentError, Row
 from sparse_optim.experiments.quality import (
     BUDGET,
     LORA_RANK,
@@ -297,6 +298,18 @@ def test_rates_of_quality_are_powers_of_two():
         for lr in row.lrs:
             assert math.log2(lr / 1e-3) == pytest.approx(round(math.log2(lr / 1e-3)))
         assert row.lrs[1] == pytest.approx(QUALITY.widen * row.lrs[0])
+
+
+def test_a_task_may_want_other_rates():
+    """Grid, tuning and a single rate; rates of the user's are taken as they are."""
+    cola = next(task for task in QUALITY.tasks if task.name == "cola")
+    assert cola.lr_factor == 0.25
+    row = Row("full", (1e-3, 2e-3))
+    assert [cell.lr for cell in tuning_cells(cola, row, 0, lambda cell: None, 0)] == [2.5e-4, 5e-4]
+    assert [cell.lr for cell in grid(Block((cola,), (row,)), (0, 1))] == [2.5e-4, 5e-4]
+    assert best_lr(cola, Row("full", (1e-3,)), 0, lambda cell: None) == 2.5e-4
+    chosen, _ = choose(QUALITY, Choice(tasks="cola", lrs="3e-3"))
+    assert chosen.tasks[0].lr_factor == 1.0
 
 
 def test_unknown_names_list_the_known_ones():
