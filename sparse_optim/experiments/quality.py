@@ -41,6 +41,7 @@ LORA_LRS = (2e-3, 4e-3)
 GRADIENT_LRS = (1e-3, 2e-3)  # for masks of the largest gradients
 SPREAD_LRS = (1.6e-2, 3.2e-2)  # for masks that do not look at the loss
 FROZEN_LRS = (1.6e-2, 3.2e-2)
+PAPER_LR = 5e-4  # the ID3 paper takes 1e-4 to 7e-4 for masks of all kinds
 
 # `quality` itself runs without autocast: not all CPUs compute bfloat16 fast.
 SETTINGS = {"head_lr": HEAD_LR, "amp": "bf16", "group_by_length": True}
@@ -54,6 +55,11 @@ def linear(method: str, lrs: tuple[float, ...], budget: str, **settings: object)
 def paper(lrs: tuple[float, ...], budget: str) -> Row:
     """ID3 as its paper has it for encoders: all parameters, exp = 2, eps = 1, the whole run."""
     return Row("id3", lrs, budget).changed("paper", d3_exp=2.0)
+
+
+def at_paper_rate(method: str, **settings: object) -> Row:
+    """A method over all parameters, at a rate that the ID3 paper takes for all of them."""
+    return Row(method, (PAPER_LR,), BUDGET).changed("paper-rate", **settings)
 
 
 def spread_over(share: float, variant: str, lrs: tuple[float, ...], budget: str) -> Row:
@@ -149,6 +155,11 @@ SCHEDULES = (
     spread_over(0.5, "half", GRADIENT_LRS, BUDGET),
     spread_over(1.0, "whole", GRADIENT_LRS, BUDGET),
 )
+PAPER_RATES = (
+    at_paper_rate("id3", d3_exp=2.0),
+    at_paper_rate("pafi"),
+    at_paper_rate("r-mask"),
+)
 FURTHER = (
     FROZEN,
     BITFIT,
@@ -167,6 +178,7 @@ QUALITY = Experiment(
         Block(CORE_TASKS, CORE),
         Block(TASKS, MASKS),
         Block(SMALL_TASKS, SMALL_ROWS),
+        Block(SMALL_TASKS, PAPER_RATES),
         Block(TASKS, SCHEDULES),
         Block(TASKS, FURTHER),
         Block(MORE_TASKS, CORE),
