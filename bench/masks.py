@@ -1,41 +1,59 @@
-"""Run the quality experiment with masks that are not methods (yet): what could beat a random one?
+"""Run the quality experiment with masks that are not methods: what could beat a random one?
 
     python -m bench.masks --data-folder GLUE_FOLDER --tasks trec50,conll2003,stsb \
         --methods tilt-0.5,consistent --budgets 112827,22565,11282 --output bench/results/masks
 
-All choose once, among the weights of Linear modules, with O(budget) state afterwards:
+All choose once, among the weights of Linear modules, with O(budget) state afterwards; gradients are
+those of 16 batches:
 
     tilt-A       a sample in proportion to |grad|^A, without replacement: A = 0 is a random mask,
                  A = infinity static D3 (the Gumbel top-k of `Stochastic`, once)
-    consistent   largest |sum grad| / sqrt(sum grad^2) over 16 batches: the sign agrees in all
+    even-A       as tilt-A, each row and column of |grad| brought to the same mean first
+    regular      random, as many entries in each row of a matrix, and in each column, as in others
+    consistent   largest |sum grad| / sqrt(sum grad^2): the sign agrees in all batches
     shares       random in each matrix, a matrix's part of the budget by its sum |grad|
     upper        random in the upper half of the layers: the backward pass can end there
+    own-rates    random, each matrix at a rate of its own: the first step of each has the same size
+                 relative to the matrix, in spectral norms
+    d3-own-rates the largest |grad|, at such rates
+
+bench/results/masks/README.md says what came of it.
 """
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from itertools import islice
+from statistics import fmean
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from sparse_optim.analysis.relative_step import spectral_norm
 from sparse_optim.cli.main import app
 from sparse_optim.methods import METHODS, Method, MethodRequest
 from sparse_optim.methods._calibrated import calibration_of
-from sparse_optim.methods._matrices import _static, matrices_of
+from sparse_optim.methods._matrices import _static, matrices_of, spread
 from sparse_optim.methods._request import masked_adamw
 from sparse_optim.optim.masked_adamw import MaskedAdamW
 from sparse_optim.policy.importance import Scores
-from sparse_optim.policy.selection import Static
+from sparse_optim.policy.selection import Static, resolve_budget
 
-TILTS = (0.25, 0.5, 1.0)
+POWERS = (0.5, 1.0, 2.0)
 BATCHES = 16
+BALANCINGS = 10
 LAYER = re.compile(r"\.(\d+)\.")
+TINY = 1e-30  # below all gradients
+
+
+def batches_of(request: MethodRequest) -> Iterable[Any]:
+    """The batches that masks are chosen by."""
+    return islice(calibration_of(request), BATCHES)
 
 
 def sums(request: MethodRequest) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -44,7 +62,7 @@ def sums(request: MethodRequest) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     total = {name: torch.zeros_like(param) for name, param in params.items()}
     squares = {name: torch.zeros_like(param) for name, param in params.items()}
     request.model.eval()
-    for batch in islice(calibration_of(request), BATCHES):
+    for batch in batches_of(request):
         loss = request.model(**batch).loss
         for name, grad in zip(
             params, torch.autograd.grad(loss, list(params.values())), strict=True
@@ -55,7 +73,7 @@ def sums(request: MethodRequest) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return total, squares
 
 
-def noise(request: MethodRequest, scores: dict[str, Tensor]) -> dict[str, Tensor]:
+def noise(request: MethodRequest, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Standard exponentials, by name."""
     generator = torch.Generator().manual_seed(request.seed)
     return {
@@ -64,22 +82,68 @@ def noise(request: MethodRequest, scores: dict[str, Tensor]) -> dict[str, Tensor
     }
 
 
-def static(request: MethodRequest, scores: dict[str, Tensor]) -> MaskedAdamW:
+def static(request: MethodRequest, scores: Mapping[str, Tensor]) -> MaskedAdamW:
     """The top of the scores over all matrices."""
-    return masked_adamw(request, Scores(scores), Static(request.given_budget))
+    return masked_adamw(request, Scores(dict(scores)), Static(request.given_budget))
 
 
-def tilt(request: MethodRequest, power: float) -> MaskedAdamW:
-    """A sample in proportion to |grad|^power: the top of |grad|^power / exponential noise."""
-    request = replace(request, rank="linear")
-    total, _ = sums(request)
-    drawn = noise(request, total)
+def sample(request: MethodRequest, sizes: Mapping[str, Tensor], power: float) -> MaskedAdamW:
+    """A sample in proportion to sizes^power: the top of sizes^power / exponential noise."""
+    drawn = noise(request, sizes)
     logs = {
-        name: power * grad.abs().clamp_min(1e-30).log() - drawn[name].log()
-        for name, grad in total.items()
+        name: power * size.clamp_min(TINY).log() - drawn[name].log() for name, size in sizes.items()
     }
     least = min(float(log.min()) for log in logs.values())
     return static(request, {name: log - least + 1 for name, log in logs.items()})
+
+
+def tilt(request: MethodRequest, power: float) -> MaskedAdamW:
+    """A sample in proportion to |grad|^power."""
+    request = replace(request, rank="linear")
+    total, _ = sums(request)
+    return sample(request, {name: grad.abs() for name, grad in total.items()}, power)
+
+
+def even(request: MethodRequest, power: float) -> MaskedAdamW:
+    """A sample in proportion to |grad|^power that does not crowd into rows and columns."""
+    request = replace(request, rank="linear")
+    total, _ = sums(request)
+    return sample(request, {name: balanced(grad.abs()) for name, grad in total.items()}, power)
+
+
+def balanced(sizes: Tensor) -> Tensor:
+    """The sizes with a factor for each row and column: all means become 1 (Sinkhorn, Knopp)."""
+    sizes = sizes + 1e-12
+    for _ in range(BALANCINGS):
+        sizes = sizes / sizes.mean(1, keepdim=True)
+        sizes = sizes / sizes.mean(0, keepdim=True)
+    return sizes
+
+
+def regular(request: MethodRequest) -> MaskedAdamW:
+    """Random entries, about as many in each row and in each column of a matrix."""
+    request = replace(request, rank="linear")
+    params = matrices_of(request)
+    sizes = {name: param.numel() for name, param in params.items()}
+    budget = resolve_budget(request.given_budget, sum(sizes.values()))
+    counts = spread(budget, sizes, sizes)
+    generator = torch.Generator().manual_seed(request.seed)
+    return static(
+        request,
+        {name: regular_mask(p.shape, counts[name], generator) for name, p in params.items()},
+    )
+
+
+def regular_mask(shape: torch.Size, count: int, generator: torch.Generator) -> Tensor:
+    """Ones, by permutations: a round puts one into each line of the longer side."""
+    mask = torch.zeros(shape)
+    longer, shorter = max(shape), min(shape)
+    while (left := count - int(mask.sum())) > 0:
+        one = torch.randperm(longer, generator=generator)[:left]
+        several = [torch.randperm(shorter, generator=generator) for _ in range(0, longer, shorter)]
+        other = torch.cat(several)[: len(one)]
+        mask[(one, other) if shape[0] >= shape[1] else (other, one)] = 1.0
+    return mask
 
 
 def consistent(request: MethodRequest) -> MaskedAdamW:
@@ -87,7 +151,7 @@ def consistent(request: MethodRequest) -> MaskedAdamW:
     request = replace(request, rank="linear")
     total, squares = sums(request)
     return static(
-        request, {n: g.abs() / squares[n].sqrt().clamp_min(1e-30) for n, g in total.items()}
+        request, {n: g.abs() / squares[n].sqrt().clamp_min(TINY) for n, g in total.items()}
     )
 
 
@@ -108,16 +172,56 @@ def upper(request: MethodRequest) -> MaskedAdamW:
     half = (max(layers.values()) + 1) // 2
     chosen = {name for name, layer in layers.items() if layer >= half}
     request = replace(request, rank=lambda name, param: name in chosen)
-    scores = {name: torch.ones_like(param) for name, param in request.ranked}
-    drawn = noise(request, scores)
-    return static(request, {name: 1 / drawn[name] for name in scores})
+    drawn = noise(request, dict(request.ranked))
+    return static(request, {name: 1 / drawn[name] for name in drawn})
+
+
+@dataclass(frozen=True)
+class OwnRates(MethodRequest):
+    """A request with a factor on the learning rate of each matrix."""
+
+    factors: Mapping[str, float] = field(default_factory=dict)
+
+    def param_groups(self, named: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
+        """A group for each parameter."""
+        return [
+            group | {"params": [(name, param)], "lr": group["lr"] * self.factors.get(name, 1.0)}
+            for group in super().param_groups(named)
+            for name, param in group["params"]
+        ]
+
+
+def own_rates(request: MethodRequest, by_gradient: bool) -> MaskedAdamW:
+    """Rates of matrices in proportion to |W| / |S|, S the signs of the gradient on the mask.
+
+    The mean of |S| / |W| times rate stays what it is at one rate.
+    """
+    request = replace(request, rank="linear")
+    total, _ = sums(request)
+    drawn = noise(request, total)
+    scores = {n: g.abs() if by_gradient else 1 / drawn[n] for n, g in total.items()}
+    every = torch.cat([score.reshape(-1) for score in scores.values()])
+    budget = resolve_budget(request.given_budget, every.numel())
+    least = every.topk(budget).values[-1]
+    sizes = {}
+    for name, param in matrices_of(request).items():
+        step = spectral_norm(total[name].sign() * (scores[name] >= least))
+        if step:
+            sizes[name] = step / spectral_norm(param)
+    factors = {name: fmean(sizes.values()) / size for name, size in sizes.items()}
+    given = {each.name: getattr(request, each.name) for each in fields(request)}
+    return static(OwnRates(**given, factors=factors), scores)
 
 
 CANDIDATES: dict[str, Callable[[MethodRequest], MaskedAdamW]] = {
-    **{f"tilt-{power:g}": partial(tilt, power=power) for power in TILTS},
+    **{f"tilt-{power:g}": partial(tilt, power=power) for power in POWERS},
+    **{f"even-{power:g}": partial(even, power=power) for power in POWERS[1:]},
+    "regular": regular,
     "consistent": consistent,
     "shares": shares,
     "upper": upper,
+    "own-rates": partial(own_rates, by_gradient=False),
+    "d3-own-rates": partial(own_rates, by_gradient=True),
 }
 
 

@@ -85,3 +85,44 @@ def test_a_strong_tilt_takes_the_largest_gradients_and_none_is_random():
     even = [mask_of(lambda request: masks.tilt(request, 0.0), seed) for seed in (0, 1)]
     assert even[0] != even[1]
     assert mask_of(masks.CANDIDATES["tilt-0.5"]) not in (strong, *even)
+
+
+@pytest.mark.parametrize(("shape", "count"), [((64, 64), 256), ((128, 32), 500), ((32, 128), 7)])
+def test_a_regular_mask_fills_rows_and_columns_evenly(shape, count):
+    mask = masks.regular_mask(torch.Size(shape), count, torch.Generator().manual_seed(0))
+    assert int(mask.sum()) == count
+    for lines in (mask.sum(0), mask.sum(1)):
+        assert lines.max() - lines.min() <= 3  # of a random mask about 9
+
+
+def test_balancing_gives_rows_and_columns_one_mean():
+    sizes = masks.balanced(torch.rand(6, 9, generator=torch.Generator().manual_seed(0)) ** 4)
+    assert torch.allclose(sizes.mean(0), torch.ones(9), atol=1e-4)
+    assert torch.allclose(sizes.mean(1), torch.ones(6), atol=0.05)
+
+
+def test_own_rates_give_the_first_steps_of_all_matrices_one_relative_size():
+    model = Model()
+    named = list(model.named_parameters())
+    request = MethodRequest(
+        model=model, named=named, fresh=frozenset({"head.weight", "head.bias"}), budget=BUDGET,
+        lr=0.1, head_lr=0.5, calibration=batches,
+    )  # fmt: skip
+    with torch.no_grad():
+        model.layers[0].weight.mul_(10)
+    optimizer = masks.CANDIDATES["own-rates"](request)
+    rates = {group["param_names"][0]: group["lr"] for group in optimizer.param_groups}
+    assert rates["head.weight"] == 0.5
+    before = {name: param.detach().clone() for name, param in named}
+    assert len({rates[f"layers.{i}.weight"] for i in range(4)}) == 4
+    total, _ = masks.sums(request)
+    model(**batches(1)[0]).loss.backward()
+    optimizer.step()
+    active, sizes = optimizer.active_entries(), []
+    for i in range(4):
+        name = f"layers.{i}.weight"
+        step = torch.zeros(64)
+        step[active[name]] = total[name].reshape(-1)[active[name]].sign()
+        weight = masks.spectral_norm(before[name])
+        sizes.append(rates[name] * masks.spectral_norm(step.view(8, 8)) / weight)
+    assert sizes == pytest.approx([sizes[0]] * 4)
