@@ -92,7 +92,7 @@ def test_a_regular_mask_fills_rows_and_columns_evenly(shape, count):
     mask = masks.regular_mask(torch.Size(shape), count, torch.Generator().manual_seed(0))
     assert int(mask.sum()) == count
     for lines in (mask.sum(0), mask.sum(1)):
-        assert lines.max() - lines.min() <= 3  # of a random mask about 9
+        assert lines.max() - lines.min() <= 4  # of random masks 7 to 23
 
 
 def test_balancing_gives_rows_and_columns_one_mean():
