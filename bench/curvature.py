@@ -24,7 +24,7 @@ from bench import quality
 from bench.environment import RESULTS
 from bench.pictures import draw_rates
 from bench.tables import table
-from sparse_optim.analysis.relative_step import BEST_STEP
+from sparse_optim.analysis.relative_step import BEST_LORA_STEP, BEST_STEP
 
 FOLDER = RESULTS / "curvature"
 PICTURE = RESULTS / "learning-rates.png"
@@ -72,7 +72,12 @@ def measured(folder: Path = FOLDER) -> list[dict[str, Any]]:
     """The lines of rates.jsonl, and the rate that follows from each."""
     path = folder / "rates.jsonl"
     lines = map(json.loads, path.read_text().splitlines() if path.exists() else [])
-    return [line | {"lr": BEST_STEP / line["relative_step"]} for line in lines]
+    return [line | {"lr": best_step(line["row"]) / line["relative_step"]} for line in lines]
+
+
+def best_step(row: str) -> float:
+    """The relative step of the rates that were tuned for a kind of rows."""
+    return BEST_LORA_STEP if row.startswith("lora") else BEST_STEP
 
 
 def pairs(

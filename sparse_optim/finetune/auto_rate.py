@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from sparse_optim.analysis.curvature import curvature
-from sparse_optim.analysis.relative_step import BEST_STEP, relative_step
+from sparse_optim.analysis.relative_step import relative_step
 from sparse_optim.finetune.checkpoints import saved_rate
 from sparse_optim.finetune.config import AUTO, FinetuneConfig
 from sparse_optim.finetune.errors import FinetuneError
@@ -89,7 +89,7 @@ def suggest(found: Prepared) -> tuple[float | None, str]:
     step = None if found.is_head else relative_step(found.model, found.batches, found.mask)
     if step is not None:
         return step.lr, (
-            f"a first step changes {step.matrices} weights by {BEST_STEP:.2%} of their largest "
+            f"a first step changes {step.matrices} weights by {step.best:.2%} of their largest "
             "singular value"
         )
     bent = curvature(found.model, found.batches, found.mask, iterations=0)

@@ -8,7 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from sparse_optim.analysis.relative_step import BEST_STEP, relative_step, spectral_norm
+from sparse_optim.analysis.relative_step import (
+    BEST_LORA_STEP,
+    BEST_STEP,
+    relative_step,
+    spectral_norm,
+)
 
 
 class Net(nn.Module):
@@ -104,7 +109,7 @@ def test_a_lora_counts_as_the_weight_that_it_makes(trained):
         for name, grad in zip(mask, grads, strict=True):
             named[name] -= lr * grad.sign()
     change = layer.get_delta_weight("default").detach() - before
-    assert found.matrices == 1
+    assert (found.matrices, found.lr) == (1, BEST_LORA_STEP / found.size)
     moved = float(torch.linalg.matrix_norm(change.double(), ord=2)) / lr
     size = moved / float(torch.linalg.matrix_norm(weight, ord=2))
     assert found.size == pytest.approx(size, rel=0.03)
