@@ -8,7 +8,8 @@ those of 16 batches:
 
     tilt-A       a sample in proportion to |grad|^A, without replacement: A = 0 is a random mask,
                  A = infinity static D3 (the Gumbel top-k of `Stochastic`, once)
-    even-A       as tilt-A, each row and column of |grad| brought to the same mean first
+    even-A       as tilt-A, each row and column of |grad| brought to the same mean first: even-1 is
+                 the method balanced-d3
     regular      random, as many entries in each row of a matrix, and in each column, as in others
     consistent   largest |sum grad| / sqrt(sum grad^2): the sign agrees in all batches
     shares       random in each matrix, a matrix's part of the budget by its sum |grad|
@@ -38,7 +39,7 @@ from sparse_optim.analysis.relative_step import spectral_norm
 from sparse_optim.cli.main import app
 from sparse_optim.methods import METHODS, Method, MethodRequest
 from sparse_optim.methods._calibrated import calibration_of
-from sparse_optim.methods._matrices import _static, matrices_of, spread
+from sparse_optim.methods._matrices import _static, balanced, matrices_of, spread
 from sparse_optim.methods._request import masked_adamw
 from sparse_optim.optim.masked_adamw import MaskedAdamW
 from sparse_optim.policy.importance import Scores
@@ -46,7 +47,6 @@ from sparse_optim.policy.selection import Static, resolve_budget
 
 POWERS = (0.5, 1.0, 2.0)
 BATCHES = 16
-BALANCINGS = 10
 LAYER = re.compile(r"\.(\d+)\.")
 TINY = 1e-30  # below all gradients
 
@@ -109,15 +109,6 @@ def even(request: MethodRequest, power: float) -> MaskedAdamW:
     request = replace(request, rank="linear")
     total, _ = sums(request)
     return sample(request, {name: balanced(grad.abs()) for name, grad in total.items()}, power)
-
-
-def balanced(sizes: Tensor) -> Tensor:
-    """The sizes with a factor for each row and column: all means become 1 (Sinkhorn, Knopp)."""
-    sizes = sizes + 1e-12
-    for _ in range(BALANCINGS):
-        sizes = sizes / sizes.mean(1, keepdim=True)
-        sizes = sizes / sizes.mean(0, keepdim=True)
-    return sizes
 
 
 def regular(request: MethodRequest) -> MaskedAdamW:

@@ -1,8 +1,8 @@
-"""Methods that choose a static mask in each weight matrix by itself: LIFT, GEM, SHiRA, Super.
+"""Methods that choose a static mask by weight matrices: LIFT, GEM, SHiRA, Super, balanced D3.
 
-The budget is spread over the matrices first; within each, the entries with the largest score are
-taken. Matrices are the ranked parameters that `linear_weights` finds; all others stay frozen. Each
-docstring says what its source leaves open and what we chose.
+Matrices are the ranked parameters that `linear_weights` finds; all others stay frozen. Of LIFT,
+GEM, SHiRA and Super the budget is spread over the matrices first, and within each the entries with
+the largest score are taken. Each docstring says what its source leaves open and what we chose.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from sparse_optim.policy.selection import Static, resolve_budget
 
 FILTER_RANK = 64  # LIFT's r for its 7B model; 32 for 1B, 128 for 8B
 CALIBRATION_BATCHES = 16
+BALANCINGS = 10  # row means are then within 5% of one another, column means equal
 
 
 def lift(request: MethodRequest) -> MaskedAdamW:
@@ -96,6 +97,41 @@ def super_tuning(request: MethodRequest) -> MaskedAdamW:
     """
     params = list(matrices_of(request))
     return _same_share(request, wanda(request.model, _some_batches(request), params=params))
+
+
+def balanced_d3(request: MethodRequest) -> MaskedAdamW:
+    """A sample by gradients that does not crowd: as spread as a random mask, not as blind.
+
+        size  = |grad|, the mean over 16 batches; a factor for each row and each column of a
+                matrix makes their means 1 (Sinkhorn and Knopp 1967)
+        score = size / noise,  noise ~ Exp(1): its top is a sample in proportion to size, without
+                replacement (Efraimidis and Spirakis 2006)
+
+    The largest gradients lie in few rows and columns, so that a step on them is steep and only low
+    rates are stable (docs/learning-rates.md). Balanced, every matrix, row and column gets about its
+    share, and the rates are those of a random mask. Where all gradients of a row are 0 (features
+    that do not occur), all its entries are as likely.
+
+    Ours; bench/results/masks compares it with random masks and ID3.
+    """
+    params = list(matrices_of(request))
+    grads = gradient(request.model, _some_batches(request), params=params)
+    generator = torch.Generator().manual_seed(request.seed)
+    scores = {}
+    for name, grad in grads.items():
+        noise = torch.empty(grad.shape).exponential_(generator=generator)  # alike on all devices
+        scores[name] = balanced(grad) / noise.to(grad.device)
+    request = replace(request, rank=lambda name, param: name in scores)
+    return masked_adamw(request, Scores(scores), Static(request.given_budget))
+
+
+def balanced(sizes: Tensor) -> Tensor:
+    """Sizes >= 0, (rows, columns), with a factor for each row and column: all means become 1."""
+    sizes = sizes + torch.finfo(sizes.dtype).tiny ** 0.5
+    for _ in range(BALANCINGS):
+        sizes = sizes / sizes.mean(1, keepdim=True)
+        sizes = sizes / sizes.mean(0, keepdim=True)
+    return sizes
 
 
 def matrices_of(request: MethodRequest) -> dict[str, torch.nn.Parameter]:

@@ -95,12 +95,6 @@ def test_a_regular_mask_fills_rows_and_columns_evenly(shape, count):
         assert lines.max() - lines.min() <= 4  # of random masks 7 to 23
 
 
-def test_balancing_gives_rows_and_columns_one_mean():
-    sizes = masks.balanced(torch.rand(6, 9, generator=torch.Generator().manual_seed(0)) ** 4)
-    assert torch.allclose(sizes.mean(0), torch.ones(9), atol=1e-4)
-    assert torch.allclose(sizes.mean(1), torch.ones(6), atol=0.05)
-
-
 def test_own_rates_give_the_first_steps_of_all_matrices_one_relative_size():
     model = Model()
     named = list(model.named_parameters())
