@@ -21,7 +21,7 @@ TASKS = {
     "stsb": "STS-B, correlation",
     "cola": "CoLA, Matthews",
 }
-SMALL_TASKS = ("conll2003", "trec50")  # have runs at both budgets
+SMALL_TASKS = ("conll2003", "trec50")  # of the picture: have runs at both budgets
 BUDGET, SMALL = "112827", "11282"
 TICKS: dict[float, str] = {11_282: "11,282\n0.05%", 112_827: "112,827\n0.5%"}
 LABEL = "mean of CoNLL-2003 (F1) and TREC-50 (accuracy), per cent"
@@ -57,6 +57,7 @@ ROWS = (
     Row({BUDGET: LORA, SMALL: "lora-r1@qv"}, "LoRA"),
     masked("random mask", "r-mask@linear"),
     masked("PaFi", "pafi@linear"),
+    masked("balanced D3", "balanced-d3@linear"),
     masked("ID3, budget spent in a fifth of the run", "id3@early"),
     masked("ID3, in half of the run", "id3@half"),
     masked("ID3, in the whole run", "id3@whole"),
