@@ -32,9 +32,13 @@ from torch.nn import functional
 
 from sparse_optim.backends.registry import load
 from sparse_optim.engine.engine import Engine
-from sparse_optim.engine.fused_backward import FusedBackward, nothing_came, would_lose
-from sparse_optim.engine.pool import Gradients, Pool
-from sparse_optim.engine.replicas import agree, average, is_distributed, replicas_of
+from sparse_optim.engine.fused_backward import (
+    FusedBackward,
+    check_not_distributed,
+    nothing_came,
+    would_lose,
+)
+from sparse_optim.engine.pool import Gradients
 
 # From this share of active entries on, the dense product is taken and read at these entries. On two
 # cores both take the same at 20% in float32 and 12% in bfloat16. On GPUs, whose dense products are
@@ -56,9 +60,6 @@ class Window:
         stamp: names the kind of step and the active set.
         closed: whether the source is gone; layers are then as ever.
         start: called before the first forward pass that needs gradients, or None.
-        params: the weights whose layers sample.
-        group: the process group of the replicas, as the forward pass finds it; None: one process.
-        compared: whether the replicas are known to have the same weights.
     """
 
     def __init__(self) -> None:
@@ -66,9 +67,6 @@ class Window:
         self.dense = 0
         self.stamp: tuple[bool, int] = (False, -1)
         self.start: Callable[[], None] | None = None
-        self.params: Sequence[Tensor] = ()
-        self.group: Any = None
-        self.compared = False
 
     @staticmethod
     def of(module: torch.nn.Module) -> Window | None:
@@ -143,15 +141,13 @@ class Cover:
     def samples(self, weight: Tensor) -> bool:
         """Whether a forward pass with this weight is to give sampled gradients."""
         window = self.window
-        if window.closed or not torch.is_grad_enabled():
+        if window.closed or window.dense or not torch.is_grad_enabled():
             return False
         if not torch.compiler.is_compiling():
-            if window.group is None and is_distributed():
-                window.group = replicas_of(window.params)
+            check_not_distributed("sampled_backward")
             if window.start is not None:
                 window.start()
-        ours = weight is self.param and weight.requires_grad
-        return window.quiet and not window.dense and ours
+        return window.quiet and weight is self.param and weight.requires_grad
 
     def check(self, stamp: tuple[bool, int] | None) -> None:
         """Raise RuntimeError if a forward pass had another active set."""
@@ -361,6 +357,8 @@ class SampledBackward:
         covers: what the layers of each weight need, by its index in the pool.
         stepped: a step has consumed the gradients, and none has come since.
 
+    Raises:
+        RuntimeError: several processes train together.
     """
 
     def __init__(
@@ -370,6 +368,7 @@ class SampledBackward:
         dense: Sequence[Tensor],
         indices: Sequence[int],
     ) -> None:
+        check_not_distributed("sampled_backward")
         self._engine, self._inner, self._dense = engine, inner, dense
         self._hooks = inner if isinstance(inner, FusedBackward) else None
         self.window = Window()
@@ -377,7 +376,6 @@ class SampledBackward:
             index: Cover(self.window, engine.pool.params[index], engine.backend)
             for index in indices
         }
-        self.window.params = [cover.param for cover in self.covers.values()]
         self._pool: Sequence[Tensor] = ()
         self.stepped = False
         self._arrived: set[int] = set()
@@ -385,11 +383,6 @@ class SampledBackward:
             source = weakref.ref(self)
             self.window.start = lambda: _start(source)
         self._prepare()
-
-    @property
-    def pool(self) -> Pool:
-        """The parameters that are ranked."""
-        return self._engine.pool
 
     @property
     def holds_any(self) -> bool:
@@ -417,47 +410,21 @@ class SampledBackward:
         Raises:
             RuntimeError: none has come since the last step.
         """
+        check_not_distributed("sampled_backward")
         quiet = self.window.quiet
-        came = self._agreed()
         if self._hooks is not None:
             present = list(self._hooks.collect())
         else:
             grads = self._inner.bind(dense)
             self._pool = grads.pool
             present = [bool(grad.numel()) for grad in grads.pool]
-        for index in self.covers:
-            present[index] = present[index] or came[index]
+        for index, cover in self.covers.items():
+            present[index] = present[index] or cover.leaf.grad is not None
         if self.stepped and not any(present) and not any(grad.numel() for grad in dense):
             raise nothing_came("sampled_backward")
         if quiet or self._hooks is not None:
             return self._engine.bind_stand_ins(present, dense)
         return grads
-
-    def _agreed(self) -> dict[int, bool]:
-        """Whether a weight has a gradient, in any process; on a loud step these are averaged."""
-        params = self._engine.pool.params
-        came = {
-            index: cover.leaf.grad is not None or params[index].grad is not None
-            for index, cover in self.covers.items()
-        }
-        group = self.window.group
-        if group is None:
-            if is_distributed() and any(came.values()):
-                raise RuntimeError(
-                    "sampled_backward=True in several processes, and no forward pass was seen that "
-                    "says which gradients DistributedDataParallel has averaged: torch.compile "
-                    "hides it. Train without torch.compile, or with sampled_backward=False"
-                )
-            return came
-        device = self._engine.pool.device
-        came = dict(zip(came, agree(list(came.values()), device, group), strict=True))
-        if not self.window.quiet:
-            there = [params[index] for index in came if came[index]]
-            for param in there:
-                if param.grad is None:
-                    param.grad = torch.zeros_like(param)
-            average([param.grad for param in there if param.grad is not None], group)
-        return came
 
     def select(self, grads: Gradients) -> None:
         """On a loud step, as the inner source; on a quiet one, fill in the active gradients."""
@@ -476,9 +443,6 @@ class SampledBackward:
         for index, cover in self.covers.items():
             if cover.leaf.grad is not None:
                 active.grad[engine.segment(index)] += cover.leaf.grad
-        if self.window.group is not None:
-            entries = engine.segment(len(engine.pool.params) - 1).stop
-            average([active.grad[:entries]], self.window.group)
         work.new.count.zero_()
         engine.measure(grads.dense)
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sparse_optim.engine import sampled
+from sparse_optim.engine.fused_backward import is_distributed
 from sparse_optim.engine.sampled import CLOSED, COVERS, Cover, Exchanged, Window
 
 logger = logging.getLogger(__name__)
@@ -100,9 +101,9 @@ class Owner(Protocol):
 
 
 def can_sample(model: nn.Module, params: Sequence[Tensor]) -> bool:
-    """Whether `sampled_backward=True` has a layer to work with."""
+    """Whether `sampled_backward=True` has a layer to work with, and one process."""
     weights = {id(param) for param in params}
-    return any(
+    return not is_distributed() and any(
         _kind(module) is not None and id(weight) in weights
         for module in model.modules()
         for name, weight in module.named_parameters(recurse=False)
@@ -162,15 +163,10 @@ class Attachment:
         layers: from `find_layers`, of the weights that the source covers.
         source: which gives the covers, and whose gradients `model.zero_grad()` discards. Its end
             detaches.
-        end: called when it detaches.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        layers: Mapping[int, Sequence[Layer]],
-        source: Owner,
-        end: Callable[[], None] | None = None,
+        self, model: nn.Module, layers: Mapping[int, Sequence[Layer]], source: Owner
     ) -> None:
         self._modules: list[weakref.ref[nn.Module]] = []
         numbers: list[int] = []
@@ -183,9 +179,7 @@ class Attachment:
         own = vars(model).get("zero_grad")
         if own is None or isinstance(own, Exchanged):
             self._exchange(model, "zero_grad", _zero_grad(source), source.window)
-        self._finalizer = weakref.finalize(
-            source, _detach, self._modules, numbers, source.window, end
-        )
+        self._finalizer = weakref.finalize(source, _detach, self._modules, numbers, source.window)
 
     def _exchange(
         self, module: nn.Module, name: str, function: Callable[..., Any], window: Window
@@ -210,13 +204,8 @@ def _zero_grad(source: Owner) -> Callable[..., None]:
 
 
 def _detach(
-    modules: Sequence[weakref.ref[nn.Module]],
-    numbers: Sequence[int],
-    window: Window,
-    end: Callable[[], None] | None,
+    modules: Sequence[weakref.ref[nn.Module]], numbers: Sequence[int], window: Window
 ) -> None:
-    if end is not None:
-        end()
     window.closed, window.stamp = True, CLOSED
     for number in numbers:
         del COVERS[number]

@@ -24,7 +24,6 @@ from sparse_optim.engine.choose import choose
 from sparse_optim.engine.engine import Engine, Method, Norm, Source
 from sparse_optim.engine.fused_backward import FusedBackward
 from sparse_optim.engine.pool import readable_gradients
-from sparse_optim.engine.replicas import is_distributed
 from sparse_optim.engine.sampled import SampledBackward, dense_gradients
 from sparse_optim.engine.scalars import check_capture
 from sparse_optim.optim import checkpoint, state
@@ -43,7 +42,6 @@ from sparse_optim.optim.groups import (
     split_groups,
 )
 from sparse_optim.optim.readout import delta_of, metrics_of
-from sparse_optim.optim.replicas import check_not_left_out, check_replicas, leave_out, samplable
 from sparse_optim.policy.importance import Importance, traits_of
 from sparse_optim.policy.selection import Selection, resolve_budget
 
@@ -93,11 +91,9 @@ class MaskedAdamW(torch.optim.Optimizer):
             r-th), Linear, Conv1D and Embedding layers of `model` compute weight gradients at active
             entries alone: the training step then costs little more than one without weight
             gradients. Selections are the same; gradients are equal up to the order of summation.
-            `step()` consumes the gradients. Works with `Increment` or `Static`; with
-            `fuse_backward` no dense gradient is ever held. With several processes build the
-            optimizer, then DistributedDataParallel(model), which leaves these weights' gradients to
-            the optimizer: a quiet step exchanges those of active entries alone. May be changed
-            between steps, in a single process.
+            `step()` consumes the gradients. Works with `Increment` or `Static`, in a single
+            process; with `fuse_backward` no dense gradient is ever held. May be changed between
+            steps.
 
     Raises:
         ValueError, TypeError: names the argument or parameter, what arrived and what to do.
@@ -249,7 +245,6 @@ class MaskedAdamW(torch.optim.Optimizer):
             )
             self._attach(self._engine)
         else:
-            check_not_left_out(self._sampled)
             self._detach()
         self._engine.method = replace(self._engine.method, norm=norm)
 
@@ -269,13 +264,10 @@ class MaskedAdamW(torch.optim.Optimizer):
                 "sampled_backward=True, but no Linear, Conv1D or Embedding layer of the model has "
                 "a weight that the optimizer ranks. Pass the model that holds the parameters"
             )
-        if is_distributed():
-            layers = samplable(model, layers, engine.pool.params)
         inner = self._fused_backward or engine
         self._sampled = SampledBackward(engine, inner, self._dense.params, list(layers))
         self._sampled.stepped = before is not None and before.stepped
-        end = leave_out(model, self._sampled.window.params) if is_distributed() else None
-        self._attachment = Attachment(model, layers, self._sampled, end)
+        self._attachment = Attachment(model, layers, self._sampled)
 
     def _detach(self) -> None:
         if self._attachment is not None:
@@ -368,7 +360,6 @@ class MaskedAdamW(torch.optim.Optimizer):
                 "Wrap the model first, then build the optimizer; add_param_group() adds parameters"
             )
         self._check_state()
-        check_replicas(self._sampled)
         if not self._owner.requires_grad:  # the pool's state moves to one that is not frozen
             self._show_state(self._engine)
         check_capture(

@@ -593,20 +593,20 @@ def test_says_that_nothing_clips():
         )
 
 
-def test_what_nothing_would_average_is_refused_in_several_processes(monkeypatch):
-    """In a forward pass, and at a step of which none was seen; replicas: optim/test_replicas.py."""
+def test_several_processes_are_refused(monkeypatch):
+    """At attaching, in the forward pass, and at the step."""
     model = new_model()
     optimizer = optimizer_of(model, True)
     loss = loss_of(model, 1)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(RuntimeError, match="not that of DistributedDataParallel"):
-        loss_of(model, 1)
-    with optimizer.dense_gradients(), pytest.raises(RuntimeError, match="nothing would average"):
+    with pytest.raises(RuntimeError, match="sampled_backward=True does not work with several"):
         loss_of(model, 1)
     loss.backward()
-    with pytest.raises(RuntimeError, match="no forward pass was seen that says which gradients"):
+    with pytest.raises(RuntimeError, match="sampled_backward=True does not work with several"):
         optimizer.step()
+    with pytest.raises(RuntimeError, match="sampled_backward=True does not work with several"):
+        optimizer_of(new_model(), True)
 
 
 # Changes in the middle of a run.
