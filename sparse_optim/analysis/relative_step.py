@@ -44,22 +44,12 @@ class RelativeStep:
     Attributes:
         matrices: number of weights that move.
         size: |S| / |W| in spectral norms, the mean over matrices and batches.
-        adapted: whether a LoRA moves them.
+        lr: the rate at which it is that of tuned rates.
     """
 
     matrices: int
     size: float
-    adapted: bool = False
-
-    @property
-    def best(self) -> float:
-        """The relative step of tuned rates."""
-        return BEST_LORA_STEP if self.adapted else BEST_STEP
-
-    @property
-    def lr(self) -> float:
-        """The rate at which the relative step is that of tuned rates."""
-        return self.best / self.size
+    lr: float
 
 
 def relative_step(
@@ -86,6 +76,7 @@ def relative_step(
         None if no such weight moves: a mask of biases or of embeddings alone.
     """
     found: list[float] = []
+    to_best: list[float] = []  # the same, relative to the step of tuned rates
     sizes: dict[str, float] = {}  # of the weights, which do not change
     with calibrating(model, list(mask)) as params:
         for batch in on_device(batches, next(iter(params.values())).device):
@@ -101,10 +92,12 @@ def relative_step(
                     sizes[name] = spectral_norm(weight)
                 if sizes[name] > 0:
                     found.append(spectral_norm(step) / sizes[name])
+                    best = BEST_STEP if name in params else BEST_LORA_STEP
+                    to_best.append(found[-1] / best)
     if not found or not fmean(found):
         return None
-    moved = [name for name, size in sizes.items() if size > 0]
-    return RelativeStep(len(moved), fmean(found), adapted=not params.keys() & moved)
+    matrices = sum(size > 0 for size in sizes.values())
+    return RelativeStep(matrices, fmean(found), 1 / fmean(to_best))
 
 
 def spectral_norm(matrix: Tensor) -> float:

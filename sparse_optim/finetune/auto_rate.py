@@ -88,8 +88,9 @@ def suggest(found: Prepared) -> tuple[float | None, str]:
     """
     step = None if found.is_head else relative_step(found.model, found.batches, found.mask)
     if step is not None:
+        share = step.lr * step.size
         return step.lr, (
-            f"a first step changes {step.matrices} weights by {step.best:.2%} of their largest "
+            f"a first step changes {step.matrices} weights by {share:.2%} of their largest "
             "singular value"
         )
     bent = curvature(found.model, found.batches, found.mask, iterations=0)

@@ -25,7 +25,7 @@ from sparse_optim.policy.selection import Static, resolve_budget
 
 FILTER_RANK = 64  # LIFT's r for its 7B model; 32 for 1B, 128 for 8B
 CALIBRATION_BATCHES = 16
-BALANCINGS = 10  # row means are then within 5% of one another, column means equal
+BALANCINGS = 10  # columns then have equal means, rows nearly
 
 
 def lift(request: MethodRequest) -> MaskedAdamW:
@@ -109,8 +109,8 @@ def balanced_d3(request: MethodRequest) -> MaskedAdamW:
 
     The largest gradients lie in few rows and columns, so that a step on them is steep and only low
     rates are stable (docs/learning-rates.md). Balanced, every matrix, row and column gets about its
-    share, and the rates are those of a random mask. Where all gradients of a row are 0 (features
-    that do not occur), all its entries are as likely.
+    share, and the rates are those of a random mask. Entries of a row or column without any gradient
+    (features that do not occur) count as average ones.
 
     Ours; bench/results/masks compares it with random masks and ID3.
     """
@@ -126,12 +126,18 @@ def balanced_d3(request: MethodRequest) -> MaskedAdamW:
 
 
 def balanced(sizes: Tensor) -> Tensor:
-    """Sizes >= 0, (rows, columns), with a factor for each row and column: all means become 1."""
-    sizes = sizes + torch.finfo(sizes.dtype).tiny ** 0.5
+    """Scale rows and columns of sizes >= 0, (rows, columns), until their means are 1.
+
+    Entries of rows and columns that are 0 throughout become 1.
+    """
+    scaled = torch.ones_like(sizes)
+    rows, columns = sizes.any(1).nonzero(), sizes.any(0).nonzero().flatten()
+    inner = sizes[rows, columns]
     for _ in range(BALANCINGS):
-        sizes = sizes / sizes.mean(1, keepdim=True)
-        sizes = sizes / sizes.mean(0, keepdim=True)
-    return sizes
+        inner = inner / inner.mean(1, keepdim=True)
+        inner = inner / inner.mean(0, keepdim=True)
+    scaled[rows, columns] = inner
+    return scaled
 
 
 def matrices_of(request: MethodRequest) -> dict[str, torch.nn.Parameter]:
