@@ -8,8 +8,7 @@ those of 16 batches:
 
     tilt-A       a sample in proportion to |grad|^A, without replacement: A = 0 is a random mask,
                  A = infinity static D3 (the Gumbel top-k of `Stochastic`, once)
-    even-A       as tilt-A, each row and column of |grad| brought to the same mean first: even-1 is
-                 the method balanced-d3
+    even-A       as tilt-A, each row and column of |grad| brought to the same mean first
     regular      random, as many entries in each row of a matrix, and in each column, as in others
     consistent   largest |sum grad| / sqrt(sum grad^2): the sign agrees in all batches
     shares       random in each matrix, a matrix's part of the budget by its sum |grad|
@@ -39,12 +38,13 @@ from sparse_optim.analysis.relative_step import spectral_norm
 from sparse_optim.cli.main import app
 from sparse_optim.methods import METHODS, Method, MethodRequest
 from sparse_optim.methods._calibrated import calibration_of
-from sparse_optim.methods._matrices import _static, balanced, matrices_of, spread
+from sparse_optim.methods._matrices import _static, matrices_of, spread
 from sparse_optim.methods._request import masked_adamw
 from sparse_optim.optim.masked_adamw import MaskedAdamW
 from sparse_optim.policy.importance import Scores
 from sparse_optim.policy.selection import Static, resolve_budget
 
+BALANCINGS = 10  # columns then have equal means, rows nearly
 POWERS = (0.5, 1.0, 2.0)
 BATCHES = 16
 LAYER = re.compile(r"\.(\d+)\.")
@@ -109,6 +109,21 @@ def even(request: MethodRequest, power: float) -> MaskedAdamW:
     request = replace(request, rank="linear")
     total, _ = sums(request)
     return sample(request, {name: balanced(grad.abs()) for name, grad in total.items()}, power)
+
+
+def balanced(sizes: Tensor) -> Tensor:
+    """Scale rows and columns of sizes >= 0, (rows, columns), until their means are 1.
+
+    Entries of rows and columns that are 0 throughout become 1.
+    """
+    scaled = torch.ones_like(sizes)
+    rows, columns = sizes.any(1).nonzero(), sizes.any(0).nonzero().flatten()
+    inner = sizes[rows, columns]
+    for _ in range(BALANCINGS):
+        inner = inner / inner.mean(1, keepdim=True)
+        inner = inner / inner.mean(0, keepdim=True)
+    scaled[rows, columns] = inner
+    return scaled
 
 
 def regular(request: MethodRequest) -> MaskedAdamW:

@@ -57,7 +57,6 @@ ROWS = (
     Row({BUDGET: LORA, SMALL: "lora-r1@qv"}, "LoRA"),
     masked("random mask", "r-mask@linear"),
     masked("PaFi", "pafi@linear"),
-    masked("balanced D3", "balanced-d3@linear"),
     masked("ID3, budget spent in a fifth of the run", "id3@early"),
     masked("ID3, in half of the run", "id3@half"),
     masked("ID3, in the whole run", "id3@whole"),

@@ -183,13 +183,17 @@ def with_targets(row: Row, targets: tuple[str, ...]) -> Row:
 
 
 def change_budgets(rows: Iterable[Row], budgets: Sequence[str]) -> list[Row]:
-    """Rows of methods with a budget, once for each of `budgets`; the others unchanged."""
+    """Rows of methods with a budget, once for each of `budgets`; the others unchanged.
+
+    Of rows that then have one label, that which had the budget from the start counts.
+    """
     changed: dict[str, Row] = {}
     for row in rows:
         has_budget = row.method in METHODS and METHODS[row.method].has_budget
         for budget in budgets if budgets and has_budget else [row.budget]:
             new = replace(row, budget=budget)
-            changed.setdefault(new.label, new)
+            if new.label not in changed or row.budget == budget:
+                changed[new.label] = new
     return list(changed.values())
 
 

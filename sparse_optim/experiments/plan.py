@@ -55,8 +55,8 @@ def tuning_cells(
 
     Args:
         widen: while the best rate is at an end of the grid, the rate beyond it by this factor
-            follows (at most `MOST_WIDENED` times, and not if all values are equal: nothing is
-            learnt); 0: the grid stays as it is.
+            follows (at most `MOST_WIDENED` times, and not if three values and all others are equal:
+            nothing is learnt); 0: the grid stays as it is.
     """
     lrs = sorted(rates_of(task, row))
     if len(lrs) == 1:
@@ -103,9 +103,10 @@ def best_of(
 
 
 def is_flat(task: TaskPreset, row: Row, lrs: Iterable[float], seed: int, finished: Lookup) -> bool:
-    """Whether all rates have the same value."""
-    outcomes = (finished(Cell(task, row, lr, seed, "tune")) for lr in lrs)
-    return len({value_of(outcome, task.name) for outcome in outcomes if outcome}) == 1
+    """Whether all rates, three at least, have the same value."""
+    outcomes = [finished(Cell(task, row, lr, seed, "tune")) for lr in lrs]
+    values = [value_of(outcome, task.name) for outcome in outcomes if outcome]
+    return len(values) > 2 and len(set(values)) == 1
 
 
 def significant(value: float) -> float:

@@ -136,7 +136,6 @@ CORE = (
     spread_over(0.2, "early", GRADIENT_LRS, BUDGET),
 )
 MASKS = (
-    linear("balanced-d3", SPREAD_LRS, BUDGET),
     linear("lift", LORA_LRS, BUDGET),
     linear("shira-snip", GRADIENT_LRS, BUDGET),
     linear("fish", GRADIENT_LRS, BUDGET),
@@ -147,7 +146,6 @@ SMALL_ROWS = (
     SMALL_LORA,
     linear("r-mask", (3.2e-2, 6.4e-2), SMALL),
     linear("pafi", (3.2e-2, 6.4e-2), SMALL),
-    linear("balanced-d3", (3.2e-2, 6.4e-2), SMALL),
     paper(LORA_LRS, SMALL),
     spread_over(0.2, "early", LORA_LRS, SMALL),
     linear("fish", LORA_LRS, SMALL),

@@ -1,8 +1,8 @@
-"""Methods that choose a static mask by weight matrices: LIFT, GEM, SHiRA, Super, balanced D3.
+"""Methods that choose a static mask in each weight matrix by itself: LIFT, GEM, SHiRA, Super.
 
-Matrices are the ranked parameters that `linear_weights` finds; all others stay frozen. Of LIFT,
-GEM, SHiRA and Super the budget is spread over the matrices first, and within each the entries with
-the largest score are taken. Each docstring says what its source leaves open and what we chose.
+The budget is spread over the matrices first; within each, the entries with the largest score are
+taken. Matrices are the ranked parameters that `linear_weights` finds; all others stay frozen. Each
+docstring says what its source leaves open and what we chose.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from sparse_optim.policy.selection import Static, resolve_budget
 
 FILTER_RANK = 64  # LIFT's r for its 7B model; 32 for 1B, 128 for 8B
 CALIBRATION_BATCHES = 16
-BALANCINGS = 10  # columns then have equal means, rows nearly
 
 
 def lift(request: MethodRequest) -> MaskedAdamW:
@@ -97,47 +96,6 @@ def super_tuning(request: MethodRequest) -> MaskedAdamW:
     """
     params = list(matrices_of(request))
     return _same_share(request, wanda(request.model, _some_batches(request), params=params))
-
-
-def balanced_d3(request: MethodRequest) -> MaskedAdamW:
-    """A sample by gradients that does not crowd: as spread as a random mask, not as blind.
-
-        size  = |grad|, the mean over 16 batches; a factor for each row and each column of a
-                matrix makes their means 1 (Sinkhorn and Knopp 1967)
-        score = size / noise,  noise ~ Exp(1): its top is a sample in proportion to size, without
-                replacement (Efraimidis and Spirakis 2006)
-
-    The largest gradients lie in few rows and columns, so that a step on them is steep and only low
-    rates are stable (docs/learning-rates.md). Balanced, every matrix, row and column gets about its
-    share, and the rates are those of a random mask. Entries of a row or column without any gradient
-    (features that do not occur) count as average ones.
-
-    Ours; bench/results/masks compares it with random masks and ID3.
-    """
-    params = list(matrices_of(request))
-    grads = gradient(request.model, _some_batches(request), params=params)
-    generator = torch.Generator().manual_seed(request.seed)
-    scores = {}
-    for name, grad in grads.items():
-        noise = torch.empty(grad.shape).exponential_(generator=generator)  # alike on all devices
-        scores[name] = balanced(grad) / noise.to(grad.device)
-    request = replace(request, rank=lambda name, param: name in scores)
-    return masked_adamw(request, Scores(scores), Static(request.given_budget))
-
-
-def balanced(sizes: Tensor) -> Tensor:
-    """Scale rows and columns of sizes >= 0, (rows, columns), until their means are 1.
-
-    Entries of rows and columns that are 0 throughout become 1.
-    """
-    scaled = torch.ones_like(sizes)
-    rows, columns = sizes.any(1).nonzero(), sizes.any(0).nonzero().flatten()
-    inner = sizes[rows, columns]
-    for _ in range(BALANCINGS):
-        inner = inner / inner.mean(1, keepdim=True)
-        inner = inner / inner.mean(0, keepdim=True)
-    scaled[rows, columns] = inner
-    return scaled
 
 
 def matrices_of(request: MethodRequest) -> dict[str, torch.nn.Parameter]:

@@ -93,9 +93,6 @@ METHODS = {
         "dps with mixout in the dense windows",
         clips=False,
     ),
-    "balanced-d3": _matrices(
-        "balanced_d3", "a sample by |grad|, even over rows and columns, fixed", 8e-3
-    ),
     "lift": _matrices("lift", "largest entries of low-rank approximations, fixed", 2e-3),
     "gem": _matrices("gem", "largest |grad| / |param|, by entropy in each matrix, fixed"),
     "shira": _matrices("shira", "largest magnitudes, the same share of each matrix, fixed"),

@@ -95,6 +95,32 @@ def test_a_regular_mask_fills_rows_and_columns_evenly(shape, count):
         assert lines.max() - lines.min() <= 4  # of random masks 7 to 23
 
 
+def balanced_by_hand(sizes, rounds=200):
+    """Sinkhorn's factors, by their fixed point."""
+    sizes = sizes.double()
+    rows, columns = torch.ones(sizes.shape[0]).double(), torch.ones(sizes.shape[1]).double()
+    for _ in range(rounds):
+        rows = sizes.shape[1] / (sizes @ columns)
+        columns = sizes.shape[0] / (sizes.T @ rows)
+    return rows[:, None] * sizes * columns
+
+
+def test_balancing_gives_all_rows_and_columns_one_mean():
+    sizes = torch.rand(40, 24, generator=torch.Generator().manual_seed(0)) ** 2
+    found = masks.balanced(sizes)
+    torch.testing.assert_close(found.double(), balanced_by_hand(sizes), rtol=1e-3, atol=1e-4)
+    empty = torch.zeros(42, 26)
+    empty[:40, :24] = sizes
+    order = torch.randperm(42, generator=torch.Generator().manual_seed(1))
+    found = masks.balanced(empty[order])[order.argsort()]  # the same, and ones where nothing is
+    torch.testing.assert_close(
+        found[:40, :24].double(), balanced_by_hand(sizes), rtol=1e-3, atol=1e-4
+    )
+    assert (found[40:] == 1).all()
+    assert (found[:, 24:] == 1).all()
+    assert (masks.balanced(torch.zeros(3, 5)) == 1).all()
+
+
 def test_own_rates_give_the_first_steps_of_all_matrices_one_relative_size():
     model = Model()
     named = list(model.named_parameters())

@@ -300,6 +300,15 @@ def test_rates_of_quality_are_powers_of_two():
         assert len(row.lrs) == 1 or row.lrs[1] == pytest.approx(QUALITY.widen * row.lrs[0])
 
 
+def test_a_row_of_the_preset_keeps_its_rates_where_its_budget_is_asked_for():
+    """The preset has the same method with another budget before it."""
+    preset = {row.label: row.lrs for row in QUALITY.rows}
+    for budget in (BUDGET, SMALL):
+        (row,) = choose(QUALITY, Choice(methods="id3@early", budgets=budget))[0].rows
+        assert row.lrs == preset[row.label]
+    assert preset[f"id3@early-{BUDGET}"] != preset[f"id3@early-{SMALL}"]
+
+
 def test_a_task_may_want_other_rates():
     """Grid, tuning and a single rate; rates of the user's are taken as they are."""
     cola = next(task for task in QUALITY.tasks if task.name == "cola")

@@ -181,7 +181,9 @@ def test_the_grid_grows_until_the_best_rate_is_inside():
     assert searched(row, around(2.5e-4), 2.0) == ([1e-3, 2e-3, 5e-4, 2.5e-4, 1.25e-4], 2.5e-4)
     assert searched(row, around(1e-3), 2.0) == ([1e-3, 2e-3, 5e-4], 1e-3)
     assert searched(row, lambda lr: None if lr > 2e-3 else lr, 2.0)[1] == 2e-3
-    assert searched(row, lambda lr: 0.0, 2.0) == ([1e-3, 2e-3], 1e-3)  # nothing is learnt
+    assert searched(row, lambda lr: 0.0, 2.0) == ([1e-3, 2e-3, 5e-4], 5e-4)  # nothing is learnt
+    chance = {5e-4: 0.3, 1e-3: 0.5, 2e-3: 0.5}
+    assert searched(row, chance.get, 2.0) == ([1e-3, 2e-3, 5e-4], 1e-3)
     tried, best = searched(row, lambda lr: lr, 2.0)  # it ends
     assert len(tried) == 2 + MOST_WIDENED
     assert best == tried[-1]

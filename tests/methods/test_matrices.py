@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -12,8 +11,7 @@ from training import active_of
 
 from sparse_optim import methods
 from sparse_optim.calibration import wanda
-from sparse_optim.methods import MethodRequest
-from sparse_optim.methods._matrices import balanced, balanced_d3, low_rank, spread
+from sparse_optim.methods._matrices import low_rank, spread
 
 BUDGET = 30
 SIZES = {"first.weight": 12 * 8, "second.weight": 4 * 12}
@@ -150,54 +148,6 @@ def test_padding_enters_no_norm_and_the_model_is_as_before():
     assert net.first.weight.requires_grad
     with pytest.raises(ValueError, match=r"first\.bias is not the weight of a Linear"):
         wanda(net, [batch], params=["first.bias"])
-
-
-def balanced_by_hand(sizes, rounds=200):
-    """Sinkhorn's factors, by their fixed point."""
-    sizes = sizes.double()
-    rows, columns = torch.ones(sizes.shape[0]).double(), torch.ones(sizes.shape[1]).double()
-    for _ in range(rounds):
-        rows = sizes.shape[1] / (sizes @ columns)
-        columns = sizes.shape[0] / (sizes.T @ rows)
-    return rows[:, None] * sizes * columns
-
-
-def test_balancing_gives_all_rows_and_columns_one_mean():
-    sizes = torch.rand(40, 24, generator=torch.Generator().manual_seed(0)) ** 2
-    found = balanced(sizes)
-    torch.testing.assert_close(found.double(), balanced_by_hand(sizes), rtol=1e-3, atol=1e-4)
-    empty = torch.zeros(42, 26)
-    empty[:40, :24] = sizes
-    order = torch.randperm(42, generator=torch.Generator().manual_seed(1))
-    found = balanced(empty[order])[order.argsort()]  # the same, and ones where nothing is
-    torch.testing.assert_close(
-        found[:40, :24].double(), balanced_by_hand(sizes), rtol=1e-3, atol=1e-4
-    )
-    assert (found[40:] == 1).all()
-    assert (found[:, 24:] == 1).all()
-    assert (balanced(torch.zeros(3, 5)) == 1).all()
-
-
-def test_balanced_d3_draws_entries_in_proportion_to_balanced_gradients():
-    net = Net()
-    grads = mean_gradients(net)
-    sizes = {name: balanced_by_hand(grads[name].abs()) for name in SIZES}
-    draws, times = 300, {name: torch.zeros(SIZES[name]) for name in SIZES}
-    for seed in range(draws):
-        request = MethodRequest(
-            Net(), list(net.named_parameters()), budget=1, seed=seed, calibration=batches
-        )
-        request = replace(request, named=list(request.model.named_parameters()))
-        scores = balanced_d3(request).importance.scores
-        first = max(SIZES, key=lambda name: float(scores[name].max()))
-        times[first][scores[first].argmax()] += 1
-    total = sum(float(each.sum()) for each in sizes.values())
-    for name in SIZES:  # the first of a draw without replacement
-        expected = sizes[name].flatten() / total * draws
-        deviation = (times[name] - expected).abs() / expected.clamp_min(1).sqrt()
-        assert deviation.max() < 4.5, name
-    assert chosen("balanced-d3")[1] == chosen("balanced-d3")[1]
-    assert sum(map(len, chosen("balanced-d3")[1].values())) == BUDGET
 
 
 def test_parts_are_whole_and_none_is_beyond_its_size():

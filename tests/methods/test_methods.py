@@ -53,7 +53,7 @@ class WithLoss(Model):
         return Output(super().forward(**batch))
 
 
-CALIBRATED = ("fish", "child-tuning-d", "balanced-d3", "gem", "shira-grad", "shira-snip", "super")
+CALIBRATED = ("fish", "child-tuning-d", "gem", "shira-grad", "shira-snip", "super")
 
 
 def build(name: str, model: nn.Module, **options: object) -> torch.optim.Optimizer:
@@ -129,7 +129,7 @@ def test_what_each_method_is_made_of():
         "stochastic-tuning": ("ActivationWeightGradient", "Stochastic"),
         "top-tuning": ("ActivationWeightGradient", "Repeat"),
         **dict.fromkeys(
-            ("balanced-d3", "lift", "gem", "shira", "shira-grad", "shira-snip", "super"),
+            ("lift", "gem", "shira", "shira-grad", "shira-snip", "super"),
             ("Scores", "Static"),
         ),
     }
