@@ -8,16 +8,16 @@ those of 16 batches:
 
     tilt-A       a sample in proportion to |grad|^A, without replacement: A = 0 is a random mask,
                  A = infinity static D3 (the Gumbel top-k of `Stochastic`, once)
-    even-A       as tilt-A, each row and column of |grad| brought to the same mean first
-    regular      random, as many entries in each row of a matrix, and in each column, as in others
+    even-A       as tilt-A, after scaling the rows and columns of |grad| to equal means
+    regular      random, with equal numbers of entries in all rows, and in all columns, of a matrix
     consistent   largest |sum grad| / sqrt(sum grad^2): the sign agrees in all batches
     shares       random in each matrix, a matrix's part of the budget by its sum |grad|
     upper        random in the upper half of the layers: the backward pass can end there
-    own-rates    random, each matrix at a rate of its own: the first step of each has the same size
-                 relative to the matrix, in spectral norms
+    own-rates    random, with a rate for each matrix: all first steps have the same spectral norm
+                 relative to the matrix
     d3-own-rates the largest |grad|, at such rates
 
-bench/results/masks/README.md says what came of it.
+bench/results/masks/README.md has the results.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ class OwnRates(MethodRequest):
 def own_rates(request: MethodRequest, by_gradient: bool) -> MaskedAdamW:
     """Rates of matrices in proportion to |W| / |S|, S the signs of the gradient on the mask.
 
-    The mean of |S| / |W| times rate stays what it is at one rate.
+    The mean over matrices of rate x |S| / |W| is the same as with a single rate.
     """
     request = replace(request, rank="linear")
     total, _ = sums(request)

@@ -7,8 +7,8 @@ add up; entries that crowd into rows and columns, as those of the largest gradie
 large singular value, and so do the signs of a whole gradient, which is nearly of low rank.
 
 The tuned rates of dense training, random masks, PaFi and ID3 on MiniLM differ by a factor of a
-hundred; the relative step at them differs by a factor of 2.5. A LoRA, whose first step goes through
-as many random directions as it has ranks, wants twice that: see docs/learning-rates.md.
+hundred; the relative step at them differs by a factor of 2.5 on three tasks. A LoRA needs twice
+that step, and CoLA, a fourth task, about half of it or less: see docs/learning-rates.md.
 
 References: the spectral norm of updates relative to that of weights as what should stay constant:
 Yang, Simon and Bernstein 2023 (arXiv:2310.17813); larger rates of random masks: Xu and Zhang 2024,
@@ -31,7 +31,7 @@ from sparse_optim.calibration._session import calibrating
 from sparse_optim.optim.param_groups import linear_weights
 
 # The relative step at the tuned rates: 0.7% to 1.7% (15 pairs of a method and a task), and 1.4% to
-# 2.7% of weights that a LoRA of rank 3 adapts (3 tasks). On CoLA, not among them, 0.3% to 0.5%.
+# 2.7% of weights that a LoRA of rank 3 adapts (3 tasks). Not fitted: CoLA, 0.3% to 0.5%.
 BEST_STEP, BEST_LORA_STEP = 0.0105, 0.0215
 
 ITERATIONS = 15  # of the power method: within a few per cent, from below
@@ -44,7 +44,7 @@ class RelativeStep:
     Attributes:
         matrices: number of weights that move.
         size: |S| / |W| in spectral norms, the mean over matrices and batches.
-        lr: the rate at which it is that of tuned rates.
+        lr: the rate at which the step has the size that it has at tuned rates.
     """
 
     matrices: int

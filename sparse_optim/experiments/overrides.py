@@ -113,7 +113,7 @@ def new_blocks(
 
 
 def change_tasks(experiment: Experiment, choice: Choice) -> dict[str, TaskPreset]:
-    """The chosen tasks by name, with what the user gave in place of the preset's."""
+    """The chosen tasks by name, with the user's settings in place of the preset's."""
     if choice.eval_every is not None and choice.eval_every < 1:
         raise ExperimentError(f"--eval-every must be at least 1 step, got {choice.eval_every}")
     known = {task.name: task for task in experiment.tasks}
@@ -185,7 +185,7 @@ def with_targets(row: Row, targets: tuple[str, ...]) -> Row:
 def change_budgets(rows: Iterable[Row], budgets: Sequence[str]) -> list[Row]:
     """Rows of methods with a budget, once for each of `budgets`; the others unchanged.
 
-    Of rows that then have one label, that which had the budget from the start counts.
+    If two rows get the same label, the one that had this budget before is kept.
     """
     changed: dict[str, Row] = {}
     for row in rows:

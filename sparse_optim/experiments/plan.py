@@ -55,8 +55,8 @@ def tuning_cells(
 
     Args:
         widen: while the best rate is at an end of the grid, the rate beyond it by this factor
-            follows (at most `MOST_WIDENED` times, and not if three values and all others are equal:
-            nothing is learnt); 0: the grid stays as it is.
+            follows (at most `MOST_WIDENED` times, and only until three or more values are all
+            equal: nothing is learnt); 0: the grid stays as it is.
     """
     lrs = sorted(rates_of(task, row))
     if len(lrs) == 1:
@@ -75,7 +75,7 @@ def tuning_cells(
 
 
 def rates_of(task: TaskPreset, row: Row) -> list[float]:
-    """The row's learning rates as a task wants them."""
+    """The row's learning rates, times the factor of the task."""
     return [significant(lr * task.lr_factor) for lr in row.lrs]
 
 
@@ -103,7 +103,7 @@ def best_of(
 
 
 def is_flat(task: TaskPreset, row: Row, lrs: Iterable[float], seed: int, finished: Lookup) -> bool:
-    """Whether all rates, three at least, have the same value."""
+    """Whether at least three rates were tried, and all have the same value."""
     outcomes = [finished(Cell(task, row, lr, seed, "tune")) for lr in lrs]
     values = [value_of(outcome, task.name) for outcome in outcomes if outcome]
     return len(values) > 2 and len(set(values)) == 1

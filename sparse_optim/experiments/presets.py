@@ -44,7 +44,7 @@ class TaskPreset:
         epochs: passes over the training examples. steps: optimizer steps instead.
         eval_every: steps between evaluations (None: only at the end, to use the split once).
         batch_size: examples in a step.
-        lr_factor: of the rows' learning rates, for a task that wants others.
+        lr_factor: multiplies the learning rates of all rows.
         columns: columns of the table, if they are not the task and its further splits.
         seconds: a first guess of the time of a cell, for `--dry-run`; None if there is none.
     """

@@ -41,7 +41,7 @@ LORA_LRS = (2e-3, 4e-3)
 GRADIENT_LRS = (1e-3, 2e-3)  # for masks of the largest gradients
 SPREAD_LRS = (1.6e-2, 3.2e-2)  # for masks that do not look at the loss
 FROZEN_LRS = (1.6e-2, 3.2e-2)
-PAPER_LR = 5e-4  # the ID3 paper takes 1e-4 to 7e-4 for masks of all kinds
+PAPER_LR = 5e-4  # the ID3 paper uses 1e-4 to 7e-4 for masks of all kinds
 
 # `quality` itself runs without autocast: not all CPUs compute bfloat16 fast.
 SETTINGS = {"head_lr": HEAD_LR, "amp": "bf16", "group_by_length": True}
@@ -58,7 +58,7 @@ def paper(lrs: tuple[float, ...], budget: str) -> Row:
 
 
 def at_paper_rate(method: str, **settings: object) -> Row:
-    """A method over all parameters, at a rate that the ID3 paper takes for all of them."""
+    """A method over all parameters, at a rate that the ID3 paper uses for every method."""
     return Row(method, (PAPER_LR,), BUDGET).changed("paper-rate", **settings)
 
 
@@ -97,8 +97,8 @@ TASKS = (
     ),
     glue_task("stsb", "pearson_spearman"),
 )
-# Of CoLA nothing is learnt in 300 steps, or at the rates of the others: all sentences are called
-# acceptable.
+# On CoLA a run of 300 steps, or one at the rates of the other tasks, learns nothing: it calls all
+# sentences acceptable.
 CORE_TASKS = (*TASKS, glue_task("cola", "matthews", steps=1000, seconds=200.0, lr_factor=0.25))
 SMALL_TASKS = TASKS[:2]
 MORE_TASKS = (
