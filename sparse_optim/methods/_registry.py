@@ -63,8 +63,8 @@ def _dense(name: str, lr: float, about: str) -> Method:
 
 # Learning rates: the lowest of the best on MiniLM for CoNLL-2003, TREC-50 and STS-B, at 1% of the
 # Linear weights (bench/results/quality); for id3 half of it, since one seed in nine did badly
-# there. CoLA needs a half to a quarter. Not tuned in this way: gem, shira, shira-grad, super, multi-head,
-# dps, and methods with a new set at each step. Larger models need lower rates: see
+# there. CoLA needs a half to a quarter. Not tuned in this way: gem, shira, shira-grad, super,
+# multi-head, dps, and methods with a new set at each step. Larger models need lower rates: see
 # docs/learning-rates.md.
 METHODS = {
     "id3": _simple("id3", 1e-3, "ID3: budget unmasked step by step"),
