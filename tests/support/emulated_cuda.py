@@ -68,7 +68,9 @@ def build(folder: Path, sources: Path = ROOT / "csrc") -> Path:
 def load(library: Path) -> None:
     global _library
     _library = ctypes.CDLL(str(library))
-    for sizes in (_library.scratch_bytes, _library.sampled_grad_scratch_bytes):
+    for sizes in (
+        _library.scratch_bytes, _library.sampled_grad_scratch_bytes, _library.launches,
+    ):  # fmt: skip
         sizes.restype = ctypes.c_int64
 
 
@@ -76,6 +78,12 @@ def configure(multiprocessors: int, seed: int) -> None:
     """Pretend a device of so many multiprocessors; shuffle threads and blocks by `seed`."""
     assert _library is not None
     _library.configure(ctypes.c_int(multiprocessors), ctypes.c_uint(seed))
+
+
+def launches() -> int:
+    """Kernels launched so far."""
+    assert _library is not None
+    return int(_library.launches())
 
 
 def scratch_bytes(num_tiles: int, capacity: int, max_quota: int) -> int:

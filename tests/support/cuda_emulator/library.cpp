@@ -13,6 +13,11 @@ void configure(int multiprocessors, unsigned seed) {
   emulator::shuffle_order.seed(seed);
 }
 
+// Kernels launched so far.
+int64_t launches() {
+  return emulator::launches;
+}
+
 int64_t scratch_bytes(int64_t num_tiles, int64_t capacity, int64_t max_quota) {
   return cuda::scratch_bytes(num_tiles, capacity, max_quota);
 }
