@@ -4,16 +4,21 @@
 //      sampled); a floor just below the quota-th largest is the limit.
 //   2. Unless exp = 0: the tiles that reach it are opened; a floor of their exact maxima is the
 //      limit.
-//   3. Only tiles with a bound at or above the limit can hold winners. If few entries can be at
-//      stake, they are collected in one reading of these tiles (candidates.h); otherwise the tiles
-//      are listed and read five times (winners.h).
+//   3. Only tiles with a bound at or above the limit can hold winners. If the quota is small, their
+//      entries at or above the limit are collected in one reading (candidates.h), and the last
+//      block to finish selects the quota-th largest of them. How many winners come before a
+//      candidate, counted by one warp each, is its place.
+//   4. Otherwise, or if there are more candidates than room, as where many entries tie or winners
+//      crowd into a few tiles, these tiles are read five times (winners.h). With exact bounds,
+//      hardly more tiles than the quota are at stake: then the last block does that by itself, at
+//      the cost of no launch. Without, launches follow that return at once if they are not needed.
 //
 // All on the device: each kernel returns at once if the quota is 0. The same result as
 // csrc/cpu/cut.cpp. Delegates that stand for groups of candidates: Gaihre et al. 2021, Dr. Top-k,
 // arXiv 2109.08219.
 //
 // Bytes: 4 per tile three times; tiles that reach the limit (about quota of 16 KB, with their
-// parameters unless exp = 0), once. Launches: 5 with exp = 0, else 16,
+// parameters unless exp = 0) once. Launches: 5 with exp = 0, else 16,
 // of which seven return at once.
 #include "core/schedule.h"
 #include "cuda/candidates.h"
@@ -27,18 +32,9 @@ constexpr int kBlocksPerMultiprocessor = 8;
 // Keys of an array that a block counts at least: setting up 2048 bins costs as much.
 constexpr int64_t kKeysPerBlock = 4096;
 
-CutScratch layout(void* scratch, int64_t num_tiles) {
-  CutScratch at;
-  at.selection = static_cast<Selection*>(scratch);
-  at.place = reinterpret_cast<uint64_t*>(at.selection + 1);
-  at.start = reinterpret_cast<int64_t*>(at.place + kCandidates);
-  at.key = reinterpret_cast<int32_t*>(at.start + num_tiles);
-  at.bound = at.key + kCandidates;
-  at.maxima = at.bound + num_tiles;
-  at.list = at.maxima + num_tiles;
-  at.winners = reinterpret_cast<uint32_t*>(at.list + num_tiles);
-  at.chunk = reinterpret_cast<int32_t*>(at.winners + num_tiles);
-  return at;
+// Quotas beyond the number of tiles leave no floor.
+bool collects(int64_t num_tiles, int64_t max_quota) {
+  return few_candidates(max_quota) && 2 * max_quota <= num_tiles;
 }
 
 __global__ void __launch_bounds__(kThreads, kResident)
@@ -79,10 +75,73 @@ __global__ void __launch_bounds__(kThreads, kResident)
   for_each_reaching(at.bound, entries.pool.num_tiles, limit, [&](int64_t tile_index) {
     int32_t largest = 0;
     visit_tile_by_warp(entries, importance, tile_index, marks[warp()],
-                       [&](const Tile&, int, int32_t key) { largest = max(largest, key); });
+                       [&](const Tile&, int, int32_t key, float) { largest = max(largest, key); });
     largest = __reduce_max_sync(kAllLanes, largest);
     if (lane() == 0) at.maxima[tile_index] = at.bound[tile_index] = largest;
   });
+}
+
+// Selects among the candidates, by one block.
+template <class Importance>
+__device__ inline void choose(const ListedEntries<Importance>& listed, const int32_t* bound,
+                              const CutScratch& at, const NewEntries& found, float* threshold) {
+  Selection& state = *at.selection;
+  const int64_t count = int64_t(__ldcg(&state.num_candidates));
+  __syncthreads();  // all have read the count
+  if (count > kCandidates) {
+    if constexpr (kGradAlone<Importance>) {
+      cut_in_block(listed, bound, listed.entries.pool.num_tiles, at, found, threshold);
+    } else if (threadIdx.x == 0) {
+      state.passes = 1;
+    }
+    if (threadIdx.x == 0) state.num_candidates = 0;
+    return;
+  }
+  const KeyArray keys{at.key, count};
+  int32_t least = kInfinityBits;
+  keys.visit(state, {0, 1}, [&](int32_t key) { least = min(least, key); });
+  least = __reduce_min_sync(kAllLanes, least);
+  if (lane() == 0) atomicMin(&state.least, least);
+  select_kth_in_block(keys, state);
+  if (threadIdx.x != 0) return;
+  *found.count = count < state.quota ? count : state.quota;
+  if (count) *threshold = from_bits(max(state.limit, __ldcg(&state.least)));
+}
+
+template <class Importance>
+__global__ void __launch_bounds__(kThreads, kResident)
+    collect_kernel(ListedEntries<Importance> listed, const int32_t* bound, CutScratch at,
+                   NewEntries found, float* threshold) {
+  Selection& state = *at.selection;
+  if (state.quota == 0) return;
+  collect(listed.importance, listed.entries, bound, state.limit, 0, &state.num_candidates,
+          {at.place, at.key, nullptr});
+  if (is_last_block(&state.arrived)) choose(listed, bound, at, found, threshold);
+}
+
+__global__ void __launch_bounds__(kThreads, kResident)
+    place_kernel(CutScratch at, NewEntries found) {
+  const Selection& state = *at.selection;
+  if (state.quota == 0) return;
+  const int64_t count = int64_t(state.num_candidates), ties = state.ties;
+  const int32_t limit = state.limit;
+  for (int64_t i = global_thread() / kWarp; i < count; i += grid_threads() / kWarp) {
+    const int32_t key = at.key[i];
+    const uint64_t place = at.place[i];
+    if (key < limit) continue;
+    int64_t above = 0, tied = 0;  // that come before it
+    for (int64_t j = lane(); j < count; j += kWarp) {
+      if (at.place[j] >= place) continue;
+      above += at.key[j] > limit;
+      tied += at.key[j] == limit;
+    }
+    above = warp_sum(above);
+    tied = warp_sum(tied);
+    if (lane() != 0 || (key == limit && tied >= ties)) continue;
+    const int64_t out = above + (tied < ties ? tied : ties);
+    found.tensor[out] = int32_t(place >> 32);
+    found.position[out] = int32_t(place & 0xffffffffu);
+  }
 }
 
 template <class Importance>
@@ -102,7 +161,7 @@ void cut_by(Importance importance, const Entries& entries, const CutInput& in,
     select_kth(KeyArray{at.maxima, num_tiles}, by_key, at.selection, kFloorDigits, stream);
   }
   const ListedEntries<Importance> listed{importance, entries, at.list};
-  if (few_candidates(num_tiles, found.capacity)) {
+  if (collects(num_tiles, found.capacity)) {
     const int64_t by_candidate = grid_for(kCandidates, kWarps, kBlocksPerMultiprocessor);
     SPARSE_OPTIM_LAUNCH(collect_kernel, by_warp, kThreads, stream, listed, bound, at, found,
                         threshold);
@@ -118,6 +177,20 @@ void cut_by(Importance importance, const Entries& entries, const CutInput& in,
 
 }  // namespace
 
+CutScratch cut_layout(void* scratch, int64_t num_tiles) {
+  CutScratch at;
+  at.selection = static_cast<Selection*>(scratch);
+  at.place = reinterpret_cast<uint64_t*>(at.selection + 1);
+  at.start = reinterpret_cast<int64_t*>(at.place + kCandidates);
+  at.key = reinterpret_cast<int32_t*>(at.start + num_tiles);
+  at.bound = at.key + kCandidates;
+  at.maxima = at.bound + num_tiles;
+  at.list = at.maxima + num_tiles;
+  at.winners = reinterpret_cast<uint32_t*>(at.list + num_tiles);
+  at.chunk = reinterpret_cast<int32_t*>(at.winners + num_tiles);
+  return at;
+}
+
 int64_t cut_scratch_bytes(int64_t num_tiles) {
   const int64_t by_tile = sizeof(int64_t) + 3 * sizeof(int32_t) + sizeof(uint32_t);
   const int64_t by_candidate = sizeof(uint64_t) + sizeof(int32_t);
@@ -128,9 +201,9 @@ int64_t cut_scratch_bytes(int64_t num_tiles) {
 cudaError_t cut(const Pool& pool, const int32_t* position, const int64_t* offsets,
                 const CutInput& in, const NewEntries& found, float* threshold, void* scratch,
                 cudaStream_t stream) {
-  const CutScratch at = layout(scratch, pool.num_tiles);
+  const CutScratch at = cut_layout(scratch, pool.num_tiles);
   SPARSE_OPTIM_LAUNCH(prepare_kernel, 1, kThreads, stream, in, found.capacity,
-                      few_candidates(pool.num_tiles, found.capacity), at.selection, found.count);
+                      collects(pool.num_tiles, found.capacity), at.selection, found.count);
   if (pool.num_tiles && found.capacity) {
     auto by = [&](auto importance) {
       cut_by(importance, {pool, position, offsets}, in, found, threshold, at, stream);

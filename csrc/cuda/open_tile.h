@@ -103,13 +103,15 @@ __device__ inline void read_ahead(DType dtype, const void* data, const Tile& til
   });
 }
 
-// Calls visit(tile, at, key) for the frozen entries of a tile that have a key, by one warp.
+// Calls visit(tile, at, key, grad) for all entries of a tile, by one warp, all of whose lanes take
+// part: key is 0 for active entries and beyond the tile's end.
 template <class Importance, class Visit>
 __device__ inline void visit_tile_by_warp(const Entries& entries, const Importance& importance,
                                           int64_t tile_index, uint32_t (&marks)[kTileWords],
                                           Visit&& visit) {
   const Tile tile = mark_tile_by_warp(entries, tile_index, marks);
-  for (int first = lane(); first < tile.count; first += kAhead * kWarp) {
+  for (int start = 0; start < tile.count; start += kAhead * kWarp) {
+    const int first = start + lane();
     float grad[kAhead], param[kAhead] = {};
     read_ahead(tile.row.grad_dtype, tile.row.grad, tile, first, grad);
     if constexpr (!kGradAlone<Importance>)
@@ -117,9 +119,10 @@ __device__ inline void visit_tile_by_warp(const Entries& entries, const Importan
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) {
       const int at = first + k * kWarp;
-      if (at >= tile.count || marks[at / kWarp] >> (at % kWarp) & 1u) continue;
-      const int32_t key = key_of(importance, grad[k], param[k], tile.tensor, tile.first + at);
-      if (key) visit(tile, at, key);
+      int32_t key = 0;
+      if (at < tile.count && !(marks[at / kWarp] >> (at % kWarp) & 1u))
+        key = key_of(importance, grad[k], param[k], tile.tensor, tile.first + at);
+      visit(tile, at, key, grad[k]);
     }
   }
 }

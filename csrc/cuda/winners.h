@@ -20,9 +20,11 @@ struct CutScratch {
   int32_t* list;      // (num_tiles,) tiles, ascending
   uint32_t* winners;  // (num_tiles,) by listed tile: entries above the limit << 16 | equal to it
   int32_t* chunk;     // (num_chunks,) of `compact`
-  uint64_t* place;    // (kCandidates,) tensor << 32 | position
+  uint64_t* place;    // (kCandidates,) as in candidates.h
   int32_t* key;       // (kCandidates,)
 };
+
+CutScratch cut_layout(void* scratch, int64_t num_tiles);
 
 // The entries of the listed tiles, as a source of keys.
 template <class Importance>

@@ -208,7 +208,7 @@ def test_many_tiles_take_several_chunks():
 
 
 def candidates(case):
-    """`num_candidates` of the Selection that the scratch memory begins with (csrc/cuda/select.h)."""
+    """`num_candidates` of the Selection that scratch memory begins with (csrc/cuda/select.h)."""
     return int(case.work.scratch[: 8 * 2053].view(torch.int64)[2048 + 4])
 
 
@@ -240,17 +240,19 @@ def test_few_candidates_of_many_tiles(exp, seed):
     check_cut(expected, actual)
 
 
-@pytest.mark.parametrize("quota", [1, 9, 20])
+@pytest.mark.parametrize("quota", [1, 9, 17])
 @pytest.mark.parametrize("exp", [0.0, 1.0])
 def test_ties_among_few_candidates(exp, quota):
     emulated_cuda.configure(multiprocessors=2, seed=quota)
-    case = Case([15 * TILE, 7, 30 * TILE + 1], exp=exp, quota=quota, seed=quota)
+    case = Case([15 * TILE, 7, 30 * TILE + 1], exp=exp, quota=quota, max_quota=20, seed=quota)
+    case.work.new.position.fill_(-1)
     for grad, param in zip(case.grads, case.params, strict=True):
         param.fill_(0.5)
         grad[torch.randperm(grad.numel(), generator=case.generator)[:30]] = 7.5
     expected, actual = run_both(case, "scan", "cut")
     assert quota < candidates(actual) <= 67
     check_cut(expected, actual)
+    assert (actual.work.new.position[quota:] == -1).all()
 
 
 @pytest.mark.parametrize("exp", [0.0, 2.0, -1.0])

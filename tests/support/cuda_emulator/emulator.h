@@ -202,6 +202,10 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
   return emulator::exchange(value, [=](int lane, auto offered) { return offered(lane ^ mask); });
 }
 template <class T>
+T __shfl_sync(unsigned, T value, int from) {
+  return emulator::exchange(value, [=](int, auto offered) { return offered(from); });
+}
+template <class T>
 T __shfl_up_sync(unsigned, T value, int distance) {
   return emulator::exchange(value, [=](int lane, auto offered) {
     return offered(lane < distance ? lane : lane - distance);
