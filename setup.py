@@ -9,6 +9,7 @@ metadata is in pyproject.toml.
 
 import os
 import platform
+import subprocess
 import sys
 from glob import glob
 
@@ -43,12 +44,21 @@ FLAGS = [
 
 # -fmad=false: as -ffp-contract=off above.
 NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-lineinfo", STABLE_ABI, "-DUSE_CUDA"]
-CUDA_ARCHS = "8.0;8.6;9.0+PTX"  # A100, A6000, H100 and, through PTX, what comes later
+# A100, A6000, H100; B200 and RTX 50 where nvcc knows them (12.8); what comes later through PTX.
+CUDA_ARCHS, NEW_CUDA_ARCHS = ("8.0", "8.6", "9.0"), ("10.0", "12.0")
 
 
 def vector_clones() -> bool:
     """Whether the compiler can emit AVX2 and AVX-512 clones of one function (ifunc)."""
     return platform.system() == "Linux" and platform.machine() == "x86_64"
+
+
+def cuda_archs(home: str) -> str:
+    """The architectures that this nvcc knows, as TORCH_CUDA_ARCH_LIST has them."""
+    nvcc = os.path.join(home, "bin", "nvcc")
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False)
+    new = [a for a in NEW_CUDA_ARCHS if f"compute_{a.replace('.', '')}" in known.stdout.split()]
+    return ";".join([*CUDA_ARCHS, *new]) + "+PTX"
 
 
 def compiled() -> dict:
@@ -72,7 +82,7 @@ def compiled() -> dict:
         )
     ]
     if wants_cuda(torch.version.cuda, cpp_extension.CUDA_HOME):
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHS)
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", cuda_archs(cpp_extension.CUDA_HOME))
         built.append(
             cpp_extension.CUDAExtension(
                 "sparse_optim._C_cuda",
@@ -98,7 +108,7 @@ class CheckCuda(Command):
     def run(self) -> None:
         from check_cuda import check_cuda
 
-        check_cuda([*FLAGS, "-DUSE_CUDA"], NVCC_FLAGS, CUDA_ARCHS, bool(self.link))
+        check_cuda([*FLAGS, "-DUSE_CUDA"], NVCC_FLAGS, cuda_archs, bool(self.link))
 
 
 if "check_cuda" in sys.argv:

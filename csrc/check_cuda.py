@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from glob import glob
 from pathlib import Path
 
@@ -24,12 +25,22 @@ RESOURCES = re.compile(
 )
 
 
-def check_cuda(cxx_flags: list[str], nvcc_flags: list[str], archs: str, link: bool) -> None:
-    """Compile every .cu and the binding; with `link`, link and import the extension too."""
+def check_cuda(
+    cxx_flags: list[str], nvcc_flags: list[str], archs_of: Callable[[str], str], link: bool
+) -> None:
+    """Compile every .cu and the binding; with `link`, link and import the extension too.
+
+    Machine code for all architectures is made from one PTX, that of the oldest: no kernel asks
+    which one it runs on, and most of the time goes into making PTX.
+
+    Args:
+        archs_of: what the nvcc of a CUDA home compiles for, as TORCH_CUDA_ARCH_LIST has it.
+    """
     home = Path(cpp_extension.CUDA_HOME or "/usr/local/cuda")
     if not (home / "bin" / "nvcc").exists():
         sys.exit("check_cuda: nvcc was not found (set CUDA_HOME)")
     OUTPUT.mkdir(parents=True, exist_ok=True)
+    archs = archs_of(str(home)).removesuffix("+PTX").replace(".", "").split(";")
     objects = [_compile_kernels(home, source, nvcc_flags, archs) for source in _kernel_files()]
     objects.append(_compile_binding(home, cxx_flags))
     if link:
@@ -41,14 +52,13 @@ def _kernel_files() -> list[str]:
     return sorted(glob("csrc/cuda/*.cu"))
 
 
-def _compile_kernels(home: Path, source: str, flags: list[str], archs: str) -> Path:
+def _compile_kernels(home: Path, source: str, flags: list[str], archs: list[str]) -> Path:
     target = OUTPUT / (Path(source).stem + ".o")
-    numbers = [arch.removesuffix("+PTX").replace(".", "") for arch in archs.split(";")]
+    codes = ",".join(f"sm_{arch}" for arch in archs)
     log = _run(
         str(home / "bin" / "nvcc"), *cpp_extension.COMMON_NVCC_FLAGS, *flags, "-Xcompiler", "-fPIC",
         "-Xptxas", "-v", "-Werror", "all-warnings",
-        *(f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers),
-        "-Icsrc", "-c", source, "-o", str(target),
+        f"-gencode=arch=compute_{archs[0]},code=[{codes}]", "-Icsrc", "-c", source, "-o", str(target),
     )  # fmt: skip
     for name, arch, stack, stores, loads, registers in RESOURCES.findall(log):
         print(

@@ -16,31 +16,12 @@
 #include "core/schedule.h"
 #include "cuda/candidates.h"
 #include "cuda/collect.h"
+#include "cuda/exponents.h"
 
 namespace sparse_optim::cuda {
 namespace {
 
 constexpr int kBlocksPerMultiprocessor = 8;
-
-// Any exponent but 0, told apart at run time: few entries are looked at, and code of its own for
-// each would take a minute to compile.
-struct RunTimeExp {
-  float eps, exp;
-
-  __device__ float operator()(float grad, float param) const {
-    if (exp == 1.f) return Exp1{eps}(grad, param);
-    if (exp == 2.f) return Exp2{eps}(grad, param);
-    if (exp == 0.5f) return ExpHalf{eps}(grad, param);
-    if (exp == -1.f) return ExpMinus1{eps}(grad, param);
-    if (exp == -0.5f) return ExpMinusHalf{eps}(grad, param);
-    return ExpAny{eps, exp}(grad, param);
-  }
-};
-
-// No entry of a tile has a greater key. Raised for all exponents, as one that takes `pow` must be.
-__device__ inline int32_t tile_bound(const RunTimeExp& importance, float grad, float param) {
-  return grad > 0.f ? raised_by_margin(importance_key(importance(grad, param))) : 0;
-}
 
 __device__ inline Candidates candidates_of(const Collected& at) {
   return {at.place, at.key, at.grad};
@@ -62,15 +43,15 @@ __global__ void __launch_bounds__(kThreads, kResident)
 }
 
 // Bounds of tiles; exact maxima of those that reach the floor.
+template <class Importance>
 __global__ void __launch_bounds__(kThreads, kResident)
-    maxima_kernel(RunTimeExp importance, Entries entries, const int32_t* tile_max,
+    maxima_kernel(Importance importance, Entries entries, const int32_t* tile_max,
                   const float* param_bound, Collected at, int32_t* bound) {
   __shared__ uint32_t marks[kWarps][kTileWords];
   if (at.state->selection.quota == 0) return;
   const int64_t warps = int64_t(gridDim.x) * kWarps;
   for (int64_t j = int64_t(blockIdx.x) * kWarps + warp(); j < entries.pool.num_tiles; j += warps) {
-    int32_t key =
-        tile_bound(importance, from_bits(tile_max[j]), param_bound ? param_bound[j] : 0.f);
+    int32_t key = bound_key(importance, from_bits(tile_max[j]), param_bound ? param_bound[j] : 0.f);
     if (key >= at.state->floor) {
       key = 0;
       visit_tile_by_warp(entries, importance, j, marks[warp()],
@@ -267,19 +248,18 @@ cudaError_t collect(const Pool& pool, const int32_t* position, const int64_t* of
   const NewEntries found{tensor, tensor + kCandidates, &at.state->found, max_quota};
   const int64_t blocks = grid_for(pool.num_tiles, kWarps, kBlocksPerMultiprocessor);
   const Entries entries{pool, position, offsets};
-  auto by = [&](auto importance, const int32_t* bound) {
-    const ListedEntries<decltype(importance)> listed{importance, entries, work.list};
+  visit_exponent(exp, eps, [&](auto importance) {
+    using Importance = decltype(importance);
+    const int32_t* bound = tile_max;
+    if constexpr (!kGradAlone<Importance>) {
+      SPARSE_OPTIM_LAUNCH(maxima_kernel, blocks, kThreads, stream, importance, entries, tile_max,
+                          param_bound, at, work.bound);
+      bound = work.bound;
+    }
+    const ListedEntries<Importance> listed{importance, entries, work.list};
     SPARSE_OPTIM_LAUNCH(collect_kernel, blocks, kThreads, stream, listed, bound, first_tensor, work,
                         found, at);
-  };
-  if (exp == 0.0) {
-    by(Exp0{eps}, tile_max);
-    return cudaGetLastError();
-  }
-  const RunTimeExp importance{eps, float(exp)};
-  SPARSE_OPTIM_LAUNCH(maxima_kernel, blocks, kThreads, stream, importance, entries, tile_max,
-                      param_bound, at, work.bound);
-  by(importance, work.bound);
+  });
   return cudaGetLastError();
 }
 

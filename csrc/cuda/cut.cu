@@ -23,6 +23,7 @@
 #include "core/schedule.h"
 #include "cuda/candidates.h"
 #include "cuda/compact.h"
+#include "cuda/exponents.h"
 
 namespace sparse_optim::cuda {
 namespace {
@@ -108,8 +109,9 @@ __device__ inline void choose(const ListedEntries<Importance>& listed, const int
   if (count) *threshold = from_bits(max(state.limit, __ldcg(&state.least)));
 }
 
+// It needs more than 64 registers.
 template <class Importance>
-__global__ void __launch_bounds__(kThreads, kResident)
+__global__ void __launch_bounds__(kThreads, kResident / 2)
     collect_kernel(ListedEntries<Importance> listed, const int32_t* bound, CutScratch at,
                    NewEntries found, float* threshold) {
   Selection& state = *at.selection;
@@ -209,7 +211,7 @@ cudaError_t cut(const Pool& pool, const int32_t* position, const int64_t* offset
       cut_by(importance, {pool, position, offsets}, in, found, threshold, at, stream);
     };
     if (in.noise) by(Sampled{in.noise});
-    else visit_importance(in.exp, in.eps, by);
+    else visit_exponent(in.exp, in.eps, by);
   }
   return cudaGetLastError();
 }

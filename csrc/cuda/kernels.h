@@ -6,7 +6,7 @@
 // is such a count run on a fixed grid and stride over it. Every launcher returns the launches'
 // error, and every result is the same in every run: no float is added atomically.
 //
-// Never run on a GPU so far: compiled for sm_80, sm_86 and sm_90, and run by the emulator of
+// Never run on a GPU so far: compiled for sm_80 to sm_120, and run by the emulator of
 // tests/support/cuda_emulator, which can show neither races between blocks nor speed.
 #pragma once
 #include <algorithm>

@@ -4,8 +4,8 @@ Nothing in a step waits for the device: quota, counts and flags stay there, so t
 captured in a CUDA graph. Selections equal those of `reference` bit for bit, for exponents in
 {-1, -0.5, 0, 0.5, 1, 2}.
 
-Unrun on a GPU so far: the kernels are compiled for sm_80, sm_86 and sm_90 and run against
-`reference` by an emulator on the CPU. No claim about speed has been measured.
+Unrun on a GPU so far: the kernels are compiled for sm_80 to sm_120 and run against `reference` by
+an emulator on the CPU. No claim about speed has been measured.
 """
 
 from __future__ import annotations

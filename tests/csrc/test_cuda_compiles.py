@@ -23,6 +23,7 @@ from gpu_tools import nvcc
 from repository import ROOT
 
 ARCHS = {"sm_80", "sm_86", "sm_90"}
+NEW_ARCHS = {"sm_100", "sm_120"}  # from nvcc 12.8 on
 LINE = re.compile(
     r"(\S+\.cu) (sm_\d+) (\S+): (\d+) registers, (\d+) bytes spilled, (\d+) bytes of stack"
 )
@@ -49,8 +50,10 @@ def test_cuda_sources_compile_link_and_import_without_spills():
     kernels = LINE.findall(checked.stdout)
     for known in (
         "scan_kernel", "write_kernel<ExpAny>", "rank_kernel<Sampled>", "sampled_grad_kernel",
+        "collect_kernel<Exp0>", "merge_kernel",
     ):  # fmt: skip
-        assert {arch for _, arch, name, *_ in kernels if name == known} == ARCHS
+        archs = {arch for _, arch, name, *_ in kernels if name == known}
+        assert ARCHS <= archs <= ARCHS | NEW_ARCHS
     assert [kernel for kernel in kernels if kernel[-2:] != ("0", "0")] == []
 
 
