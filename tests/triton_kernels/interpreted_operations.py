@@ -61,8 +61,8 @@ def _small_programs(monkeypatch: pytest.MonkeyPatch) -> None:
         "scan": {"GATHER_BLOCK": 4, "SUM_BLOCK": 2, "DENSE_BLOCK": 8, "DENSE_PROGRAMS": 4},
         "tiles": {"LOCATE_BLOCK": 16},
         "candidate_tiles": {"BOUND_BLOCK": 4, "NUM_PROGRAMS": 2},
-        "cut": {"NUM_PROGRAMS": 2},
-        "append": {"MERGE_BLOCK": 16, "INSERT_BLOCK": 4, "OFFSETS_BLOCK": 4},
+        "cut": {"NUM_PROGRAMS": 2, "LOCATE_BLOCK": 16},
+        "append": {"MERGE_BLOCK": 16, "INSERT_BLOCK": 4},
         "update": {"UPDATE_BLOCK": 16},
     }.items():
         module = importlib.import_module(f"sparse_optim.triton_kernels.{name}")
