@@ -63,13 +63,15 @@ def launch_of(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> La
 
 
 @contextlib.contextmanager
-def noted() -> Iterator[dict[str, Launch]]:
-    """Launches by name, on the CPU; nothing is run."""
+def noted(order: list[str] | None = None) -> Iterator[dict[str, Launch]]:
+    """Launches by name, on the CPU; nothing is run. `order` gets each kernel's name, in turn."""
     launches: dict[str, Launch] = {}
+    order = [] if order is None else order
 
     def note(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         launch = launch_of(kernel, args, options)
         assert launches.setdefault(launch.name, launch) == launch, launch.name
+        order.append(kernel.__name__)
 
     on_cpu = {"triton": ("sparse_optim.triton_kernels", "cpu")}
     with (

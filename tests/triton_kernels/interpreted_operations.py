@@ -30,6 +30,7 @@ Faults planted by hand, once each, and what failed:
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import math
 import os
 
@@ -358,6 +359,34 @@ def test_bind_refuses_what_kernels_cannot_read() -> None:
         kernels.bind([good.double()], [good], table)
     with pytest.raises(ValueError, match=r"table must be int64 of shape \(1, 4\)"):
         kernels.bind([good], [good], table[:0])
+
+
+@pytest.fixture
+def _compiled_bind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The C++ operator writes the table, as on a GPU that has the CUDA backend, too."""
+    cpp = pytest.importorskip("sparse_optim.backends.cpp", reason="the extension is not built")
+    launch = importlib.import_module("sparse_optim.triton_kernels.launch")
+    monkeypatch.setattr(launch, "compiled_bind", lambda device_type: cpp.bind)
+
+
+@pytest.mark.usefixtures("_compiled_bind")
+def test_tables_of_the_compiled_bind_are_read() -> None:
+    """Its rows are sealed, in bits that say nothing to these kernels."""
+    case = make_case(dtypes=(F32, BF16, F16), grad_dtypes=(F16, BF16, F32, BF16), missing=(4,))
+    assert int(case.bound(kernels)[0, 3]) >> 16 != 0
+    assert_same_step(case, kernels)
+
+
+@pytest.mark.usefixtures("_compiled_bind")
+def test_the_compiled_bind_refuses_in_the_same_words() -> None:
+    test_bind_refuses_what_kernels_cannot_read()
+
+
+def test_the_compiled_bind_is_of_a_gpu_alone() -> None:
+    launch = importlib.import_module("sparse_optim.triton_kernels.launch")
+    assert launch.compiled_bind("cpu") is None
+    if importlib.util.find_spec("sparse_optim._C_cuda") is None:
+        assert launch.compiled_bind("cuda") is None
 
 
 def test_tables_that_share_memory_hold_what_was_bound_last() -> None:
