@@ -93,9 +93,9 @@ def bind(grads: Sequence[Tensor], params: Sequence[Tensor], table: Tensor) -> Bo
             something that is no contiguous tensor of these dtypes on the table's device.
     """
     for index, (grad, param) in enumerate(zip(grads, params, strict=True)):
+        if not isinstance(grad, Tensor) or grad.dtype not in DTYPES or grad.is_sparse:
+            raise TypeError(f"grads[{index}] is no dense tensor of {DTYPES}")
         for name, tensor in (("grads", grad), ("params", param)):
-            if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES or tensor.is_sparse:
-                raise TypeError(f"{name}[{index}] is no dense tensor of {DTYPES}")
             if not tensor.is_contiguous() or tensor.device != table.device:
                 raise ValueError(f"{name}[{index}] is not contiguous, or not on {table.device}")
         if grad.numel() and grad.shape != param.shape:

@@ -7,6 +7,7 @@ kernels which do not run make no difference to what is launched.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import warnings
 from collections.abc import Iterator
@@ -14,6 +15,9 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
 from sparse_optim import D3, Increment, MaskedAdamW, Scores, Stochastic
@@ -43,6 +47,23 @@ class Launch(NamedTuple):
                if kind.startswith("*") and arg not in self.aligned]  # fmt: skip
         values = [f"{constant}={value}" for constant, value in self.constants]
         return " ".join([self.kernel.__name__, *types, *odd, *values])
+
+
+@functools.cache
+def compiled(launch: Launch, target: GPUTarget) -> Any:
+    """The kernel of a launch, compiled ahead of time."""
+    kernel, types, constants, aligned, warps, fuses = launch
+    names = kernel.arg_names
+    signature = dict.fromkeys(names, "constexpr") | dict(types)
+    return triton.compile(
+        ASTSource(
+            kernel, {arg: signature[arg] for arg in names},
+            constexprs={(names.index(arg),): value for arg, value in constants},
+            attrs={(names.index(arg),): [["tt.divisibility", 16]] for arg in aligned},
+        ),
+        target=target,
+        options={"num_warps": warps, "enable_fp_fusion": fuses},
+    )  # fmt: skip
 
 
 def launch_of(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Launch:
