@@ -517,6 +517,15 @@ class Engine:
             engine.completion.flags = known
         return engine
 
+    def drain(self) -> None:
+        """Wait for the current stream, before these buffers are freed.
+
+        torch hands memory out again on the stream that it was allocated on, which need not be the
+        one that steps, and copies into another engine's buffers, are queued on.
+        """
+        if self.pool.device.type == "cuda":
+            torch.cuda.current_stream(self.pool.device).synchronize()
+
     def _derived(self, engine: Engine) -> Engine:
         """The engine, with what this one's last step left to be read."""
         engine.work.new.threshold.copy_(self.work.new.threshold)
