@@ -10,6 +10,9 @@ Every program reads what others would overwrite, so the merged arrays are staged
 at a time (12 bytes an entry of capacity), and copied back by the next launch, which merges the next
 three. Only what comes after the first insertion moves: 16 bytes per array and entry. Bitwise equal
 to the reference.
+
+B = 3.5e6 active entries with master values, all of them moved: 336 MB. Predicted: bytes / bandwidth
+= 0.17 ms on A100 (2.0 TB/s), 0.44 ms on A6000 (0.768), 0.10 ms on H100 (3.35), 70 us on H200 (4.8).
 Not run on a GPU yet: compiled ahead of time and interpreted.
 """
 

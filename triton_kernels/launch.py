@@ -62,7 +62,7 @@ def rows_of(
     grads: Sequence[Tensor], params: Sequence[Tensor], table: Tensor
 ) -> list[tuple[int, ...]]:
     """The rows of the table for these tensors, which are checked as `bind` promises."""
-    rows = []
+    rows: list[tuple[int, ...]] = []
     for index, (grad, param) in enumerate(zip(grads, params, strict=True)):
         _check(grad, f"grads[{index}]", table)
         _check(param, f"params[{index}]", table)

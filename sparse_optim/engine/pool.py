@@ -220,9 +220,7 @@ def _span(param: Tensor) -> tuple[int, int]:
     return param.data_ptr(), param.data_ptr() + (extent + 1) * param.itemsize * bool(param.numel())
 
 
-def bind_gradients(
-    bind: Callable[..., Any], pool: Pool, table: Tensor
-) -> tuple[Any, list[Tensor]]:
+def bind_gradients(bind: Callable[..., Any], pool: Pool, table: Tensor) -> tuple[Any, list[Tensor]]:
     """What a backend's `bind` makes of this step's gradients, and these.
 
     `bind` looks at layout, dtype and device of every tensor as it is; only what it refuses is

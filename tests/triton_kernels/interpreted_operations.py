@@ -9,6 +9,9 @@ needs no exception. Tiles are small, as the interpreter takes some ten milliseco
 Faults planted by hand, once each, and what failed:
     locate: a tile begins one entry later           test_scan, 23 tests in all
     is_listed: the last active entry is missed      test_scan[everything active], 24 in all
+    is_listed: the last of few is missed            test_scan, 4 of its tests
+    floor kept for the digits: a bin too high       test_cut[..-0.0], 14 of 15
+    bind: seal of the C++ rows read as a dtype      test_tables_of_the_compiled_bind_are_read
     ties go to the largest index in a tile         test_cut[all equal], [ties], 3 tests
     ties are counted anew by each program           test_cut[all equal], 17 in all
     floor: upper edge of the bin                    test_cut[fewer winners than tiles]
@@ -58,7 +61,9 @@ EXPS = (-1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
 @pytest.fixture(autouse=True)
 def _small_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several programs, and several rounds in each, even in small cases."""
+    few = importlib.import_module("triton.language").constexpr(2)  # more are searched for
     for name, constants in {
+        "device_functions": {"FEW_ACTIVE": few},
         "scan": {"GATHER_BLOCK": 4, "SUM_BLOCK": 2, "DENSE_BLOCK": 8, "DENSE_PROGRAMS": 4},
         "tiles": {"LOCATE_BLOCK": 16},
         "candidate_tiles": {"BOUND_BLOCK": 4, "NUM_PROGRAMS": 2},

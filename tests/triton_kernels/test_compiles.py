@@ -33,12 +33,11 @@ from gpu_tools import require
 
 triton = require("triton")
 
+import sparse_optim.triton_kernels  # noqa: E402
 import triton_launches  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 from triton_launches import EXACT_EXPS, GENERAL_EXPS, launches_of_optimizers  # noqa: E402
-
-import sparse_optim.triton_kernels  # noqa: E402
 
 VARIANTS = launches_of_optimizers()
 CONSTANTS = {name: dict(variant.constants) for name, variant in VARIANTS.items()}
