@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
-
-from sparse_optim.backends.registry import load
 
 from .device_functions import BFLOAT16, COLUMNS, FLOAT16, FLOAT32
 
@@ -53,9 +52,11 @@ def compiled_bind(device_type: str) -> Callable[..., object] | None:
     if device_type != "cuda":
         return None
     try:
-        return load("cuda").bind
+        for extension in ("_C", "_C_cuda"):  # the operator, and its kernel
+            importlib.import_module(f"sparse_optim.{extension}")
     except ImportError:
         return None
+    return torch.ops.sparse_optim.bind
 
 
 def rows_of(
