@@ -2,8 +2,8 @@
 
 No operation waits for the device: counts stay there, grids come from sizes that the host knows.
 Block sizes are named constants, not tuned at run time: trials of an in-place kernel would apply it
-once each. Not run on a GPU yet: compiled ahead of time for sm_80, 86 and 90, and interpreted
-against the reference.
+once each. Not run on a GPU yet: compiled ahead of time for sm_80, 86 and 90, for gfx942 and
+gfx1100, and interpreted against the reference.
 
 Installed as `sparse_optim.triton_kernels`: the top-level name belongs to Triton's own package.
 """

@@ -7,7 +7,9 @@ operations alone (`tl.div_rn` and `tl.sqrt_rn`; `/` compiles to an approximate d
 with `enable_fp_fusion=False`. Other exponents go through float64 and promise no equality.
 
 A table row describes one tensor (`bind` writes it): address of the gradient (0 if missing), address
-of the parameter, entries, dtypes. Not run on a GPU yet: compiled ahead of time and interpreted.
+of the parameter, entries, dtypes (of the parameter in bits 0 to 7, of the gradient in 8 to 15; the
+C++ `bind` seals the row in the bits above). Not run on a GPU yet: compiled ahead of time and
+interpreted.
 """
 
 import triton
@@ -30,11 +32,17 @@ INFINITY_BITS = tl.constexpr(0x7F800000)
 # `log` round to within one, and are monotone only up to their own error.
 POWER_MARGIN = tl.constexpr(16)
 
+# Up to so many active entries of a tile are compared one by one: each costs a load that all lanes
+# share and a comparison a lane. A search costs log2 of the count in loads that wait for each other,
+# scattered over all lanes. At B = 3.5 million of 6.74 billion entries, a tile of 4096 holds two.
+# Unmeasured.
+FEW_ACTIVE = tl.constexpr(16)
+
 
 @triton.jit
 def grad_dtype(table_ptr, tensor):
     """Dtype code of the gradients of `tensor`, a scalar or a block."""
-    return (tl.load(table_ptr + tensor * COLUMNS + DTYPES) >> 8).to(tl.int32)
+    return (tl.load(table_ptr + tensor * COLUMNS + DTYPES) >> 8 & 0xFF).to(tl.int32)
 
 
 @triton.jit
@@ -156,9 +164,15 @@ def lower_bound(ascending_ptr, first, last, longest, value):
 @triton.jit
 def is_listed(ascending_ptr, count, value):
     """Whether each of `value` is among the first `count` elements, in ascending order, int32."""
-    first = tl.zeros_like(value)
-    place = lower_bound(ascending_ptr, first, first + count, count, value)
-    return tl.load(ascending_ptr + place, mask=place < count, other=-1) == value
+    listed = value < 0
+    if count <= FEW_ACTIVE:
+        for i in range(count):
+            listed |= value == tl.load(ascending_ptr + i)
+    else:
+        first = tl.zeros_like(value)
+        place = lower_bound(ascending_ptr, first, first + count, count, value)
+        listed = tl.load(ascending_ptr + place, mask=place < count, other=-1) == value
+    return listed
 
 
 @triton.jit

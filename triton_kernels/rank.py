@@ -22,8 +22,9 @@ from .launch import Pieces, carve
 from .noise import samples
 from .tiles import locate, location_pieces, open_tile
 
-# As for `scan`. Unmeasured.
+# As for `scan`; with noise as where tiles are opened, else there was a stack. Unmeasured.
 RANK_WARPS = 8
+NOISE_WARPS = 16
 
 
 def rank_pieces(num_tiles: int) -> Pieces:
@@ -66,6 +67,6 @@ def rank(bound: Tensor, tiles: Tiles, active: ActiveSet, noise: Tensor, scratch:
         locate(tiles, active, *location)
         rank_kernel[(num_tiles,)](
             bound, noise if sampling else bound, active.position, tiles.offsets, *location,
-            tiles.max, SAMPLES=sampling, TILE=tiles.size, num_warps=RANK_WARPS,
-            enable_fp_fusion=False,
+            tiles.max, SAMPLES=sampling, TILE=tiles.size,
+            num_warps=NOISE_WARPS if sampling else RANK_WARPS, enable_fp_fusion=False,
         )  # fmt: skip

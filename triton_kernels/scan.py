@@ -9,6 +9,10 @@ Bytes: one read of the gradients (4 N in float32, 2 N in bfloat16), about 32 per
 entry. tile_max, active_grad and found_inf are bitwise equal to the reference; sums are float32 in a
 tile and float64 above, rounded otherwise than there, in an order that is the tensor's own: one that
 is scanned alone has the same norm, bit for bit.
+
+7B in bfloat16 (N = 6.74e9, B = 3.5e6 active entries, 1.65e6 tiles): 13.6 GB. Predicted: bytes /
+bandwidth = 6.8 ms on A100 (2.0 TB/s), 17.7 ms on A6000 (0.768), 4.1 ms on H100 (3.35), 2.8 ms on
+H200 (4.8).
 Not run on a GPU yet: compiled ahead of time and interpreted.
 """
 

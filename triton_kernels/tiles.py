@@ -43,8 +43,8 @@ def location_pieces(num_tiles: int) -> Pieces:
     return [(num_tiles, torch.int32), (num_tiles + 1, torch.int64)]
 
 
-@triton.jit(do_not_specialize=["num_tensors", "num_tiles"])
-def locate_kernel(
+@triton.jit
+def locate_block(
     position_ptr,
     offsets_ptr,
     tile_offsets_ptr,
@@ -55,6 +55,7 @@ def locate_kernel(
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Locate this program's tiles."""
     tile_index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     in_bounds = tile_index < num_tiles
     first_tensor = tl.zeros((BLOCK,), tl.int32)
@@ -71,6 +72,24 @@ def locate_kernel(
     tl.store(tile_tensor_ptr + tile_index, tensor, mask=in_bounds)
     start = tl.where(in_bounds, start, num_active)
     tl.store(tile_start_ptr + tile_index, start, mask=tile_index <= num_tiles)
+
+
+@triton.jit(do_not_specialize=["num_tensors", "num_tiles"])
+def locate_kernel(
+    position_ptr,
+    offsets_ptr,
+    tile_offsets_ptr,
+    tile_tensor_ptr,
+    tile_start_ptr,
+    num_tensors,
+    num_tiles,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    locate_block(
+        position_ptr, offsets_ptr, tile_offsets_ptr, tile_tensor_ptr, tile_start_ptr, num_tensors,
+        num_tiles, TILE, BLOCK,
+    )  # fmt: skip
 
 
 def locate(tiles: Tiles, active: ActiveSet, tile_tensor: Tensor, tile_start: Tensor) -> None:

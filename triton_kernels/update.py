@@ -11,6 +11,9 @@
 Bytes: 28 per active entry streamed (8 more with master values), and a 32-byte sector of the
 parameter each way per entry. Equal to the reference up to float32 rounding; entries that are not
 active, and parameters without a gradient, keep their bits.
+
+B = 3.5e6 active entries with master values: 350 MB. Predicted: bytes / bandwidth = 0.18 ms on A100
+(2.0 TB/s), 0.46 ms on A6000 (0.768), 0.10 ms on H100 (3.35), 73 us on H200 (4.8).
 Not run on a GPU yet: compiled ahead of time and interpreted.
 """
 

@@ -95,8 +95,9 @@ def bind(grads: Sequence[Tensor], params: Sequence[Tensor], table: Tensor) -> Bo
     for index, (grad, param) in enumerate(zip(grads, params, strict=True)):
         if not isinstance(grad, Tensor) or grad.dtype not in DTYPES or grad.is_sparse:
             raise TypeError(f"grads[{index}] is no dense tensor of {DTYPES}")
-        if not grad.is_contiguous() or grad.device != table.device:
-            raise ValueError(f"grads[{index}] is not contiguous, or not on {table.device}")
+        for name, tensor in (("grads", grad), ("params", param)):
+            if not tensor.is_contiguous() or tensor.device != table.device:
+                raise ValueError(f"{name}[{index}] is not contiguous, or not on {table.device}")
         if grad.numel() and grad.shape != param.shape:
             raise ValueError(
                 f"grads[{index}] has {grad.numel()} entries, its parameter {param.numel()}, "
@@ -285,6 +286,7 @@ def update(
         bias_correctionN = 1 - betaN^age
 
     in float32, on `master` where it is kept. If found_inf, nothing moves but the skipped count.
+    Does not count up the `_version` of parameters, which is left to the caller.
 
     Args:
         bound: from `bind`. Parameters are mutated, except those whose gradient is missing.
@@ -306,7 +308,7 @@ def update(
             continue
         row = scalars.hyper[int(scalars.group_index[index])]
         lr, beta1, beta2, eps, weight_decay, sign = row.tolist()
-        exp_avg, exp_avg_sq, flat = part["exp_avg"], part["exp_avg_sq"], param.detach().view(-1)
+        exp_avg, exp_avg_sq, flat = part["exp_avg"], part["exp_avg_sq"], param.data.view(-1)
         first, last = active.offsets[index : index + 2].tolist()
         gradient = active.grad[first:last] * (float(scalars.grad_factor) * sign)
         value = part["master"] if "master" in part else flat[where]

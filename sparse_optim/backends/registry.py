@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol, cast
 
@@ -99,4 +100,6 @@ def load(name: str) -> Backend:
     Raises:
         ImportError: it is not installed.
     """
-    return cast(Backend, importlib.import_module(BACKENDS[name][0]))
+    module = BACKENDS[name][0]
+    # Operations of every step ask: importlib takes its time even for what is imported.
+    return cast(Backend, sys.modules.get(module) or importlib.import_module(module))

@@ -211,7 +211,7 @@ class Engine:
         known = partial(is_complete, method, self.budget)
         self.completion = Completion(known, pool.device.type, known(counts))
         self.known_hyper: Rows = []
-        self._versions = [param._version for param in pool.params]
+        self._versions = self._read_versions()
         self._reread = True  # the next step looks at every parameter
         self._stepped = False  # only what is written after a step is written by others
         self._written = False
@@ -232,10 +232,7 @@ class Engine:
 
     def bind(self, dense: Sequence[Tensor]) -> Gradients:
         """The gradients in `.grad`, checked; see `Source`."""
-        self.pool.check_unchanged()
-        bound, grads = bind_gradients(
-            self.ops.bind, self.pool.params, self.pool.names, self.work.table
-        )
+        bound, grads = bind_gradients(self.ops.bind, self.pool, self.work.table)
         return Gradients(bound, grads, dense)
 
     def bind_stand_ins(self, present: Sequence[bool], dense: Sequence[Tensor]) -> Gradients:
@@ -301,10 +298,10 @@ class Engine:
     def update(self, grads: Gradients) -> None:
         """AdamW on the active entries; counts the step, or counts it as skipped."""
         self.ops.update(grads.bound, self.active, self.work.scalars, self.method.bias_correction)
-        # Compiled operators write behind autograd's back: bump the versions that it checks.
+        # Operations write behind autograd's back: bump the versions that it checks, by one each.
         torch.autograd.graph.increment_version(self.pool.params)
-        self.accept_values()
-        self._stepped = True
+        self._versions = [version + 1 for version in self._versions]
+        self._surely_empty, self._stepped = False, True
         self.calls += 1
         self.completion.note(self.active.progress)
 
@@ -413,25 +410,32 @@ class Engine:
 
     def notice_writes(self) -> None:
         """Take over parameter values that others have written since the last step."""
-        written = self._written_since()
+        versions = self._read_versions()
+        written = self._written_since(versions)
         self._written = self._has_foreign(written)
-        if self._keeps_values:
+        if self._keeps_values and (written or self._reread):
             self.refresh(None if self._reread else written)
+        self._versions, self._reread = versions, False
 
     @property
     def written_by_others(self) -> bool:
         """Whether parameters were written after the first step by other code, as autograd sees it;
         entries may have moved then that are not active."""
-        return self._has_foreign(self._written_since())
+        return self._has_foreign(self._written_since(self._read_versions()))
 
     def _has_foreign(self, written: Iterable[int]) -> bool:
         known = (self._versions[index] >= 0 for index in written)
         return self._written or (self._stepped and any(known))
 
-    def _written_since(self) -> list[int]:
+    def _read_versions(self) -> list[int]:
+        return [param._version for param in self.pool.params]
+
+    def _written_since(self, versions: list[int]) -> list[int]:
         """The parameters that are not of the version that was seen last."""
-        known = zip(self.pool.params, self._versions, strict=True)
-        return [index for index, (param, version) in enumerate(known) if param._version != version]
+        if versions == self._versions:
+            return []
+        known = zip(versions, self._versions, strict=True)
+        return [index for index, (now, seen) in enumerate(known) if now != seen]
 
     def trust_values(self) -> None:
         """Accept what others have written: the caller knows that it moved active entries alone."""
@@ -458,7 +462,7 @@ class Engine:
     def accept_values(self) -> None:
         """Treat the parameters' values as seen: the next step looks only at what changes."""
         self._surely_empty = self._reread = False
-        self._versions = [param._version for param in self.pool.params]
+        self._versions = self._read_versions()
 
     # Other engines with the same entries.
 
@@ -513,6 +517,15 @@ class Engine:
             engine.completion.flags = known
         return engine
 
+    def drain(self) -> None:
+        """Wait for the current stream, before these buffers are freed.
+
+        torch hands memory out again on the stream that it was allocated on, which need not be the
+        one that steps, and copies into another engine's buffers, are queued on.
+        """
+        if self.pool.device.type == "cuda":
+            torch.cuda.current_stream(self.pool.device).synchronize()
+
     def _derived(self, engine: Engine) -> Engine:
         """The engine, with what this one's last step left to be read."""
         engine.work.new.threshold.copy_(self.work.new.threshold)
@@ -537,7 +550,7 @@ class Engine:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Note the versions of this copy's parameters."""
         vars(self).update(state)
-        self._versions = [param._version for param in self.pool.params]
+        self._versions = self._read_versions()
 
     @property
     def _keeps_values(self) -> bool:

@@ -3,7 +3,9 @@
 `backend="auto"` asks before it takes a backend that tests do not run on such devices. A few steps
 of a tiny pool (ties, three dtypes, sizes around a tile, a gradient that begins anywhere, an
 overflow) on the same gradients: selections must be equal bit for bit, moments and parameters within
-rounding. Own random numbers; the work is queued on the current stream, whose end it waits for.
+rounding. An exponent that goes through `pow` promises no equal bits: there the scores are far
+apart, the same entries must win, and the least of their scores is compared within rounding.
+Own random numbers; the work is queued on the current stream, whose end it waits for.
 """
 
 from __future__ import annotations
@@ -26,10 +28,14 @@ SHAPES = ((4097,), (0,), (1,), (41, 101), (33,))  # tiles of GPU backends are of
 DTYPES = (torch.float32, torch.bfloat16, torch.float32, torch.float16, torch.bfloat16)
 TOKENS = 130  # of the weight gradients
 STEPS = ("normal", "ties", "overflow", "ties")  # what the gradients of each step are like
+POWER = D3(exp=1.7, eps=1.0)
+POWER_STEPS = ("far apart", "far apart")
 METHODS: tuple[tuple[D3, Selection], ...] = (
     (D3(), Increment(300, total_steps=3)),
     (D3(exp=2.0, eps=0.01), Increment(300, total_steps=3)),
     (D3(exp=-1.0, eps=0.01), Increment(300, total_steps=3)),
+    (D3(exp=0.5, eps=0.01), Increment(300, total_steps=3)),
+    (POWER, Increment(300, total_steps=3)),
     (D3(), Stochastic(100)),
 )
 
@@ -81,13 +87,16 @@ def _first_difference(
     want = _engine(start, importance, selection, "reference", torch.device("cpu"))
     got = _engine(start, importance, selection, backend, device)
     touched = [torch.zeros(value.numel(), dtype=torch.bool) for value in start]
-    for number, kind in enumerate(STEPS, 1):
-        grads = _values(kind, torch.Generator().manual_seed(number))
+    power = importance == POWER
+    for number, kind in enumerate(POWER_STEPS if power else STEPS, 1):
+        generator = torch.Generator().manual_seed(number)
+        grads = _far_apart(start, generator) if power else _values(kind, generator)
         for engine in (want, got):
             _step(engine, grads)
         for index, moves in enumerate(touched):
             moves[want.active.segment(index)["position"].long()] = True
-        if what := _difference(got, want) or _frozen_changed(got, start, touched):
+        what = _difference(got, want, equal_scores=not power)
+        if what := what or _frozen_changed(got, start, touched):
             return f"{what} in step {number} of {importance}, {selection}"
     return None
 
@@ -132,8 +141,8 @@ def _step(engine: Engine, grads: list[Tensor]) -> None:
     engine.update(bound)
 
 
-def _difference(got: Engine, want: Engine) -> str | None:
-    """What differs between two engines after a step."""
+def _difference(got: Engine, want: Engine, equal_scores: bool) -> str | None:
+    """What differs between two engines after a step; scores bit for bit, or within rounding."""
     count = int(want.active.progress[1])
     for name in COUNTS + SELECTED:
         ours, theirs = getattr(got.active, name).cpu(), getattr(want.active, name)
@@ -141,7 +150,8 @@ def _difference(got: Engine, want: Engine) -> str | None:
             ours, theirs = ours[:count], theirs[:count]
         if not torch.equal(ours, theirs):
             return f"it unmasks other entries than the reference ({name} differs)"
-    if not torch.equal(got.work.new.threshold.cpu(), want.work.new.threshold):
+    same = torch.equal if equal_scores else _near
+    if not same(got.work.new.threshold.cpu(), want.work.new.threshold):
         return "the least importance that it unmasks differs from the reference"
     if not _near(got.work.scalars.grad_norm, want.work.scalars.grad_norm):
         return "its gradient norm differs from the reference"
@@ -181,6 +191,16 @@ def _values(kind: str, generator: torch.Generator) -> list[Tensor]:
     if kind == "overflow":
         values[0][-1] = torch.inf
     return [value.to(dtype) for value, dtype in zip(values, DTYPES, strict=True)]
+
+
+def _far_apart(params: list[Tensor], generator: torch.Generator) -> list[Tensor]:
+    """Gradients by which the best 700 scores by POWER are 1% apart: more than any dtype rounds."""
+    order = torch.randperm(sum(param.numel() for param in params), generator=generator)
+    scores = (1.01 ** -order.clamp(max=700)).split([param.numel() for param in params])
+    return [
+        (score.view(param.shape) * (param.float().abs() + POWER.eps) ** POWER.exp).to(param.dtype)
+        for score, param in zip(scores, params, strict=True)
+    ]
 
 
 def _unaligned(grad: Tensor, device: torch.device) -> Tensor:

@@ -55,6 +55,10 @@ class MaskedAdamW(torch.optim.Optimizer):
     updates the active entries. Frozen entries keep their initial bits; weight decay does not touch
     them. Moments (and float32 master values of 16-bit parameters) exist for active entries only.
 
+    On a GPU, a step queues all its work on the current stream. Use one stream for the optimizer:
+    where `step()`, `extend()`, `add_param_group()` and `load_state_dict()` are called on another
+    one than before, let it wait for that first (`wait_stream`), as for any tensor.
+
     Args:
         params: parameters, named parameters, or param groups. A group may set `lr`, `betas`, `eps`,
             `weight_decay`, `maximize`, and `unmask`:
@@ -425,6 +429,7 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     def _adopt(self, engine: Engine) -> None:
         """Go on with another engine; if its hooks cannot be registered, with the one at hand."""
+        self._engine.drain()
         before, shown, sampled = self._fused_backward, self.state, self.sampled_backward
         self._show_state(engine)
         try:

@@ -7,6 +7,7 @@ import re
 import sys
 import types
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -92,6 +93,22 @@ def cut_with_a_wrong_threshold(bound, tiles, active, rule, targets, found_inf, n
     new.threshold.mul_(1 + 1e-6)
 
 
+def cut_with_a_root_that_rounds_otherwise(bound, tiles, active, rule, *arguments):
+    reference.cut(bound, tiles, active, rule, *arguments)
+    arguments[2].threshold.mul_(1 + 2e-7 * (rule.exp == 0.5))
+
+
+def cut_by_another_power(bound, tiles, active, rule, *arguments):
+    rule = replace(rule, exp=1.8) if rule.exp == 1.7 else rule
+    reference.cut(bound, tiles, active, rule, *arguments)
+
+
+def cut_with_a_power_that_rounds_otherwise(bound, tiles, active, rule, *arguments):
+    """As other backends may."""
+    reference.cut(bound, tiles, active, rule, *arguments)
+    arguments[2].threshold.mul_(1 + 2e-7 * (rule.exp == 1.7))
+
+
 def update_of_a_greater_step(bound, active, scalars, bias_correction):
     scalars.hyper[:, 0] *= 1.01  # lr
     reference.update(bound, active, scalars, bias_correction)
@@ -120,6 +137,8 @@ def update_that_moves_frozen_entries(bound, active, scalars, bias_correction):
 FAULTS = [
     ("cut", cut_with_ties_to_the_higher_index, "it unmasks other entries.*step 2 of D3"),
     ("cut", cut_with_a_wrong_threshold, "the least importance that it unmasks differs"),
+    ("cut", cut_with_a_root_that_rounds_otherwise, r"the least importance.*exp=0\.5"),
+    ("cut", cut_by_another_power, r"it unmasks other entries.*step 1 of D3\(exp=1\.7"),
     ("sampled_grad", sampled_grad_without_the_last_token, "weight gradients of active entries are"),
     ("cut", fails, "it raised ValueError: no such kernel$"),
     ("bind", fails, "it raised ValueError: no such kernel$"),
@@ -145,8 +164,12 @@ def test_faults_are_found(backend_with, name, faulty, message):
     assert re.search(message, fault), fault
 
 
-def test_what_rounds_otherwise_passes(backend_with):
-    backend_with(update=update_that_rounds_otherwise)
+@pytest.mark.parametrize(
+    ("name", "operation"),
+    [("update", update_that_rounds_otherwise), ("cut", cut_with_a_power_that_rounds_otherwise)],
+)
+def test_what_rounds_otherwise_passes(backend_with, name, operation):
+    backend_with(**{name: operation})
     assert self_check.first_mismatch("tried", CPU) is None
 
 

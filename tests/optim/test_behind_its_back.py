@@ -51,6 +51,22 @@ def test_a_delta_that_might_lack_entries_is_refused():
         assert torch.equal(got, expected)
 
 
+def test_a_step_counts_each_version_up_by_one(backend):
+    """The engine reckons with that and reads them once a step: more would be a foreign write."""
+    params = new_params((40, 5), (30,), (7,))
+    optimizer = MaskedAdamW(params, importance=D3(), selection=Static(60), backend=backend)
+    for step in range(1, 4):
+        give_grads(params, "normal", torch.Generator().manual_seed(step))
+        params[2].grad = None
+        before = [param._version for param in params]
+        optimizer.step()
+        assert [param._version - 1 for param in params] == before
+        assert not optimizer.engine.written_by_others
+    with torch.no_grad():
+        params[2].add_(1.0)
+    assert optimizer.engine.written_by_others
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_write_between_steps_is_remembered_until_it_is_vouched_for(dtype):
     net = nn.Linear(6, 5).to(dtype)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import distributed, nn
 from torch.overrides import TorchFunctionMode
 
 from sparse_optim import D3, IncrementalMaskedAdamW, MaskedAdamW, Static
+from sparse_optim.engine.engine import Engine
 from sparse_optim.optim.gradient_watch import STEPS_WITHOUT_GRADIENTS
 
 FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.full, torch.tensor, torch.arange)
@@ -225,3 +227,41 @@ def test_steps_without_gradients_after_some_with_are_the_users_affair(backend):
         late.step()
     step(late)
     assert late.metrics()["step"] == 1
+
+
+@pytest.mark.parametrize("fuse_backward", [False, True])
+def test_buffers_are_freed_after_their_stream_is_done(monkeypatch, fuse_backward: bool) -> None:
+    """Whatever replaces the engine waits first: torch could hand the old one's memory out again."""
+    optimizer = trained("reference", fuse_backward=fuse_backward, max_grad_norm=1.0)
+    waited: list[Engine] = []
+    monkeypatch.setattr(Engine, "drain", lambda engine: waited.append(engine))
+    for replace_engine in (
+        lambda: optimizer.extend(budget=30),
+        lambda: optimizer.add_param_group({"params": [("third", param_of(5))]}),
+        lambda: optimizer.load_state_dict(optimizer.state_dict()),
+    ):
+        before = optimizer.engine
+        waited.clear()
+        replace_engine()
+        assert optimizer.engine is not before
+        assert waited == [before]
+
+
+def test_a_wait_is_for_the_current_stream_of_the_pools_device(monkeypatch) -> None:
+    waits: list[torch.device] = []
+
+    class Stream:
+        def __init__(self, device: torch.device) -> None:
+            self.device = device
+
+        def synchronize(self) -> None:
+            waits.append(self.device)
+
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    engine = trained("reference").engine
+    engine.drain()
+    assert not waits
+    device = torch.device("cuda", 1)
+    monkeypatch.setattr(engine, "pool", replace(engine.pool, device=device))
+    engine.drain()
+    assert waits == [device]

@@ -1,9 +1,12 @@
 """Make Triton's interpreter usable; install before any kernel runs, with TRITON_INTERPRET=1 set.
 
 Triton 3.6 (1) fails on NumPy >= 2.4, which refuses int(array of one element) where loop bounds are
-read, and (2) truncates float32 -> bfloat16 where a GPU rounds to nearest even.
+read, (2) truncates float32 -> bfloat16 where a GPU rounds to nearest even, and (3) replaces the
+language's functions by its own again in every call of a device function, which takes most of the
+time of a small kernel: here they are replaced once, for good.
 """
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,5 +30,10 @@ def install() -> None:
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
         return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
 
+    def patch_nothing(fn: Any) -> Any:
+        return interpreter._LangPatchScope()
+
     interpreter._patch_lang_tensor = patch_tensor_index
     interpreter._convert_float = convert_rounding
+    interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+    interpreter._patch_lang = patch_nothing

@@ -7,6 +7,7 @@ kernels which do not run make no difference to what is launched.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import warnings
 from collections.abc import Iterator
@@ -14,6 +15,9 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
 from sparse_optim import D3, Increment, MaskedAdamW, Scores, Stochastic
@@ -45,6 +49,23 @@ class Launch(NamedTuple):
         return " ".join([self.kernel.__name__, *types, *odd, *values])
 
 
+@functools.cache
+def compiled(launch: Launch, target: GPUTarget) -> Any:
+    """The kernel of a launch, compiled ahead of time."""
+    kernel, types, constants, aligned, warps, fuses = launch
+    names = kernel.arg_names
+    signature = dict.fromkeys(names, "constexpr") | dict(types)
+    return triton.compile(
+        ASTSource(
+            kernel, {arg: signature[arg] for arg in names},
+            constexprs={(names.index(arg),): value for arg, value in constants},
+            attrs={(names.index(arg),): [["tt.divisibility", 16]] for arg in aligned},
+        ),
+        target=target,
+        options={"num_warps": warps, "enable_fp_fusion": fuses},
+    )  # fmt: skip
+
+
 def launch_of(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Launch:
     constexprs = {param.name for param in kernel.params if param.is_constexpr}
     constants = {name: options.pop(name) for name in tuple(options) if name in constexprs}
@@ -63,13 +84,15 @@ def launch_of(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> La
 
 
 @contextlib.contextmanager
-def noted() -> Iterator[dict[str, Launch]]:
-    """Launches by name, on the CPU; nothing is run."""
+def noted(order: list[str] | None = None) -> Iterator[dict[str, Launch]]:
+    """Launches by name, on the CPU; nothing is run. `order` gets each kernel's name, in turn."""
     launches: dict[str, Launch] = {}
+    order = [] if order is None else order
 
     def note(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         launch = launch_of(kernel, args, options)
         assert launches.setdefault(launch.name, launch) == launch, launch.name
+        order.append(kernel.__name__)
 
     on_cpu = {"triton": ("sparse_optim.triton_kernels", "cpu")}
     with (

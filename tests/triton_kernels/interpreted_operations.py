@@ -9,6 +9,9 @@ needs no exception. Tiles are small, as the interpreter takes some ten milliseco
 Faults planted by hand, once each, and what failed:
     locate: a tile begins one entry later           test_scan, 23 tests in all
     is_listed: the last active entry is missed      test_scan[everything active], 24 in all
+    is_listed: the last of few is missed            test_scan, 4 of its tests
+    floor kept for the digits: a bin too high       test_cut[..-0.0], 14 of 15
+    bind: seal of the C++ rows read as a dtype      test_tables_of_the_compiled_bind_are_read
     ties go to the largest index in a tile         test_cut[all equal], [ties], 3 tests
     ties are counted anew by each program           test_cut[all equal], 17 in all
     floor: upper edge of the bin                    test_cut[fewer winners than tiles]
@@ -30,6 +33,7 @@ Faults planted by hand, once each, and what failed:
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import math
 import os
 
@@ -57,12 +61,14 @@ EXPS = (-1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
 @pytest.fixture(autouse=True)
 def _small_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several programs, and several rounds in each, even in small cases."""
+    few = importlib.import_module("triton.language").constexpr(2)  # more are searched for
     for name, constants in {
+        "device_functions": {"FEW_ACTIVE": few},
         "scan": {"GATHER_BLOCK": 4, "SUM_BLOCK": 2, "DENSE_BLOCK": 8, "DENSE_PROGRAMS": 4},
         "tiles": {"LOCATE_BLOCK": 16},
         "candidate_tiles": {"BOUND_BLOCK": 4, "NUM_PROGRAMS": 2},
-        "cut": {"NUM_PROGRAMS": 2},
-        "append": {"MERGE_BLOCK": 16, "INSERT_BLOCK": 4, "OFFSETS_BLOCK": 4},
+        "cut": {"NUM_PROGRAMS": 2, "LOCATE_BLOCK": 16},
+        "append": {"MERGE_BLOCK": 16, "INSERT_BLOCK": 4},
         "update": {"UPDATE_BLOCK": 16},
     }.items():
         module = importlib.import_module(f"sparse_optim.triton_kernels.{name}")
@@ -296,8 +302,16 @@ def test_whole_step(exp: float) -> None:
 def test_the_self_check_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A whole optimizer on this backend, as `backend="auto"` runs it on a GPU before taking it."""
     monkeypatch.setitem(registry.BACKENDS, "triton", ("sparse_optim.triton_kernels", "cpu"))
-    monkeypatch.setattr(self_check, "METHODS", self_check.METHODS[1:])  # interpreted: 3 s a step
+    # Few programs, as in use, and few steps, which take a second each: exponents and kinds of
+    # gradients have tests of their own above.
+    for name, constant in (("append", "INSERT_BLOCK"), ("append", "MERGE_BLOCK"),
+                           ("update", "UPDATE_BLOCK")):  # fmt: skip
+        module = importlib.import_module(f"sparse_optim.triton_kernels.{name}")
+        monkeypatch.setattr(module, constant, 128)
+    exact, power, sampled = (self_check.METHODS[place] for place in (2, 4, 5))
+    monkeypatch.setattr(self_check, "METHODS", (exact, power, sampled))
     monkeypatch.setattr(self_check, "STEPS", ("ties", "overflow"))
+    monkeypatch.setattr(self_check, "POWER_STEPS", ("far apart",))
     assert self_check.first_mismatch("triton", torch.device("cpu")) is None
 
 
@@ -358,6 +372,34 @@ def test_bind_refuses_what_kernels_cannot_read() -> None:
         kernels.bind([good.double()], [good], table)
     with pytest.raises(ValueError, match=r"table must be int64 of shape \(1, 4\)"):
         kernels.bind([good], [good], table[:0])
+
+
+@pytest.fixture
+def _compiled_bind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The C++ operator writes the table, as on a GPU that has the CUDA backend, too."""
+    cpp = pytest.importorskip("sparse_optim.backends.cpp", reason="the extension is not built")
+    launch = importlib.import_module("sparse_optim.triton_kernels.launch")
+    monkeypatch.setattr(launch, "compiled_bind", lambda device_type: cpp.bind)
+
+
+@pytest.mark.usefixtures("_compiled_bind")
+def test_tables_of_the_compiled_bind_are_read() -> None:
+    """Its rows are sealed, in bits that say nothing to these kernels."""
+    case = make_case(dtypes=(F32, BF16, F16), grad_dtypes=(F16, BF16, F32, BF16), missing=(4,))
+    assert int(case.bound(kernels)[0, 3]) >> 16 != 0
+    assert_same_step(case, kernels)
+
+
+@pytest.mark.usefixtures("_compiled_bind")
+def test_the_compiled_bind_refuses_in_the_same_words() -> None:
+    test_bind_refuses_what_kernels_cannot_read()
+
+
+def test_the_compiled_bind_is_of_a_gpu_alone() -> None:
+    launch = importlib.import_module("sparse_optim.triton_kernels.launch")
+    assert launch.compiled_bind("cpu") is None
+    if importlib.util.find_spec("sparse_optim._C_cuda") is None:
+        assert launch.compiled_bind("cuda") is None
 
 
 def test_tables_that_share_memory_hold_what_was_bound_last() -> None:
