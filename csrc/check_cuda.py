@@ -58,7 +58,8 @@ def _compile_kernels(home: Path, source: str, flags: list[str], archs: list[str]
     log = _run(
         str(home / "bin" / "nvcc"), *cpp_extension.COMMON_NVCC_FLAGS, *flags, "-Xcompiler", "-fPIC",
         "-Xptxas", "-v", "-Werror", "all-warnings",
-        f"-gencode=arch=compute_{archs[0]},code=[{codes}]", "-Icsrc", "-c", source, "-o", str(target),
+        f"-gencode=arch=compute_{archs[0]},code=[{codes}]", "-Icsrc", "-c", source, "-o",
+        str(target),
     )  # fmt: skip
     for name, arch, stack, stores, loads, registers in RESOURCES.findall(log):
         print(
