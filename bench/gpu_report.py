@@ -158,6 +158,41 @@ def training_table(data: dict[str, Any]) -> str:
     return training.table([{**each, "kind": each["name"]} for each in found]) if found else ""
 
 
+def caps_table(data: dict[str, Any]) -> str:
+    """Show the peak within the memory of smaller cards, beside the estimate."""
+    rows = [
+        [
+            f"{each['model']} {each['dtype']}, {each['name']}",
+            *(f"{each[name] / 2**30:.2f}" for name in CAPS),
+            each["fits"],
+        ]
+        for each in data["records"]
+        if "cap_bytes" in each and "failed" not in each
+    ]
+    header = ["in backward, GiB", "memory", "peak", "reserved", "estimate", "estimated to fit"]
+    return table(header, rows) if rows else ""
+
+
+CAPS = ("cap_bytes", "peak_bytes", "reserved_bytes", "estimate_bytes")
+
+
+def operations_table(data: dict[str, Any]) -> str:
+    """Show sampled gradients beside the dense product, and selections beside torch.topk."""
+    rows = [
+        [
+            f"gradient of {each['outputs']} x {each['inputs']}, {each['tokens']} tokens, "
+            + (f"{each['share']:.2%} by {each['name']}" if "share" in each else "dense"),
+            _ms(each),
+        ]
+        for each in select(data, "sampled_grad")
+    ]
+    rows += [
+        [f"{count(each['quota'])} of {count(each['entries'])} entries, {each['name']}", _ms(each)]
+        for each in select(data, "topk")
+    ]
+    return table(["ms", ""], rows) if rows else ""
+
+
 def failures(data: dict[str, Any]) -> str:
     """List phases that failed or were skipped, and subjects that could not be measured."""
     lines = [
@@ -182,7 +217,7 @@ def short_table(data: dict[str, Any]) -> str:
     """Show the main tables, for the terminal and docs/benchmarks.md."""
     tables = (steps_table, ratios_table, stages_table, bandwidth_line, caption)
     parts = [("", each(data)) for each in tables]
-    parts.insert(3, ("", training_table(data)))
+    parts[3:3] = [("", each(data)) for each in (training_table, caps_table, operations_table)]
     return _sections([*parts, ("Not measured:", failures(data))])
 
 
@@ -197,6 +232,8 @@ def full_report(data: dict[str, Any]) -> str:
             ("## Budgets and quotas", factors_table(data)),
             ("## Memory", memory_table(data)),
             ("## Whole training steps", training_table(data)),
+            ("## In the memory of smaller cards", caps_table(data)),
+            ("## Single operations", operations_table(data)),
             ("## Bandwidth", bandwidth_line(data)),
             ("## Not measured", failures(data)),
             ("## GPU goals", f"```text\n{gpu_goals.check(data)}\n```"),

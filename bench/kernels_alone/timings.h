@@ -142,6 +142,12 @@ class Timings {
     time_graphs();
   }
 
+  // One step, for a profiler.
+  void step() {
+    optimizer_.step(0.0, nullptr);
+    MUST(cudaDeviceSynchronize());
+  }
+
  private:
   double bytes() const { return double(pool_.total) * sizeof(BFloat16); }
 
