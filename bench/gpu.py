@@ -17,4 +17,4 @@ from bench import gpu_runner
 PATIENCE = 4.0  # the limits are those of an H200
 
 if __name__ == "__main__":
-    gpu_runner.report("gpu-report", __doc__, None, minutes=None, patience=PATIENCE)
+    gpu_runner.report(gpu_runner.WHOLE, __doc__, None, minutes=None, patience=PATIENCE)

@@ -15,7 +15,6 @@ import importlib.util
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from glob import glob
 from pathlib import Path
@@ -120,16 +119,13 @@ def _starts(program: Path) -> bool:
     return "usage" in done.stdout
 
 
-def unpack_wheels(folder: Path = PREPARED / "whl") -> Path | None:
-    """Unpack wheels that came along, without pip; return a folder for PYTHONPATH."""
-    wheels = sorted(folder.glob("*.whl"))
-    if not wheels:
-        return None
-    site = Path(tempfile.mkdtemp(prefix="wheels-"))
+def unpack_wheels(target: Path) -> Path | None:
+    """Unpack the wheels in .gpu/whl, without pip; return the folder if there are any."""
+    wheels = sorted((PREPARED / "whl").glob("*.whl"))
     for wheel in wheels:
         with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(site)
-    return site
+            archive.extractall(target)
+    return target if wheels else None
 
 
 def main() -> None:

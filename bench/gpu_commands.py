@@ -89,6 +89,12 @@ def _sanitizer(phase: Phase, *program: str) -> Command:
     return [tool, *options, *program]
 
 
+def _sanitized_check(phase: Phase, is_dry: bool) -> Command:
+    # Written scratch memory would hide from initcheck that a kernel reads it before it writes.
+    fresh = ["fresh"] if phase.which == "initcheck" else []
+    return _sanitizer(phase, *_alone(is_dry, "check", *fresh))
+
+
 def _sanitizer_tests(phase: Phase, is_dry: bool) -> Command:
     options = ["--target-processes", "all"]
     if phase.which == "memcheck":  # only kernels: some of torch's CUDA calls fail by design
@@ -127,7 +133,7 @@ COMMANDS: dict[str, Callable[[Phase, bool], Command]] = {
     "library": _build,
     "compile": _compile,
     "check": lambda phase, is_dry: _alone(is_dry, "check"),
-    "sanitizer": lambda phase, is_dry: _sanitizer(phase, *_alone(is_dry, "check")),
+    "sanitizer": _sanitized_check,
     "sanitizer tests": _sanitizer_tests,
     "timings": _timings,
     "ncu": _ncu,

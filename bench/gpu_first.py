@@ -6,7 +6,7 @@ of the scan; ncu profiles the kernels that move the most bytes.
 
 Needs no make, pip, git or network; `python -m bench.gpu_prepare` prepares the checkout for that.
 Writes results as they arrive to the folder in the environment variable OUT, if it is set
-(gpu-first.json and gpu-first.log), else to bench/results/. --only PHASE ... runs some phases.
+(gpu-first.json and gpu-first.log), else to .gpu/. --only PHASE ... runs some phases.
 
 --dry-run does the same on the CPU with tiny shapes.
 """

@@ -124,7 +124,6 @@ def _selection(labels: dict[str, Any], make: Callable[[], Tensor]) -> Subject:
     def prepare() -> None:
         restore()
         engine.begin(optimizer.param_groups)
-        engine.bind([])
 
     def run() -> None:
         grads = engine.bind([])

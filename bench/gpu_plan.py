@@ -88,9 +88,9 @@ CAPS = {"40": "a100-40", "48": "a6000"}  # GiB of the cards that `sparse_optim.e
 
 
 def _first() -> list[Phase]:
-    tools = [
-        Phase(tool, "sanitizer", 40, which=tool, after=("check",), calls=(FIRST,), needs_gpu=True)
-        for tool in TOOLS
+    tools = [  # one after the other, on the GPU, while the CPU builds
+        Phase(tool, "sanitizer", 40, None, tool, (earlier,), (FIRST,), needs_gpu=True)
+        for earlier, tool in zip(("check", *TOOLS), TOOLS, strict=False)
     ]
     return [
         Phase("build", "build", 120, after=(), calls=(FIRST,)),

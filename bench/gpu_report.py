@@ -1,12 +1,20 @@
-"""Show a GPU results file (see bench.gpu) as tables."""
+"""Show GPU results files (see bench.gpu) as tables: python -m bench.gpu_report FILE ... [--write]
+
+Several files, as those of `bench.gpu_first` and `bench.gpu_second`, are shown as one; --write
+records them as one in bench/results/gpu-<card>-<date>.json, which `bench.report` then shows.
+"""
 
 from __future__ import annotations
 
+import json
 import statistics
+import sys
 from collections.abc import Callable, Sequence
+from datetime import date
+from pathlib import Path
 from typing import Any
 
-from bench import gpu_goals, training
+from bench import console, environment, gpu_goals, training
 from bench.gpu_times import (
     OUR_MODE,
     Record,
@@ -239,3 +247,61 @@ def full_report(data: dict[str, Any]) -> str:
             ("## GPU goals", f"```text\n{gpu_goals.check(data)}\n```"),
         ]
     )
+
+
+def join(files: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Join runs of one commit on one card; of a phase that ran again, the last run counts.
+
+    Raises:
+        ValueError: commits or cards differ.
+    """
+    commits = {each["commit"] for each in files}
+    cards = {each["machine"].get("gpu", "") for each in files}
+    for name, values in (("commits", commits), ("cards", cards)):
+        if len(values) > 1:
+            raise ValueError(f"the files are of different {name}: {', '.join(sorted(values))}")
+    phases: dict[str, dict[str, Any]] = {}
+    ran: dict[str, int] = {}  # name of a phase -> file of its last run
+    for index, each in enumerate(files):
+        for phase in each["phases"]:
+            if not phase["status"].startswith("left out"):
+                ran[phase["name"]] = index
+            if ran.get(phase["name"], index) == index:
+                phases[phase["name"]] = phase
+    records = [
+        record
+        for index, each in enumerate(files)
+        for record in each["records"]
+        if ran.get(record.get("phase"), index) == index
+    ]
+    dirty = any(each["dirty"] for each in files)
+    return {**files[0], "dirty": dirty, "phases": list(phases.values()), "records": records}
+
+
+def results_name(gpu: str, day: str = "") -> str:
+    """Return the name of a results file, of today by default."""
+    card = gpu.lower().replace("nvidia ", "").replace(" ", "-")
+    return f"gpu-{card}-{day or date.today().isoformat()}.json"
+
+
+def main() -> None:
+    """Show the files."""
+    parser = console.parser("gpu_report", __doc__)
+    parser.add_argument("files", nargs="+", type=Path, help="results files")
+    parser.add_argument("--write", action="store_true", help="record them as one")
+    arguments = parser.parse_args()
+    try:
+        data = join([json.loads(path.read_text()) for path in arguments.files])
+    except ValueError as error:
+        sys.exit(str(error))
+    print(f"{short_table(data)}\n\n{gpu_goals.check(data)}")
+    if arguments.write:
+        if data["dry_run"]:
+            sys.exit("a dry run is not recorded")
+        path = environment.RESULTS / results_name(data["machine"]["gpu"], data["date"][:10])
+        path.write_text(json.dumps(data, separators=(",", ":")) + "\n")
+        print(f"\nwritten: {path}")
+
+
+if __name__ == "__main__":
+    main()

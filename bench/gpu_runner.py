@@ -20,7 +20,6 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +28,13 @@ import torch
 from bench import console, environment, gpu_build, gpu_commands, gpu_goals
 from bench.gpu_commands import card
 from bench.gpu_plan import PHASES, Phase, dry, select
-from bench.gpu_report import short_table
+from bench.gpu_report import results_name, short_table
 
 SCHEMA = 1
 LEAST_S = 10  # no phase starts with less time left than this
 OUTPUT_CHARACTERS = 12_000  # of a phase in the results file: first failure and summary
 LOG_CHARACTERS = 300_000  # of a phase in the log
+WHOLE = "gpu-report"
 RESULTS_FOLDER = "OUT"  # environment variable: the folder for results, if it is set
 SUMMARISED = ("tests", "sanitizer tests", "sanitizer", "check", "compile", "library")
 
@@ -68,22 +68,26 @@ class Report:
     def run(self, phases: Sequence[Phase]) -> dict[str, Any]:
         """Run the phases; those that name what they wait for run beside others."""
         self.path.with_suffix(".log").unlink(missing_ok=True)
-        self._site = gpu_build.unpack_wheels()
-        started: dict[str, Future[None]] = {}
-        with ThreadPoolExecutor(max(len(phases), 1)) as pool:
-            try:
-                for phase in phases:
-                    names = started if phase.after is None else phase.after
-                    before = [started[name] for name in names if name in started]
-                    started[phase.name] = pool.submit(self._run_after, phase, before)
-                for future in started.values():
-                    future.result()
-            except BaseException:  # Ctrl-C, too: nothing goes on without this process
-                self._ended = True
-                for process in list(_running):
-                    _kill(process)
-                raise
+        with tempfile.TemporaryDirectory() as folder:
+            self._site = gpu_build.unpack_wheels(Path(folder))
+            with ThreadPoolExecutor(max(len(phases), 1)) as pool:
+                try:
+                    self._run_all(phases, pool)
+                except BaseException:  # Ctrl-C, too: nothing goes on without this process
+                    self._ended = True
+                    for process in list(_running):
+                        _kill(process)
+                    raise
         return self.data
+
+    def _run_all(self, phases: Sequence[Phase], pool: ThreadPoolExecutor) -> None:
+        started: dict[str, Future[None]] = {}
+        for phase in phases:
+            names = started if phase.after is None else phase.after
+            before = [started[name] for name in names if name in started]
+            started[phase.name] = pool.submit(self._run_after, phase, before)
+        for future in started.values():
+            future.result()
 
     def _run_after(self, phase: Phase, before: list[Future[None]]) -> None:
         wait(before)
@@ -191,20 +195,17 @@ def status_table(data: dict[str, Any]) -> str:
 
 
 def default_path(name: str, is_dry: bool) -> Path:
-    """Return the results file: in the folder OUT, if set; else in bench/results, by card and date.
+    """Return the results file: in the folder OUT, if set; else where a run of this kind belongs.
 
-    Args:
-        name: of the file in OUT and in a dry run, which else writes to a temporary folder.
+    A whole report belongs to bench/results, one of the calls to .gpu/ (`bench.gpu_report` joins
+    them), a dry run to the folder for temporary files.
     """
-    folder = os.environ.get(RESULTS_FOLDER)
-    if folder:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        return Path(folder) / f"{name}.json"
-    if is_dry:
-        return Path(tempfile.gettempdir()) / f"{name}-dry-run.json"
-    gpu = str(card()["gpu"]).lower().replace("nvidia ", "").replace(" ", "-")
-    part = name.removeprefix("gpu").removesuffix("-report")
-    return environment.RESULTS / f"gpu-{gpu}-{date.today().isoformat()}{part}.json"
+    folder = os.environ.get(RESULTS_FOLDER) or (tempfile.gettempdir() if is_dry else "")
+    if name == WHOLE and not folder:
+        return environment.RESULTS / results_name(card()["gpu"])
+    parent = Path(folder) if folder else environment.PREPARED
+    parent.mkdir(parents=True, exist_ok=True)
+    return parent / f"{name}.json"
 
 
 def parse(name: str, doc: str | None, minutes: float | None) -> argparse.Namespace:

@@ -6,7 +6,7 @@ torch.topk.
 
 Needs no make, pip, git or network; `python -m bench.gpu_prepare` prepares the checkout for that.
 Writes results as they arrive to the folder in the environment variable OUT, if it is set
-(gpu-second.json and gpu-second.log), else to bench/results/. --only PHASE ... runs some phases.
+(gpu-second.json and gpu-second.log), else to .gpu/. --only PHASE ... runs some phases.
 
 --dry-run does the same on the CPU with tiny shapes.
 """

@@ -3,7 +3,7 @@
 //
 //   nvcc -std=c++17 -O3 -fmad=false -lineinfo -arch=sm_90 -Icsrc -Ibench
 //     bench/kernels_alone.cu csrc/cuda/*.cu -o kernels_alone
-//   kernels_alone check                    compare two steps with a host implementation
+//   kernels_alone check [fresh]            compare two steps with a host implementation
 //   kernels_alone bench [shrink [rounds]]  time 7B in bfloat16, tensors divided by `shrink`
 //   kernels_alone step [shrink]            run one step of it, for ncu
 //
@@ -16,10 +16,11 @@
 int main(int argc, char** argv) {
   std::setvbuf(stdout, nullptr, _IOLBF, 0);
   const std::string mode = argc > 1 ? argv[1] : "";
-  const int64_t shrink = argc > 2 ? std::atoll(argv[2]) : 1;
+  const std::string argument = argc > 2 ? argv[2] : "";
+  const int64_t shrink = argument.empty() ? 1 : std::atoll(argv[2]);
   const int rounds = argc > 3 ? std::atoi(argv[3]) : 9;
   if (mode == "check") {
-    const bool good = alone::check_all();
+    const bool good = alone::check_all(argument == "fresh");
     std::printf(good ? "all equal\n" : "FAILED\n");
     return good ? 0 : 1;
   }
@@ -28,6 +29,6 @@ int main(int argc, char** argv) {
     mode == "bench" ? timings.run() : timings.step();
     return 0;
   }
-  std::printf("usage: kernels_alone check | bench [shrink [rounds]] | step [shrink]\n");
+  std::printf("usage: kernels_alone check [fresh] | bench [shrink [rounds]] | step [shrink]\n");
   return 2;
 }
