@@ -21,7 +21,7 @@ GPU_TESTS = ("tests/gpu/test_gpu.py", "tests/gpu/test_gpu_runs.py")
 SANITIZER_ERRORS = 9  # exit status of compute-sanitizer if the program succeeds and it found errors
 SHRINK = "200000"  # of 7B in the emulator
 # What ncu looks at: the kernels that move the most bytes. A name that no kernel has is ignored.
-PROFILED = "scan_kernel|collect_kernel|move_kernel|update_kernel"
+PROFILED = "scan_kernel|collect_kernel|merge_kernel|move_kernel|update_kernel"
 
 Command = list[str] | str  # or the reason why a phase is left out
 

@@ -2,8 +2,10 @@
 
 Faults planted by hand, one at a time, in a copy of the sources, and what the check said:
 
-    ties to the higher index within 32 entries       entries that are unmasked (with ties)
-    last entry of a scan variant's tail missed       scan variants: the variants' names
+    one tied entry too few in `cut`             a crash in the first step
+    last entry of the tail missed in `scan`     norm of the gradients, all scan variants
+    an active entry moved to a wrong place      positions, gradients, frozen entries
+    last entry of the variants' tail missed     all scan variants
 """
 
 from __future__ import annotations
