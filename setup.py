@@ -3,8 +3,8 @@
 They build against the installed torch: pip install --no-build-isolation -e .
 Without a C++ compiler the package is pure Python, and torch is not needed to build it.
 SPARSE_OPTIM_CPP=1 and SPARSE_OPTIM_CUDA=1 demand a backend, =0 leaves it out. `python setup.py
-check_cuda --link` compiles the CUDA backend without a GPU or a CUDA build of torch. The rest of the
-metadata is in pyproject.toml.
+check_cuda --link` compiles the CUDA backend without a GPU or a CUDA build of torch, as the build does
+for the architectures in TORCH_CUDA_ARCH_LIST. The rest of the metadata is in pyproject.toml.
 """
 
 import os
@@ -98,7 +98,8 @@ class CheckCuda(Command):
     def run(self) -> None:
         from check_cuda import check_cuda
 
-        check_cuda([*FLAGS, "-DUSE_CUDA"], NVCC_FLAGS, CUDA_ARCHS, bool(self.link))
+        archs = os.environ.get("TORCH_CUDA_ARCH_LIST", CUDA_ARCHS)
+        check_cuda([*FLAGS, "-DUSE_CUDA"], NVCC_FLAGS, archs, bool(self.link))
 
 
 if "check_cuda" in sys.argv:

@@ -88,8 +88,8 @@ def emulated() -> None:
 
 
 def _compile(target: Path, *command: str) -> None:
-    kernels = sorted(glob("csrc/cuda/*.cu", root_dir=ROOT))
-    sources = ["bench/kernels_alone.cu", *kernels]
+    kernels = set(glob("csrc/cuda/*.cu", root_dir=ROOT)) - {"csrc/cuda/sampled_grad.cu"}  # unused
+    sources = ["bench/kernels_alone.cu", *sorted(kernels)]
     digest, noted = _digest(command), target.with_suffix(".sources")
     if target.exists() and noted.exists() and noted.read_text() == digest and _starts(target):
         print(f"{target.name} was compiled before, from the same sources")

@@ -12,6 +12,7 @@ checkout:
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -30,7 +31,10 @@ def main() -> None:
     PREPARED.mkdir(exist_ok=True)
     environment.write_commit()
     gpu_build.alone(arguments.arch)
-    subprocess.run([sys.executable, "setup.py", "check_cuda", "--link"], cwd=ROOT, check=True)
+    subprocess.run(
+        [sys.executable, "setup.py", "check_cuda", "--link"], cwd=ROOT, check=True,
+        env={**os.environ, "TORCH_CUDA_ARCH_LIST": arguments.arch},
+    )  # fmt: skip
     shutil.copy2(ROOT / "build" / "check_cuda" / "_C_cuda.abi3.so", PREPARED)
     for library in gpu_build.PACKAGE.glob("_C.*so"):
         shutil.copy2(library, PREPARED)
