@@ -3,8 +3,8 @@
 They build against the installed torch: pip install --no-build-isolation -e .
 Without a C++ compiler the package is pure Python, and torch is not needed to build it.
 SPARSE_OPTIM_CPP=1 and SPARSE_OPTIM_CUDA=1 demand a backend, =0 leaves it out. `python setup.py
-check_cuda --link` compiles the CUDA backend without a GPU or a CUDA build of torch. Both compile for
-the architectures in TORCH_CUDA_ARCH_LIST, if it is set. The rest of the metadata is in
+check_cuda --link` compiles the CUDA backend without a GPU or a CUDA build of torch. Both take the
+architectures in TORCH_CUDA_ARCH_LIST, if it is set. The rest of the metadata is in
 pyproject.toml.
 """
 
