@@ -38,7 +38,7 @@ def test_it_compiles_for_a_gpu(tmp_path: Path) -> None:
 def test_its_check_passes_in_the_emulator(tmp_path: Path) -> None:
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
-    library = Path(emulated_cuda.library_path())
+    library = Path(emulated_cuda._library._name)
     flags = [flag for flag in emulated_cuda.FLAGS if flag not in ("-fPIC", "-shared")]
     subprocess.run(
         ["g++", *flags, *INCLUDE, "-Itests/support/cuda_emulator", SOURCE, "-x", "none",

@@ -72,12 +72,6 @@ def load(library: Path) -> None:
         sizes.restype = ctypes.c_int64
 
 
-def library_path() -> str:
-    """Path of the library that `load` has loaded."""
-    assert _library is not None
-    return _library._name
-
-
 def configure(multiprocessors: int, seed: int) -> None:
     """Pretend a device of so many multiprocessors; shuffle threads and blocks by `seed`."""
     assert _library is not None
