@@ -97,7 +97,8 @@ def _import_lazily(library: Path) -> None:
         "module = importlib.util.module_from_spec(spec);"
         "assert module.scratch_bytes(1, 1, 1) > 0;"
         "keys = torch._C._dispatch_has_kernel_for_dispatch_key;"
-        "names = ('bind', 'scan', 'clip', 'rank', 'cut', 'append', 'update', 'sampled_grad');"
+        "names = ('bind', 'scan', 'clip', 'rank', 'cut', 'collect_begin', 'collect', "
+        "'collect_end', 'append', 'update', 'sampled_grad');"
         "assert all(keys('sparse_optim::' + name, 'CUDA') for name in names)"
     )
     _run(sys.executable, "-c", program)

@@ -140,17 +140,26 @@ inline NewEntries check_new(const Place& place, const Tensor& new_tensor,
           new_position.numel()};
 }
 
-inline void check_cut(const Place& place, const Tensor& tile_max, const Tensor& param_bound,
-                      const Tensor& targets, const Tensor& progress, const Tensor& found_inf,
-                      double exp, const Tensor& threshold) {
+inline void check_param_bound(const Place& place, const Tensor& tile_max, const Tensor& param_bound,
+                              double exp) {
   place.check(param_bound, "param_bound", ScalarType::Float, exp < 0 ? tile_max.numel() : 0);
+}
+
+inline void check_targets(const Place& place, const Tensor& targets, const Tensor& progress) {
   place.check(targets, "targets", ScalarType::Long);
   place.check(progress, "progress", ScalarType::Long, 3);
-  place.check(found_inf, "found_inf", ScalarType::Float, 1);
-  place.check(threshold, "threshold", ScalarType::Float, 1);
   STD_TORCH_CHECK(targets.numel() > 0, "targets must hold at least one element");
   STD_TORCH_CHECK(targets.dim() == 1 || (targets.dim() == 2 && targets.size(1) == 4),
                   "targets must be a table of one dimension or a formula of four columns");
+}
+
+inline void check_cut(const Place& place, const Tensor& tile_max, const Tensor& param_bound,
+                      const Tensor& targets, const Tensor& progress, const Tensor& found_inf,
+                      double exp, const Tensor& threshold) {
+  check_param_bound(place, tile_max, param_bound, exp);
+  check_targets(place, targets, progress);
+  place.check(found_inf, "found_inf", ScalarType::Float, 1);
+  place.check(threshold, "threshold", ScalarType::Float, 1);
 }
 
 // T + 1 of a table, minus the pieces of a formula.

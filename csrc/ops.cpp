@@ -248,6 +248,16 @@ STABLE_TORCH_LIBRARY(sparse_optim, library) {
       "float exp, float eps, Tensor noise, int tile, Tensor(a!) new_tensor, Tensor(b!) "
       "new_position, "
       "Tensor(c!) new_count, Tensor(d!) threshold, Tensor(e!) scratch) -> ()");
+  // On CUDA alone.
+  library.def(
+      "collect_begin(Tensor targets, Tensor progress, int max_quota, Tensor(a!) collected) -> ()");
+  library.def(
+      "collect(Tensor bound, Tensor position, Tensor offsets, Tensor tile_offsets, "
+      "Tensor tile_max, Tensor param_bound, float exp, float eps, int tile, int first_tensor, "
+      "int max_quota, Tensor(a!) collected, Tensor(b!) scratch) -> ()");
+  library.def(
+      "collect_end(Tensor found_inf, Tensor(a!) new_tensor, Tensor(b!) new_position, "
+      "Tensor(c!) new_count, Tensor(d!) threshold, Tensor(e!) grad, Tensor(f!) collected) -> ()");
   library.def(
       "append(Tensor bound, Tensor new_tensor, Tensor new_position, "
       "Tensor new_count, Tensor(a!) position, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "

@@ -1,6 +1,6 @@
-// The CUDA kernels behind torch.ops.sparse_optim.{bind, scan, clip, rank, cut, append, update,
-// sampled_grad}, whose schemas csrc/ops.cpp defines. LibTorch stable ABI only; compiles without
-// nvcc.
+// The CUDA kernels behind torch.ops.sparse_optim.{bind, scan, clip, rank, cut, collect_begin,
+// collect, collect_end, append, update, sampled_grad}, whose schemas csrc/ops.cpp defines. LibTorch
+// stable ABI only; compiles without nvcc.
 //
 // Nothing here reads a device tensor, so that no call waits for the device and a step can be
 // captured in a CUDA graph. Checks of contents (tile_offsets, offsets, group_index, new_count,
@@ -132,6 +132,49 @@ void cut(Tensor bound, Tensor position, Tensor offsets, Tensor tile_offsets, Ten
                            data<float>(threshold), work, device.stream));
 }
 
+void* check_collected(const Device& device, const Tensor& collected, int64_t max_quota) {
+  device.place.check(collected, "collected", ScalarType::Byte, cuda::collected_bytes());
+  STD_TORCH_CHECK(max_quota >= 0 && max_quota <= cuda::max_collected_quota(),
+                  "max_quota must be 0 to ", cuda::max_collected_quota(), ", got ", max_quota);
+  return data<uint8_t>(collected);
+}
+
+void collect_begin(Tensor targets, Tensor progress, int64_t max_quota, Tensor collected) {
+  const Device device(progress, "progress");
+  check_targets(device.place, targets, progress);
+  const cuda::CollectInput in{data<int64_t>(targets), signed_length(targets),
+                              data<int64_t>(progress)};
+  void* at = check_collected(device, collected, max_quota);
+  STD_CUDA_CHECK(cuda::collect_begin(in, max_quota, at, device.stream));
+}
+
+void collect(Tensor bound, Tensor position, Tensor offsets, Tensor tile_offsets, Tensor tile_max,
+             Tensor param_bound, double exp, double eps, int64_t tile, int64_t first_tensor,
+             int64_t max_quota, Tensor collected, Tensor scratch) {
+  const Device device(bound, "bound");
+  const cuda::Pool pool = tiled_pool_of(device, bound, tile_offsets, tile, tile_max);
+  check_positions(device.place, pool.num_tensors, position, offsets);
+  check_param_bound(device.place, tile_max, param_bound, exp);
+  STD_TORCH_CHECK(first_tensor >= 0, "first_tensor must not be negative, got ", first_tensor);
+  void* at = check_collected(device, collected, max_quota);
+  void* work = check_scratch(device, scratch, cuda::cut_scratch_bytes(pool.num_tiles));
+  STD_CUDA_CHECK(cuda::collect(pool, data<int32_t>(position), data<int64_t>(offsets),
+                               data<int32_t>(tile_max), data<float>(param_bound), exp, float(eps),
+                               first_tensor, max_quota, at, work, device.stream));
+}
+
+void collect_end(Tensor found_inf, Tensor new_tensor, Tensor new_position, Tensor new_count,
+                 Tensor threshold, Tensor grad, Tensor collected) {
+  const Device device(found_inf, "found_inf");
+  device.place.check(found_inf, "found_inf", ScalarType::Float, 1);
+  device.place.check(threshold, "threshold", ScalarType::Float, 1);
+  const NewEntries found = check_new(device.place, new_tensor, new_position, new_count);
+  device.place.check(grad, "grad", ScalarType::Float, found.capacity);
+  void* at = check_collected(device, collected, found.capacity);
+  STD_CUDA_CHECK(cuda::collect_end(data<float>(found_inf), found, data<float>(threshold),
+                                   data<float>(grad), at, device.stream));
+}
+
 void append(Tensor bound, Tensor new_tensor, Tensor new_position, Tensor new_count, Tensor position,
             Tensor exp_avg, Tensor exp_avg_sq, Tensor unmask_step, Tensor master,
             Tensor active_grad, Tensor offsets, Tensor progress, Tensor scratch) {
@@ -184,6 +227,9 @@ STABLE_TORCH_LIBRARY_IMPL(sparse_optim, CUDA, library) {
   library.impl("clip", TORCH_BOX(&clip));
   library.impl("rank", TORCH_BOX(&rank));
   library.impl("cut", TORCH_BOX(&cut));
+  library.impl("collect_begin", TORCH_BOX(&collect_begin));
+  library.impl("collect", TORCH_BOX(&collect));
+  library.impl("collect_end", TORCH_BOX(&collect_end));
   library.impl("append", TORCH_BOX(&append));
   library.impl("update", TORCH_BOX(&update));
   library.impl("sampled_grad", TORCH_BOX(&sampled_grad));
@@ -198,8 +244,19 @@ static PyObject* scratch_bytes(PyObject*, PyObject* arguments) {
   return PyLong_FromLongLong(sparse_optim::cuda::scratch_bytes(num_tiles, capacity, max_quota));
 }
 
-static PyMethodDef functions[] = {{"scratch_bytes", scratch_bytes, METH_VARARGS, nullptr},
-                                  {nullptr, nullptr, 0, nullptr}};
+// collected_bytes(): how long `collected` must be. max_collected_quota(): of collect_begin.
+static PyObject* collected_bytes(PyObject*, PyObject*) {
+  return PyLong_FromLongLong(sparse_optim::cuda::collected_bytes());
+}
+static PyObject* max_collected_quota(PyObject*, PyObject*) {
+  return PyLong_FromLongLong(sparse_optim::cuda::max_collected_quota());
+}
+
+static PyMethodDef functions[] = {
+    {"scratch_bytes", scratch_bytes, METH_VARARGS, nullptr},
+    {"collected_bytes", collected_bytes, METH_NOARGS, nullptr},
+    {"max_collected_quota", max_collected_quota, METH_NOARGS, nullptr},
+    {nullptr, nullptr, 0, nullptr}};
 static PyModuleDef module = {
     PyModuleDef_HEAD_INIT, "_C_cuda", nullptr, -1, functions, nullptr, nullptr, nullptr, nullptr};
 extern "C" PyMODINIT_FUNC PyInit__C_cuda(void) {

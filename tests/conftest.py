@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import hypothesis
 import pytest
+from filelock import FileLock
 
 # Workers of pytest-xdist share the cores; so do the processes that tests start.
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
@@ -62,7 +63,14 @@ def cuda_emulator(tmp_path_factory: pytest.TempPathFactory) -> None:
         pytest.skip("the emulator needs g++")
     import emulated_cuda
 
-    emulated_cuda.load(emulated_cuda.build(tmp_path_factory.mktemp("emulator")))
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # one for all processes
+        folder = folder.parent
+    with FileLock(folder / "emulator.lock"):
+        library = folder / emulated_cuda.LIBRARY
+        if not library.exists():
+            emulated_cuda.build(folder)
+    emulated_cuda.load(library)
 
 
 @pytest.fixture(scope="module")

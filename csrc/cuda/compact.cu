@@ -15,7 +15,7 @@ __device__ inline uint32_t reaching(const int32_t* bound, int64_t num_tiles, int
 
 __global__ void __launch_bounds__(kThreads, kResident)
     count_chunks_kernel(const int32_t* bound, int64_t num_tiles, Selection* state, int32_t* chunk) {
-  if (state->quota == 0) return;
+  if (state->passes == 0) return;
   const int64_t count = __popc(reaching(bound, num_tiles, state->limit));
   const int64_t total = block_prefix(count).total;
   if (threadIdx.x == 0) chunk[blockIdx.x] = int32_t(total);
@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
 __global__ void __launch_bounds__(kThreads, kResident)
     list_kernel(const int32_t* bound, int64_t num_tiles, const Selection* state,
                 const int32_t* chunk, int32_t* list) {
-  if (state->quota == 0) return;
+  if (state->passes == 0) return;
   uint32_t bits = reaching(bound, num_tiles, state->limit);
   int64_t out = chunk[blockIdx.x] + block_prefix(__popc(bits)).before;
   for (; bits; bits &= bits - 1)

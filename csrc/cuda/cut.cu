@@ -1,25 +1,28 @@
 // cut: the `quota` frozen entries of largest importance, exactly, ties to the lower global index.
 //
 //   1. bound[j] of each tile (with exp = 0, tile_max itself, perturbed already where entries are
-//      sampled); the quota-th largest is the limit.
-//   2. Unless exp = 0: the tiles that reach it are opened, the quota-th largest of their exact
-//      maxima is the limit.
-//   3. Every tile with a bound at or above the limit is listed; no other can hold a winner.
-//   4. The quota-th largest key among the entries of listed tiles, and how many of its equals
-//      belong, by radix selection: three readings of the listed tiles. No candidate is stored, so
-//      that no buffer grows with how many there are.
-//   5. Winners are counted by tile, the counts added up in tile order, the winners written.
+//      sampled); a floor just below the quota-th largest is the limit.
+//   2. Unless exp = 0: the tiles that reach it are opened; a floor of their exact maxima is the
+//      limit.
+//   3. Only tiles with a bound at or above the limit can hold winners. If the quota is small, their
+//      entries at or above the limit are collected in one reading (candidates.h), and the last
+//      block to finish selects the quota-th largest of them. How many winners come before a
+//      candidate, counted by one warp each, is its place.
+//   4. Otherwise, or if there are more candidates than room, as where many entries tie or winners
+//      crowd into a few tiles, these tiles are read five times (winners.h). With exact bounds,
+//      hardly more tiles than the quota are at stake: then the last block does that by itself, at
+//      the cost of no launch. Without, launches follow that return at once if they are not needed.
 //
-// All on the device: each kernel returns at once if the quota is 0, and kernels over the listed
-// tiles stride over a count that a kernel before wrote. The same steps as csrc/cpu/cut.cpp.
-// Delegates that stand for groups of candidates: Gaihre et al. 2021, Dr. Top-k, arXiv 2109.08219.
+// All on the device: each kernel returns at once if the quota is 0. The same result as
+// csrc/cpu/cut.cpp. Delegates that stand for groups of candidates: Gaihre et al. 2021, Dr. Top-k,
+// arXiv 2109.08219.
 //
-// Bytes: 4 per tile some five times; listed tiles (about quota to 3 quota of 16 KB, with their
-// parameters unless exp = 0) five or six times, mostly from L2.
+// Bytes: 4 per tile three times; tiles that reach the limit (about quota of 16 KB, with their
+// parameters unless exp = 0) once. Launches: 5 with exp = 0, else 16,
+// of which seven return at once.
 #include "core/schedule.h"
+#include "cuda/candidates.h"
 #include "cuda/compact.h"
-#include "cuda/open_tile.h"
-#include "cuda/select.h"
 
 namespace sparse_optim::cuda {
 namespace {
@@ -29,38 +32,23 @@ constexpr int kBlocksPerMultiprocessor = 8;
 // Keys of an array that a block counts at least: setting up 2048 bins costs as much.
 constexpr int64_t kKeysPerBlock = 4096;
 
-struct Scratch {
-  Selection* selection;
-  int64_t* start;     // (num_tiles,) winners before each listed tile
-  int32_t* bound;     // (num_tiles,) keys, by tile
-  int32_t* maxima;    // (num_tiles,) exact keys, by listed tile
-  int32_t* list;      // (num_tiles,) tiles, ascending
-  uint32_t* winners;  // (num_tiles,) by listed tile: entries above the limit << 16 | equal to it
-  int32_t* chunk;     // (num_chunks,) of `compact`
-};
-
-Scratch layout(void* scratch, int64_t num_tiles) {
-  Scratch at;
-  at.selection = static_cast<Selection*>(scratch);
-  at.start = reinterpret_cast<int64_t*>(at.selection + 1);
-  at.bound = reinterpret_cast<int32_t*>(at.start + num_tiles);
-  at.maxima = at.bound + num_tiles;
-  at.list = at.maxima + num_tiles;
-  at.winners = reinterpret_cast<uint32_t*>(at.list + num_tiles);
-  at.chunk = reinterpret_cast<int32_t*>(at.winners + num_tiles);
-  return at;
+// Quotas beyond the number of tiles leave no floor.
+bool collects(int64_t num_tiles, int64_t max_quota) {
+  return few_candidates(max_quota) && 2 * max_quota <= num_tiles;
 }
 
 __global__ void __launch_bounds__(kThreads, kResident)
-    prepare_kernel(CutInput in, int64_t capacity, Selection* state, int64_t* new_count) {
+    prepare_kernel(CutInput in, int64_t capacity, bool few, Selection* state, int64_t* new_count) {
   for (int b = int(threadIdx.x); b < kBins; b += kThreads) state->bins[b] = 0;
   if (threadIdx.x != 0) return;
   const int64_t quota =
       step_quota(in.targets, in.num_targets, in.progress, *in.found_inf, capacity);
   state->quota = state->wanted = quota;
   state->ties = state->num_listed = 0;
+  state->num_candidates = 0;
   state->prefix = state->exhausted = 0;
   state->limit = 1;
+  state->passes = quota && !few;
   state->least = kInfinityBits;
   state->arrived = 0;
   *new_count = 0;
@@ -68,180 +56,154 @@ __global__ void __launch_bounds__(kThreads, kResident)
 
 template <class Importance>
 __global__ void __launch_bounds__(kThreads, kResident)
-    bound_kernel(Importance importance, CutInput in, int64_t num_tiles, const Selection* state,
-                 int32_t* bound) {
-  if (state->quota == 0) return;
-  for (int64_t j = global_thread(); j < num_tiles; j += grid_threads())
-    bound[j] =
-        bound_key(importance, from_bits(in.tile_max[j]), in.param_bound ? in.param_bound[j] : 0.f);
-}
-
-// The exact maxima of the listed tiles, which replace their bounds.
-template <class Importance>
-__global__ void __launch_bounds__(kThreads, kResident)
-    score_kernel(Importance importance, Entries entries, Scratch at) {
-  __shared__ uint32_t marks[kTileWords];
-  __shared__ int32_t largest;
+    bound_kernel(Importance importance, CutInput in, int64_t num_tiles, CutScratch at) {
   if (at.selection->quota == 0) return;
-  for (int64_t i = blockIdx.x; i < at.selection->num_listed; i += gridDim.x) {
-    if (threadIdx.x == 0) largest = 0;
-    int32_t most = 0;
-    visit_tile(entries, importance, at.list[i], marks,
-               [&](int, int32_t key) { most = max(most, key); });
-    most = __reduce_max_sync(kAllLanes, most);
-    if (lane() == 0) atomicMax(&largest, most);
-    __syncthreads();
-    if (threadIdx.x == 0) at.maxima[i] = at.bound[at.list[i]] = largest;
+  for (int64_t j = global_thread(); j < num_tiles; j += grid_threads()) {
+    at.bound[j] =
+        bound_key(importance, from_bits(in.tile_max[j]), in.param_bound ? in.param_bound[j] : 0.f);
+    at.maxima[j] = 0;
   }
 }
 
-// The entries of the listed tiles, as a source of keys.
-template <class Importance>
-struct ListedEntries {
-  Importance importance;
-  Entries entries;
-  const int32_t* list;
-
-  __device__ int32_t least(const Selection& state) const { return state.limit; }
-  template <class Visit>
-  __device__ void visit(const Selection& state, Visit&& visit) const {
-    __shared__ uint32_t marks[kTileWords];
-    for (int64_t i = blockIdx.x; i < state.num_listed; i += gridDim.x)
-      visit_tile(entries, importance, list[i], marks, [&](int, int32_t key) { visit(key); });
-  }
-};
-
-// By one block, from the counts of all listed tiles: where each tile's winners go, and how many
-// entries that tie it may keep (the first tiles have them all).
-__device__ inline void place_winners(const Scratch& at, int64_t* new_count, float* threshold) {
-  const int64_t count = at.selection->num_listed, ties = at.selection->ties;
-  int64_t tied_before = 0, kept_before = 0;
-  for (int64_t first = 0; first < count; first += kThreads) {
-    const int64_t i = first + threadIdx.x;
-    const uint32_t winners = i < count ? __ldcg(&at.winners[i]) : 0;
-    const int64_t above = winners >> 16, tied = winners & 0xffff;
-    const Prefix all_tied = block_prefix(tied);
-    const int64_t left = ties - tied_before - all_tied.before;
-    const int64_t kept = left < 0 ? 0 : (left < tied ? left : tied);
-    const Prefix out = block_prefix(above + kept);
-    if (i < count) {
-      at.start[i] = kept_before + out.before;
-      at.winners[i] = uint32_t(above << 16 | kept);
-    }
-    tied_before += all_tied.total;
-    kept_before += out.total;
-  }
-  if (threadIdx.x != 0) return;
-  *new_count = kept_before;
-  if (kept_before) *threshold = from_bits(__ldcg(&at.selection->least));
-}
-
+// The exact maxima of the tiles that reach the limit, which also replace their bounds.
 template <class Importance>
 __global__ void __launch_bounds__(kThreads, kResident)
-    count_kernel(Importance importance, Entries entries, Scratch at, int64_t* new_count,
-                 float* threshold) {
-  __shared__ uint32_t marks[kTileWords];
-  __shared__ uint32_t winners;
-  Selection& state = *at.selection;
-  if (state.quota == 0) return;
-  const int32_t limit = state.limit;
-  int32_t least = kInfinityBits;
-  for (int64_t i = blockIdx.x; i < state.num_listed; i += gridDim.x) {
-    if (threadIdx.x == 0) winners = 0;
-    uint32_t mine = 0;
-    visit_tile(entries, importance, at.list[i], marks, [&](int, int32_t key) {
-      mine += key > limit ? 1u << 16 : uint32_t(key == limit);
-      if (key >= limit) least = min(least, key);
-    });
-    mine = warp_sum(mine);
-    if (lane() == 0) atomicAdd(&winners, mine);
-    __syncthreads();
-    if (threadIdx.x == 0) at.winners[i] = winners;
-  }
-  least = __reduce_min_sync(kAllLanes, least);
-  if (lane() == 0) atomicMin(&state.least, least);
-  if (is_last_block(&state.arrived)) place_winners(at, new_count, threshold);
-}
-
-// The lowest `count` set bits.
-__device__ inline uint32_t lowest_bits(uint32_t bits, int64_t count) {
-  uint32_t kept = 0;
-  for (; bits && count > 0; --count) {
-    kept |= bits & (0u - bits);
-    bits &= bits - 1;
-  }
-  return kept;
-}
-
-// Winners of a tile as bits, 32 entries a word; each word's thread writes them in order.
-template <class Importance>
-__global__ void __launch_bounds__(kThreads, kResident)
-    write_kernel(Importance importance, Entries entries, Scratch at, NewEntries found) {
-  __shared__ uint32_t marks[kTileWords], above[kTileWords], tied[kTileWords];
+    score_kernel(Importance importance, Entries entries, CutScratch at) {
+  __shared__ uint32_t marks[kWarps][kTileWords];
   if (at.selection->quota == 0) return;
   const int32_t limit = at.selection->limit;
-  for (int64_t i = blockIdx.x; i < at.selection->num_listed; i += gridDim.x) {
-    if (at.winners[i] == 0) continue;
-    const Tile tile =
-        visit_tile(entries, importance, at.list[i], marks, [&](int word, int32_t key) {
-          const uint32_t is_above = __ballot_sync(kAllLanes, key > limit);
-          const uint32_t is_tied = __ballot_sync(kAllLanes, key == limit);
-          if (lane() == 0) above[word] = is_above, tied[word] = is_tied;
-        });
-    const int word = int(threadIdx.x);
-    const bool inside = word * kWarp < tile.count;
-    const uint32_t ties = inside ? tied[word] : 0;
-    const int64_t kept = at.winners[i] & 0xffff;
-    uint32_t bits = lowest_bits(ties, kept - block_prefix(__popc(ties)).before);
-    if (inside) bits |= above[word];
-    int64_t out = at.start[i] + block_prefix(__popc(bits)).before;
-    for (; bits; bits &= bits - 1, ++out) {
-      found.tensor[out] = int32_t(tile.tensor);
-      found.position[out] = int32_t(tile.first + word * kWarp + __ffs(int(bits)) - 1);
+  for_each_reaching(at.bound, entries.pool.num_tiles, limit, [&](int64_t tile_index) {
+    int32_t largest = 0;
+    visit_tile_by_warp(entries, importance, tile_index, marks[warp()],
+                       [&](const Tile&, int, int32_t key, float) { largest = max(largest, key); });
+    largest = __reduce_max_sync(kAllLanes, largest);
+    if (lane() == 0) at.maxima[tile_index] = at.bound[tile_index] = largest;
+  });
+}
+
+// Selects among the candidates, by one block.
+template <class Importance>
+__device__ inline void choose(const ListedEntries<Importance>& listed, const int32_t* bound,
+                              const CutScratch& at, const NewEntries& found, float* threshold) {
+  Selection& state = *at.selection;
+  const int64_t count = int64_t(__ldcg(&state.num_candidates));
+  __syncthreads();  // all have read the count
+  if (count > kCandidates) {
+    if constexpr (kGradAlone<Importance>) {
+      cut_in_block(listed, bound, listed.entries.pool.num_tiles, at, found, threshold);
+    } else if (threadIdx.x == 0) {
+      state.passes = 1;
     }
+    if (threadIdx.x == 0) state.num_candidates = 0;
+    return;
+  }
+  const KeyArray keys{at.key, count};
+  int32_t least = kInfinityBits;
+  keys.visit(state, {0, 1}, [&](int32_t key) { least = min(least, key); });
+  least = __reduce_min_sync(kAllLanes, least);
+  if (lane() == 0) atomicMin(&state.least, least);
+  select_kth_in_block(keys, state);
+  if (threadIdx.x != 0) return;
+  *found.count = count < state.quota ? count : state.quota;
+  if (count) *threshold = from_bits(max(state.limit, __ldcg(&state.least)));
+}
+
+template <class Importance>
+__global__ void __launch_bounds__(kThreads, kResident)
+    collect_kernel(ListedEntries<Importance> listed, const int32_t* bound, CutScratch at,
+                   NewEntries found, float* threshold) {
+  Selection& state = *at.selection;
+  if (state.quota == 0) return;
+  collect(listed.importance, listed.entries, bound, state.limit, 0, &state.num_candidates,
+          {at.place, at.key, nullptr});
+  if (is_last_block(&state.arrived)) choose(listed, bound, at, found, threshold);
+}
+
+__global__ void __launch_bounds__(kThreads, kResident)
+    place_kernel(CutScratch at, NewEntries found) {
+  const Selection& state = *at.selection;
+  if (state.quota == 0) return;
+  const int64_t count = int64_t(state.num_candidates), ties = state.ties;
+  const int32_t limit = state.limit;
+  for (int64_t i = global_thread() / kWarp; i < count; i += grid_threads() / kWarp) {
+    const int32_t key = at.key[i];
+    const uint64_t place = at.place[i];
+    if (key < limit) continue;
+    int64_t above = 0, tied = 0;  // that come before it
+    for (int64_t j = lane(); j < count; j += kWarp) {
+      if (at.place[j] >= place) continue;
+      above += at.key[j] > limit;
+      tied += at.key[j] == limit;
+    }
+    above = warp_sum(above);
+    tied = warp_sum(tied);
+    if (lane() != 0 || (key == limit && tied >= ties)) continue;
+    const int64_t out = above + (tied < ties ? tied : ties);
+    found.tensor[out] = int32_t(place >> 32);
+    found.position[out] = int32_t(place & 0xffffffffu);
   }
 }
 
 template <class Importance>
 void cut_by(Importance importance, const Entries& entries, const CutInput& in,
-            const NewEntries& found, float* threshold, const Scratch& at, cudaStream_t stream) {
+            const NewEntries& found, float* threshold, const CutScratch& at, cudaStream_t stream) {
   const int64_t num_tiles = entries.pool.num_tiles;
   const int64_t by_key = grid_for(num_tiles, kKeysPerBlock, kBlocksPerMultiprocessor);
-  const int64_t by_tile = grid_for(num_tiles, 1, kBlocksPerMultiprocessor);
+  const int64_t by_warp = grid_for(num_tiles, kWarps, kBlocksPerMultiprocessor);
   constexpr bool kExactBounds = kGradAlone<Importance>;
   const int32_t* bound = kExactBounds ? in.tile_max : at.bound;
   if constexpr (!kExactBounds) {
-    SPARSE_OPTIM_LAUNCH(bound_kernel, by_key, kThreads, stream, importance, in, num_tiles,
-                        at.selection, at.bound);
+    SPARSE_OPTIM_LAUNCH(bound_kernel, by_key, kThreads, stream, importance, in, num_tiles, at);
   }
-  select_kth(KeyArray{bound, num_tiles}, by_key, at.selection, stream);
-  compact(bound, num_tiles, at.selection, at.chunk, at.list, stream);
+  select_kth(KeyArray{bound, num_tiles}, by_key, at.selection, kFloorDigits, stream);
   if constexpr (!kExactBounds) {
-    SPARSE_OPTIM_LAUNCH(score_kernel, by_tile, kThreads, stream, importance, entries, at);
-    select_kth(KeyArray{at.maxima, -1}, by_key, at.selection, stream);
-    compact(bound, num_tiles, at.selection, at.chunk, at.list, stream);
+    SPARSE_OPTIM_LAUNCH(score_kernel, by_warp, kThreads, stream, importance, entries, at);
+    select_kth(KeyArray{at.maxima, num_tiles}, by_key, at.selection, kFloorDigits, stream);
   }
-  select_kth(ListedEntries<Importance>{importance, entries, at.list}, by_tile, at.selection,
-             stream);
-  SPARSE_OPTIM_LAUNCH(count_kernel, by_tile, kThreads, stream, importance, entries, at, found.count,
-                      threshold);
-  SPARSE_OPTIM_LAUNCH(write_kernel, by_tile, kThreads, stream, importance, entries, at, found);
+  const ListedEntries<Importance> listed{importance, entries, at.list};
+  if (collects(num_tiles, found.capacity)) {
+    const int64_t by_candidate = grid_for(kCandidates, kWarps, kBlocksPerMultiprocessor);
+    SPARSE_OPTIM_LAUNCH(collect_kernel, by_warp, kThreads, stream, listed, bound, at, found,
+                        threshold);
+    SPARSE_OPTIM_LAUNCH(place_kernel, by_candidate, kThreads, stream, at, found);
+    if (kExactBounds) return;
+  }
+  const int64_t by_tile = grid_for(num_tiles, 1, kBlocksPerMultiprocessor);
+  compact(bound, num_tiles, at.selection, at.chunk, at.list, stream);
+  select_kth(listed, by_tile, at.selection, kAllDigits, stream);
+  SPARSE_OPTIM_LAUNCH(count_kernel, by_tile, kThreads, stream, listed, at, found.count, threshold);
+  SPARSE_OPTIM_LAUNCH(write_kernel, by_tile, kThreads, stream, listed, at, found);
 }
 
 }  // namespace
 
+CutScratch cut_layout(void* scratch, int64_t num_tiles) {
+  CutScratch at;
+  at.selection = static_cast<Selection*>(scratch);
+  at.place = reinterpret_cast<uint64_t*>(at.selection + 1);
+  at.start = reinterpret_cast<int64_t*>(at.place + kCandidates);
+  at.key = reinterpret_cast<int32_t*>(at.start + num_tiles);
+  at.bound = at.key + kCandidates;
+  at.maxima = at.bound + num_tiles;
+  at.list = at.maxima + num_tiles;
+  at.winners = reinterpret_cast<uint32_t*>(at.list + num_tiles);
+  at.chunk = reinterpret_cast<int32_t*>(at.winners + num_tiles);
+  return at;
+}
+
 int64_t cut_scratch_bytes(int64_t num_tiles) {
   const int64_t by_tile = sizeof(int64_t) + 3 * sizeof(int32_t) + sizeof(uint32_t);
-  return int64_t(sizeof(Selection)) + num_tiles * by_tile +
+  const int64_t by_candidate = sizeof(uint64_t) + sizeof(int32_t);
+  return int64_t(sizeof(Selection)) + num_tiles * by_tile + kCandidates * by_candidate +
          num_chunks(num_tiles) * int64_t(sizeof(int32_t));
 }
 
 cudaError_t cut(const Pool& pool, const int32_t* position, const int64_t* offsets,
                 const CutInput& in, const NewEntries& found, float* threshold, void* scratch,
                 cudaStream_t stream) {
-  const Scratch at = layout(scratch, pool.num_tiles);
-  SPARSE_OPTIM_LAUNCH(prepare_kernel, 1, kThreads, stream, in, found.capacity, at.selection,
-                      found.count);
+  const CutScratch at = cut_layout(scratch, pool.num_tiles);
+  SPARSE_OPTIM_LAUNCH(prepare_kernel, 1, kThreads, stream, in, found.capacity,
+                      collects(pool.num_tiles, found.capacity), at.selection, found.count);
   if (pool.num_tiles && found.capacity) {
     auto by = [&](auto importance) {
       cut_by(importance, {pool, position, offsets}, in, found, threshold, at, stream);

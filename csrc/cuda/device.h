@@ -19,6 +19,14 @@ __device__ inline int64_t grid_threads() {
   return int64_t(gridDim.x) * kThreads;
 }
 
+// Which part of some work is a block's: item `block`, block + blocks, ... Work of a whole grid can
+// so be done by one block, too.
+struct Share {
+  int64_t block, blocks;
+
+  __device__ static Share of_grid() { return {blockIdx.x, gridDim.x}; }
+};
+
 // Calls visit(pointer of the element type).
 template <class Visit>
 __device__ inline void visit_dtype(DType dtype, const void* data, Visit&& visit) {
@@ -117,6 +125,13 @@ __device__ inline int64_t warp_lower_bound(const int32_t* values, int64_t first,
     last = first + step - 1 < last ? first + step - 1 : last;
   }
   return first;
+}
+
+// Where a warp begins to compare the sorted values with `limit`: lower_bound, or simply the first
+// of few, which costs a read less than a search.
+__device__ inline int64_t warp_first_near(const int32_t* values, int64_t first, int64_t last,
+                                          int64_t limit) {
+  return last - first <= 2 * kWarp ? first : warp_lower_bound(values, first, last, limit);
 }
 
 // The tensor of a tile; tensors without tiles share their successor's first and are passed over.

@@ -24,21 +24,24 @@ constexpr int kDenseBlocks = 256;
 constexpr int kDensePerLaunch = 96;                 // what fits in 4 KB of kernel arguments
 constexpr int kBitmapWords = kMaxTile / kWarp + 1;  // one more: entries of a load may straddle two
 
-// What the warp has seen of a tile, lane by lane until `reduce`.
+// What the warp has seen of a tile, lane by lane until `reduce`. kMasked: the tile has active
+// entries; in one that has none, a single maximum serves for all and for frozen entries.
 struct Peak {
   int32_t all = 0;     // largest |grad| as bits
   int32_t frozen = 0;  // among frozen entries
   float squares = 0.f;
 
+  template <bool kMasked>
   __device__ void add(float grad, bool active) {
     const int32_t bits = magnitude_bits(grad);
     all = max(all, bits);
-    frozen = max(frozen, active ? 0 : bits);
+    if (kMasked) frozen = max(frozen, active ? 0 : bits);
     squares = fmaf(grad, grad, squares);
   }
+  template <bool kMasked>
   __device__ void reduce() {
     all = __reduce_max_sync(kAllLanes, all);
-    frozen = __reduce_max_sync(kAllLanes, frozen);
+    frozen = kMasked ? __reduce_max_sync(kAllLanes, frozen) : all;
     squares = warp_sum(squares);
   }
 };
@@ -50,52 +53,68 @@ __device__ inline uint32_t bits_from(const uint32_t* words, int bit) {
 }
 
 // The entries of one 16-byte load; bit i of `active` tells of entry i.
+template <bool kMasked>
 __device__ inline void add_load(Peak& peak, const uint4& load, const float*, uint32_t active) {
   const uint32_t words[4] = {load.x, load.y, load.z, load.w};
 #pragma unroll
-  for (int i = 0; i < 4; ++i) peak.add(from_bits(int32_t(words[i])), active >> i & 1u);
+  for (int i = 0; i < 4; ++i) peak.add<kMasked>(from_bits(int32_t(words[i])), active >> i & 1u);
 }
-template <class T>
+template <bool kMasked, class T>
 __device__ inline void add_load(Peak& peak, const uint4& load, const T*, uint32_t active) {
   const uint32_t words[4] = {load.x, load.y, load.z, load.w};
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     const T entry{uint16_t(words[i / 2] >> (i % 2 ? 16 : 0))};
-    peak.add(to_float(entry), active >> i & 1u);
+    peak.add<kMasked>(to_float(entry), active >> i & 1u);
   }
 }
 
-// One warp reads a tile. `active` marks the active entries, or is null where there are none.
-// Gradients may start anywhere: entries before the first 16-byte boundary and after the last whole
-// load are read one by one.
-template <bool kMasked, class T>
-__device__ inline Peak read_tile(const T* grad, int count, const uint32_t* active) {
-  constexpr int kEntries = 16 / sizeof(T);
-  Peak peak;
-  auto single = [&](int i) {
-    peak.add(to_float(grad[i]), kMasked && (active[i / 32] >> (i % 32) & 1u));
-  };
-  const int misaligned = int(reinterpret_cast<uintptr_t>(grad) % 16);
-  const int head = min(count, misaligned ? (16 - misaligned) / int(sizeof(T)) : 0);
-  const int loads = (count - head) / kEntries;
-  const uint4* body = reinterpret_cast<const uint4*>(grad + head);
-  auto mask = [&](int i) { return kMasked ? bits_from(active, head + i * kEntries) : 0u; };
+// A tile's gradients as one warp reads them. They may start anywhere: entries before the first
+// 16-byte boundary and after the last whole load are read one by one.
+template <class T>
+struct TileReader {
+  static constexpr int kEntries = 16 / sizeof(T);
 
-  if (lane() < head) single(lane());
-  int i = lane();
-  for (; i + (kLoads - 1) * kWarp < loads; i += kLoads * kWarp) {
-    uint4 load[kLoads];
-#pragma unroll
-    for (int k = 0; k < kLoads; ++k) load[k] = __ldcs(body + i + k * kWarp);
-#pragma unroll
-    for (int k = 0; k < kLoads; ++k) add_load(peak, load[k], grad, mask(i + k * kWarp));
+  const T* grad;
+  int count, head, loads;
+  const uint4* body;
+
+  __device__ TileReader(const T* grad, int count) : grad(grad), count(count) {
+    const int misaligned = int(reinterpret_cast<uintptr_t>(grad) % 16);
+    head = min(count, misaligned ? (16 - misaligned) / int(sizeof(T)) : 0);
+    loads = (count - head) / kEntries;
+    body = reinterpret_cast<const uint4*>(grad + head);
   }
-  for (; i < loads; i += kWarp) add_load(peak, __ldcs(body + i), grad, mask(i));
-  const int tail = head + loads * kEntries + lane();
-  if (tail < count) single(tail);
-  peak.reduce();
-  return peak;
-}
+  __device__ bool has_all(int i) const { return i + (kLoads - 1) * kWarp < loads; }
+  __device__ void load(int i, uint4 (&out)[kLoads]) const {
+#pragma unroll
+    for (int k = 0; k < kLoads; ++k) out[k] = __ldcs(body + i + k * kWarp);
+  }
+  // Of the whole tile. `first` are the loads of has_all(lane()), issued before it was known which
+  // entries are active; `active` marks these, or is null where there are none.
+  template <bool kMasked>
+  __device__ Peak peak(uint4 (&first)[kLoads], const uint32_t* active) const {
+    Peak peak;
+    auto single = [&](int i) {
+      peak.add<kMasked>(to_float(grad[i]), kMasked && (active[i / 32] >> (i % 32) & 1u));
+    };
+    auto add = [&](const uint4& load, int i) {
+      add_load<kMasked>(peak, load, grad, kMasked ? bits_from(active, head + i * kEntries) : 0u);
+    };
+    if (lane() < head) single(lane());
+    int i = lane();
+    for (; has_all(i); i += kLoads * kWarp) {
+      if (i != lane()) load(i, first);
+#pragma unroll
+      for (int k = 0; k < kLoads; ++k) add(first[k], i + k * kWarp);
+    }
+    for (; i < loads; i += kWarp) add(__ldcs(body + i), i);
+    const int tail = head + loads * kEntries + lane();
+    if (tail < count) single(tail);
+    peak.reduce<kMasked>();
+    return peak;
+  }
+};
 
 // Marks the tile's active entries and gathers their gradients; false if it has none. The warp reads
 // them from memory ahead of the tile, which then finds those cache lines in L2.
@@ -103,13 +122,14 @@ template <class T>
 __device__ inline bool mark_active(const T* grad, const Tile& tile, const int32_t* position,
                                    const int64_t* offsets, float* active_grad, uint32_t* marks) {
   const int64_t end = offsets[tile.tensor + 1], last = tile.first + tile.count;
-  int64_t next = warp_lower_bound(position, offsets[tile.tensor], end, tile.first);
+  int64_t next = warp_first_near(position, offsets[tile.tensor], end, tile.first);
   bool any = false;
-  for (unsigned found = kAllLanes; found == kAllLanes; next += kWarp) {
+  for (bool more = true; more; next += kWarp) {
     const int64_t i = next + lane();
-    const bool inside = i < end && position[i] < last;
-    found = __ballot_sync(kAllLanes, inside);
-    if (found && !any) {
+    const bool before = i < end && position[i] < last;
+    const bool inside = before && position[i] >= tile.first;
+    more = __ballot_sync(kAllLanes, before) == kAllLanes;
+    if (__ballot_sync(kAllLanes, inside) && !any) {
       for (int w = lane(); w < kBitmapWords; w += kWarp) marks[w] = 0;
       __syncwarp();
       any = true;
@@ -140,9 +160,12 @@ __global__ void __launch_bounds__(kThreads, kResident)
     Peak peak;
     if (tile.row.grad) {
       visit_dtype(tile.row.grad_dtype, tile.row.grad, [&](auto* grad) {
+        const TileReader reader(grad + tile.first, tile.count);
+        uint4 first[kLoads] = {};
+        if (reader.has_all(lane())) reader.load(lane(), first);
         if (mark_active(grad, tile, position, offsets, active_grad, marks[warp()]))
-          peak = read_tile<true>(grad + tile.first, tile.count, marks[warp()]);
-        else peak = read_tile<false>(grad + tile.first, tile.count, marks[warp()]);
+          peak = reader.template peak<true>(first, marks[warp()]);
+        else peak = reader.template peak<false>(first, nullptr);
       });
     }
     __syncwarp();  // the marks have been read
@@ -201,7 +224,10 @@ __global__ void __launch_bounds__(kThreads, kResident)
     const int64_t left = tensor.numel - first;
     Peak peak;
     visit_dtype(tensor.dtype, tensor.grad, [&](auto* grad) {
-      peak = read_tile<false>(grad + first, int(left < kMaxTile ? left : kMaxTile), nullptr);
+      const TileReader reader(grad + first, int(left < kMaxTile ? left : kMaxTile));
+      uint4 loads[kLoads] = {};
+      if (reader.has_all(lane())) reader.load(lane(), loads);
+      peak = reader.template peak<false>(loads, nullptr);
     });
     sum += double(peak.squares);
     if (lane() == 0 && peak.all >= kInfinityBits) *found_inf = 1.f;

@@ -1,9 +1,9 @@
 // Radix selection: the k-th largest of many 31-bit keys, and how many of its equals belong.
 //
-// Three passes over the keys, 11 + 11 + 9 bits from the top: each counts the digit of the keys that
-// agree with the prefix found so far; the last block to finish finds the digit's bin that holds the
-// k-th largest. Counts are integers, so that the order of the additions does not matter. A key of
-// 0 never counts.
+// Passes over the keys, 11 + 11 + 9 bits from the top: each counts the digit of the keys that agree
+// with the prefix found so far; the last block to finish finds the digit's bin that holds the k-th
+// largest. Counts are integers, so that the order of the additions does not matter. A key of 0
+// never counts. Without the last pass the result is a floor, at most 2^-14 below the k-th largest.
 //
 // Not by cub: CUDA 13.0 has no device-wide selection of the k-th, and its sorts take the number of
 // keys from the host, which does not know how many tiles are listed. Of its blocks' pieces only
@@ -18,7 +18,12 @@ namespace sparse_optim::cuda {
 struct Digit {
   int shift, bits;
 };
-constexpr Digit kDigits[] = {{20, 11}, {9, 11}, {0, 9}};
+constexpr int kAllDigits = 3, kFloorDigits = 2;
+
+SPARSE_OPTIM_INLINE Digit digit_of(int pass) {
+  return pass == 0 ? Digit{20, 11} : pass == 1 ? Digit{9, 11} : Digit{0, 9};
+}
+
 constexpr int kBins = 1 << 11;
 
 // Lives in scratch memory; `prepare` of cut.cu starts it. Between selections bins and `arrived` are
@@ -26,13 +31,15 @@ constexpr int kBins = 1 << 11;
 struct Selection {
   unsigned long long bins[kBins];
   int64_t quota;
-  int64_t wanted;      // of the keys that agree with `prefix`, how many belong
-  int64_t ties;        // result: how many of the keys equal to `limit` belong
-  int64_t num_listed;  // tiles that `compact` listed
+  int64_t wanted;                     // of the keys that agree with `prefix`, how many belong
+  int64_t ties;                       // result: how many of the keys equal to `limit` belong
+  int64_t num_listed;                 // tiles that `compact` listed
+  unsigned long long num_candidates;  // entries that `collect_kernel` found
   int32_t prefix;
   int32_t limit;      // result: the k-th largest key; the least that counts, if fewer than k do
   int32_t exhausted;  // fewer than k
   int32_t least;      // least key among the new entries
+  int32_t passes;     // winners are found in several passes over the listed tiles
   unsigned arrived;   // blocks of the running kernel
 };
 
@@ -67,57 +74,82 @@ __device__ inline void take_digit(Selection& state, Digit digit) {
 
 // Notes the result after the last digit, and makes ready for the next selection.
 __device__ inline void finish_selection(Selection& state, int32_t least) {
-  state.limit = state.exhausted ? least : state.prefix;
+  state.limit = state.exhausted || state.prefix < least ? least : state.prefix;
   state.ties = state.exhausted ? state.quota : state.wanted;
   state.wanted = state.quota;
   state.prefix = 0;
   state.exhausted = 0;
 }
 
-// Counts one digit of the keys of a source. Source: visit(state, f) calls f(key) for this block's
-// keys; least(state) is what a key must reach to count.
+// Counts one digit of a share of the keys of a source. Source: wanted(state) tells whether anything
+// is to be done, visit(state, share, f) calls f(key) for each, least(state) is what a key must
+// reach to count. Every thread of the block calls it.
+template <class Source>
+__device__ inline void count_digit(const Source& source, Selection& state, Share share, Digit digit,
+                                   int32_t least) {
+  __shared__ unsigned bins[kBins];
+  for (int b = int(threadIdx.x); b < kBins; b += kThreads) bins[b] = 0;
+  __syncthreads();
+  const int32_t prefix = state.prefix;
+  const int above = digit.shift + digit.bits;
+  source.visit(state, share, [&](int32_t key) {
+    if (key < least || (key ^ prefix) >> above) return;
+    atomicAdd(&bins[(key >> digit.shift) & ((1 << digit.bits) - 1)], 1u);
+  });
+  __syncthreads();
+  for (int b = int(threadIdx.x); b < kBins; b += kThreads)
+    if (bins[b]) atomicAdd(&state.bins[b], static_cast<unsigned long long>(bins[b]));
+}
+
 template <class Source>
 __global__ void __launch_bounds__(kThreads, kResident)
-    digit_kernel(Source source, Selection* selection, Digit digit) {
-  __shared__ unsigned bins[kBins];
+    digit_kernel(Source source, Selection* selection, Digit digit, bool is_last) {
   Selection& state = *selection;
-  if (state.quota == 0) return;
+  if (!source.wanted(state)) return;
   const int32_t least = source.least(state);
-  if (!state.exhausted) {
-    for (int b = int(threadIdx.x); b < kBins; b += kThreads) bins[b] = 0;
-    __syncthreads();
-    const int32_t prefix = state.prefix;
-    const int above = digit.shift + digit.bits;
-    source.visit(state, [&](int32_t key) {
-      if (key < least || (key ^ prefix) >> above) return;
-      atomicAdd(&bins[(key >> digit.shift) & ((1 << digit.bits) - 1)], 1u);
-    });
-    __syncthreads();
-    for (int b = int(threadIdx.x); b < kBins; b += kThreads)
-      if (bins[b]) atomicAdd(&state.bins[b], static_cast<unsigned long long>(bins[b]));
-  }
+  if (!state.exhausted) count_digit(source, state, Share::of_grid(), digit, least);
   if (!is_last_block(&state.arrived)) return;
   if (!state.exhausted) take_digit(state, digit);
   __syncthreads();
-  if (threadIdx.x == 0 && digit.shift == 0) finish_selection(state, least);
+  if (threadIdx.x == 0 && is_last) finish_selection(state, least);
 }
 
 template <class Source>
-void select_kth(const Source& source, int64_t blocks, Selection* state, cudaStream_t stream) {
-  for (const Digit digit : kDigits)
-    SPARSE_OPTIM_LAUNCH(digit_kernel, blocks, kThreads, stream, source, state, digit);
+void select_kth(const Source& source, int64_t blocks, Selection* state, int num_digits,
+                cudaStream_t stream) {
+  for (int d = 0; d < num_digits; ++d)
+    SPARSE_OPTIM_LAUNCH(digit_kernel, blocks, kThreads, stream, source, state, digit_of(d),
+                        d == num_digits - 1);
 }
 
-// An array of keys: `size` of them, or as many as tiles are listed.
+// The same by one block, all of whose threads call it.
+template <class Source>
+__device__ inline void select_kth_in_block(const Source& source, Selection& state) {
+  const int32_t least = source.least(state);
+#pragma unroll 1
+  for (int d = 0; d < kAllDigits; ++d) {
+    const Digit digit = digit_of(d);
+    if (!state.exhausted) count_digit(source, state, {0, 1}, digit, least);
+    __syncthreads();
+    if (!state.exhausted) take_digit(state, digit);
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) finish_selection(state, least);
+  __syncthreads();
+}
+
+// An array of keys.
 struct KeyArray {
   const int32_t* keys;
-  int64_t size;  // < 0: state.num_listed
+  int64_t size;
 
+  __device__ bool wanted(const Selection& state) const { return state.quota != 0; }
   __device__ int32_t least(const Selection&) const { return 1; }
   template <class Visit>
-  __device__ void visit(const Selection& state, Visit&& visit) const {
-    const int64_t count = size < 0 ? state.num_listed : size;
-    for (int64_t i = global_thread(); i < count; i += grid_threads()) visit(keys[i]);
+  __device__ void visit(const Selection&, Share share, Visit&& visit) const {
+    const int64_t step = share.blocks * kThreads;
+    for (int64_t i = share.block * kThreads + threadIdx.x; i < size; i += step)
+      visit(__ldcg(&keys[i]));
   }
 };
 

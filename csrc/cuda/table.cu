@@ -7,7 +7,12 @@
 namespace sparse_optim::cuda {
 namespace {
 
-constexpr int kRowsPerLaunch = 120;  // what fits in 4 KB of kernel arguments
+// What fits in the arguments of a kernel: 32,764 bytes from CUDA 12.1 on, 4 KB before.
+#if defined(SPARSE_OPTIM_EMULATED) || CUDART_VERSION < 12010
+constexpr int kRowsPerLaunch = 120;
+#else
+constexpr int kRowsPerLaunch = 1000;
+#endif
 
 struct Rows {
   int64_t values[kRowsPerLaunch * kColumns];

@@ -11,6 +11,7 @@ namespace sparse_optim::cuda {
 namespace {
 
 constexpr int kBlocksPerMultiprocessor = 8;
+constexpr int kFewGroups = 8;
 
 // A row of `hyper`, worked out once a block. Logarithms are float64, so that their product with the
 // age is right to the last bit of float32; expm1 of it needs no more than float32.
@@ -39,11 +40,13 @@ __device__ inline void update_entry(const Row& row, const Active& active, int64_
   });
 }
 
+// kGroups: how many groups shared memory has room for; a few take next to none of it.
+template <int kGroups>
 __global__ void __launch_bounds__(kThreads, kResident)
     update_kernel(Pool pool, Active active, const float* grad_factor, const float* found_inf,
                   const Hyper* hyper, int64_t num_groups, const int32_t* group_index,
                   bool entry_age) {
-  __shared__ Group groups[kMaxGroups];
+  __shared__ Group groups[kGroups];
   if (*found_inf != 0.f) return;
   for (int g = int(threadIdx.x); g < num_groups; g += kThreads)
     groups[g] = {AdamW(hyper[g], *grad_factor), float(hyper[g].lr), log(hyper[g].beta1),
@@ -72,8 +75,9 @@ cudaError_t update(const Pool& pool, const Active& active, int64_t capacity,
                    cudaStream_t stream) {
   const int64_t blocks = grid_for(capacity, kThreads, kBlocksPerMultiprocessor);
   if (blocks) {
-    SPARSE_OPTIM_LAUNCH(update_kernel, blocks, kThreads, stream, pool, active, grad_factor,
-                        found_inf, hyper, num_groups, group_index, entry_age);
+    auto* kernel = num_groups <= kFewGroups ? update_kernel<kFewGroups> : update_kernel<kMaxGroups>;
+    SPARSE_OPTIM_LAUNCH(kernel, blocks, kThreads, stream, pool, active, grad_factor, found_inf,
+                        hyper, num_groups, group_index, entry_age);
   }
   SPARSE_OPTIM_LAUNCH(count_step_kernel, 1, 1, stream, found_inf, active.progress);
   return cudaGetLastError();

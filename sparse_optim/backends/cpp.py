@@ -110,5 +110,8 @@ def _mutates_only(*args: object) -> None:
     """Shape function of an operator that returns nothing."""
 
 
-for _name in ("bind", "scan", "clip", "rank", "cut", "append", "update", "sampled_grad"):
+for _name in (
+    "bind", "scan", "clip", "rank", "cut", "collect_begin", "collect", "collect_end", "append",
+    "update", "sampled_grad",
+):  # fmt: skip
     torch.library.register_fake(f"sparse_optim::{_name}", _mutates_only)

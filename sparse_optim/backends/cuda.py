@@ -12,15 +12,20 @@ from __future__ import annotations
 
 import importlib
 
+import torch
+from torch import Tensor
+
 from sparse_optim.backends.cpp import append, bind, clip, cut, rank, sampled_grad, scan, update
+from sparse_optim.backends.operands import ActiveSet, NewEntries, Rule, Tiles
 
 __all__ = [
-    "TILE", "append", "bind", "clip", "cut", "rank", "sampled_grad", "scan", "scratch_bytes",
-    "update",
+    "TILE", "append", "bind", "clip", "collect", "collect_begin", "collect_end", "collected_bytes",
+    "cut", "max_collected_quota", "rank", "sampled_grad", "scan", "scratch_bytes", "update",
 ]  # fmt: skip
 
 # The operators are those of `cpp`; this registers their CUDA kernels.
 _kernels = importlib.import_module("sparse_optim._C_cuda")
+_ops = torch.ops.sparse_optim
 
 # 4096 entries: 128 for each lane of the warp that reads a tile, so that searching the active
 # entries and reducing over the warp cost little beside; tile maxima are 4 bytes in 16 KB.
@@ -29,6 +34,52 @@ TILE = 4096
 
 
 def scratch_bytes(num_tiles: int, capacity: int, max_quota: int) -> int:
-    """Bytes of scratch memory: 200 KB for the sums of dense gradients and 4 per tile; or 24 per
-    tile, or 8 per entry of the capacity and the quota, if that is more."""
+    """Bytes of scratch memory: 200 KB for the sums of dense gradients and 4 per tile; or 400 KB for
+    candidates and 24 per tile; or 8 per entry of the capacity and 32 per entry of the quota; the
+    largest of these."""
     return int(_kernels.scratch_bytes(num_tiles, capacity, max_quota))
+
+
+# An exact running selection over gradients that come one at a time: on this backend alone, for
+# quotas of at most max_collected_quota(). See csrc/cuda/collect.cu.
+
+
+def collect_begin(active: ActiveSet, targets: Tensor, max_quota: int, collected: Tensor) -> None:
+    """Start a step's selection in `collected`, (collected_bytes(),), uint8."""
+    _ops.collect_begin.default(targets, active.progress, max_quota, collected)
+
+
+def collect(
+    bound: Tensor,
+    tiles: Tiles,
+    active: ActiveSet,
+    rule: Rule,
+    first: int,
+    max_quota: int,
+    collected: Tensor,
+    scratch: Tensor,
+) -> None:
+    """Let the frozen entries of tensors first, first + 1, ... compete.
+
+    Args:
+        bound, tiles, active, rule, scratch: of these tensors, as in `reference.cut`; scanned.
+    """
+    _ops.collect.default(
+        bound, active.position, active.offsets, tiles.offsets, tiles.max, tiles.param_bound,
+        rule.exp, rule.eps, tiles.size, first, max_quota, collected, scratch,
+    )  # fmt: skip
+
+
+def collect_end(found_inf: Tensor, new: NewEntries, grad: Tensor, collected: Tensor) -> None:
+    """Write the step's new entries, as `reference.cut` does, and their gradients.
+
+    Args:
+        grad: (max_quota,), float32. Mutated.
+    """
+    _ops.collect_end.default(
+        found_inf, new.tensor, new.position, new.count, new.threshold, grad, collected
+    )
+
+
+collected_bytes = _kernels.collected_bytes
+max_collected_quota = _kernels.max_collected_quota

@@ -57,6 +57,30 @@ class Backend(Protocol):
     ) -> None: ...
 
 
+class Collecting(Backend, Protocol):
+    """A backend that can rank gradients one at a time, as they come in the backward pass.
+
+    Optional; `backends.cuda` says what its functions do.
+    """
+
+    def collected_bytes(self) -> int: ...
+
+    def max_collected_quota(self) -> int: ...
+
+    def collect_begin(
+        self, active: ActiveSet, targets: Tensor, max_quota: int, collected: Tensor
+    ) -> None: ...
+
+    def collect(
+        self, bound: Any, tiles: Tiles, active: ActiveSet, rule: Rule, first: int, max_quota: int,
+        collected: Tensor, scratch: Tensor,
+    ) -> None: ...  # fmt: skip
+
+    def collect_end(
+        self, found_inf: Tensor, new: NewEntries, grad: Tensor, collected: Tensor
+    ) -> None: ...
+
+
 BackendName = Literal["auto", "cpp", "cuda", "triton", "reference"]  # "auto": see `engine.choose`
 
 # name -> (module, device type it runs on or None for any), fastest first.

@@ -83,6 +83,20 @@ class Candidates:
         parts = [self._starts, self._slots, self._scratch, *chain.from_iterable(lists)]
         return sum(part.nbytes for part in parts)
 
+    def take(
+        self,
+        first: int,
+        grads: Sequence[Tensor],
+        scores: Sequence[Tensor] | None,
+        tiles: Tiles,
+        active: ActiveSet,
+        found_inf: Tensor,
+    ) -> None:
+        """Let the entries of consecutive tensors of the pool compete; see `add`."""
+        reaching = self.may_reach_floor(tiles)
+        if reaching is not None:
+            self.add(first, grads, scores, reaching, active, found_inf)
+
     def may_reach_floor(self, tiles: Tiles) -> Tiles | None:
         """The tiles, with a maximum of 0 where none of their entries can reach the floor.
 

@@ -28,6 +28,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sparse_optim.backends.operands import ActiveSet, Tiles
 from sparse_optim.engine.candidates import Candidates
+from sparse_optim.engine.collected import Collected, can_collect
 from sparse_optim.engine.engine import Engine
 from sparse_optim.engine.pool import Gradients, readable_gradients
 from sparse_optim.engine.ranking import perturbed, scores_of, warn_of_scores
@@ -103,7 +104,7 @@ class FusedBackward:
         device = engine.pool.device
         self._parts = [_Part.of(engine, index) for index in range(len(engine.pool.params))]
         self._found_inf = torch.zeros((), dtype=torch.float32, device=device)
-        self._candidates = Candidates(engine)
+        self._candidates = Collected(engine) if can_collect(engine) else Candidates(engine)
         self._handles: dict[int, RemovableHandle] = {}
         weakref.finalize(self, _remove, self._handles)
         self.discard()
@@ -309,8 +310,10 @@ class FusedBackward:
         if ranking.scored and bool(self._found_inf):  # the step will be skipped
             return
         active = engine.active.of_tensors(first, last)
-        numbers = slice(engine.first_tiles[first], engine.first_tiles[last])
-        tiles = ranking.tiles.of_tensors(first, last, numbers)
+        tiles = self._parts[first].tiles
+        if ranking.scored or len(grads) > 1:
+            numbers = slice(engine.first_tiles[first], engine.first_tiles[last])
+            tiles = ranking.tiles.of_tensors(first, last, numbers)
         if ranking.scored:
             names, params = pool.names[first:last], pool.params[first:last]
             scores = scores_of(engine.method.importance, names, params, grads)
@@ -319,9 +322,7 @@ class FusedBackward:
                 scores = perturbed(scores, noise, first)
             bound = engine.ops.bind(scores, params, ranking.table[first:last])
             engine.ops.rank(bound, tiles, active, noise[:0], work.scratch)
-        reaching = self._candidates.may_reach_floor(tiles)
-        if reaching is not None:
-            self._candidates.add(first, grads, scores, reaching, active, self._found_inf)
+        self._candidates.take(first, grads, scores, tiles, active, self._found_inf)
 
 
 @dataclass(frozen=True)

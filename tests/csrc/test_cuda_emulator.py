@@ -6,7 +6,7 @@ Cannot show races between blocks that run at once, memory ordering or speed: no 
 Faults planted by hand, one at a time, and what caught them (a crash is a write out of bounds that
 followed):
 
-    no barrier after zeroing the bins of a digit      test_no_more_tiles_are_opened_than_the_quota
+    no barrier after zeroing the bins of a digit      no_more_entries_are_collected
     no barrier between zeroing and setting tile marks a crash in the cut tests
     no barrier before a block prefix is added up      a crash in the cut tests
     no barrier before a tile's winners are stored     all cut tests
@@ -23,6 +23,11 @@ followed):
     infinity not counted as non-finite                scan_finds_non_finite_gradients
     second launch of the table at the first's place   many_tensors_fill_the_table
     count of arrived blocks not reset                 all cut tests
+    one candidate too many that ties                  ties_among_few_candidates
+    no barrier before the count of candidates is reset  more_candidates_than_there_is_room_for
+    first entries of a chunk not saved                append_keeps_the_order
+    no barrier between reading and writing a run      append_keeps_the_order, whole_step
+    new entries behind the last one not written       append_keeps_the_order
 """
 
 from __future__ import annotations
@@ -202,16 +207,76 @@ def test_many_tiles_take_several_chunks():
     check_cut(*run_both(case, "scan", "cut"))
 
 
+def candidates(case):
+    """`num_candidates` of the Selection that scratch memory begins with (csrc/cuda/select.h)."""
+    return int(case.work.scratch[: 8 * 2053].view(torch.int64)[2048 + 4])
+
+
 @pytest.mark.parametrize("seed", range(3))
-def test_no_more_tiles_are_opened_than_the_quota(seed):
-    """With exp = 0 bounds are exact. (Too low a limit would go unnoticed: results stay right.)"""
+def test_no_more_entries_are_collected_than_can_win(seed):
+    """With exp = 0 the floor is just below the quota-th largest maximum of a tile. (Too low a limit
+    would go unnoticed: results stay right.)"""
     emulated_cuda.configure(multiprocessors=2, seed=seed)
     case = Case([40 * TILE], quota=7, seed=seed)
     case.bind(emulated_cuda)
     case.scan(emulated_cuda)
+    floor = case.work.tiles.max.sort(descending=True).values[6]
     case.cut(emulated_cuda)
-    # `num_listed` of the Selection that the scratch memory begins with (csrc/cuda/select.h)
-    assert case.work.scratch[: 8 * 2052].view(torch.int64)[2048 + 3] == 7
+    frozen = case.grads[0].abs()
+    frozen[case.active.position[: case.num_active].long()] = 0
+    assert candidates(case) == int((frozen.view(torch.int32) >= floor).sum())
+
+
+@pytest.mark.parametrize("exp", EXPS)
+@pytest.mark.parametrize("seed", range(3))
+def test_few_candidates_of_many_tiles(exp, seed):
+    emulated_cuda.configure(multiprocessors=1 + seed, seed=seed)
+    case = Case(
+        [15 * TILE, 7, 30 * TILE + 1], exp=exp, quota=(3, 9, 20)[seed], seed=seed,
+        grad_dtypes=DTYPES[-1], param_dtypes=DTYPES[1 + seed], levels=9 if seed == 2 else None,
+    )  # fmt: skip
+    expected, actual = run_both(case, "scan", "cut")
+    assert 0 < candidates(actual) <= 160 or exp != 0 or seed == 2
+    check_cut(expected, actual)
+
+
+@pytest.mark.parametrize("quota", [1, 9, 17])
+@pytest.mark.parametrize("exp", [0.0, 1.0])
+def test_ties_among_few_candidates(exp, quota):
+    emulated_cuda.configure(multiprocessors=2, seed=quota)
+    case = Case([15 * TILE, 7, 30 * TILE + 1], exp=exp, quota=quota, max_quota=20, seed=quota)
+    case.work.new.position.fill_(-1)
+    for grad, param in zip(case.grads, case.params, strict=True):
+        param.fill_(0.5)
+        grad[torch.randperm(grad.numel(), generator=case.generator)[:30]] = 7.5
+    expected, actual = run_both(case, "scan", "cut")
+    assert quota < candidates(actual) <= 67
+    check_cut(expected, actual)
+    assert (actual.work.new.position[quota:] == -1).all()
+
+
+@pytest.mark.parametrize("exp", [0.0, 2.0, -1.0])
+@pytest.mark.parametrize("levels", [1, 2])
+def test_more_candidates_than_there_is_room_for(exp, levels):
+    """One block then takes all passes."""
+    emulated_cuda.configure(multiprocessors=2, seed=levels)
+    case = Case([3, 16 * TILE + 5, 5 * TILE], exp=exp, quota=8, levels=levels)
+    for param in case.params:
+        param.fill_(0.5)
+    expected, actual = run_both(case, "scan", "cut")
+    assert candidates(actual) == 0
+    check_cut(expected, actual)
+
+
+@pytest.mark.parametrize(("exp", "most"), [(0.0, 13), (2.0, 24)])
+def test_launches_of_a_step(exp, most):
+    case = Case([15 * TILE, 7, 30 * TILE], exp=exp, quota=9)
+    before = emulated_cuda.launches()
+    case.bind(emulated_cuda)
+    for step in (case.scan, case.cut, case.append, case.update):
+        step(emulated_cuda)
+    assert case.work.new.count == 9
+    assert emulated_cuda.launches() - before <= most
 
 
 def test_cut_of_a_general_exponent_by_the_same_pow():

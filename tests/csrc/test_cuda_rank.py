@@ -115,11 +115,11 @@ def test_the_order_of_threads_and_blocks_does_not_matter():
         check_sample(case)
 
 
-def test_no_more_tiles_are_opened_than_the_quota():
+def test_no_more_entries_are_collected_than_can_win():
     """Maxima with noise in them are exact, as those of gradients are."""
     case = Case([40 * TILE], noise=(1, 1), quota=7)
     case.bind(emulated_cuda)
     case.rank(emulated_cuda)
     case.cut(emulated_cuda)
-    # `num_listed` of the Selection that the scratch memory begins with (csrc/cuda/select.h)
-    assert case.work.scratch[: 8 * 2052].view(torch.int64)[2048 + 3] == 7
+    # `num_candidates` of the Selection that the scratch memory begins with (csrc/cuda/select.h)
+    assert 7 <= case.work.scratch[: 8 * 2053].view(torch.int64)[2048 + 4] < 14

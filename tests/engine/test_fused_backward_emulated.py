@@ -10,7 +10,7 @@ import pytest
 import torch
 from backward_nets import Net, SmallNet, train_both
 
-from sparse_optim import D3, Random, Snip
+from sparse_optim import D3, Increment, MaskedAdamW, Random, Snip
 from sparse_optim.backends import registry
 from sparse_optim.engine import fused_backward
 
@@ -54,3 +54,22 @@ def test_same_run_with_a_dense_head():
     """With clipping; two tensors in the pool are missing in two of three steps."""
     fused, _ = train(torch.float16, 3, kind=Net, max_grad_norm=0.01)
     assert fused.grad_norm > 0.01
+
+
+@pytest.mark.parametrize(("exp", "each"), [(0.0, 4), (2.0, 5)])
+def test_launches_of_a_backward_pass(exp, each):
+    """Of a large tensor: its row, scan, norm, and one or two to rank it."""
+    params = [torch.nn.Parameter(torch.randn(40, 40)) for _ in range(6)]
+    optimizer = MaskedAdamW(
+        params, importance=D3(exp=exp), selection=Increment(90, total_steps=9), backend="emulated",
+        fuse_backward=True, max_grad_norm=1.0,
+    )  # fmt: skip
+    sum((param.sin() * index).sum() for index, param in enumerate(params)).backward()
+    optimizer.step()
+    loss = sum((param.sin() * index).sum() for index, param in enumerate(params))
+    before = emulated_cuda.launches()
+    loss.backward()
+    assert emulated_cuda.launches() - before == 6 * each + 1  # and one that begins
+    optimizer.step()
+    assert emulated_cuda.launches() - before <= 6 * each + 1 + 9
+    assert optimizer.metrics()["active"] == 20

@@ -6,8 +6,10 @@ The functions and signatures of `reference`, on CPU tensors; call `load` first.
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -18,12 +20,13 @@ from sparse_optim.backends.operands import ActiveSet, Tiles
 from sparse_optim.backends.targets import signed_length
 
 FLAGS = [
-    "-std=c++17", "-O1", "-fPIC", "-shared", "-x", "c++", "-DSPARSE_OPTIM_EMULATED",
+    "-std=c++17", "-O1", "-fPIC", "-DSPARSE_OPTIM_EMULATED",
     "-ffp-contract=off", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Werror",
     "-Wno-unused-parameter", "-Wno-unknown-pragmas", "-Wno-unused-but-set-variable",
 ]  # fmt: skip
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 TILE = 96  # the kernels take any tile up to 4096; small ones keep the cases small
+LIBRARY = "emulated_cuda.so"
 GUARD = 64  # bytes behind the scratch memory that must stay as they are
 
 _library: ctypes.CDLL | None = None
@@ -55,20 +58,31 @@ class Active(ctypes.Structure):
 
 def build(folder: Path, sources: Path = ROOT / "csrc") -> Path:
     """Compile the kernels under `sources` and the emulator with g++; returns the library."""
-    library = folder / "emulated_cuda.so"
     emulator = Path(__file__).with_name("cuda_emulator")
     files = [*sorted((sources / "cuda").glob("*.cu")), emulator / "library.cpp"]
-    subprocess.run(
-        ["g++", *FLAGS, f"-I{sources}", f"-I{emulator}", *map(str, files), "-o", str(library)],
-        check=True,
-    )
-    return library
+    includes = [f"-I{sources}", f"-I{emulator}"]
+
+    def compile_one(file: Path) -> str:
+        target = str(folder / file.with_suffix(".o").name)
+        subprocess.run(
+            ["g++", *FLAGS, *includes, "-x", "c++", "-c", str(file), "-o", target], check=True
+        )
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, files))
+    unfinished = folder / f"{LIBRARY}.unfinished"
+    subprocess.run(["g++", "-shared", *objects, "-o", str(unfinished)], check=True)
+    return unfinished.rename(folder / LIBRARY)
 
 
 def load(library: Path) -> None:
     global _library
     _library = ctypes.CDLL(str(library))
-    for sizes in (_library.scratch_bytes, _library.sampled_grad_scratch_bytes):
+    for sizes in (
+        _library.scratch_bytes, _library.sampled_grad_scratch_bytes, _library.launches,
+        _library.collected_bytes, _library.max_collected_quota,
+    ):  # fmt: skip
         sizes.restype = ctypes.c_int64
 
 
@@ -76,6 +90,12 @@ def configure(multiprocessors: int, seed: int) -> None:
     """Pretend a device of so many multiprocessors; shuffle threads and blocks by `seed`."""
     assert _library is not None
     _library.configure(ctypes.c_int(multiprocessors), ctypes.c_uint(seed))
+
+
+def launches() -> int:
+    """Kernels launched so far."""
+    assert _library is not None
+    return int(_library.launches())
 
 
 def scratch_bytes(num_tiles: int, capacity: int, max_quota: int) -> int:
@@ -126,6 +146,39 @@ def cut(bound, tiles, active, rule, targets, found_inf, new, scratch) -> None:
             found_inf, ctypes.c_double(rule.exp), ctypes.c_double(rule.eps), rule.noise, new.tensor,
             new.position, new.count, ctypes.c_int64(new.position.numel()), new.threshold, scratch,
         )  # fmt: skip
+
+
+def collected_bytes() -> int:
+    assert _library is not None
+    return int(_library.collected_bytes())
+
+
+def max_collected_quota() -> int:
+    assert _library is not None
+    return int(_library.max_collected_quota())
+
+
+def collect_begin(active, targets, max_quota, collected) -> None:
+    _call(
+        "collect_begin", targets, ctypes.c_int64(signed_length(targets)), active.progress,
+        ctypes.c_int64(max_quota), collected,
+    )  # fmt: skip
+
+
+def collect(bound, tiles, active, rule, first, max_quota, collected, scratch) -> None:
+    with _Poisoned(scratch):
+        _call(
+            "collect", _pool(bound, tiles), active.position, active.offsets, tiles.max,
+            tiles.param_bound, ctypes.c_double(rule.exp), ctypes.c_double(rule.eps),
+            ctypes.c_int64(first), ctypes.c_int64(max_quota), collected, scratch,
+        )  # fmt: skip
+
+
+def collect_end(found_inf, new, grad, collected) -> None:
+    _call(
+        "collect_end", found_inf, new.tensor, new.position, new.count,
+        ctypes.c_int64(new.position.numel()), new.threshold, grad, collected,
+    )  # fmt: skip
 
 
 def append(bound, new, active, scratch) -> None:

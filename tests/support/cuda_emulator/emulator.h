@@ -60,6 +60,7 @@ inline std::function<void()> body;
 inline std::mt19937 shuffle_order;
 inline cudaError_t last_error = cudaSuccess;
 inline int multiprocessors = 1;
+inline int64_t launches = 0;
 inline Index thread_index, block_index, block_size, grid_size;
 
 // Hands the CPU back to the scheduler until the thread is ready again.
@@ -130,6 +131,7 @@ inline bool run_block(int threads) {
 
 template <class Kernel>
 void launch(int64_t blocks, int threads, Kernel kernel) {
+  ++launches;
   if (last_error != cudaSuccess) return;
   if (blocks < 1) last_error = cudaErrorLaunchFailure;
   body = kernel;
@@ -198,6 +200,10 @@ inline void __threadfence() {}
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
   return emulator::exchange(value, [=](int lane, auto offered) { return offered(lane ^ mask); });
+}
+template <class T>
+T __shfl_sync(unsigned, T value, int from) {
+  return emulator::exchange(value, [=](int, auto offered) { return offered(from); });
 }
 template <class T>
 T __shfl_up_sync(unsigned, T value, int distance) {

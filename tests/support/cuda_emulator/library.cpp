@@ -13,6 +13,11 @@ void configure(int multiprocessors, unsigned seed) {
   emulator::shuffle_order.seed(seed);
 }
 
+// Kernels launched so far.
+int64_t launches() {
+  return emulator::launches;
+}
+
 int64_t scratch_bytes(int64_t num_tiles, int64_t capacity, int64_t max_quota) {
   return cuda::scratch_bytes(num_tiles, capacity, max_quota);
 }
@@ -56,6 +61,33 @@ int cut(Pool pool, const int32_t* position, const int64_t* offsets, const int32_
       pool, position, offsets,
       {tile_max, param_bound, targets, num_targets, progress, found_inf, exp, float(eps), noise},
       {new_tensor, new_position, new_count, max_quota}, threshold, scratch, nullptr);
+}
+
+int64_t collected_bytes() {
+  return cuda::collected_bytes();
+}
+
+int64_t max_collected_quota() {
+  return cuda::max_collected_quota();
+}
+
+int collect_begin(const int64_t* targets, int64_t num_targets, const int64_t* progress,
+                  int64_t max_quota, void* collected) {
+  return cuda::collect_begin({targets, num_targets, progress}, max_quota, collected, nullptr);
+}
+
+int collect(Pool pool, const int32_t* position, const int64_t* offsets, const int32_t* tile_max,
+            const float* param_bound, double exp, double eps, int64_t first_tensor,
+            int64_t max_quota, void* collected, void* scratch) {
+  return cuda::collect(pool, position, offsets, tile_max, param_bound, exp, float(eps),
+                       first_tensor, max_quota, collected, scratch, nullptr);
+}
+
+int collect_end(const float* found_inf, int32_t* new_tensor, int32_t* new_position,
+                int64_t* new_count, int64_t max_quota, float* threshold, float* grad,
+                void* collected) {
+  return cuda::collect_end(found_inf, {new_tensor, new_position, new_count, max_quota}, threshold,
+                           grad, collected, nullptr);
 }
 
 int append(Pool pool, int32_t* new_tensor, int32_t* new_position, int64_t* new_count,

@@ -1,0 +1,297 @@
+// collect: an exact running selection over gradients that come one at a time, as in the backward
+// pass, each of which may be freed after its call.
+//
+//   begin     the quota of the step; no candidates
+//   collect   frozen entries that reach the floor join the candidates; the floor rises
+//   settle    the quota best, in global order
+//
+// The floor is 0 until there are as many candidates as wanted, then the least of the best: entries
+// below it cannot win. The last block to finish keeps the candidates few: when more than half of
+// their room is taken, it drops all but the best, ties to the lower global index. Where entries of
+// a call do not fit, or no floor is known yet, it finds the call's own best in several passes over
+// the tiles that may hold them (winners.h): a few hundred, as bounds are exact here.
+//
+// Bytes: 4 per tile; tiles that reach the floor once (unless exp = 0 twice, with their parameters).
+// Launches: a call one with exp = 0, else two; begin one, settle two.
+#include "core/schedule.h"
+#include "cuda/candidates.h"
+#include "cuda/collect.h"
+
+namespace sparse_optim::cuda {
+namespace {
+
+constexpr int kBlocksPerMultiprocessor = 8;
+
+// Any exponent but 0, told apart at run time: few entries are looked at, and code of its own for
+// each would take a minute to compile.
+struct RunTimeExp {
+  float eps, exp;
+
+  __device__ float operator()(float grad, float param) const {
+    if (exp == 1.f) return Exp1{eps}(grad, param);
+    if (exp == 2.f) return Exp2{eps}(grad, param);
+    if (exp == 0.5f) return ExpHalf{eps}(grad, param);
+    if (exp == -1.f) return ExpMinus1{eps}(grad, param);
+    if (exp == -0.5f) return ExpMinusHalf{eps}(grad, param);
+    return ExpAny{eps, exp}(grad, param);
+  }
+};
+
+// No entry of a tile has a greater key. Raised for all exponents, as one that takes `pow` must be.
+__device__ inline int32_t tile_bound(const RunTimeExp& importance, float grad, float param) {
+  return grad > 0.f ? raised_by_margin(importance_key(importance(grad, param))) : 0;
+}
+
+__device__ inline Candidates candidates_of(const Collected& at) {
+  return {at.place, at.key, at.grad};
+}
+
+__global__ void __launch_bounds__(kThreads, kResident)
+    begin_kernel(CollectInput in, int64_t max_quota, Collected at) {
+  Selection& selection = at.state->selection;
+  for (int b = int(threadIdx.x); b < kBins; b += kThreads) selection.bins[b] = 0;
+  if (threadIdx.x != 0) return;
+  selection.quota = selection.wanted =
+      step_quota(in.targets, in.num_targets, in.progress, 0.f, max_quota);
+  selection.num_candidates = 0;
+  selection.prefix = selection.exhausted = 0;
+  selection.arrived = 0;
+  at.state->before = 0;
+  at.state->floor = 1;
+  at.state->is_known = 0;
+}
+
+// Bounds of tiles; exact maxima of those that reach the floor.
+__global__ void __launch_bounds__(kThreads, kResident)
+    maxima_kernel(RunTimeExp importance, Entries entries, const int32_t* tile_max,
+                  const float* param_bound, Collected at, int32_t* bound) {
+  __shared__ uint32_t marks[kWarps][kTileWords];
+  if (at.state->selection.quota == 0) return;
+  const int64_t warps = int64_t(gridDim.x) * kWarps;
+  for (int64_t j = int64_t(blockIdx.x) * kWarps + warp(); j < entries.pool.num_tiles; j += warps) {
+    int32_t key =
+        tile_bound(importance, from_bits(tile_max[j]), param_bound ? param_bound[j] : 0.f);
+    if (key >= at.state->floor) {
+      key = 0;
+      visit_tile_by_warp(entries, importance, j, marks[warp()],
+                         [&](const Tile&, int, int32_t own, float) { key = max(key, own); });
+      key = __reduce_max_sync(kAllLanes, key);
+    }
+    if (lane() == 0) bound[j] = key;
+  }
+}
+
+// Candidates that tie the limit, by what decides among them: the lower tensor, then the lower
+// position, as keys of which the largest belong.
+struct Tied {
+  const Candidates& all;
+  int64_t count;
+  int32_t limit;
+  int64_t tensor;  // < 0: ranks tensors; else the positions of this one
+
+  __device__ int32_t least(const Selection&) const { return 1; }
+  template <class Visit>
+  __device__ void visit(const Selection&, Share, Visit&& visit) const {
+    for (int64_t i = threadIdx.x; i < count; i += kThreads) {
+      if (all.key[i] != limit) continue;
+      const int64_t of_tensor = int64_t(all.place[i] >> 32);
+      if (tensor < 0) visit(INT32_MAX - int32_t(of_tensor));
+      else if (of_tensor == tensor) visit(INT32_MAX - int32_t(all.place[i] & 0xffffffffu));
+    }
+  }
+};
+
+// Drops all but the `quota` best of `count` candidates, by one block; returns how many are left.
+// Raises the floor.
+__device__ inline int64_t keep_best(const Collected& at, int64_t count) {
+  Selection& selection = at.state->selection;
+  const Candidates all = candidates_of(at);
+  if (count < selection.quota) return count;
+  select_kth_in_block(KeyArray{all.key, count}, selection);
+  const int32_t limit = selection.limit;
+  const int64_t quota = selection.quota;
+  __syncthreads();
+  if (threadIdx.x == 0) selection.wanted = selection.ties;
+  __syncthreads();
+  select_kth_in_block(Tied{all, count, limit, -1}, selection);
+  const int64_t last_tensor = INT32_MAX - selection.limit;
+  __syncthreads();
+  if (threadIdx.x == 0) selection.wanted = selection.ties;
+  __syncthreads();
+  select_kth_in_block(Tied{all, count, limit, last_tensor}, selection);
+  const uint64_t last = uint64_t(last_tensor) << 32 | uint64_t(INT32_MAX - selection.limit);
+  int64_t kept = 0;
+  for (int64_t first = 0; first < count; first += kThreads) {
+    const int64_t i = first + threadIdx.x;
+    const int32_t key = i < count ? all.key[i] : 0;
+    const uint64_t place = i < count ? all.place[i] : 0;
+    const float grad = i < count ? all.grad[i] : 0.f;
+    const bool belongs = key > limit || (key == limit && place <= last);
+    const Prefix prefix = block_prefix(belongs);  // its barriers: all have read
+    if (belongs) {
+      const int64_t to = kept + prefix.before;
+      all.key[to] = key;
+      all.place[to] = place;
+      all.grad[to] = grad;
+    }
+    kept += prefix.total;
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    at.state->floor = limit;
+    at.state->is_known = kept == quota;
+  }
+  __syncthreads();
+  return kept;
+}
+
+// The best entries of a call's tensors, added to `count` candidates by one block in several passes;
+// returns how many there are then.
+template <class Importance>
+__device__ inline int64_t add_best(const ListedEntries<Importance>& listed, const int32_t* bound,
+                                   int64_t first_tensor, const CutScratch& work,
+                                   const NewEntries& found, const Collected& at, int64_t count) {
+  Selection& selection = at.state->selection;
+  const Pool& pool = listed.entries.pool;
+  select_kth_in_block(KeyArray{bound, pool.num_tiles}, selection);
+  if (threadIdx.x == 0) selection.limit = max(selection.limit, at.state->floor);
+  __syncthreads();
+  cut_in_block(listed, bound, pool.num_tiles, work, found, &at.state->threshold);
+  __syncthreads();
+  const int64_t number = *found.count;
+  for (int64_t q = threadIdx.x; q < number; q += kThreads) {
+    const int64_t tensor = found.tensor[q], position = found.position[q];
+    const Row row = read_row(pool.table, tensor);
+    const float grad = read(row.grad_dtype, row.grad, position);
+    const float param = kGradAlone<Importance> ? 0.f : read(row.param_dtype, row.param, position);
+    at.key[count + q] = key_of(listed.importance, grad, param, tensor, position);
+    at.place[count + q] = uint64_t(first_tensor + tensor) << 32 | uint64_t(position);
+    at.grad[count + q] = grad;
+  }
+  __syncthreads();
+  return count + number;
+}
+
+// It needs more than 64 registers.
+template <class Importance>
+__global__ void __launch_bounds__(kThreads, kResident / 2)
+    collect_kernel(ListedEntries<Importance> listed, const int32_t* bound, int64_t first_tensor,
+                   CutScratch work, NewEntries found, Collected at) {
+  Selection& selection = at.state->selection;
+  if (selection.quota == 0) return;
+  const bool is_known = at.state->is_known != 0;
+  if (is_known)
+    collect(listed.importance, listed.entries, bound, at.state->floor, first_tensor,
+            &selection.num_candidates, candidates_of(at));
+  if (!is_last_block(&selection.arrived)) return;
+  int64_t count = int64_t(__ldcg(&selection.num_candidates));
+  if (!is_known || count > kCandidates) {
+    count = at.state->before;
+    if (count > kCandidates - found.capacity) count = keep_best(at, count);
+    count = add_best(listed, bound, first_tensor, work, found, at, count);
+    count = keep_best(at, count);
+  } else if (count > kCandidates / 2) {
+    count = keep_best(at, count);
+  }
+  if (threadIdx.x == 0) selection.num_candidates = at.state->before = count;
+}
+
+// Leaves the best, or none if the step is to be skipped.
+__global__ void __launch_bounds__(kThreads, kResident)
+    finish_kernel(const float* found_inf, Collected at, NewEntries found, float* threshold) {
+  Selection& selection = at.state->selection;
+  int64_t count = *found_inf != 0.f ? 0 : at.state->before;
+  if (count && selection.quota) count = keep_best(at, count);
+  __shared__ int32_t least;
+  if (threadIdx.x == 0) least = kInfinityBits;
+  __syncthreads();
+  for (int64_t i = threadIdx.x; i < count; i += kThreads) atomicMin(&least, at.key[i]);
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  at.state->before = *found.count = count;
+  if (count) *threshold = from_bits(least);
+}
+
+// Winners and their gradients by place, which is how many come before: by one warp each.
+__global__ void __launch_bounds__(kThreads, kResident)
+    order_kernel(Collected at, NewEntries found, float* grad) {
+  const int64_t count = at.state->before;
+  for (int64_t i = global_thread() / kWarp; i < count; i += grid_threads() / kWarp) {
+    const uint64_t place = at.place[i];
+    int64_t before = 0;
+    for (int64_t j = lane(); j < count; j += kWarp) before += at.place[j] < place;
+    before = warp_sum(before);
+    if (lane() != 0) continue;
+    found.tensor[before] = int32_t(place >> 32);
+    found.position[before] = int32_t(place & 0xffffffffu);
+    grad[before] = at.grad[i];
+  }
+}
+
+Collected layout(void* buffer) {
+  Collected at;
+  at.state = static_cast<CollectState*>(buffer);
+  at.place = reinterpret_cast<uint64_t*>(at.state + 1);
+  at.key = reinterpret_cast<int32_t*>(at.place + kCandidates);
+  at.grad = reinterpret_cast<float*>(at.key + kCandidates);
+  return at;
+}
+
+}  // namespace
+
+int64_t collected_bytes() {
+  return int64_t(sizeof(CollectState)) +
+         kCandidates * int64_t(sizeof(uint64_t) + sizeof(int32_t) + sizeof(float));
+}
+
+int64_t max_collected_quota() {
+  return kCandidates / 8;
+}
+
+cudaError_t collect_begin(const CollectInput& in, int64_t max_quota, void* collected,
+                          cudaStream_t stream) {
+  SPARSE_OPTIM_LAUNCH(begin_kernel, 1, kThreads, stream, in, max_quota, layout(collected));
+  return cudaGetLastError();
+}
+
+cudaError_t collect(const Pool& pool, const int32_t* position, const int64_t* offsets,
+                    const int32_t* tile_max, const float* param_bound, double exp, float eps,
+                    int64_t first_tensor, int64_t max_quota, void* collected, void* scratch,
+                    cudaStream_t stream) {
+  if (pool.num_tiles == 0 || max_quota == 0) return cudaSuccess;
+  const Collected at = layout(collected);
+  CutScratch work = cut_layout(scratch, pool.num_tiles);
+  work.selection = &at.state->selection;
+  // The best of a call are listed where `cut` has its candidates.
+  int32_t* const tensor = reinterpret_cast<int32_t*>(work.place);
+  const NewEntries found{tensor, tensor + kCandidates, &at.state->found, max_quota};
+  const int64_t blocks = grid_for(pool.num_tiles, kWarps, kBlocksPerMultiprocessor);
+  const Entries entries{pool, position, offsets};
+  auto by = [&](auto importance, const int32_t* bound) {
+    const ListedEntries<decltype(importance)> listed{importance, entries, work.list};
+    SPARSE_OPTIM_LAUNCH(collect_kernel, blocks, kThreads, stream, listed, bound, first_tensor, work,
+                        found, at);
+  };
+  if (exp == 0.0) {
+    by(Exp0{eps}, tile_max);
+    return cudaGetLastError();
+  }
+  const RunTimeExp importance{eps, float(exp)};
+  SPARSE_OPTIM_LAUNCH(maxima_kernel, blocks, kThreads, stream, importance, entries, tile_max,
+                      param_bound, at, work.bound);
+  by(importance, work.bound);
+  return cudaGetLastError();
+}
+
+cudaError_t collect_end(const float* found_inf, const NewEntries& found, float* threshold,
+                        float* grad, void* collected, cudaStream_t stream) {
+  const Collected at = layout(collected);
+  SPARSE_OPTIM_LAUNCH(finish_kernel, 1, kThreads, stream, found_inf, at, found, threshold);
+  if (found.capacity) {
+    const int64_t blocks = grid_for(found.capacity, kWarps, kBlocksPerMultiprocessor);
+    SPARSE_OPTIM_LAUNCH(order_kernel, blocks, kThreads, stream, at, found, grad);
+  }
+  return cudaGetLastError();
+}
+
+}  // namespace sparse_optim::cuda
