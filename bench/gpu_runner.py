@@ -38,7 +38,44 @@ WHOLE = "gpu-report"
 RESULTS_FOLDER = "OUT"  # environment variable: the folder for results, if it is set
 SUMMARISED = ("tests", "sanitizer tests", "sanitizer", "check", "compile", "library")
 
-_running: set[subprocess.Popen[bytes]] = set()
+
+class Processes:
+    """The processes of a report, which end together if it is interrupted."""
+
+    def __init__(self) -> None:
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._lock, self._ended = threading.Lock(), False
+
+    def start(self, line: list[str], output: Any, variables: dict[str, str]) -> Any:
+        """Start a process.
+
+        Raises:
+            OSError: it cannot start, or the report has ended.
+        """
+        with self._lock:
+            if self._ended:
+                raise OSError("the report was interrupted")
+            process = subprocess.Popen(
+                line, cwd=environment.ROOT, stdout=output, stderr=subprocess.STDOUT,
+                env=variables, start_new_session=True,
+            )  # fmt: skip
+            self._running.add(process)
+            return process
+
+    def end(self, process: subprocess.Popen[bytes]) -> None:
+        """End a process and all that it started."""
+        self._running.discard(process)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hold on to it
+            process.wait(20)
+
+    def end_all(self) -> None:
+        """End all processes; none starts later."""
+        with self._lock:
+            self._ended = True
+            for process in list(self._running):
+                self.end(process)
 
 
 class Report:
@@ -58,7 +95,7 @@ class Report:
         self._start = time.monotonic()
         self._minutes, self._lock = minutes, threading.Lock()
         self._site: Path | None = None
-        self._ended = False
+        self._processes = Processes()
         self.data: dict[str, Any] = {
             "schema": SCHEMA, "kind": "gpu-report", "dry_run": is_dry, **environment.describe(),
             "phases": [], "records": [],
@@ -74,9 +111,7 @@ class Report:
                 try:
                     self._run_all(phases, pool)
                 except BaseException:  # Ctrl-C, too: nothing goes on without this process
-                    self._ended = True
-                    for process in list(_running):
-                        _kill(process)
+                    self._processes.end_all()
                     raise
         return self.data
 
@@ -91,12 +126,12 @@ class Report:
 
     def _run_after(self, phase: Phase, before: list[Future[None]]) -> None:
         wait(before)
-        if self._ended:
-            return
         begin = time.monotonic() - self._start
         left_s = float("inf") if self._minutes is None else 60 * self._minutes - begin
         patient = replace(phase, limit_s=phase.limit_s * self._patience)
-        report, records, text = run_phase(patient, left_s, self._is_dry, self._site)
+        report, records, text = run_phase(
+            patient, left_s, self._is_dry, self._site, self._processes
+        )
         with self._lock:
             self.data["phases"].append({**report, "began": round(begin, 1)})
             self.data["records"] += records
@@ -109,8 +144,9 @@ class Report:
 
 
 def run_phase(
-    phase: Phase, left_s: float, is_dry: bool, site: Path | None = None
-) -> tuple[dict[str, Any], list[Any], str]:
+    phase: Phase, left_s: float, is_dry: bool, site: Path | None = None,
+    processes: Processes | None = None,
+) -> tuple[dict[str, Any], list[Any], str]:  # fmt: skip
     """Run a phase; return its report, its records, and what it printed."""
     report: dict[str, Any] = {"name": phase.name, "status": "left out: no time", "seconds": 0.0}
     if left_s < LEAST_S:
@@ -123,7 +159,8 @@ def run_phase(
         start = time.monotonic()
         with log.open("wb") as output:
             variables = gpu_commands.environment_of(phase, is_dry, site)
-            report["status"] = _status(line, output, min(phase.limit_s, left_s), variables)
+            limit_s = min(phase.limit_s, left_s)
+            report["status"] = _status(processes or Processes(), line, output, limit_s, variables)
         report["seconds"] = round(time.monotonic() - start, 1)
         text = log.read_text(errors="replace")
         found = records.read_text().splitlines(keepends=True) if records.exists() else []
@@ -151,31 +188,21 @@ def ends(text: str, characters: int) -> str:
     return text if len(text) <= 2 * half else f"{text[:half]}\n[...]\n{text[-half:]}"
 
 
-def _status(line: list[str], output: Any, limit_s: float, variables: dict[str, str]) -> str:
-    """Run a command and kill its child processes at the end; return "ok" or how it failed."""
+def _status(
+    processes: Processes, line: list[str], output: Any, limit_s: float, variables: dict[str, str]
+) -> str:
+    """Run a command and end all that it started; return "ok" or how it failed."""
     try:
-        process = subprocess.Popen(
-            line, cwd=environment.ROOT, stdout=output, stderr=subprocess.STDOUT,
-            env=variables, start_new_session=True,
-        )  # fmt: skip
+        process = processes.start(line, output, variables)
     except OSError as error:
         return f"failed to start: {error}"
-    _running.add(process)
     try:
         code = process.wait(limit_s if limit_s < float("inf") else None)
     except subprocess.TimeoutExpired:
         return f"stopped after {limit_s:.0f} s"
     finally:
-        _kill(process)
-        _running.discard(process)
-        with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hold on to it
-            process.wait(20)
+        processes.end(process)
     return "ok" if code == 0 else f"failed with exit status {code}"
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
 
 
 def failed(report: dict[str, Any]) -> bool:

@@ -39,9 +39,11 @@ def test_its_check_passes_in_the_emulator(tmp_path: Path) -> None:
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
     library = Path(emulated_cuda._library._name)
-    flags = [flag for flag in emulated_cuda.FLAGS if flag not in ("-fPIC", "-shared")]
+    others = ("-fPIC", "-shared", "-x", "c++")
+    flags = [flag for flag in emulated_cuda.FLAGS if flag not in others]
     subprocess.run(
-        ["g++", *flags, *INCLUDE, "-Itests/support/cuda_emulator", SOURCE, "-x", "none",
+        ["g++", *flags, *INCLUDE, "-Itests/support/cuda_emulator", "-x", "c++", SOURCE,
+         "-x", "none",
          str(library), f"-Wl,-rpath,{library.parent}", "-o", str(tmp_path / "alone")],
         cwd=ROOT, check=True,
     )  # fmt: skip
