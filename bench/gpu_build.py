@@ -24,7 +24,8 @@ from bench.environment import PREPARED, ROOT
 
 PACKAGE = ROOT / "sparse_optim"
 ALONE, EMULATED = PREPARED / "kernels_alone", PREPARED / "kernels_alone_emulated"
-NVCC_FLAGS = ("-std=c++17", "-O3", "-fmad=false", "-lineinfo")
+UNUSED = {"csrc/cuda/sampled_grad.cu", "csrc/cuda/collect.cu"}  # by kernels_alone.cu
+NVCC_FLAGS = ("-std=c++17", "-O3", "-fmad=false", "-lineinfo", "-Xfatbin=-compress-all")
 IMPORT = (
     "import sparse_optim.backends.cpp, sparse_optim.backends.cuda as cuda; "
     "print('the CUDA backend can be imported:', cuda.scratch_bytes(1, 1, 1), 'bytes of scratch')"
@@ -88,7 +89,7 @@ def emulated() -> None:
 
 
 def _compile(target: Path, *command: str) -> None:
-    kernels = set(glob("csrc/cuda/*.cu", root_dir=ROOT)) - {"csrc/cuda/sampled_grad.cu"}  # unused
+    kernels = set(glob("csrc/cuda/*.cu", root_dir=ROOT)) - UNUSED
     sources = ["bench/kernels_alone.cu", *sorted(kernels)]
     digest, noted = _digest(command), target.with_suffix(".sources")
     if target.exists() and noted.exists() and noted.read_text() == digest and _starts(target):
