@@ -1,6 +1,6 @@
 # make demo   fine-tune a real encoder with ID3, full AdamW and frozen, and compare
 # make test   the tests
-# make gpu-report   on a CUDA machine: the GPU tests and measurements, within eight minutes
+# make gpu-report   on a CUDA machine: the GPU tests and measurements; REPORT="--only PHASE" for some
 # make wheel   the wheel and the sdist for users, checked, in dist/
 # make docs   the documentation site, in site/; with SERVE=1 shown at localhost:8000 as you write
 # make soak   endurance tests, for ten minutes
@@ -23,7 +23,6 @@ PYTEST ?=
 REPORT ?=
 SERVE ?=
 
-START := $(shell date +%s)
 PY := $(VENV)/bin/python
 STAMPS := $(VENV)/stamps/
 SET_UP := $(PYTHON) requirements/set_up.py --venv $(VENV) $(if $(UNLOCKED),--unlocked)
@@ -42,12 +41,12 @@ test: test-setup
 docs: $(STAMPS)packages
 	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs $(if $(SERVE),serve,build --strict)
 
-# The report's clock starts here, and it builds the package for the card at hand: only packages are
-# set up first. Without a network, pip gives up at once, and what is installed must do.
+# The report builds the package for the card at hand: only packages are set up first. Without a
+# network, pip gives up at once, and what is installed must do.
 gpu-report: $(STAMPS)environment
 	@PIP_RETRIES=0 $(MAKE) -s $(STAMPS)gpu-report || echo "going on with the packages that are there"
 	@$(PY) -c 'import torch' || { echo "make gpu-report needs a python with a CUDA torch"; exit 1; }
-	@$(PY) -m bench.gpu --started $(START) $(REPORT)
+	@$(PY) -m bench.gpu $(REPORT)
 
 # Minutes of what `make test` does for seconds; the figures go to bench/results.
 soak: test-setup

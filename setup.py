@@ -3,8 +3,9 @@
 They build against the installed torch: pip install --no-build-isolation -e .
 Without a C++ compiler the package is pure Python, and torch is not needed to build it.
 SPARSE_OPTIM_CPP=1 and SPARSE_OPTIM_CUDA=1 demand a backend, =0 leaves it out. `python setup.py
-check_cuda --link` compiles the CUDA backend without a GPU or a CUDA build of torch. The rest of the
-metadata is in pyproject.toml.
+check_cuda --link` compiles the CUDA backend without a GPU or a CUDA build of torch. Both take the
+architectures in TORCH_CUDA_ARCH_LIST, if it is set. The rest of the metadata is in
+pyproject.toml.
 """
 
 import os
@@ -54,7 +55,9 @@ def vector_clones() -> bool:
 
 
 def cuda_archs(home: str) -> str:
-    """The architectures that this nvcc knows, as TORCH_CUDA_ARCH_LIST has them."""
+    """TORCH_CUDA_ARCH_LIST, or else those of ours that this nvcc knows."""
+    if named := os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return named
     nvcc = os.path.join(home, "bin", "nvcc")
     known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False)
     new = [a for a in NEW_CUDA_ARCHS if f"compute_{a.replace('.', '')}" in known.stdout.split()]
@@ -82,7 +85,7 @@ def compiled() -> dict:
         )
     ]
     if wants_cuda(torch.version.cuda, cpp_extension.CUDA_HOME):
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", cuda_archs(cpp_extension.CUDA_HOME))
+        os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_archs(cpp_extension.CUDA_HOME)
         built.append(
             cpp_extension.CUDAExtension(
                 "sparse_optim._C_cuda",

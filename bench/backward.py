@@ -33,7 +33,7 @@ from bench import allocations, console, environment, tables
 from bench.gpu_subjects import EIGHT_BIT, adamw_kinds
 from bench.models import MODELS
 from bench.results import clean_share, clean_times, median_us, newest
-from bench.subjects import LR, midway
+from bench.subjects import LR, complete, midway
 from bench.timing import Subject, interleave
 from sparse_optim.finetune.readings import state_bytes
 
@@ -73,7 +73,7 @@ class Training:
     def step(self) -> None:
         """Run forward, backward, clipping and update."""
         self.model(**self.inputs).loss.backward()
-        if self.kind not in ("ordinary", "fused"):
+        if self.kind not in ("ordinary", "fused", "sampled"):
             torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -102,6 +102,8 @@ def training(
         return Training(kind, model, adamw_kinds(params)[kind](), inputs)
     if kind in ("AdamW", "LoRA"):
         return Training(kind, model, torch.optim.AdamW(params, lr=LR, fused=True), inputs)
+    if kind == "sampled":
+        return Training(kind, model, complete(params, budget, model), inputs)
     optimizer = midway(params, budget, quota, exp=0.0)
     optimizer.fuse_backward = kind == "fused"
     return Training(kind, model, optimizer, inputs)
@@ -112,8 +114,10 @@ def gradient_bytes(training: Training) -> int:
     alive: list[tuple[StorageWeakRef, int]] = []
     most = 0
 
-    def note(grad: Tensor) -> None:
+    def note(grad: Tensor | None) -> None:
         nonlocal most
+        if grad is None:  # of a layer that samples
+            return
         alive[:] = [entry for entry in alive if not entry[0].expired()]
         alive.append((StorageWeakRef(grad.untyped_storage()), grad.nbytes))
         most = max(most, sum(size for _, size in alive))

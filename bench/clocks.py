@@ -23,6 +23,7 @@ CUDA_FLUSH_BYTES = 1 << 28
 # The device waits this long before a timed call, so that the host can launch all kernels: the time
 # is then the device's, not the host's. The host's time is recorded separately.
 CUDA_HEAD_START_MS = 15
+WARM_UP_CALLS = 20  # before the cycles of the head start are calibrated
 
 
 @dataclass
@@ -87,7 +88,14 @@ class CudaClock:
         self._device = device
         self._flush = torch.zeros(CUDA_FLUSH_BYTES // 4, device=device)
         self._cycles = 1_000_000
+        self._warm_up()
         self._cycles = int(CUDA_HEAD_START_MS * self._cycles / (self.time(self._sleep).total / 1e6))
+
+    def _warm_up(self) -> None:
+        """Raise the clocks and load the kernels, or the calibration would see neither as later."""
+        for _ in range(WARM_UP_CALLS):
+            self.flush()
+            self.time(self._sleep)
 
     def _sleep(self) -> None:
         torch.cuda._sleep(self._cycles)

@@ -17,15 +17,17 @@ from sparse_optim.experiments.machine import cpu_model
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
+PREPARED = ROOT / ".gpu"  # what `bench.gpu_prepare` made for a machine without git and network
 GENERATED = (":!bench/results", ":!README.md", ":!docs")  # do not affect what is measured
 
 
 def describe() -> dict[str, Any]:
     """Return machine, versions, commit and date, for the head of a results file."""
+    commit, dirty = _commit()
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--", ".", *GENERATED)),
+        "commit": commit,
+        "dirty": dirty,
         "machine": {
             "cpu": cpu_model(),
             "cores": len(os.sched_getaffinity(0)),
@@ -42,6 +44,24 @@ def describe() -> dict[str, Any]:
             "sparse_optim": sparse_optim.__version__,
         },
     }
+
+
+def _commit() -> tuple[str, bool]:
+    """Return the commit and whether files have changed since: by git, else from .gpu/COMMIT."""
+    commit = _git("rev-parse", "HEAD")
+    if commit:
+        return commit, bool(_changes())
+    lines = _lines(str(PREPARED / "COMMIT"))
+    return "".join(lines[:1]), len(lines) > 1
+
+
+def _changes() -> str:
+    return _git("status", "--porcelain", "--", ".", *GENERATED)
+
+
+def write_commit() -> None:
+    """Write the commit and the changes since to .gpu/COMMIT."""
+    (PREPARED / "COMMIT").write_text(f"{_git('rev-parse', 'HEAD')}\n{_changes()}")
 
 
 def _git(*arguments: str) -> str:

@@ -1,12 +1,20 @@
-"""Show a GPU results file (see bench.gpu) as tables."""
+"""Show GPU results files (see bench.gpu) as tables: python -m bench.gpu_report FILE ... [--write]
+
+Several files, as those of `bench.gpu_first` and `bench.gpu_second`, are shown as one; --write
+records them as one in bench/results/gpu-<card>-<date>.json, which `bench.report` then shows.
+"""
 
 from __future__ import annotations
 
+import json
 import statistics
+import sys
 from collections.abc import Callable, Sequence
+from datetime import date
+from pathlib import Path
 from typing import Any
 
-from bench import gpu_goals, training
+from bench import console, environment, gpu_goals, training
 from bench.gpu_times import (
     OUR_MODE,
     Record,
@@ -158,6 +166,41 @@ def training_table(data: dict[str, Any]) -> str:
     return training.table([{**each, "kind": each["name"]} for each in found]) if found else ""
 
 
+def caps_table(data: dict[str, Any]) -> str:
+    """Show the peak within the memory of smaller cards, beside the estimate."""
+    rows = [
+        [
+            f"{each['model']} {each['dtype']}, {each['name']}",
+            *(f"{each[name] / 2**30:.2f}" for name in CAPS),
+            each["fits"],
+        ]
+        for each in data["records"]
+        if "cap_bytes" in each and "failed" not in each
+    ]
+    header = ["in backward, GiB", "memory", "peak", "reserved", "estimate", "estimated to fit"]
+    return table(header, rows) if rows else ""
+
+
+CAPS = ("cap_bytes", "peak_bytes", "reserved_bytes", "estimate_bytes")
+
+
+def operations_table(data: dict[str, Any]) -> str:
+    """Show sampled gradients beside the dense product, and selections beside torch.topk."""
+    rows = [
+        [
+            f"gradient of {each['outputs']} x {each['inputs']}, {each['tokens']} tokens, "
+            + (f"{each['share']:.2%} by {each['name']}" if "share" in each else "dense"),
+            _ms(each),
+        ]
+        for each in select(data, "sampled_grad")
+    ]
+    rows += [
+        [f"{count(each['quota'])} of {count(each['entries'])} entries, {each['name']}", _ms(each)]
+        for each in select(data, "topk")
+    ]
+    return table(["ms", ""], rows) if rows else ""
+
+
 def failures(data: dict[str, Any]) -> str:
     """List phases that failed or were skipped, and subjects that could not be measured."""
     lines = [
@@ -182,7 +225,7 @@ def short_table(data: dict[str, Any]) -> str:
     """Show the main tables, for the terminal and docs/benchmarks.md."""
     tables = (steps_table, ratios_table, stages_table, bandwidth_line, caption)
     parts = [("", each(data)) for each in tables]
-    parts.insert(3, ("", training_table(data)))
+    parts[3:3] = [("", each(data)) for each in (training_table, caps_table, operations_table)]
     return _sections([*parts, ("Not measured:", failures(data))])
 
 
@@ -197,8 +240,68 @@ def full_report(data: dict[str, Any]) -> str:
             ("## Budgets and quotas", factors_table(data)),
             ("## Memory", memory_table(data)),
             ("## Whole training steps", training_table(data)),
+            ("## In the memory of smaller cards", caps_table(data)),
+            ("## Single operations", operations_table(data)),
             ("## Bandwidth", bandwidth_line(data)),
             ("## Not measured", failures(data)),
             ("## GPU goals", f"```text\n{gpu_goals.check(data)}\n```"),
         ]
     )
+
+
+def join(files: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Join runs of one commit on one card; of a phase that ran again, the last run counts.
+
+    Raises:
+        ValueError: commits or cards differ.
+    """
+    commits = {each["commit"] for each in files}
+    cards = {each["machine"].get("gpu", "") for each in files}
+    for name, values in (("commits", commits), ("cards", cards)):
+        if len(values) > 1:
+            raise ValueError(f"the files are of different {name}: {', '.join(sorted(values))}")
+    phases: dict[str, dict[str, Any]] = {}
+    ran: dict[str, int] = {}  # name of a phase -> file of its last run
+    for index, each in enumerate(files):
+        for phase in each["phases"]:
+            if not phase["status"].startswith("left out"):
+                ran[phase["name"]] = index
+            if ran.get(phase["name"], index) == index:
+                phases[phase["name"]] = phase
+    records = [
+        record
+        for index, each in enumerate(files)
+        for record in each["records"]
+        if ran.get(record.get("phase"), index) == index
+    ]
+    dirty = any(each["dirty"] for each in files)
+    return {**files[0], "dirty": dirty, "phases": list(phases.values()), "records": records}
+
+
+def results_name(gpu: str, day: str = "") -> str:
+    """Return the name of a results file, of today by default."""
+    card = gpu.lower().replace("nvidia ", "").replace(" ", "-")
+    return f"gpu-{card}-{day or date.today().isoformat()}.json"
+
+
+def main() -> None:
+    """Show the files."""
+    parser = console.parser("gpu_report", __doc__)
+    parser.add_argument("files", nargs="+", type=Path, help="results files")
+    parser.add_argument("--write", action="store_true", help="record them as one")
+    arguments = parser.parse_args()
+    try:
+        data = join([json.loads(path.read_text()) for path in arguments.files])
+    except ValueError as error:
+        sys.exit(str(error))
+    print(f"{short_table(data)}\n\n{gpu_goals.check(data)}")
+    if arguments.write:
+        if data["dry_run"]:
+            sys.exit("a dry run is not recorded")
+        path = environment.RESULTS / results_name(data["machine"]["gpu"], data["date"][:10])
+        path.write_text(json.dumps(data, separators=(",", ":")) + "\n")
+        print(f"\nwritten: {path}")
+
+
+if __name__ == "__main__":
+    main()

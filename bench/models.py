@@ -67,9 +67,16 @@ class Model:
 
 @torch.no_grad()
 def _fill(model: torch.nn.Module) -> None:
-    """Fill matrices with normal numbers, biases with 0, and scales of norms with 1."""
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randn(DRAWN, generator=generator) * WEIGHT_STD
+    """Fill matrices with normal numbers, biases with 0, and scales of norms with 1.
+
+    The device draws: copies from the host, thousands for 7B, would each wait for it. On the meta
+    device there is nothing to fill.
+    """
+    device = next(model.parameters()).device
+    if device.type == "meta":
+        return
+    generator = torch.Generator(device).manual_seed(0)
+    drawn = torch.randn(DRAWN, generator=generator, device=device) * WEIGHT_STD
     for name, param in model.named_parameters():
         if param.dim() < 2:
             param.fill_(0.0 if name.endswith("bias") else 1.0)

@@ -205,6 +205,21 @@ def midway(
     return optimizer
 
 
+def complete(
+    params: Sequence[Tensor], budget: int, model: torch.nn.Module, sampled: bool = True
+) -> IncrementalMaskedAdamW:
+    """Build an optimizer whose budget is spent: its steps unmask nothing.
+
+    Args:
+        budget: active entries, at random positions.
+        model: whose layers compute only the gradients of active entries, if `sampled`.
+    """
+    optimizer = midway(params, 2 * budget, budget, exp=0.0, norm="active", model=model)
+    optimizer.engine.completion.known = True
+    optimizer.sampled_backward = sampled
+    return optimizer
+
+
 def snapshot(optimizer: IncrementalMaskedAdamW) -> Callable[[], None]:
     """Return a function that restores the current active set."""
     active = optimizer.engine.active

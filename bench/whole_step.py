@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from bench import allocations, backward, console, environment, tables
 from bench.models import MODELS, Model
 from bench.results import clean_share, median_us, newest
-from bench.subjects import LR, midway
+from bench.subjects import LR, complete, midway
 from bench.timing import Subject, interleave
 
 EVERY = 16
@@ -66,9 +66,7 @@ def subject(kind: str, share: float, model: nn.Module, inputs: dict[str, Tensor]
         optimizer.fuse_backward = True
         optimizer.sampled_backward = True
     else:
-        optimizer = midway(params, 2 * budget, budget, exp=0.0, norm="active", model=model)
-        optimizer.engine.completion.known = True
-        optimizer.sampled_backward = kind == "quiet"
+        optimizer = complete(params, budget, model, sampled=kind == "quiet")
     active = int(optimizer.engine.active.progress[1])
 
     def step() -> None:

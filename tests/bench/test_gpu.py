@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import gc
 import json
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,12 +11,14 @@ import torch
 from bench import (
     allocations,
     clocks,
-    gpu,
     gpu_goals,
     gpu_phases,
+    gpu_plan,
     gpu_report,
+    gpu_runner,
     gpu_subjects,
     gpu_times,
+    gpu_training,
     memory,
     plot,
     report,
@@ -30,15 +32,8 @@ pytest.importorskip("sparse_optim.backends.cpp", reason="the C++ extension has n
 pytest.importorskip("peft", reason="whole training steps on LoRA need peft")
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
-TINY = gpu_phases.Cell("tiny", "bf16", 2000, 32)
-KINDS = ("bandwidth", "steps", "stages", "factors", "training")
-
-
-class Threads(ThreadPoolExecutor):
-    """In place of processes, which take long to start."""
-
-    def __init__(self, max_workers: int, mp_context: object) -> None:
-        super().__init__(max_workers)
+KINDS = ("bandwidth", "steps", "stages", "factors", "sampled_grad", "topk")
+TRAININGS = gpu_plan.TRAININGS[:5]  # those that run on the CPU
 
 
 @pytest.fixture(scope="module")
@@ -49,47 +44,96 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     patch.setattr(gpu_phases, "WARMUP", 0)
     patch.setattr(gpu_phases, "BANDWIDTH_BYTES", 1 << 24)
     patch.setattr(clocks, "FLUSH_BYTES", 1 << 16)
-    patch.setattr(training, "ProcessPoolExecutor", Threads)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # on a busy machine, the second costs more than it brings
     path = tmp_path_factory.mktemp("gpu") / "gpu-dry-2000-01-01.json"
-    phases = tuple(gpu_phases.Phase(kind, kind, 60, TINY) for kind in KINDS)
+    phases = [gpu_plan.Phase(kind, kind, 60, gpu_plan.TINY) for kind in KINDS]
+    phases += [gpu_plan.Phase(kind, "training", 60, gpu_plan.TINY, kind) for kind in TRAININGS]
 
-    def here(phase: gpu_phases.Phase, left_s: float, dry: bool) -> tuple[dict, list]:
+    def here(phase: gpu_plan.Phase, *_: object) -> tuple[dict, list, str]:
+        torch.set_num_threads(1)  # of this thread: on a busy machine, a second one costs time
         with torch.no_grad():
-            found = list(gpu_phases.MEASURE[phase.kind](phase.cell, torch.device("cpu")))
+            found = list(gpu_phases.MEASURE[phase.kind](phase, torch.device("cpu")))
         labels = {"kind": phase.kind, "model": "tiny", "dtype": "bf16"}
         status = {"name": phase.name, "status": "ok", "seconds": 1.0}
-        return status, [{**labels, **each} for each in found]
+        return status, [{**labels, **each} for each in found], ""
 
-    patch.setattr(gpu, "run_phase", here)
-    gpu.measure(phases, path, 1.0, dry=True)
+    patch.setattr(gpu_runner, "run_phase", here)
+    gpu_phases.freeze_modules()
+    gpu_runner.Report(path, is_dry=True).run(phases)
+    gc.unfreeze()
     patch.undo()
-    torch.set_num_threads(threads)
     return json.loads(path.read_text())
 
 
 def test_whole_training_steps_are_measured_and_shown(data):
     found = {each["name"]: each for each in gpu_times.select(data, "training")}
-    assert list(found) == ["ordinary", "fused", "AdamW", "LoRA"]
+    assert tuple(found) == TRAININGS
     assert {(each["model"], each["dtype"]) for each in found.values()} == {("tiny", "fp32")}
+    assert found["sampled"]["gradients"] < found["AdamW"]["gradients"]
     shown = gpu_report.training_table(data)
     assert all(f"| tiny | {name} |" in shown for name in found)
     assert shown in gpu_report.short_table(data)
     assert shown in gpu_report.full_report(data)
 
 
-def test_a_training_step_that_memory_does_not_hold_is_told(monkeypatch):
-    def measure(name: str, kind: str, *_: object) -> dict[str, object]:
-        if kind == "AdamW":
-            raise torch.OutOfMemoryError
-        return {"model": name, "kind": kind}
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError(), RuntimeError("no kernel\nat ...")])
+def test_a_training_step_that_cannot_be_measured_says_why(monkeypatch, error):
+    def measure(*_: object, **__: object) -> None:
+        raise error
 
-    monkeypatch.setattr(training, "ProcessPoolExecutor", Threads)
     monkeypatch.setattr(training, "measure", measure)
-    rows = list(gpu_phases.whole_training(TINY, torch.device("cpu")))
-    assert [each["name"] for each in rows] == ["ordinary", "fused", "AdamW", "LoRA"]
-    assert [each.get("failed") for each in rows] == [None, None, "out of memory", None]
+    phase = gpu_plan.Phase("a", "training", 60, gpu_plan.TINY, "AdamW")
+    (row,) = gpu_training.whole_steps(phase, torch.device("cpu"))
+    reason = "no kernel" if error.args else "out of memory"
+    assert row == {"name": "AdamW", "failed": reason, "dtype": "fp32"}
+
+
+def test_an_8_bit_optimizer_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr(gpu_subjects, "absent_kinds", lambda: {"torchao 8-bit": "no module"})
+    phase = gpu_plan.Phase("a", "training", 60, gpu_plan.TINY, "torchao 8-bit")
+    rows = list(gpu_training.whole_steps(phase, torch.device("cpu")))
+    assert rows == [{"name": "torchao 8-bit", "absent": "no module"}]
+
+
+def test_the_peak_in_a_smaller_card_stands_beside_the_estimate(monkeypatch):
+    """The allocator's limit is set, and no time is recorded; all but the estimate is faked."""
+    limits = []
+    fake = {"peak": 3 << 30, "reserved": 4 << 30, "total": 160 << 30}
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction",
+                        lambda share, device: limits.append(share))  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: fake["peak"])
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: fake["reserved"])
+    properties = type("Properties", (), {"total_memory": fake["total"]})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(training, "measure", lambda *_, **__: {"model": "tiny", "us": [1.0]})
+    phase = gpu_plan.Phase("in 40 GiB", "capped", 60, gpu_plan.TINY, "40")
+    (row,) = gpu_training.capped(phase, torch.device("cpu"))
+    assert limits == [0.25]
+    assert "us" not in row
+    assert row["fits"] == "yes"
+    assert 0 < row["estimate_bytes"] < 10_000_000
+    shown = gpu_report.caps_table({"records": [{"kind": "capped", **row}]})
+    assert "| tiny fp32, a100-40 | 40.00 | 3.00 | 4.00 | 0.00 | yes |" in shown
+
+
+def test_single_operations_are_shown_beside_those_of_torch(data):
+    shown = gpu_report.operations_table(data)
+    assert "| gradient of 48 x 40, 16 tokens, dense |" in shown
+    assert "| gradient of 48 x 40, 16 tokens, 0.05% by cpp |" in shown
+    assert "| 32 of 20K entries, torch.topk |" in shown
+    assert "| 32 of 20K entries, cpp |" in shown
+
+
+def test_files_of_one_commit_are_joined(data):
+    first = {**data, "phases": [{"name": "a", "status": "failed"}, {"name": "b", "status": "ok"}],
+             "records": [{"phase": "a", "us": [1]}, {"phase": "b", "us": [2]}]}  # fmt: skip
+    second = {**data, "phases": [{"name": "a", "status": "ok"},
+                                 {"name": "b", "status": "left out: no time"}],
+              "records": [{"phase": "a", "us": [3]}]}  # fmt: skip
+    joined = gpu_report.join([first, second])
+    assert {each["name"]: each["status"] for each in joined["phases"]} == {"a": "ok", "b": "ok"}
+    assert [each["us"] for each in joined["records"]] == [[2], [3]]
+    with pytest.raises(ValueError, match="different commits: a, b"):
+        gpu_report.join([{**data, "commit": "a"}, {**data, "commit": "b"}])
 
 
 def test_every_subject_is_measured(data):

@@ -1,0 +1,146 @@
+"""Build what a GPU report needs, without pip: python -m bench.gpu_build COMMAND
+
+    extension   compile the package in place, for the card at hand
+    library     import the CUDA backend; if that fails, take the libraries in .gpu/ and try again
+    alone       compile bench/kernels_alone.cu, unless .gpu/ has it from the same sources
+    emulated    compile it for the emulator of tests/support/cuda_emulator
+
+`bench.gpu_prepare` fills .gpu/ on another machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import shutil
+import subprocess
+import sys
+import zipfile
+from glob import glob
+from pathlib import Path
+
+from bench import console
+from bench.environment import PREPARED, ROOT
+
+PACKAGE = ROOT / "sparse_optim"
+ALONE, EMULATED = PREPARED / "kernels_alone", PREPARED / "kernels_alone_emulated"
+UNUSED = {"csrc/cuda/sampled_grad.cu", "csrc/cuda/collect.cu"}  # by kernels_alone.cu
+NVCC_FLAGS = ("-std=c++17", "-O3", "-fmad=false", "-lineinfo", "-Xfatbin=-compress-all")
+IMPORT = (
+    "import sparse_optim.backends.cpp, sparse_optim.backends.cuda as cuda; "
+    "print('the CUDA backend can be imported:', cuda.scratch_bytes(1, 1, 1), 'bytes of scratch')"
+)
+
+
+def link_triton_kernels() -> None:
+    """Make `sparse_optim.triton_kernels` importable in a checkout that is not installed."""
+    if importlib.util.find_spec("sparse_optim.triton_kernels") is None:
+        (PACKAGE / "triton_kernels").symlink_to(Path("..") / "triton_kernels")
+
+
+def nvcc() -> str | None:
+    """Return the path of the CUDA compiler, or None."""
+    return shutil.which("/usr/local/cuda/bin/nvcc") or shutil.which("nvcc")
+
+
+def extension() -> None:
+    """Compile the package in place; libraries of older sources go first if others are prepared."""
+    if list(PREPARED.glob("_C*.so")):
+        for library in PACKAGE.glob("_C*.so"):
+            library.unlink()
+    subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=ROOT, check=True)
+
+
+def library() -> None:
+    """Import the CUDA backend, compiled here or elsewhere; raise an error if neither works."""
+    if _imports():
+        return
+    prepared = list(PREPARED.glob("_C*.so"))
+    print(f"take {len(prepared)} libraries from {PREPARED.name}/", flush=True)
+    for each in prepared:
+        shutil.copy2(each, PACKAGE)
+    if not _imports():
+        sys.exit("the CUDA backend cannot be imported")
+
+
+def _imports() -> bool:
+    return subprocess.run([sys.executable, "-c", IMPORT], cwd=ROOT, check=False).returncode == 0
+
+
+def alone(arch: str) -> None:
+    """Compile the program without torch for a compute capability ("9.0") unless it is there."""
+    compiler = nvcc()
+    if compiler is None:
+        sys.exit("nvcc was not found")
+    number = arch.replace(".", "")
+    _compile(
+        ALONE, compiler, *NVCC_FLAGS, f"-gencode=arch=compute_{number},code=sm_{number}",
+        "--threads", "0",
+    )  # fmt: skip
+
+
+def emulated() -> None:
+    """Compile it for the emulator, which runs its kernels on the CPU."""
+    emulator = "tests/support/cuda_emulator"
+    _compile(
+        EMULATED, "g++", "-std=c++17", "-O1", "-x", "c++", "-DSPARSE_OPTIM_EMULATED",
+        "-ffp-contract=off", "-fno-strict-aliasing", "-w", f"-I{emulator}",
+    )  # fmt: skip
+
+
+def _compile(target: Path, *command: str) -> None:
+    kernels = set(glob("csrc/cuda/*.cu", root_dir=ROOT)) - UNUSED
+    sources = ["bench/kernels_alone.cu", *sorted(kernels)]
+    digest, noted = _digest(command), target.with_suffix(".sources")
+    if target.exists() and noted.exists() and noted.read_text() == digest and _starts(target):
+        print(f"{target.name} was compiled before, from the same sources")
+        return
+    target.parent.mkdir(exist_ok=True)
+    arguments = [*command, "-Icsrc", "-Ibench", *sources, "-o", str(target)]
+    subprocess.run(arguments, cwd=ROOT, check=True)
+    noted.write_text(digest)
+
+
+def _digest(command: tuple[str, ...]) -> str:
+    """Identify the sources and the options of a compiler."""
+    digest = hashlib.sha256(" ".join(command[1:]).encode())
+    for pattern in ("csrc/core/*", "csrc/cuda/*", "bench/kernels_alone*", "bench/kernels_alone/*"):
+        for path in sorted(ROOT.glob(pattern)):
+            if path.is_file():
+                digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _starts(program: Path) -> bool:
+    """Whether the program starts here: without arguments, it prints its usage."""
+    try:
+        done = subprocess.run([str(program)], capture_output=True, text=True, check=False)
+    except OSError:
+        return False
+    return "usage" in done.stdout
+
+
+def unpack_wheels(target: Path) -> Path | None:
+    """Unpack the wheels in .gpu/whl, without pip; return the folder if there are any."""
+    wheels = sorted((PREPARED / "whl").glob("*.whl"))
+    for wheel in wheels:
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(target)
+    return target if wheels else None
+
+
+def main() -> None:
+    """Run one of the commands."""
+    commands = {"extension": extension, "library": library, "emulated": emulated}
+    parser = console.parser("gpu_build", __doc__)
+    parser.add_argument("command", choices=(*commands, "alone"))
+    parser.add_argument("--arch", default="9.0", help="compute capability (default: 9.0)")
+    arguments = parser.parse_args()
+    if arguments.command == "alone":
+        alone(arguments.arch)
+    else:
+        commands[arguments.command]()
+
+
+if __name__ == "__main__":
+    main()
