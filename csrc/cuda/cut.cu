@@ -18,8 +18,9 @@
 // arXiv 2109.08219.
 //
 // Bytes: 4 per tile three times; tiles that reach the limit (about quota of 16 KB, with their
-// parameters unless exp = 0) once. Launches: 5 with exp = 0, else 16,
-// of which seven return at once.
+// parameters unless exp = 0) once. 7B in bfloat16, quota 466, exp 0: 24 MB. Predicted: bytes /
+// bandwidth = 12 us on A100 (2.0 TB/s), 31 on A6000 (0.77), 7 on H100 (3.35), 5 on H200 (4.8): less
+// than its launches take, 5 with exp = 0, else 16, of which seven return at once.
 #include "core/schedule.h"
 #include "cuda/candidates.h"
 #include "cuda/compact.h"

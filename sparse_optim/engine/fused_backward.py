@@ -1,8 +1,8 @@
 """Selection inside the backward pass: each gradient is scanned when it is produced, then freed.
 
     hook       scan: tile maxima, gradients of active entries, norm of the tensor, non-finite test
-               cut:  its best frozen entries join the candidates (large tensors at once, small ones
-               together, once they are BATCH_BYTES)
+               its best frozen entries join the candidates (large tensors at once, small ones
+               together, once they are BATCH_BYTES): by `cut`, or by `collect` on CUDA
                param.grad <- None
     step()     the best of the candidates; append; clip; update
 
