@@ -12,6 +12,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
 
@@ -41,15 +42,21 @@ def check_cuda(
         sys.exit("check_cuda: nvcc was not found (set CUDA_HOME)")
     OUTPUT.mkdir(parents=True, exist_ok=True)
     archs = archs_of(str(home)).removesuffix("+PTX").replace(".", "").split(";")
-    objects = [_compile_kernels(home, source, nvcc_flags, archs) for source in _kernel_files()]
-    objects.append(_compile_binding(home, cxx_flags))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        binding = pool.submit(_compile_binding, home, cxx_flags)
+        kernels = [
+            pool.submit(_compile_kernels, home, source, nvcc_flags, archs)
+            for source in _kernel_files()
+        ]
+    objects = [compiled.result() for compiled in (*kernels, binding)]
     if link:
         _import_lazily(_link(home, objects))
     print(f"check_cuda: {len(objects)} sources compiled" + (", linked and imported" * link))
 
 
 def _kernel_files() -> list[str]:
-    return sorted(glob("csrc/cuda/*.cu"))
+    """Those that take longest first."""
+    return sorted(glob("csrc/cuda/*.cu"), key=os.path.getsize, reverse=True)
 
 
 def _compile_kernels(home: Path, source: str, flags: list[str], archs: list[str]) -> Path:
