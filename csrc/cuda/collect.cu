@@ -1,18 +1,20 @@
 // collect: an exact running selection over gradients that come one at a time, as in the backward
 // pass, each of which may be freed after its call.
 //
-//   begin     the quota of the step; no candidates
-//   collect   frozen entries that reach the floor join the candidates; the floor rises
-//   settle    the quota best, in global order
+//   collect_begin  the quota of the step; no candidates
+//   collect        frozen entries that reach the limit join the candidates
+//   collect_end    the quota best, in global order
 //
-// The floor is 0 until there are as many candidates as wanted, then the least of the best: entries
-// below it cannot win. The last block to finish keeps the candidates few: when more than half of
-// their room is taken, it drops all but the best, ties to the lower global index. Where entries of
-// a call do not fit, or no floor is known yet, it finds the call's own best in several passes over
-// the tiles that may hold them (winners.h): a few hundred, as bounds are exact here.
+// The limit is the floor, or just below the quota-th largest maximum of the call's tiles, if that
+// is more. The floor is 1 until there are eight times as many candidates as wanted; the last block
+// to finish then drops all but the best, ties to the lower global index, and the floor is the least
+// of them: entries below it cannot win. Where a call has more entries above the limit than there is
+// room for, its last block finds the call's own best in several passes over the tiles (winners.h):
+// some 10 ms, but it takes 100,000 entries in the tiles of the largest few.
 //
-// Bytes: 4 per tile; tiles that reach the floor once (unless exp = 0 twice, with their parameters).
-// Launches: a call one with exp = 0, else two; begin one, settle two.
+// Bytes: 4 per tile three times; tiles that reach the limit once (unless exp = 0 twice, with their
+// parameters; two times more where tiles are few). Launches: a call three with exp = 0, else four;
+// the beginning one, the end two.
 #include "core/schedule.h"
 #include "cuda/candidates.h"
 #include "cuda/collect.h"
@@ -24,7 +26,7 @@ namespace {
 constexpr int kBlocksPerMultiprocessor = 8;
 
 __device__ inline Candidates candidates_of(const Collected& at) {
-  return {at.place, at.key, at.grad};
+  return {at.place, at.key, at.grad, kCollected};
 }
 
 __global__ void __launch_bounds__(kThreads, kResident)
@@ -39,7 +41,6 @@ __global__ void __launch_bounds__(kThreads, kResident)
   selection.arrived = 0;
   at.state->before = 0;
   at.state->floor = 1;
-  at.state->is_known = 0;
 }
 
 // Bounds of tiles; exact maxima of those that reach the floor.
@@ -61,6 +62,26 @@ __global__ void __launch_bounds__(kThreads, kResident)
     if (lane() == 0) bound[j] = key;
   }
 }
+
+// The entries that reach the floor, as a source of keys; the grid shares their tiles.
+template <class Importance>
+struct EntriesAboveFloor {
+  Importance importance;
+  Entries entries;
+  const int32_t* bound;
+  const int32_t* floor;
+
+  __device__ bool wanted(const Selection& state) const { return state.quota != 0; }
+  __device__ int32_t least(const Selection&) const { return *floor; }
+  template <class Visit>
+  __device__ void visit(const Selection&, Share, Visit&& visit) const {
+    __shared__ uint32_t marks[kWarps][kTileWords];
+    for_each_reaching(bound, entries.pool.num_tiles, *floor, [&](int64_t tile_index) {
+      visit_tile_by_warp(entries, importance, tile_index, marks[warp()],
+                         [&](const Tile&, int, int32_t key, float) { visit(key); });
+    });
+  }
+};
 
 // Candidates that tie the limit, by what decides among them: the lower tensor, then the lower
 // position, as keys of which the largest belong.
@@ -90,7 +111,6 @@ __device__ inline int64_t keep_best(const Collected& at, int64_t count) {
   if (count < selection.quota) return count;
   select_kth_in_block(KeyArray{all.key, count}, selection);
   const int32_t limit = selection.limit;
-  const int64_t quota = selection.quota;
   __syncthreads();
   if (threadIdx.x == 0) selection.wanted = selection.ties;
   __syncthreads();
@@ -118,25 +138,18 @@ __device__ inline int64_t keep_best(const Collected& at, int64_t count) {
     kept += prefix.total;
   }
   __syncthreads();
-  if (threadIdx.x == 0) {
-    at.state->floor = limit;
-    at.state->is_known = kept == quota;
-  }
+  if (threadIdx.x == 0) at.state->floor = limit;
   __syncthreads();
   return kept;
 }
 
-// The best entries of a call's tensors, added to `count` candidates by one block in several passes;
-// returns how many there are then.
+// The best entries of a call's tensors above the selection's limit, added to `count` candidates by
+// one block in several passes; returns how many there are then.
 template <class Importance>
 __device__ inline int64_t add_best(const ListedEntries<Importance>& listed, const int32_t* bound,
                                    int64_t first_tensor, const CutScratch& work,
                                    const NewEntries& found, const Collected& at, int64_t count) {
-  Selection& selection = at.state->selection;
   const Pool& pool = listed.entries.pool;
-  select_kth_in_block(KeyArray{bound, pool.num_tiles}, selection);
-  if (threadIdx.x == 0) selection.limit = max(selection.limit, at.state->floor);
-  __syncthreads();
   cut_in_block(listed, bound, pool.num_tiles, work, found, &at.state->threshold);
   __syncthreads();
   const int64_t number = *found.count;
@@ -160,20 +173,17 @@ __global__ void __launch_bounds__(kThreads, kResident / 2)
                    CutScratch work, NewEntries found, Collected at) {
   Selection& selection = at.state->selection;
   if (selection.quota == 0) return;
-  const bool is_known = at.state->is_known != 0;
-  if (is_known)
-    collect(listed.importance, listed.entries, bound, at.state->floor, first_tensor,
-            &selection.num_candidates, candidates_of(at));
+  const int32_t limit = max(selection.limit, at.state->floor);
+  collect(listed.importance, listed.entries, bound, limit, first_tensor, &selection.num_candidates,
+          candidates_of(at));
   if (!is_last_block(&selection.arrived)) return;
   int64_t count = int64_t(__ldcg(&selection.num_candidates));
-  if (!is_known || count > kCandidates) {
-    count = at.state->before;
-    if (count > kCandidates - found.capacity) count = keep_best(at, count);
-    count = add_best(listed, bound, first_tensor, work, found, at, count);
-    count = keep_best(at, count);
-  } else if (count > kCandidates / 2) {
-    count = keep_best(at, count);
+  if (count > kCollected) {
+    if (threadIdx.x == 0) selection.limit = limit;
+    __syncthreads();
+    count = add_best(listed, bound, first_tensor, work, found, at, at.state->before);
   }
+  if (count > min(8 * selection.quota, kCollected / 2)) count = keep_best(at, count);
   if (threadIdx.x == 0) selection.num_candidates = at.state->before = count;
 }
 
@@ -213,8 +223,8 @@ Collected layout(void* buffer) {
   Collected at;
   at.state = static_cast<CollectState*>(buffer);
   at.place = reinterpret_cast<uint64_t*>(at.state + 1);
-  at.key = reinterpret_cast<int32_t*>(at.place + kCandidates);
-  at.grad = reinterpret_cast<float*>(at.key + kCandidates);
+  at.key = reinterpret_cast<int32_t*>(at.place + kCollected);
+  at.grad = reinterpret_cast<float*>(at.key + kCollected);
   return at;
 }
 
@@ -222,7 +232,7 @@ Collected layout(void* buffer) {
 
 int64_t collected_bytes() {
   return int64_t(sizeof(CollectState)) +
-         kCandidates * int64_t(sizeof(uint64_t) + sizeof(int32_t) + sizeof(float));
+         kCollected * int64_t(sizeof(uint64_t) + sizeof(int32_t) + sizeof(float));
 }
 
 int64_t max_collected_quota() {
@@ -255,6 +265,13 @@ cudaError_t collect(const Pool& pool, const int32_t* position, const int64_t* of
       SPARSE_OPTIM_LAUNCH(maxima_kernel, blocks, kThreads, stream, importance, entries, tile_max,
                           param_bound, at, work.bound);
       bound = work.bound;
+    }
+    if (pool.num_tiles >= 2 * max_quota) {
+      const int64_t by_key = grid_for(pool.num_tiles, kKeysPerBlock, kBlocksPerMultiprocessor);
+      select_kth(KeyArray{bound, pool.num_tiles}, by_key, work.selection, kFloorDigits, stream);
+    } else {
+      const EntriesAboveFloor<Importance> above{importance, entries, bound, &at.state->floor};
+      select_kth(above, blocks, work.selection, kFloorDigits, stream);
     }
     const ListedEntries<Importance> listed{importance, entries, work.list};
     SPARSE_OPTIM_LAUNCH(collect_kernel, blocks, kThreads, stream, listed, bound, first_tensor, work,

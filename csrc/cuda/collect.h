@@ -8,14 +8,13 @@ struct CollectState {
   Selection selection;  // num_candidates: of all calls so far
   int64_t before;       // candidates before the running call
   int64_t found;        // of the last call that took several passes
-  int32_t floor;        // what an entry must reach to be a candidate
-  int32_t is_known;     // whether the floor rests on as many candidates as are wanted
-  float threshold;      // of no use
+  int32_t floor;        // what an entry must reach to be among the best
+  float threshold;      // of a call's best: written, not read
 };
 
 struct Collected {
   CollectState* state;
-  uint64_t* place;  // (kCandidates,) each; see Candidates
+  uint64_t* place;  // (kCollected,) each; see Candidates
   int32_t* key;
   float* grad;
 };

@@ -9,9 +9,8 @@
 //      block to finish selects the quota-th largest of them. How many winners come before a
 //      candidate, counted by one warp each, is its place.
 //   4. Otherwise, or if there are more candidates than room, as where many entries tie or winners
-//      crowd into a few tiles, these tiles are read five times (winners.h). With exact bounds,
-//      hardly more tiles than the quota are at stake: then the last block does that by itself, at
-//      the cost of no launch. Without, launches follow that return at once if they are not needed.
+//      crowd into a few tiles, these tiles are read five times (winners.h). The launches for that
+//      follow always, and return at once if they are not needed.
 //
 // All on the device: each kernel returns at once if the quota is 0. The same result as
 // csrc/cpu/cut.cpp. Delegates that stand for groups of candidates: Gaihre et al. 2021, Dr. Top-k,
@@ -20,7 +19,7 @@
 // Bytes: 4 per tile three times; tiles that reach the limit (about quota of 16 KB, with their
 // parameters unless exp = 0) once. 7B in bfloat16, quota 466, exp 0: 24 MB. Predicted: bytes /
 // bandwidth = 12 us on A100 (2.0 TB/s), 31 on A6000 (0.77), 7 on H100 (3.35), 5 on H200 (4.8): less
-// than its launches take, 5 with exp = 0, else 16, of which seven return at once.
+// than its launches take: 5 with exp = 0, else 9, and seven that return at once.
 #include "core/schedule.h"
 #include "cuda/candidates.h"
 #include "cuda/compact.h"
@@ -31,8 +30,6 @@ namespace {
 
 // Blocks a multiprocessor; opening a tile is bound by latency, so that many help.
 constexpr int kBlocksPerMultiprocessor = 8;
-// Keys of an array that a block counts at least: setting up 2048 bins costs as much.
-constexpr int64_t kKeysPerBlock = 4096;
 
 // Quotas beyond the number of tiles leave no floor.
 bool collects(int64_t num_tiles, int64_t max_quota) {
@@ -84,19 +81,14 @@ __global__ void __launch_bounds__(kThreads, kResident)
 }
 
 // Selects among the candidates, by one block.
-template <class Importance>
-__device__ inline void choose(const ListedEntries<Importance>& listed, const int32_t* bound,
-                              const CutScratch& at, const NewEntries& found, float* threshold) {
+__device__ inline void choose(const CutScratch& at, const NewEntries& found, float* threshold) {
   Selection& state = *at.selection;
   const int64_t count = int64_t(__ldcg(&state.num_candidates));
   __syncthreads();  // all have read the count
   if (count > kCandidates) {
-    if constexpr (kGradAlone<Importance>) {
-      cut_in_block(listed, bound, listed.entries.pool.num_tiles, at, found, threshold);
-    } else if (threadIdx.x == 0) {
-      state.passes = 1;
-    }
-    if (threadIdx.x == 0) state.num_candidates = 0;
+    if (threadIdx.x != 0) return;
+    state.passes = 1;
+    state.num_candidates = 0;
     return;
   }
   const KeyArray keys{at.key, count};
@@ -110,16 +102,15 @@ __device__ inline void choose(const ListedEntries<Importance>& listed, const int
   if (count) *threshold = from_bits(max(state.limit, __ldcg(&state.least)));
 }
 
-// It needs more than 64 registers.
 template <class Importance>
-__global__ void __launch_bounds__(kThreads, kResident / 2)
+__global__ void __launch_bounds__(kThreads, kResident)
     collect_kernel(ListedEntries<Importance> listed, const int32_t* bound, CutScratch at,
                    NewEntries found, float* threshold) {
   Selection& state = *at.selection;
   if (state.quota == 0) return;
   collect(listed.importance, listed.entries, bound, state.limit, 0, &state.num_candidates,
-          {at.place, at.key, nullptr});
-  if (is_last_block(&state.arrived)) choose(listed, bound, at, found, threshold);
+          {at.place, at.key, nullptr, kCandidates});
+  if (is_last_block(&state.arrived)) choose(at, found, threshold);
 }
 
 __global__ void __launch_bounds__(kThreads, kResident)
@@ -169,7 +160,6 @@ void cut_by(Importance importance, const Entries& entries, const CutInput& in,
     SPARSE_OPTIM_LAUNCH(collect_kernel, by_warp, kThreads, stream, listed, bound, at, found,
                         threshold);
     SPARSE_OPTIM_LAUNCH(place_kernel, by_candidate, kThreads, stream, at, found);
-    if (kExactBounds) return;
   }
   const int64_t by_tile = grid_for(num_tiles, 1, kBlocksPerMultiprocessor);
   compact(bound, num_tiles, at.selection, at.chunk, at.list, stream);

@@ -7,10 +7,10 @@
 //
 // Bytes: one read of the gradient (4 N in float32, 2 N in bfloat16), 12 per tile of 4096 and 12 per
 // active entry. 7B in bfloat16 (N = 6.74e9, B = 3.5e6 active, 1.65e6 tiles): 13.5 GB. Predicted:
-// bytes / bandwidth = 6.8 ms on A100 (2.0 TB/s), 18 on A6000 (0.77), 4.0 on H100 (3.35), 2.8 on H200
-// (4.8). The maxima are exact integers, equal to the reference; squares are summed in
-// float32 in a tile, float64 above, in an order that depends on neither the device nor the grid nor
-// the other tensors: one that is scanned alone has the same norm, bit for bit.
+// bytes / bandwidth = 6.8 ms on A100 (2.0 TB/s), 18 on A6000 (0.77), 4.0 on H100 (3.35), 2.8 on
+// H200 (4.8). The maxima are exact integers, equal to the reference; squares are summed in float32
+// in a tile, float64 above, in an order that depends on neither the device nor the grid nor the
+// other tensors: one that is scanned alone has the same norm, bit for bit.
 #include "cuda/device.h"
 
 namespace sparse_optim::cuda {

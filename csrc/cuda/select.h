@@ -25,9 +25,11 @@ SPARSE_OPTIM_INLINE Digit digit_of(int pass) {
 }
 
 constexpr int kBins = 1 << 11;
+// Keys of an array that a block counts at least: setting up its bins costs as much.
+constexpr int64_t kKeysPerBlock = 4096;
 
-// Lives in scratch memory; `prepare` of cut.cu starts it. Between selections bins and `arrived` are
-// 0, and `wanted` is the quota.
+// Lives on the device; prepare_kernel of cut.cu or begin_kernel of collect.cu starts it. Between
+// selections bins and `arrived` are 0, and `wanted` is the quota.
 struct Selection {
   unsigned long long bins[kBins];
   int64_t quota;
@@ -72,7 +74,7 @@ __device__ inline void take_digit(Selection& state, Digit digit) {
   }
 }
 
-// Notes the result after the last digit, and makes ready for the next selection.
+// Notes the result after the last digit, and prepares the next selection.
 __device__ inline void finish_selection(Selection& state, int32_t least) {
   state.limit = state.exhausted || state.prefix < least ? least : state.prefix;
   state.ties = state.exhausted ? state.quota : state.wanted;

@@ -3,9 +3,9 @@
 //   bias_correctionN = 1 - betaN^age = -expm1(age * log(betaN))
 //
 // Bytes: 28 per active entry streamed, 8 more of a master value, and one 32-byte sector of the
-// parameter each way. B = 3.5e6 with master values: 350 MB. Predicted: bytes / bandwidth = 0.18 ms on
-// A100 (2.0 TB/s), 0.46 on A6000 (0.77), 0.10 on H100 (3.35), 0.07 on H200 (4.8).
-// float32 throughout; equal to the reference up to rounding.
+// parameter each way. B = 3.5e6 with master values: 350 MB. Predicted: bytes / bandwidth = 0.18 ms
+// on A100 (2.0 TB/s), 0.46 on A6000 (0.77), 0.10 on H100 (3.35), 0.07 on H200 (4.8). float32
+// throughout; equal to the reference up to rounding.
 #include "core/adamw.h"
 #include "cuda/device.h"
 

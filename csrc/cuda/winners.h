@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
   write_winners(listed, at, found, Share::of_grid());
 }
 
-// All passes by one block, from the bounds of tiles. A grid could not be waited for in one launch.
+// All passes by one block, from the bounds of tiles: slow, and so for what hardly ever happens.
 template <class Importance>
 __device__ inline void cut_in_block(const ListedEntries<Importance>& listed, const int32_t* bound,
                                     int64_t num_tiles, const CutScratch& at,

@@ -1,7 +1,7 @@
 """The best frozen entries among the gradients seen so far in a step, kept by the backend.
 
-In place of `Candidates` where the backend offers it (CUDA) and the quota is small: one launch a
-tensor, two unless exp = 0, instead of some forty. Same entries, same order, same threshold.
+In place of `Candidates` where the backend offers it (CUDA) and the quota is small: three launches a
+tensor, four unless exp = 0, instead of some forty. Same entries, same order, same threshold.
 """
 
 from __future__ import annotations

@@ -56,9 +56,9 @@ def test_same_run_with_a_dense_head():
     assert fused.grad_norm > 0.01
 
 
-@pytest.mark.parametrize(("exp", "each"), [(0.0, 4), (2.0, 5)])
+@pytest.mark.parametrize(("exp", "each"), [(0.0, 6), (2.0, 7)])
 def test_launches_of_a_backward_pass(exp, each):
-    """Of a large tensor: its row, scan, norm, and one or two to rank it."""
+    """Of a large tensor: its row, scan, norm, and three or four to rank it."""
     params = [torch.nn.Parameter(torch.randn(40, 40)) for _ in range(6)]
     optimizer = MaskedAdamW(
         params, importance=D3(exp=exp), selection=Increment(90, total_steps=9), backend="emulated",
@@ -71,5 +71,5 @@ def test_launches_of_a_backward_pass(exp, each):
     loss.backward()
     assert emulated_cuda.launches() - before == 6 * each + 1  # and one that begins
     optimizer.step()
-    assert emulated_cuda.launches() - before <= 6 * each + 1 + 9
+    assert emulated_cuda.launches() - before <= 6 * each + 1 + 10
     assert optimizer.metrics()["active"] == 20
