@@ -45,7 +45,7 @@ FLAGS = [
 
 # -fmad=false: as -ffp-contract=off above.
 NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-lineinfo", STABLE_ABI, "-DUSE_CUDA"]
-# A100, A6000, H100; B200 and RTX 50 where nvcc knows them (12.8); what comes later through PTX.
+# A100, A6000, H100; B200 and RTX 50 where nvcc knows them (12.8); others through PTX of two ages.
 CUDA_ARCHS, NEW_CUDA_ARCHS = ("8.0", "8.6", "9.0"), ("10.0", "12.0")
 
 
@@ -55,13 +55,13 @@ def vector_clones() -> bool:
 
 
 def cuda_archs(home: str) -> str:
-    """TORCH_CUDA_ARCH_LIST, or else those of ours that this nvcc knows."""
+    """TORCH_CUDA_ARCH_LIST, or else those of ours that this nvcc knows, the oldest first."""
     if named := os.environ.get("TORCH_CUDA_ARCH_LIST"):
         return named
     nvcc = os.path.join(home, "bin", "nvcc")
     known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False)
     new = [a for a in NEW_CUDA_ARCHS if f"compute_{a.replace('.', '')}" in known.stdout.split()]
-    return ";".join([*CUDA_ARCHS, *new]) + "+PTX"
+    return ";".join([*CUDA_ARCHS, *new]).replace("9.0", "9.0+PTX") + ("+PTX" if new else "")
 
 
 def compiled() -> dict:

@@ -132,7 +132,7 @@ COMMANDS: dict[str, Callable[[Phase, bool], Command]] = {
     "build": _build,
     "library": _build,
     "compile": _compile,
-    "check": lambda phase, is_dry: _alone(is_dry, "check"),
+    "check": lambda phase, is_dry: _alone(is_dry, "check", *phase.which.split()),
     "sanitizer": _sanitized_check,
     "sanitizer tests": _sanitizer_tests,
     "timings": _timings,
@@ -157,7 +157,8 @@ def environment_of(phase: Phase, is_dry: bool, site: Path | None = None) -> dict
         own["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     if phase.kind == "tests" or is_dry:  # several processes share the cores
         own["OMP_NUM_THREADS"] = "1" if is_dry else "2"
-    found = {**own, **os.environ}
+    # The machine's own list of architectures may hold some that the kernels do not compile for.
+    found = {**os.environ, **own} if phase.kind == "build" else {**own, **os.environ}
     if site is not None:
         found["PYTHONPATH"] = os.pathsep.join(filter(None, (found.get("PYTHONPATH"), str(site))))
     return found

@@ -96,6 +96,7 @@ def _first() -> list[Phase]:
         Phase("build", "build", 120, after=(), calls=(FIRST,)),
         Phase("compile alone", "compile", 90, after=(), calls=(FIRST,)),
         Phase("check", "check", 30, after=("compile alone",), calls=(FIRST,)),
+        Phase("check large", "check", 30, None, "large", ("check",), (FIRST,), needs_gpu=True),
         *tools,
         Phase("library", "library", 40, after=("build",), calls=(FIRST, SECOND)),
         Phase("tests cuda", "tests", 90, None, "cuda", ("library",), (FIRST,)),

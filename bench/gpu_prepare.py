@@ -32,6 +32,10 @@ def main() -> None:
     environment.write_commit()
     gpu_build.alone(arguments.arch)
     subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"], cwd=ROOT, check=True,
+        env={**os.environ, "SPARSE_OPTIM_CPP": "1", "SPARSE_OPTIM_CUDA": "0"},
+    )  # fmt: skip
+    subprocess.run(
         [sys.executable, "setup.py", "check_cuda", "--link"], cwd=ROOT, check=True,
         env={**os.environ, "TORCH_CUDA_ARCH_LIST": arguments.arch},
     )  # fmt: skip

@@ -3,7 +3,7 @@
 //
 //   nvcc -std=c++17 -O3 -fmad=false -lineinfo -arch=sm_90 -Icsrc -Ibench
 //     bench/kernels_alone.cu csrc/cuda/*.cu -o kernels_alone
-//   kernels_alone check [fresh]            compare two steps with a host implementation
+//   kernels_alone check [fresh | large]    compare two steps with a host implementation
 //   kernels_alone bench [shrink [rounds]]  time 7B in bfloat16, tensors divided by `shrink`
 //   kernels_alone step [shrink]            run one step of it, for ncu
 //
@@ -20,7 +20,8 @@ int main(int argc, char** argv) {
   const int64_t shrink = argument.empty() ? 1 : std::atoll(argv[2]);
   const int rounds = argc > 3 ? std::atoi(argv[3]) : 9;
   if (mode == "check") {
-    const bool good = alone::check_all(argument == "fresh");
+    const bool is_large = argument == "large";
+    const bool good = is_large ? alone::check_large() : alone::check_all(argument == "fresh");
     std::printf(good ? "all equal\n" : "FAILED\n");
     return good ? 0 : 1;
   }
@@ -29,6 +30,7 @@ int main(int argc, char** argv) {
     mode == "bench" ? timings.run() : timings.step();
     return 0;
   }
-  std::printf("usage: kernels_alone check [fresh] | bench [shrink [rounds]] | step [shrink]\n");
+  std::printf(
+      "usage: kernels_alone check [fresh | large] | bench [shrink [rounds]] | step [shrink]\n");
   return 2;
 }

@@ -41,7 +41,8 @@ def check_cuda(
     if not (home / "bin" / "nvcc").exists():
         sys.exit("check_cuda: nvcc was not found (set CUDA_HOME)")
     OUTPUT.mkdir(parents=True, exist_ok=True)
-    archs = archs_of(str(home)).removesuffix("+PTX").replace(".", "").split(";")
+    named = archs_of(str(home)).replace("+PTX", "").replace(".", "")
+    archs = sorted(re.split(r"[;\s]+", named.strip()), key=int)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         binding = pool.submit(_compile_binding, home, cxx_flags)
         kernels = [

@@ -30,7 +30,7 @@ TILE = 4096
 def scratch_bytes(num_tiles: int, capacity: int, max_quota: int) -> int:
     """Bytes of work space: each operation uses it from the beginning, so the largest counts.
 
-    About 20 per tile and 150 KB for scan and cut; 12 per entry of capacity for append.
+    About 20 per tile and 80 KB for scan and cut; 12 per entry of capacity for append.
     """
     pieces = (
         scan_pieces(num_tiles), rank_pieces(num_tiles), cut_pieces(num_tiles),

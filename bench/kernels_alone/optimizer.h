@@ -16,6 +16,7 @@ struct Run {
 };
 
 using Positions = std::vector<std::vector<int32_t>>;  // of each tensor, ascending
+using Entry = std::pair<int64_t, int64_t>;            // tensor, position
 
 class Optimizer {
  public:
@@ -86,6 +87,43 @@ class Optimizer {
   }
   void step(double exp, cudaStream_t stream) {
     bind(stream), scan(stream), cut(exp, stream), append(stream), clip(stream), update(stream);
+  }
+
+  // New entries of the last `cut` or `collect_end`.
+  std::vector<Entry> last_new() const {
+    const size_t count = size_t(new_count.download()[0]);
+    const auto tensor = new_tensor.download(count);
+    const auto at = new_position.download(count);
+    std::vector<Entry> found;
+    for (size_t i = 0; i < count; ++i) found.push_back({tensor[i], at[i]});
+    return found;
+  }
+  // What `cut` would unmask next, of gradients that come one at a time, the last first. Larger
+  // quotas than these kernels take are left to `cut`.
+  std::vector<Entry> collect(double exp) {
+    bind(nullptr), scan(nullptr);
+    if (most > cuda::max_collected_quota()) {
+      cut(exp, nullptr);
+      return last_new();
+    }
+    DeviceArray<char> collected(size_t(cuda::collected_bytes()));
+    DeviceArray<float> grad{size_t(most)};
+    const std::vector<int64_t> first = tile_offsets.download();
+    MUST(cuda::collect_begin({targets.get(), int64_t(targets.size()), progress.get()}, most,
+                             collected.get(), nullptr));
+    for (size_t t = rows.size(); t-- > 0;) {
+      const int64_t tiles = first[t + 1] - first[t];
+      const DeviceArray<int64_t> own(std::vector<int64_t>{0, tiles});
+      const cuda::Pool part{table.get() + int64_t(t) * kColumns, own.get(), 1, tiles, kMaxTile};
+      MUST(cuda::collect(part, position.get(), offsets.get() + t, tile_max.get() + first[t],
+                         nullptr, exp, 1.f, int64_t(t), most, collected.get(), scratch.get(),
+                         nullptr));
+      MUST(cudaDeviceSynchronize());
+    }
+    MUST(cuda::collect_end(found_inf.get(), found(), threshold.get(), grad.get(), collected.get(),
+                           nullptr));
+    MUST(cudaDeviceSynchronize());
+    return last_new();
   }
 
   std::vector<Row> rows;

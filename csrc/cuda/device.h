@@ -19,8 +19,8 @@ __device__ inline int64_t grid_threads() {
   return int64_t(gridDim.x) * kThreads;
 }
 
-// Which part of some work is a block's: item `block`, block + blocks, ... Work of a whole grid can
-// so be done by one block, too.
+// Which part of some work is a block's: items block, block + blocks, ... With {0, 1}, one block
+// does all of it.
 struct Share {
   int64_t block, blocks;
 

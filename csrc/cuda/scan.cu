@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
     if (lane() != 0) continue;
     tile_max[index] = peak.frozen;
     tile_squares[index] = peak.squares;
-    if (peak.all >= kInfinityBits) *found_inf = 1.f;  // all who write write the same
+    if (peak.all >= kInfinityBits) *found_inf = 1.f;  // every writer writes the same
   }
 }
 

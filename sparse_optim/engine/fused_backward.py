@@ -33,7 +33,8 @@ from sparse_optim.engine.engine import Engine
 from sparse_optim.engine.pool import Gradients, readable_gradients
 from sparse_optim.engine.ranking import perturbed, scores_of, warn_of_scores
 
-# Gradients below this wait for one another: ranking takes 0.1 ms a call, however small they are.
+# Gradients below this wait for one another: ranking takes up to 0.1 ms a call, however small they
+# are.
 BATCH_BYTES = 1 << 20
 
 
