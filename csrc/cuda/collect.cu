@@ -9,8 +9,8 @@
 // is more. The floor is 1 until there are eight times as many candidates as wanted; the last block
 // to finish then drops all but the best, ties to the lower global index, and the floor is the least
 // of them: entries below it cannot win. Where a call has more entries above the limit than there is
-// room for, its last block finds the call's own best in several passes over the tiles (winners.h):
-// some 10 ms, but it takes 100,000 entries in the tiles of the largest few.
+// room for, as where 100,000 entries tie, its last block finds the call's own best by itself, in
+// several passes over the tiles (winners.h): slow, some 10 ms by an estimate.
 //
 // Bytes: 4 per tile three times; tiles that reach the limit once (unless exp = 0 twice, with their
 // parameters; two times more where tiles are few). Launches: a call three with exp = 0, else four;

@@ -1,8 +1,7 @@
 // The winners among the entries of listed tiles, in several passes over these tiles: for quotas of
 // any size, as no candidate is stored.
 //
-//   1. The quota-th largest key, and how many of its equals belong, by radix selection: three
-//   passes.
+//   1. The quota-th largest key, and how many of its equals belong: radix selection, three passes.
 //   2. Winners are counted by tile, the counts added up in tile order, the winners written.
 //
 // By a grid, one launch a pass, or by one block in one launch.

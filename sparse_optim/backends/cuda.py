@@ -35,8 +35,8 @@ TILE = 4096
 
 def scratch_bytes(num_tiles: int, capacity: int, max_quota: int) -> int:
     """Bytes of scratch memory: 200 KB for the sums of dense gradients and 4 per tile; or 400 KB for
-    candidates and 24 per tile; or 8 per entry of the capacity and 32 per entry of the quota; the
-    largest of these."""
+    candidates and 24 per tile; or 8 to 12 per entry of the capacity and 8 per entry of the quota;
+    the largest of these."""
     return int(_kernels.scratch_bytes(num_tiles, capacity, max_quota))
 
 
