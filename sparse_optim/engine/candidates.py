@@ -92,52 +92,23 @@ class Candidates:
         active: ActiveSet,
         found_inf: Tensor,
     ) -> None:
-        """Let the entries of consecutive tensors of the pool compete; see `add`."""
-        reaching = self.may_reach_floor(tiles)
-        if reaching is not None:
-            self.add(first, grads, scores, reaching, active, found_inf)
-
-    def may_reach_floor(self, tiles: Tiles) -> Tiles | None:
-        """The tiles, with a maximum of 0 where none of their entries can reach the floor.
-
-        None where the host sees that there is no such tile: the tensors need not be added.
-        """
-        bound, rule = tiles.max, self._rule
-        if rule.exp != 0:
-            magnitude, param = tiles.max.view(torch.float32), tiles.param_bound
-            if not param.numel():
-                param = torch.zeros_like(magnitude)
-            score = scoring.importance(magnitude, param, rule.exp, rule.eps)
-            bound = scoring.importance_key(score)
-            bound = torch.where(bound > 0, bound + POW_MARGIN, 0)
-        reach = bound >= self._floor
-        if self._on_host and not reach.any():
-            return None
-        return replace(tiles, max=torch.where(reach, tiles.max, 0))
-
-    def add(
-        self,
-        first: int,
-        grads: Sequence[Tensor],
-        scores: Sequence[Tensor] | None,
-        tiles: Tiles,
-        active: ActiveSet,
-        found_inf: Tensor,
-    ) -> None:
-        """Take the best entries of consecutive tensors of the pool.
+        """Let the entries of consecutive tensors of the pool compete.
 
         Args:
             first: index of the first in the pool.
             grads: theirs, none missing.
             scores: to rank by, shaped as the gradients; None ranks gradients by D3.
-            tiles: theirs, as `may_reach_floor` returned them.
+            tiles: theirs; scanned, or ranked by the scores.
             active: the active set of these tensors.
             found_inf: as in `reference.cut`.
         """
+        reaching = self._reaching(tiles)
+        if reaching is None:
+            return
         params = self._engine.pool.params[first : first + len(grads)]
         rows = self._engine.work.table[first : first + len(grads)]
         bound = self._ops.bind(grads if scores is None else scores, params, rows)
-        self._cut(bound, tiles, active, found_inf, self._engine.work.scratch)
+        self._cut(bound, reaching, active, found_inf, self._engine.work.scratch)
         index = self._starts[first + self._filled(self._new.tensor).long()]
         if not index.numel():
             return
@@ -172,6 +143,24 @@ class Candidates:
         new.tensor[: index.numel()] = tensor.int()
         new.position[: index.numel()] = (index - self._starts[tensor]).int()
         return self._grad[0]
+
+    def _reaching(self, tiles: Tiles) -> Tiles | None:
+        """The tiles, with a maximum of 0 where no entry can reach the floor.
+
+        None where the host sees that there is no such tile.
+        """
+        bound, rule = tiles.max, self._rule
+        if rule.exp != 0:
+            magnitude, param = tiles.max.view(torch.float32), tiles.param_bound
+            if not param.numel():
+                param = torch.zeros_like(magnitude)
+            score = scoring.importance(magnitude, param, rule.exp, rule.eps)
+            bound = scoring.importance_key(score)
+            bound = torch.where(bound > 0, bound + POW_MARGIN, 0)
+        reach = bound >= self._floor
+        if self._on_host and not reach.any():
+            return None
+        return replace(tiles, max=torch.where(reach, tiles.max, 0))
 
     def _cut(
         self, bound: Any, tiles: Tiles, active: ActiveSet, found_inf: Tensor, scratch: Tensor

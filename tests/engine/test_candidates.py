@@ -57,10 +57,8 @@ class Step:
         tiles = engine.work.tiles.of_tensors(first, last, numbers)
         maxima = [tile_abs_max(grad, tiles.size).view(torch.int32) for grad in grads]
         tiles.max.copy_(torch.cat(maxima))
-        reaching = self.candidates.may_reach_floor(tiles)
-        if reaching is not None:
-            active = engine.active.of_tensors(first, last)
-            self.candidates.add(first, grads, None, reaching, active, self.no_inf)
+        active = engine.active.of_tensors(first, last)
+        self.candidates.take(first, grads, None, tiles, active, self.no_inf)
 
     def found(self) -> tuple[list[tuple[int, int]], Tensor]:
         """The winners and their gradients."""
