@@ -87,6 +87,19 @@ def noise(
     return exponential(*draws)
 
 
+def noise_at(seed: int, step: int, tensor: int, position: Tensor) -> Tensor:
+    """E of the entries at these positions of a pool tensor, (n,) int64: (n,), float32."""
+    constants = [torch.tensor(value, device=position.device) for value in (tensor, step)]
+    which = (position % 4).unsqueeze(1)
+    draws = [
+        philox((position // 4, *constants, torch.tensor(draw, device=position.device)), seed)
+        .gather(1, which)
+        .squeeze(1)
+        for draw in (0, 1)
+    ]
+    return exponential(*draws)
+
+
 def _multiply(constant: int, word: Tensor) -> tuple[Tensor, Tensor]:
     """Upper and lower word of a product of two words, without overflow of int64."""
     upper, lower = constant >> 16, constant & 0xFFFF

@@ -218,13 +218,13 @@ def cut(
             segment = slice(int(active.offsets[index]), int(active.offsets[index + 1]))
             key[active.position[segment].long()] = 0
             local = key.nonzero().squeeze(1)
-            ranked.append(_rank(key[local].long(), first_index + local))
+            ranked.append(rank_words(key[local], first_index + local))
         first_index += param.numel()
     candidates = torch.cat(ranked) if ranked else new.position.new_empty(0, dtype=torch.int64)
     top = candidates.topk(min(quota, candidates.numel())).values
     if top.numel() == 0:
         return
-    new.threshold.copy_(((top[-1] >> INDEX_BITS) + KEY_MIDDLE).int().view(torch.float32))
+    new.threshold.copy_(importance_of_word(top[-1]))
     global_index = (LAST_INDEX - (top & LAST_INDEX)).sort().values
     starts = _first_indices(bound.params, global_index.device)
     tensor = torch.searchsorted(starts, global_index, right=True) - 1
@@ -365,13 +365,22 @@ def sampled_grad(
             sums += terms[0]
 
 
-def _rank(key: Tensor, global_index: Tensor) -> Tensor:
+def rank_words(key: Tensor, global_index: Tensor) -> Tensor:
     """One int64 that orders by (key descending, global index ascending) when sorted descending.
 
     31 bits of key, moved to around 0 so that the sign bit is used too, and 33 of index.
+
+    Args:
+        key: (n,), int32, from `importance_key`.
+        global_index: (n,), int64.
     """
-    ranked: Tensor = ((key - KEY_MIDDLE) << INDEX_BITS) | (LAST_INDEX - global_index)
+    ranked: Tensor = ((key.long() - KEY_MIDDLE) << INDEX_BITS) | (LAST_INDEX - global_index)
     return ranked
+
+
+def importance_of_word(word: Tensor) -> Tensor:
+    """The importance, (), float32, in one of `rank_words`, (), int64."""
+    return ((word >> INDEX_BITS) + KEY_MIDDLE).int().view(torch.float32)
 
 
 def _first_indices(params: Sequence[Tensor], device: torch.device) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sparse_optim.backends.noise import noise as exponential_noise
+from sparse_optim.backends.noise import noise_at
 from sparse_optim.backends.targets import target_at
 
 
@@ -77,6 +78,12 @@ def perturbed(score: Tensor, noise: Tensor, tensor: int, start: int = 0) -> Tens
         return score
     seed, step = noise.tolist()
     return score / _sqrt(exponential_noise(seed, step, tensor, score.numel(), score.device, start))
+
+
+def perturbed_at(score: Tensor, noise: Tensor, tensor: int, position: Tensor) -> Tensor:
+    """`perturbed` of the entries at any positions of a pool tensor, (numel,) int64."""
+    seed, step = noise.tolist()
+    return score / _sqrt(noise_at(seed, step, tensor, position))
 
 
 def importance_key(score: Tensor) -> Tensor:

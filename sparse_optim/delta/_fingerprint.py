@@ -8,7 +8,7 @@ does not protect against forgery.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import xxhash
@@ -56,6 +56,22 @@ def fingerprint(tensor: Tensor) -> str:
     return state.hexdigest()
 
 
+class Hasher:
+    """How fingerprints of a pool are taken; another one knows of sharded tensors."""
+
+    def fingerprints(self, pool: Sequence[Tensor], indices: Iterable[int]) -> list[str]:
+        """Of the tensors at these places."""
+        return [fingerprint(pool[index]) for index in indices]
+
+    def mark(self, tensor: Tensor) -> tuple[int, int]:
+        """Differs after a write that autograd sees, or after `.data` was replaced."""
+        return tensor._version, tensor.data_ptr()
+
+    def agreed(self, indices: list[int]) -> list[int]:
+        """The places to be hashed again, of those that this process found."""
+        return indices
+
+
 class BaseFingerprints:
     """Fingerprints of the tensors in an optimizer's pool before the first step.
 
@@ -64,36 +80,44 @@ class BaseFingerprints:
 
     Args:
         values: fingerprints of a run that is resumed after its first step; empty for a new run.
+        hasher: takes them.
 
     Attributes:
         values: fingerprint of each tensor of the pool, 32 hex digits.
         final: whether a step has been taken.
     """
 
-    def __init__(self, values: Sequence[str] = ()) -> None:
-        self.values = list(values)
+    def __init__(self, values: Sequence[str] = (), hasher: Hasher | None = None) -> None:
+        self.values, self._hasher = list(values), hasher or Hasher()
         self.final = bool(values)
         # index -> what a write would change (None: unknown), for tensors hashed since the last step
         self._marks: dict[int, tuple[int, int] | None] = {}
 
-    def extended(self, pool: Sequence[Tensor]) -> BaseFingerprints:
+    def extended(self, pool: Sequence[Tensor], hasher: Hasher | None = None) -> BaseFingerprints:
         """A copy with the fingerprints of further tensors at the end of `pool`.
+
+        Args:
+            hasher: of the longer pool; None for the same.
 
         Raises:
             ValueError: as `fingerprint`.
         """
-        grown = BaseFingerprints()
+        grown = BaseFingerprints((), hasher or self._hasher)
         grown.final = self.final
         new = range(len(self.values), len(pool))
-        grown.values = self.values + [fingerprint(pool[index]) for index in new]
-        grown._marks = self._marks | {index: _mark(pool[index]) for index in new}
+        grown.values = self.values + grown._hasher.fingerprints(pool, new)
+        grown._marks = self._marks | {index: grown._hasher.mark(pool[index]) for index in new}
         return grown
 
     def finalize(self, pool: Sequence[Tensor]) -> None:
         """Hash the tensors that were written since, for the last time. Call it before a step."""
-        for index, mark in self._marks.items():
-            if mark != _mark(pool[index]):
-                self.values[index] = fingerprint(pool[index])
+        if self.final and not self._marks:
+            return
+        marks = self._marks.items()
+        changed = [index for index, mark in marks if mark != self._hasher.mark(pool[index])]
+        again = self._hasher.agreed(changed)
+        for index, value in zip(again, self._hasher.fingerprints(pool, again), strict=True):
+            self.values[index] = value
         self._marks, self.final = {}, True
 
     def invalidate(self) -> None:
@@ -103,8 +127,3 @@ class BaseFingerprints:
     def __getstate__(self) -> dict[str, object]:
         """Without the marks: the tensors of a copy count their versions from the start."""
         return {**vars(self), "_marks": dict.fromkeys(self._marks)}
-
-
-def _mark(tensor: Tensor) -> tuple[int, int]:
-    """Differs after a write that autograd sees, or after `.data` was replaced."""
-    return tensor._version, tensor.data_ptr()

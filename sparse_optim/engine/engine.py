@@ -134,7 +134,7 @@ class WorkSpace:
         Args:
             bounded: keep the largest |param| of each tile, which D3 with exp < 0 needs.
         """
-        tiles = Tiles.empty(pool.params, ops.TILE, bounded, pool.device)
+        tiles = Tiles.empty(pool.local, ops.TILE, bounded, pool.device)
         norms = len(pool.params) + pool.num_dense
         scratch = ops.scratch_bytes(tiles.max.numel(), capacity, quota)
         return WorkSpace(
@@ -185,12 +185,12 @@ class Engine:
     ) -> None:
         self.pool, self.method, self.backend = pool, method, backend
         traits, selection = method.traits, method.selection
-        self.targets, capacity = targets.to(pool.device), budget_of(targets)
+        self.targets, self.budget = targets.to(pool.device), budget_of(targets)
         self.loud_targets = ahead(self.targets, selection.every - 1)
-        self.budget, self.total_steps = capacity, total_steps(targets)
+        self.total_steps, capacity = total_steps(targets), pool.capacity(self.budget)
         self._surely_empty = active is None  # until the first step: known without a device read
         if active is None:
-            active = ActiveSet.empty(pool.params, capacity, pool.device)
+            active = ActiveSet.empty(pool.local, capacity, pool.device)
         if touched is None:
             touched = Touched.empty(pool.entries if selection.replaces else 0, pool.device)
         self.active, self.touched = active, touched
@@ -201,10 +201,10 @@ class Engine:
         self.work = WorkSpace.empty(pool, capacity, quota, bounded, self.ops)
         self.ranking = Ranking.of(traits, selection, self.work.table, self.work.tiles)
         spare = capacity if selection.replaces else 0
-        self.spare = ActiveSet.empty(pool.params, spare, pool.device)
+        self.spare = ActiveSet.empty(pool.local, spare, pool.device)
         if selection.replaces:  # this step's gradients, whichever of both sets is the active one
             self.spare.grad = self.active.grad
-        counts = [0, 0, 0] if self._surely_empty else active.progress.tolist()
+        counts = [0, 0, 0] if self._surely_empty else self.progress.tolist()
         self.calls, self.set_version = counts[0] + counts[2], next(_set_versions)
         self._offsets: tuple[int, list[int]] = (-1, [])
         # No method of this engine: what refers to itself lives until the garbage collector comes.
@@ -222,6 +222,11 @@ class Engine:
     def ops(self) -> Backend:
         """The operations of the backend."""
         return load(self.backend)
+
+    @property
+    def progress(self) -> Tensor:
+        """Counts of the whole pool: (3,), int64, as in `ActiveSet`."""
+        return self.active.progress
 
     @property
     def loud(self) -> bool:
@@ -242,7 +247,7 @@ class Engine:
             present: of each tensor; the parameter itself then stands for its gradient.
             dense: gradients of the dense parameters.
         """
-        params = self.pool.params
+        params = self.pool.local
         grads = [
             param.detach() if there else param.new_empty(0)
             for param, there in zip(params, present, strict=True)
@@ -303,7 +308,7 @@ class Engine:
         self._versions = [version + 1 for version in self._versions]
         self._surely_empty, self._stepped = False, True
         self.calls += 1
-        self.completion.note(self.active.progress)
+        self.completion.note(self.progress)
 
     def end(self) -> None:
         """Nothing is left to do where gradients stay in `.grad`; see `Source`."""
@@ -334,8 +339,8 @@ class Engine:
             importance, tiles = self.method.importance, ranking.tiles
             ranking.set_step(self.active.progress[0])
             # A name keeps the scores alive: the kernels hold their addresses.
-            scores = scores_of(importance, self.pool.names, self.pool.params, grads.pool)
-            bound = self.ops.bind(scores, self.pool.params, ranking.table)
+            scores = scores_of(importance, self.pool.names, self.pool.local, grads.pool)
+            bound = self.ops.bind(scores, self.pool.local, ranking.table)
             self.ops.rank(bound, tiles, self.active, ranking.rule.noise, work.scratch)
             warn_of_scores(importance, self.pool, grads.pool, any_left=bool(tiles.max.any()))
         self.ops.cut(
@@ -385,10 +390,10 @@ class Engine:
         """Unmask a static set whose scores need no gradient, before the first step."""
         given = [
             param.detach() if param.requires_grad else param.new_empty(0)
-            for param in self.pool.params
+            for param in self.pool.local
         ]
         self.pool.check_unchanged()
-        bound = self.ops.bind(given, self.pool.params, self.work.table)
+        bound = self.ops.bind(given, self.pool.local, self.work.table)
         grads = Gradients(bound, given, [])
         self.work.scalars.found_inf.zero_()
         self.cut(grads)
@@ -403,7 +408,7 @@ class Engine:
 
     def unmasks(self) -> bool:
         """Whether the next step is to unmask anything; reads counts from the device."""
-        progress = self.active.progress
+        progress = self.progress
         if is_complete(self.method, self.budget, progress.tolist()):
             return False
         return bool(scoring.step_quota(self.loud_targets, progress, max_quota=1))
@@ -446,9 +451,9 @@ class Engine:
     def refresh(self, indices: Iterable[int] | None = None) -> None:
         """Take over the values of these tensors of the pool (default: of all)."""
         self.pool.check_unchanged()
-        bound = self.work.tiles.param_bound
-        for index in range(len(self.pool.params)) if indices is None else indices:
-            param = self.pool.params[index]
+        bound, local = self.work.tiles.param_bound, self.pool.local
+        for index in range(len(local)) if indices is None else indices:
+            param = local[index]
             if bound.numel():
                 first, last = self.first_tiles[index : index + 2]
                 bound[first:last] = scoring.tile_abs_max(param, self.ops.TILE)
@@ -469,7 +474,8 @@ class Engine:
     def resized(self, method: Method, targets: Tensor) -> Engine:
         """The active entries under another budget or schedule."""
         active = self._copied_active(self.pool, budget_of(targets))
-        return self._derived(Engine(self.pool, method, targets, self.backend, active, self.touched))
+        same = type(self)
+        return self._derived(same(self.pool, method, targets, self.backend, active, self.touched))
 
     def with_pool(self, pool: Pool) -> Engine:
         """The active entries in a pool that begins with this one.
@@ -485,7 +491,8 @@ class Engine:
             )
         active = self._copied_active(pool, self.budget)
         touched = self.touched.grown(pool.entries) if self.method.selection.replaces else None
-        return self._derived(Engine(pool, self.method, self.targets, self.backend, active, touched))
+        same = type(self)
+        return self._derived(same(pool, self.method, self.targets, self.backend, active, touched))
 
     def restored(
         self,
@@ -508,9 +515,11 @@ class Engine:
             known: as `Completion.flags`; empty for what the counts say.
         """
         pool = self.pool
-        active = ActiveSet.empty(pool.params, budget_of(targets), pool.device)
+        active = ActiveSet.empty(pool.local, pool.capacity(budget_of(targets)), pool.device)
         active.fill(segments, progress)
-        engine = Engine(pool, self.method, targets.clone(), self.backend, active, touched)
+        engine: Engine = type(self)(
+            pool, self.method, targets.clone(), self.backend, active, touched
+        )
         engine.work.new.threshold.copy_(threshold)
         engine._written = written
         if known:
@@ -579,13 +588,13 @@ class Engine:
             raise
         self.spare = before
 
-    def _copied_active(self, pool: Pool, capacity: int) -> ActiveSet:
-        """The active entries, copied into buffers for another pool or capacity."""
+    def _copied_active(self, pool: Pool, budget: int) -> ActiveSet:
+        """The active entries, copied into buffers for another pool or budget."""
         self.pool.check_unchanged()
         segments = [self.active.segment(index) for index in range(len(pool.params))]
-        for param, segment in zip(pool.params, segments, strict=True):
+        for param, segment in zip(pool.local, segments, strict=True):
             values = param.detach().view(-1)[segment["position"].long()]
             segment.setdefault("master", values.float())
-        grown = ActiveSet.empty(pool.params, capacity, pool.device)
+        grown = ActiveSet.empty(pool.local, pool.capacity(budget), pool.device)
         grown.fill(segments, self.active.progress)
         return grown

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_optim.engine.shards import Shards, is_sharded, local_gradient, local_of
+
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # One tensor's positions are int32, the pool's global indices 33 bits.
 MAX_TENSOR_ENTRIES = 2**31 - 1
@@ -30,6 +32,7 @@ class Pool:
         num_groups: param groups in all.
         num_dense: parameters trained densely beside the pool.
         device: of all of them.
+        shards: what this process holds of them, if they are sharded (DTensors).
     """
 
     params: tuple[Tensor, ...]
@@ -38,14 +41,29 @@ class Pool:
     num_groups: int
     num_dense: int
     device: torch.device
+    shards: Shards | None = None
     _shapes: list[torch.Size] = field(init=False, repr=False, compare=False)
     _devices: list[torch.device] = field(init=False, repr=False, compare=False)
     _dtypes: list[torch.dtype] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_shapes", [param.shape for param in self.params])
-        object.__setattr__(self, "_dtypes", [param.dtype for param in self.params])
-        object.__setattr__(self, "_devices", [param.device for param in self.params])
+        object.__setattr__(self, "_shapes", [param.shape for param in self.local])
+        object.__setattr__(self, "_dtypes", [param.dtype for param in self.local])
+        object.__setattr__(self, "_devices", [param.device for param in self.local])
+
+    @property
+    def local(self) -> Sequence[Tensor]:
+        """The memory of each parameter in this process: itself, or its shard.
+
+        Asked anew at each step: wrappers put other memory into a DTensor.
+        """
+        return self.params if self.shards is None else [local_of(param) for param in self.params]
+
+    def capacity(self, budget: int) -> int:
+        """Entries of a budget that can become active in this process."""
+        if self.shards is None:
+            return budget
+        return min(budget, sum(block.entries for block in self.shards.blocks))
 
     def check_unchanged(self, index: int | None = None) -> None:
         """Raise RuntimeError if a parameter has another shape, dtype, layout or device; of all
@@ -55,8 +73,9 @@ class Pool:
         not fit, and kernels would write beyond the tensor.
         """
         indices = range(len(self.params)) if index is None else (index,)
+        local = self.local
         for number in indices:
-            param, shape, dtype = self.params[number], self._shapes[number], self._dtypes[number]
+            param, shape, dtype = local[number], self._shapes[number], self._dtypes[number]
             device = self._devices[number]
             same = param.shape == shape and param.dtype == dtype and param.device == device
             if not same or not param.is_contiguous():
@@ -65,8 +84,9 @@ class Pool:
     @property
     def keeps_shapes(self) -> bool:
         """Whether all parameters have their shape and dtype: what no `bind` of a backend sees."""
-        shapes = [param.shape for param in self.params]
-        return shapes == self._shapes and [param.dtype for param in self.params] == self._dtypes
+        local = self.local
+        shapes = [param.shape for param in local]
+        return shapes == self._shapes and [param.dtype for param in local] == self._dtypes
 
     @property
     def rankable_entries(self) -> int:
@@ -79,18 +99,18 @@ class Pool:
 
     @property
     def entries(self) -> int:
-        """Entries of all tensors."""
+        """Entries of all tensors, in all processes."""
         return sum(param.numel() for param in self.params)
 
     @property
     def sizes(self) -> Tensor:
-        """Entries of each tensor: (S,), int64, on the device."""
-        sizes = [param.numel() for param in self.params]
+        """Entries of each tensor, in this process: (S,), int64, on the device."""
+        sizes = [param.numel() for param in self.local]
         return torch.tensor(sizes, dtype=torch.int64, device=self.device)
 
     def first_tiles(self, tile: int) -> list[int]:
         """Index of the first tile of each tensor, and the number of tiles: S + 1 numbers."""
-        return [0, *accumulate(-(-param.numel() // tile) for param in self.params)]
+        return [0, *accumulate(-(-param.numel() // tile) for param in self.local)]
 
 
 @dataclass(frozen=True)
@@ -101,16 +121,19 @@ class Gradients:
         bound: of the pool, as the backend's `bind` returned them.
         pool: S tensors; empty where the gradient is missing.
         dense: of tensors trained densely, for the norm and the non-finite test.
+        elsewhere: whether other processes have gradients, whatever this one's shards hold.
     """
 
     bound: Any
     pool: Sequence[Tensor]
     dense: Sequence[Tensor]
+    elsewhere: bool = False
 
     @property
     def any(self) -> bool:
         """Whether this step has a gradient at all."""
-        return any(grad.numel() for grads in (self.pool, self.dense) for grad in grads)
+        here = (grad.numel() for grads in (self.pool, self.dense) for grad in grads)
+        return self.elsewhere or any(here)
 
 
 def changed(
@@ -147,12 +170,10 @@ def check_param(param: Tensor, name: str, mode: str) -> None:
         return
     if type(param).__name__ == "FlatParameter":
         raise TypeError(
-            f"{who} is a flat parameter of FSDP: several layers in one tensor. Sharded parameters "
-            "are not supported yet: keep the model whole in each process"
+            f"{who} is a flat parameter of FSDP1: several layers in one tensor. Sharded parameters "
+            "must be DTensors: use fully_shard (FSDP2)"
         )
-    if type(param).__torch_dispatch__ is not Tensor.__torch_dispatch__ and not hasattr(
-        param, "to_local"
-    ):
+    if type(param).__torch_dispatch__ is not Tensor.__torch_dispatch__ and not is_sharded(param):
         raise TypeError(
             f"{who} is a {type(param).__name__} (quantized by torchao?), not a plain tensor: its "
             "entries cannot move one by one. Load the model in bfloat16, train adapters on top of "
@@ -160,11 +181,7 @@ def check_param(param: Tensor, name: str, mode: str) -> None:
         )
     if param.dtype not in SUPPORTED_DTYPES:
         raise TypeError(f"{who} is {param.dtype}; expected float32, bfloat16 or float16")
-    if hasattr(param, "to_local"):
-        raise TypeError(
-            f"{who} is a DTensor; sharded parameters (fully_shard, tensor parallelism) are not "
-            "supported yet: keep the model whole in each process"
-        )
+    whole, param = param, local_of(param)
     if param.is_meta:
         raise ValueError(f"{who} is on the meta device: load the weights before the optimizer")
     if param.layout is not torch.strided:
@@ -179,7 +196,7 @@ def check_param(param: Tensor, name: str, mode: str) -> None:
             f"{who} has gaps or overlaps in memory (strides {param.stride()}); make it dense "
             "before building the optimizer: param.data = param.data.contiguous()"
         )
-    if mode == "rank" and param.numel() > MAX_TENSOR_ENTRIES:
+    if mode == "rank" and whole.numel() > MAX_TENSOR_ENTRIES:
         raise ValueError(f"{who} has more than {MAX_TENSOR_ENTRIES} entries; split the tensor")
 
 
@@ -193,13 +210,14 @@ def check_together(
     """
     if sum(param.numel() for param in params) > MAX_POOL_ENTRIES:
         raise ValueError(f"the parameters have more than {MAX_POOL_ENTRIES} entries")
+    local = [local_of(param) for param in params]
     for param, name in zip(params, names, strict=True):
         if param.device != params[0].device:
             raise ValueError(
                 f"parameters are on several devices: {names[0]} on {params[0].device}, "
                 f"{name} on {param.device}; use one optimizer per device"
             )
-    spans = [(*_span(param), name, True) for param, name in zip(params, names, strict=True)]
+    spans = [(*_span(param), name, True) for param, name in zip(local, names, strict=True)]
     for name, param in (frozen or {}).items():
         plain = param.layout is torch.strided and param.device == params[0].device
         if plain and type(param).__torch_dispatch__ is Tensor.__torch_dispatch__:
@@ -232,17 +250,18 @@ def bind_gradients(bind: Callable[..., Any], pool: Pool, table: Tensor) -> tuple
         TypeError, ValueError: see `readable_gradients`.
     """
     params = pool.params
-    grads = [param.new_empty(0) if (grad := param.grad) is None else grad for param in params]
-    if pool.keeps_shapes:
+    if pool.shards is None and pool.keeps_shapes:
+        grads = [param.new_empty(0) if (grad := param.grad) is None else grad for param in params]
         with contextlib.suppress(RuntimeError, TypeError, ValueError):
             return bind(grads, params, table), grads
     pool.check_unchanged()
     grads = readable_gradients(params, pool.names)
-    return bind(grads, params, table), grads
+    return bind(grads, pool.local, table), grads
 
 
 def readable_gradients(params: Sequence[Tensor], names: Sequence[str]) -> list[Tensor]:
-    """The gradients of `params`, contiguous; an empty tensor where there is none.
+    """The gradients of `params`, contiguous; an empty tensor where there is none. Of sharded
+    parameters, those of this process's shards.
 
     Raises:
         TypeError: sparse or complex gradients, or a dtype that the kernels do not read.
@@ -251,6 +270,8 @@ def readable_gradients(params: Sequence[Tensor], names: Sequence[str]) -> list[T
     grads = []
     for param, name in zip(params, names, strict=True):
         grad = param.grad
+        if is_sharded(param):
+            grad, param = local_gradient(param, name), local_of(param)
         if grad is None:
             grads.append(param.new_empty(0))
             continue

@@ -30,6 +30,7 @@ from sparse_optim.engine.engine import Engine
 from sparse_optim.engine.touched import Touched
 from sparse_optim.optim.groups import check_group_options
 from sparse_optim.optim.state import DIGEST_BYTES, INDEX, OURS, PROGRESS, without_ours
+from sparse_optim.optim.whole import placed_like
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +136,7 @@ def split(
                 _check_dense(dense, param)
                 step = torch.as_tensor(dense["step"], dtype=torch.float32, device=param.device)
                 moments = {
-                    name: torch.empty_like(param).copy_(dense[name])
+                    name: torch.empty_like(param).copy_(placed_like(param, dense[name]))
                     for name in ("exp_avg", "exp_avg_sq")
                 }
                 rest[key_of[id(param)]] = {**dense, "step": step.clone(), **moments}

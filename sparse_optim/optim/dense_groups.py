@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from sparse_optim.engine.pool import changed
+from sparse_optim.engine.shards import local_of
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,16 @@ def plan_dense_step(
         pairs = [(param, grad) for param, grad in pairs if param.grad is not None]
         if not pairs:
             continue
-        params = [param for param, _ in pairs]
-        gradients = [_laid_out_as(param, grad) for param, grad in pairs]
+        states = [
+            {name: local_of(value) for name, value in optimizer.state[param].items()}
+            for param, _ in pairs
+        ]
+        _check_unchanged(group, {id(param): s for (param, _), s in zip(pairs, states, strict=True)})
+        params = [local_of(param) for param, _ in pairs]
+        gradients = [
+            _laid_out_as(param, grad) for param, (_, grad) in zip(params, pairs, strict=True)
+        ]
         scaled = [torch.empty_like(grad) for grad in gradients] if is_scaled else []
-        states = [optimizer.state[param] for param in params]
-        _check_unchanged(group, dict(zip(params, states, strict=True)))
         parts.append(DensePart(group, params, gradients, scaled, states))
     return parts
 
@@ -91,12 +97,12 @@ def take_dense_step(parts: Sequence[DensePart], grad_factor: Tensor, found_inf: 
         )
 
 
-def _check_unchanged(group: dict[str, Any], states: dict[Tensor, dict[str, Tensor]]) -> None:
+def _check_unchanged(group: dict[str, Any], states: dict[int, dict[str, Tensor]]) -> None:
     names = group.get("param_names") or ["a densely trained parameter"] * len(group["params"])
     for param, name in zip(group["params"], names, strict=True):
-        if (state := states.get(param)) is None:
+        if (state := states.get(id(param))) is None:
             continue
-        moment = state["exp_avg"]
+        param, moment = local_of(param), state["exp_avg"]
         same = param.shape == moment.shape and param.dtype == moment.dtype
         if not same or param.device != moment.device or param.stride() != moment.stride():
             raise changed(name, param, moment.shape, moment.dtype, moment.device)

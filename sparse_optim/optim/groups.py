@@ -17,6 +17,7 @@ from torch import Tensor
 from sparse_optim.backends.operands import BiasCorrection
 from sparse_optim.engine.engine import Norm
 from sparse_optim.engine.pool import Pool, check_param, check_together
+from sparse_optim.engine.shards import Shards, is_sharded
 from sparse_optim.policy.importance import Importance, traits_of
 from sparse_optim.policy.selection import Selection
 from sparse_optim.warn import warn_user
@@ -39,6 +40,7 @@ def split_groups(param_groups: Sequence[dict[str, Any]]) -> tuple[Pool, DensePar
 
     Raises:
         ValueError: as `check_together`.
+        TypeError, RuntimeError: as `Shards`.
     """
     pool: list[tuple[Tensor, str, int]] = []
     dense: list[tuple[Tensor, str]] = []
@@ -59,7 +61,8 @@ def split_groups(param_groups: Sequence[dict[str, Any]]) -> tuple[Pool, DensePar
     together = [*params, *dense_params]
     check_together(together, [*names, *dense_names], frozen if together else None)
     device = next(iter(together), torch.empty(0)).device
-    split = Pool(params, names, rows, len(param_groups), len(dense), device)
+    shards = Shards(params, names, dense_params) if any(map(is_sharded, together)) else None
+    split = Pool(params, names, rows, len(param_groups), len(dense), device, shards)
     return split, DenseParams(dense_params, dense_names)
 
 
@@ -177,6 +180,15 @@ def check_not_sharded() -> None:
                 "state holds the active entries alone and needs no sharding"
             )
         frame = frame.f_back
+
+
+def check_whole(option: str, pool: Pool) -> None:
+    """Raise ValueError for an option that does not work with sharded parameters."""
+    if pool.shards is not None:
+        raise ValueError(
+            f"{option}=True does not work with sharded parameters (fully_shard, tensor "
+            "parallelism), whose gradients come by communication: leave it False"
+        )
 
 
 def check_takes_gradients(

@@ -26,6 +26,8 @@ from sparse_optim.engine.fused_backward import FusedBackward
 from sparse_optim.engine.pool import readable_gradients
 from sparse_optim.engine.sampled import SampledBackward, dense_gradients
 from sparse_optim.engine.scalars import check_capture
+from sparse_optim.engine.sharded import ShardedEngine, engine_for
+from sparse_optim.engine.shards import is_sharded
 from sparse_optim.optim import checkpoint, state
 from sparse_optim.optim.attach import Attachment, find_layers
 from sparse_optim.optim.dense_groups import plan_dense_step, start_dense, take_dense_step
@@ -37,11 +39,13 @@ from sparse_optim.optim.groups import (
     check_not_sharded,
     check_rejected,
     check_takes_gradients,
+    check_whole,
     normalize_group,
     resolve_norm,
     split_groups,
 )
 from sparse_optim.optim.readout import delta_of, metrics_of
+from sparse_optim.optim.whole import hasher_of, whole_of
 from sparse_optim.policy.importance import Importance, traits_of
 from sparse_optim.policy.selection import Selection, resolve_budget
 
@@ -58,6 +62,10 @@ class MaskedAdamW(torch.optim.Optimizer):
     On a GPU, a step queues all its work on the current stream. Use one stream for the optimizer:
     where `step()`, `extend()`, `add_param_group()` and `load_state_dict()` are called on another
     one than before, let it wait for that first (`wait_stream`), as for any tensor.
+
+    Parameters may be sharded (DTensors: `fully_shard`, tensor parallelism): all processes build the
+    optimizer alike and step together. The budget is that of the whole model, and what is unmasked
+    is the same for any number of processes (see `sparse_optim.engine.sharded`).
 
     Args:
         params: parameters, named parameters, or param groups. A group may set `lr`, `betas`, `eps`,
@@ -147,20 +155,22 @@ class MaskedAdamW(torch.optim.Optimizer):
         }  # fmt: skip
         super().__init__(params, defaults)
         pool, self._dense = split_groups(self.param_groups)
-        self._listed = self._list_params()
+        self._listed, self._asked = self._list_params(), backend
         chosen = choose(backend, pool.device)
         waits = selection.replaces or traits_of(importance).in_kernel is None
         check_rejected(capturable, differentiable, pool.device, chosen, waits)
+        if capturable:
+            check_whole("capturable", pool)
         self.capturable = capturable
         ranked = any(group["unmask"] == "rank" for group in self.param_groups)
         budget = resolve_budget(selection.budget, pool.rankable_entries) if ranked else 0
-        self._base = BaseFingerprints().extended(pool.params)
+        self._base = BaseFingerprints().extended(pool.params, hasher_of(pool))
         self._given_norm = norm
         method = Method(
             importance, selection, bias_correction, resolve_norm(norm, sampled_backward)
         )
         self._model = None if model is None else weakref.ref(model)
-        self._engine = Engine(pool, method, selection.targets(budget), chosen)
+        self._engine = engine_for(pool, method, selection.targets(budget), chosen)
         self._watch = GradientWatch()
         self._stepping = Lock()
         self._show_state(self._engine)
@@ -222,6 +232,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         self._check_idle("a change of fuse_backward")
         fused = None
         if wanted:
+            check_whole("fuse_backward", self._engine.pool)
             check_takes_gradients(
                 "fuse_backward", self.selection, self.capturable, self.max_grad_norm
             )
@@ -244,6 +255,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         self._check_idle("a change of sampled_backward")
         norm = resolve_norm(self._given_norm, wanted)
         if wanted:
+            check_whole("sampled_backward", self._engine.pool)
             check_takes_gradients(
                 "sampled_backward", self.selection, self.capturable, self.max_grad_norm
             )
@@ -323,6 +335,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         return loss
 
     def _step(self) -> None:
+        self._take_over()
         engine, source = self._engine, self._source
         self._check_step()
         grads = source.bind(readable_gradients(self._dense.params, self._dense.names))
@@ -346,7 +359,8 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     def _given(self, name: str) -> Tensor | None:
         """`grad_scale` or `found_inf`, which torch.amp.GradScaler sets and deletes."""
-        return getattr(self, name, None)
+        given = getattr(self, name, None)
+        return None if given is None else whole_of(given)
 
     @property
     def _scales_gradients(self) -> bool:
@@ -356,13 +370,6 @@ class MaskedAdamW(torch.optim.Optimizer):
         """Raise RuntimeError where a step would move nothing, or could not be replayed, or would
         miss infinities.
         """
-        held = self._list_params()
-        if len(held) != len(self._listed) or not all(map(operator.is_, held, self._listed)):
-            raise RuntimeError(
-                "param_groups holds other parameters than the optimizer was built with (wrappers "
-                "such as accelerate's FSDP2 replace them), so that it would train none of them. "
-                "Wrap the model first, then build the optimizer; add_param_group() adds parameters"
-            )
         self._check_state()
         if not self._owner.requires_grad:  # the pool's state moves to one that is not frozen
             self._show_state(self._engine)
@@ -377,6 +384,39 @@ class MaskedAdamW(torch.optim.Optimizer):
                 "sampled_backward=True, so that it would never lower its scale: use "
                 "sparse_optim.amp.GradScaler"
             )
+
+    def _take_over(self) -> None:
+        """Before the first step, train the sharded parameters that a wrapper (accelerate's FSDP2)
+        has put into `param_groups`, in place of those that the optimizer was built with.
+
+        Raises:
+            RuntimeError: it holds other parameters for another reason.
+        """
+        held = self._list_params()
+        if len(held) == len(self._listed) and all(map(operator.is_, held, self._listed)):
+            return
+        same_shapes = [param.shape for param in held] == [param.shape for param in self._listed]
+        were, are = ([is_sharded(param) for param in some] for some in (self._listed, held))
+        if self._engine.calls or any(were) or not all(are) or not same_shapes:
+            raise RuntimeError(
+                "param_groups holds other parameters than the optimizer was built with (wrappers "
+                "may replace them), so that it would train none of them. Wrap the model first, "
+                "then build the optimizer; add_param_group() adds parameters"
+            )
+        for group in self.param_groups:
+            check_new_group(group)
+        self._check_idle("other parameters")
+        if self._taker is not None:
+            raise RuntimeError(
+                "param_groups holds other parameters than the optimizer was built with: with "
+                "fuse_backward or sampled_backward, wrap the model first, then build the optimizer"
+            )
+        pool, dense = split_groups(self.param_groups)
+        chosen, engine = choose(self._asked, pool.device), self._engine
+        engine = engine_for(pool, engine.method, engine.targets, chosen)
+        self._base = BaseFingerprints().extended(pool.params, hasher_of(pool))
+        self._dense, self._listed, self.state = dense, held, defaultdict(dict)
+        self._adopt(engine)
 
     def _show_state(self, engine: Engine) -> None:
         """Let `state` show the engine's buffers, and hold moments for each dense parameter."""
@@ -402,7 +442,7 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     def _check_length(self) -> None:
         """Say once where the schedule was made for another number of steps."""
-        step, active, _ = self._engine.active.progress.tolist()
+        step, active, _ = self._engine.progress.tolist()
         total, budget = self._engine.total_steps, self._engine.budget
         if self._told_length or total == 1 or step in (0, total):
             return
@@ -467,7 +507,10 @@ class MaskedAdamW(torch.optim.Optimizer):
         before = dict(vars(self))
         try:
             pool, self._dense = split_groups(self.param_groups)
-            self._base, self._listed = self._base.extended(pool.params), self._list_params()
+            self._base, self._listed = (
+                self._base.extended(pool.params, hasher_of(pool)),
+                self._list_params(),
+            )
             self._adopt(self._engine.with_pool(pool))
         except BaseException:  # also when memory runs out
             self._undo(before)
@@ -496,6 +539,7 @@ class MaskedAdamW(torch.optim.Optimizer):
             ValueError: if the budget is below the entries that are active already, or the steps
                 below those that were taken.
         """
+        self._take_over()
         engine = self._engine
         engine.pool.check_unchanged()
         current, steps = engine.budget, engine.total_steps
@@ -503,7 +547,7 @@ class MaskedAdamW(torch.optim.Optimizer):
             current if budget is None else budget, total_steps, current_steps=steps
         )
         entries = resolve_budget(selection.budget, engine.pool.rankable_entries)
-        step, num_active, _ = engine.active.progress.tolist()
+        step, num_active, _ = engine.progress.tolist()
         if entries < num_active:
             raise ValueError(f"budget {entries} is below the {num_active} entries already active")
         if total_steps is not None and total_steps < step:
@@ -520,13 +564,19 @@ class MaskedAdamW(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """State in torch's form; `sparse_optim.optim.state` says what is in it.
 
-        What belongs to the pool is a copy; as with torch.optim, dense moments are not.
+        What belongs to the pool is a copy; as with torch.optim, dense moments are not. With sharded
+        parameters all processes call it, and the pool's state is that of all of them: any number of
+        processes can load it.
         """
+        self._take_over()
         self._engine.pool.check_unchanged()
         self._check_state()
         self._show_state(self._engine)
         packed = super().state_dict()
         packed["state"] = {key: state.copied(value) for key, value in packed["state"].items()}
+        if isinstance(self._engine, ShardedEngine):
+            owner = next(key for key, param in enumerate(self._listed) if param is self._owner)
+            packed["state"][owner].update(state.whole_state(self._engine))
         return packed
 
     @torch.no_grad()
@@ -538,6 +588,7 @@ class MaskedAdamW(torch.optim.Optimizer):
                 as it is when memory runs out.
         """
         self._check_idle("load_state_dict()")
+        self._take_over()
         before = dict(vars(self))
         prepare = self._optimizer_load_state_dict_pre_hooks
         finish = self._optimizer_load_state_dict_post_hooks
@@ -553,9 +604,10 @@ class MaskedAdamW(torch.optim.Optimizer):
             self._optimizer_load_state_dict_post_hooks = OrderedDict()
             super().load_state_dict(torchs)
             if ours.fingerprints:
-                self._base = BaseFingerprints(ours.fingerprints)
+                self._base = BaseFingerprints(ours.fingerprints, hasher_of(loaded.pool))
             elif self._base.final:  # no step had been taken: the base is what the next step finds
-                self._base = BaseFingerprints().extended(loaded.pool.params)
+                hasher = hasher_of(loaded.pool)
+                self._base = BaseFingerprints().extended(loaded.pool.params, hasher)
                 self._base.invalidate()
             self._adopt(loaded)
         except BaseException:
@@ -569,6 +621,11 @@ class MaskedAdamW(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """What copy.deepcopy and pickle keep: torch's own state, and ours."""
         self._check_idle("a copy")
+        if self._engine.pool.shards is not None:
+            raise TypeError(
+                "an optimizer of sharded parameters belongs to its process group and cannot be "
+                "copied or pickled: save its state_dict()"
+            )
         kept = {
             name: value
             for name, value in self.__dict__.items()
@@ -594,14 +651,19 @@ class MaskedAdamW(torch.optim.Optimizer):
         return self._engine.work.scalars.grad_norm
 
     def active_entries(self) -> dict[str, Tensor]:
-        """Flat positions (int64, ascending) of the active entries of each tensor in the pool."""
+        """Flat positions (int64, ascending) of the active entries of each tensor in the pool; of
+        sharded parameters, within this process's shards."""
         return {
             name: self._engine.active.segment(index)["position"].long()
             for index, name in enumerate(self._engine.pool.names)
         }
 
     def metrics(self) -> dict[str, int | float]:
-        """A flat dict of numbers for trackers: counts, norms, bytes; reads the device once."""
+        """A flat dict of numbers for trackers: counts, norms, bytes; reads the device once.
+
+        Of sharded parameters, counts are those of all processes, but `active/NAME` and bytes those
+        of this one's shards: nothing is communicated.
+        """
         dense = (state.without_ours(self.state[param]) for param in self._dense.params)
         taken = self._taker.nbytes if self._taker else 0
         moments = sum(tensor.nbytes for each in dense for tensor in each.values())
@@ -610,6 +672,9 @@ class MaskedAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def delta(self, model: torch.nn.Module | None = None, *, finished: bool = True) -> Delta:
         """What fine-tuning changed so far: active entries, and dense groups whole.
+
+        With sharded parameters all processes call it, and each gets the delta of the whole model:
+        save it in one of them.
 
         Args:
             model: gives the names, where the optimizer was not built from named parameters; tied

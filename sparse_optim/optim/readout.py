@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ from sparse_optim.delta import Delta, SparseValues
 from sparse_optim.delta._wrappers import plain_names
 from sparse_optim.engine.engine import Engine
 from sparse_optim.engine.pool import Pool
+from sparse_optim.engine.sharded import ShardedEngine
 from sparse_optim.optim.groups import DenseParams
+from sparse_optim.optim.whole import whole_of
 
 MAX_COUNTER_BYTES = 1024
 
@@ -37,18 +40,20 @@ def delta_of(
     engine.pool.check_unchanged()
     sparse, of_base, params = {}, {}, engine.pool.params
     moved = _touched_entries(engine)
-    for index, (param, (position, unmask_step)) in enumerate(zip(params, moved, strict=True)):
+    for index, (param, (position, value, unmask_step)) in enumerate(
+        zip(params, moved, strict=True)
+    ):
         if position.numel():
             name = names[id(param)]
             sparse[name] = SparseValues(
                 shape=tuple(param.shape),
                 dtype=param.dtype,
                 position=position,
-                value=param.detach().view(-1)[position],
+                value=value,
                 unmask_step=unmask_step,
             )
             of_base[name] = fingerprints[index]
-    whole = {names[id(param)]: param.detach().clone() for param in dense.params}
+    whole = {names[id(param)]: whole_of(param).detach().clone() for param in dense.params}
     whole |= _moving_buffers(model)
     tied = _tied_names(model, names, {*sparse, *whole})
     method = {
@@ -56,7 +61,7 @@ def delta_of(
         "selection": type(engine.method.selection).__name__,
         "budget": engine.budget,
         "total_steps": engine.total_steps,
-        "step": int(engine.active.progress[0]),
+        "step": int(engine.progress[0]),
     }
     return Delta(sparse=sparse, dense=whole, fingerprints=of_base, method=method, tied=tied)
 
@@ -138,7 +143,7 @@ def metrics_of(engine: Engine, further_bytes: int) -> dict[str, int | float]:
     Args:
         further_bytes: of state that is not the engine's.
     """
-    step, active, skipped = engine.active.progress.tolist()
+    step, active, skipped = engine.progress.tolist()
     budget = engine.budget
     counts = engine.active.offsets.diff().tolist()
     replaces = engine.method.selection.replaces
@@ -156,18 +161,33 @@ def metrics_of(engine: Engine, further_bytes: int) -> dict[str, int | float]:
     }
 
 
-def _touched_entries(engine: Engine) -> list[tuple[Tensor, Tensor | None]]:
-    """For each tensor of the pool: positions (int64) that may have moved, and when unmasked.
+def _touched_entries(engine: Engine) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+    """For each tensor of the pool: positions (int64) that may have moved, their values, and when
+    they were unmasked.
 
     Where entries leave the set again, no step says when one was unmasked.
     """
     params = engine.pool.params
+    if isinstance(engine, ShardedEngine):
+        active, values = engine.whole_active()
+        bounds = pairwise(active.offsets.tolist())
+        return [
+            (
+                active.position[first:last].long(),
+                values[first:last].to(param.dtype),
+                active.unmask_step[first:last].clone(),
+            )
+            for param, (first, last) in zip(params, bounds, strict=True)
+        ]
+    flat = [param.detach().view(-1) for param in params]
     if not engine.method.selection.replaces:
         segments = (engine.active.segment(index) for index in range(len(params)))
-        return [(part["position"].long(), part["unmask_step"].clone()) for part in segments]
+        found = ((part["position"].long(), part["unmask_step"].clone()) for part in segments)
+        return [(at, values[at], step) for values, (at, step) in zip(flat, found, strict=True)]
     index = engine.touched.index()
     ends = engine.pool.sizes.cpu().cumsum(0)
     last = torch.searchsorted(index, ends.to(index.device)).tolist()
     first = [0, *last[:-1]]
     starts = [0, *ends.tolist()[:-1]]
-    return [(index[a:b] - start, None) for a, b, start in zip(first, last, starts, strict=True)]
+    moved = (index[a:b] - start for a, b, start in zip(first, last, starts, strict=True))
+    return [(at, values[at], None) for values, at in zip(flat, moved, strict=True)]

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from sparse_optim.backends.operands import ENTRY_FIELDS, ActiveSet
 from sparse_optim.engine.engine import Engine
+from sparse_optim.engine.sharded import ShardedEngine
 
 OURS = "pool_"  # begins the names of what is not torch.optim.AdamW's
 INDEX = OURS + "index"
@@ -45,7 +46,10 @@ def owner_of(param_groups: Sequence[dict[str, Any]]) -> Tensor:
 
 
 def pool_state(engine: Engine, fingerprints: Sequence[str]) -> dict[str, Tensor]:
-    """The engine's own tensors under their names in the state of the owner."""
+    """The engine's own tensors under their names in the state of the owner.
+
+    Of sharded parameters, what this process holds; `whole_state` has all of it.
+    """
     digests = [list(bytes.fromhex(value)) for value in fingerprints]
     if not digests:
         digests = [[0] * DIGEST_BYTES] * len(engine.pool.params)
@@ -64,6 +68,14 @@ def pool_state(engine: Engine, fingerprints: Sequence[str]) -> dict[str, Tensor]
         known = torch.tensor(flags[: engine.completion.lag + 1], device=base.device)
         state[OURS + "known"] = known.byte()
     return state
+
+
+def whole_state(engine: ShardedEngine) -> dict[str, Tensor]:
+    """What differs between the processes in `pool_state`, of all of them. Collective."""
+    written = torch.tensor(int(engine.written_by_others), device=engine.pool.device)
+    engine.shards.add(written)
+    everyone, _ = engine.whole_active()
+    return {**active_state(everyone), OURS + "written": written.clamp(max=1).byte()}
 
 
 def active_state(active: ActiveSet) -> dict[str, Tensor]:

@@ -48,6 +48,8 @@ class Traits:
         ordinal: scores are an order alone, and no weights to sample by.
         trusted: scores always have the parameter's shape and are finite and >= 0.
         uniform: every score is 1; the importance is never called.
+        elementwise: the score of an entry depends on its own value and gradient alone, so that
+            shards of a parameter can be scored one by one (`fully_shard`).
         check_names: called with the names of the pool when the optimizer is built.
         check: called with names and parameters that have gradients, before each ranking.
     """
@@ -58,6 +60,7 @@ class Traits:
     ordinal: bool = False
     trusted: bool = False
     uniform: bool = False
+    elementwise: bool = False
     check_names: Callable[[Sequence[str]], None] | None = None
     check: Callable[[Sequence[str], Sequence[Tensor]], None] | None = None
 
@@ -99,7 +102,7 @@ class D3:
     @property
     def traits(self) -> Traits:
         """The kernels rank by exp and eps."""
-        return Traits(in_kernel=(self.exp, self.eps), trusted=True)
+        return Traits(in_kernel=(self.exp, self.eps), trusted=True, elementwise=True)
 
     def __call__(self, name: str, param: Tensor, grad: Tensor) -> Tensor:
         """Scores, float32, of the parameter's shape."""
@@ -121,7 +124,9 @@ class Magnitude:
     @property
     def traits(self) -> Traits:
         """An order that no gradient changes."""
-        return Traits(fixed=True, ordinal=True, trusted=True, check=_warn_of_zeros)
+        return Traits(
+            fixed=True, ordinal=True, trusted=True, elementwise=True, check=_warn_of_zeros
+        )
 
     def __call__(self, name: str, param: Tensor, grad: Tensor) -> Tensor:
         """Scores, float32, of the parameter's shape."""
@@ -146,7 +151,7 @@ class Random:
     @property
     def traits(self) -> Traits:
         """Equal scores, drawn at random."""
-        return Traits(fixed=True, noise_seed=self.seed, uniform=True)
+        return Traits(fixed=True, noise_seed=self.seed, uniform=True, elementwise=True)
 
     def __call__(self, name: str, param: Tensor, grad: Tensor) -> Tensor:
         """Ones of the parameter's shape; the optimizer adds the noise."""
@@ -162,7 +167,7 @@ class Snip:
     Reference: Lee et al. 2019, SNIP, equation 6; He et al. 2022, SparseAdapter, section 3.
     """
 
-    traits: ClassVar[Traits] = Traits(trusted=True)
+    traits: ClassVar[Traits] = Traits(trusted=True, elementwise=True)
 
     def __call__(self, name: str, param: Tensor, grad: Tensor) -> Tensor:
         """Scores, float32, of the parameter's shape."""

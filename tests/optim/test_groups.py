@@ -62,20 +62,6 @@ def test_parameters_are_refused_by_name(case):
         build([("first", Parameter(torch.zeros(3))), ("layer.weight", make())])
 
 
-def test_a_real_dtensor_is_refused():
-    import torch.distributed as dist
-    from torch.distributed.tensor import Replicate, distribute_tensor, init_device_mesh
-
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        param = Parameter(distribute_tensor(torch.zeros(4), mesh, [Replicate()]))
-        with pytest.raises(TypeError, match=r"layer.weight \(4,\) is a DTensor; .*not supported"):
-            build([("layer.weight", param)])
-    finally:
-        dist.destroy_process_group()
-
-
 def test_a_quantized_base_may_stay_frozen_beside_its_adapters():
     base, adapter = four_bit(), Parameter(torch.zeros(6))
     with pytest.raises(TypeError, match="quantized"):

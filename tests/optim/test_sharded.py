@@ -1,0 +1,112 @@
+"""Sharded parameters: `fully_shard`, tensor parallelism, torch.distributed.checkpoint.
+
+What four processes compute is in tests/support/sharded_ranks.py.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from repository import ROOT
+
+from sparse_optim.backends.noise import noise, noise_at
+from sparse_optim.engine.shards import Block, block_of, kth_largest, make_up
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch has no gloo")
+def test_shards_do_what_one_process_does(tmp_path: Path) -> None:
+    script = ROOT / "tests/support/sharded_ranks.py"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, script, str(rank), str(tmp_path)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment,
+        )
+        for rank in range(4)
+    ]  # fmt: skip
+    try:
+        for process in processes:
+            out, err = process.communicate(timeout=300)
+            assert process.returncode == 0, err
+            assert out.split() == [
+                "methods", "layouts", "training", "resume", "changes", "errors",
+                "bytes_on_the_wire",
+            ]  # fmt: skip
+    finally:
+        for process in processes:
+            process.kill()
+
+
+@pytest.mark.parametrize(
+    ("whole", "shape", "begin"),
+    [
+        ((6, 4), (2, 4), (2, 0)),
+        ((6, 4), (6, 2), (0, 1)),
+        ((6, 4), (3, 2), (2, 2)),
+        ((5,), (2,), (3,)),
+        ((3, 4, 5), (1, 4, 5), (2, 0, 0)),
+        ((3, 4, 5), (3, 2, 5), (0, 1, 0)),
+        ((3, 4, 5), (2, 4, 2), (1, 0, 3)),
+        ((3, 4, 5), (1, 2, 3), (2, 1, 1)),
+        ((), (), ()),
+    ],
+)
+def test_places_of_a_block(whole, shape, begin) -> None:
+    block = block_of(whole, shape, begin, "it")
+    places = torch.arange(torch.Size(whole).numel()).view(whole)
+    cut = places[tuple(slice(b, b + n) for b, n in zip(begin, shape, strict=True))].reshape(-1)
+    at = torch.arange(block.entries)
+    assert torch.equal(at // block.run * block.pitch + at % block.run + block.offset, cut)
+
+
+def test_a_block_of_three_cuts_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"it of shape \(4, 4, 4\) is sharded in dimensions"):
+        block_of((4, 4, 4), (2, 2, 2), (0, 0, 0), "it")
+
+
+def test_blocks_make_up_a_tensor() -> None:
+    rows = [block_of((5, 4), (n, 4), (b, 0), "it") for n, b in ((2, 0), (2, 2), (1, 4), (0, 5))]
+    grid = [block_of((5, 4), (n, 2), (b, c), "it") for n, b in ((3, 0), (2, 3)) for c in (0, 2)]
+    assert make_up(rows, 20)
+    assert make_up(grid, 20)
+    assert not make_up(rows[1:], 20)
+    assert not make_up(grid[1:], 20)
+    # Entries in all are right, but some are held twice and others not at all.
+    assert not make_up([Block(12, 20, 0, 12), Block(8, 20, 4, 8)], 20)
+
+
+class One:
+    """Shards of a single process."""
+
+    def add(self, numbers: torch.Tensor) -> None:
+        """Nothing to add."""
+
+
+@pytest.mark.parametrize("bits", [4, 20, 63])
+def test_the_kth_largest_word(bits: int) -> None:
+    generator = torch.Generator().manual_seed(bits)
+    words = torch.randint(-(2**bits) + 1, 2**bits - 1, (500,), generator=generator).unique()
+    words = torch.cat([words, torch.tensor([-(2**63), 2**63 - 1])]).unique()
+    alive = torch.rand(len(words), generator=generator) < 0.7
+    there = words[alive].sort(descending=True).values
+    for k in (1, 2, 7, len(there) - 1, len(there), len(there) + 5):
+        if k < 1:
+            continue
+        count, word = kth_largest(words, alive, torch.tensor(k), One())
+        assert int(count) == min(k, len(there))
+        assert int(word) == int(there[int(count) - 1])
+    count, word = kth_largest(words, alive, torch.tensor(0), One())
+    assert (int(count), int(word)) == (0, 2**63 - 1)
+    count, _ = kth_largest(words, alive & False, torch.tensor(3), One())
+    assert int(count) == 0
+
+
+def test_noise_at_places_is_that_of_the_whole() -> None:
+    every = noise(7, 3, 2, 50, torch.device("cpu"))
+    position = torch.tensor([49, 0, 3, 4, 21])
+    assert torch.equal(noise_at(7, 3, 2, position), every[position])
