@@ -24,11 +24,13 @@ from bench import quality
 from bench.environment import RESULTS
 from bench.pictures import draw_rates
 from bench.tables import table
-from sparse_optim.analysis.relative_step import BEST_LORA_STEP, BEST_STEP
+from sparse_optim.analysis.relative_step import BEST_LORA_STEP, BEST_STEP, length_factor
+from sparse_optim.experiments.quality import QUALITY
 
 FOLDER = RESULTS / "curvature"
 PICTURE = RESULTS / "learning-rates.png"
 FACTOR = 2.0  # the goal: within this factor of the best rate
+STEPS = {task.name: task.steps for block in QUALITY.blocks for task in block.tasks}
 CLOSE = 0.01  # a rate with a score as near to the best is as good
 
 
@@ -72,7 +74,13 @@ def measured(folder: Path = FOLDER) -> list[dict[str, Any]]:
     """The lines of rates.jsonl, and the rate that follows from each."""
     path = folder / "rates.jsonl"
     lines = map(json.loads, path.read_text().splitlines() if path.exists() else [])
-    return [line | {"lr": best_step(line["row"]) / line["relative_step"]} for line in lines]
+    return [line | {"lr": suggested(line)} for line in lines]
+
+
+def suggested(line: Mapping[str, Any]) -> float:
+    """The rate that follows from a relative step, for runs of the task's length."""
+    rate = best_step(line["row"]) / float(line["relative_step"])
+    return rate * length_factor(STEPS[line["task"]])
 
 
 def best_step(row: str) -> float:
@@ -136,7 +144,6 @@ def measure(data_folder: Path | None, tasks: set[str], rows: set[str], threads: 
     from sparse_optim.analysis.curvature import curvature
     from sparse_optim.analysis.relative_step import relative_step
     from sparse_optim.experiments.cells import Cell
-    from sparse_optim.experiments.quality import QUALITY
     from sparse_optim.experiments.runner import Runner, RunOptions
     from sparse_optim.finetune.auto_rate import prepare
     from sparse_optim.finetune.models import set_threads

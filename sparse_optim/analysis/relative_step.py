@@ -7,8 +7,9 @@ add up; entries that crowd into rows and columns, as those of the largest gradie
 large singular value, and so do the signs of a whole gradient, which is nearly of low rank.
 
 The tuned rates of dense training, random masks, PaFi and ID3 on MiniLM differ by a factor of a
-hundred; the relative step at them differs by a factor of 2.5 on three tasks. A LoRA needs twice
-that step, and CoLA, a fourth task, about half of it or less: see docs/learning-rates.md.
+hundred; the relative step at them differs by a factor of 2.5 on three tasks of 300 steps. A LoRA
+needs twice that step. Longer runs need smaller ones: from 300 to 1,000 steps the best rates of
+dense training, a random mask and ID3 halve, as 1 / sqrt(steps) has it: see docs/learning-rates.md.
 
 References: the spectral norm of updates relative to that of weights as what should stay constant:
 Yang, Simon and Bernstein 2023 (arXiv:2310.17813); larger rates of random masks: Xu and Zhang 2024,
@@ -17,6 +18,7 @@ ICML (arXiv:2405.02596).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import fmean
@@ -31,8 +33,10 @@ from sparse_optim.calibration._session import calibrating
 from sparse_optim.optim.param_groups import linear_weights
 
 # The relative step at the tuned rates: 0.7% to 1.7% (15 pairs of a method and a task), and 1.4% to
-# 2.7% of weights that a LoRA of rank 3 adapts (3 tasks). Not fitted: CoLA, 0.3% to 0.5%.
+# 2.7% of weights that a LoRA of rank 3 adapts (3 tasks).
 BEST_STEP, BEST_LORA_STEP = 0.0105, 0.0215
+
+USUAL_STEPS = 300  # of those runs
 
 ITERATIONS = 15  # of the power method: within a few per cent, from below
 
@@ -44,12 +48,27 @@ class RelativeStep:
     Attributes:
         matrices: number of weights that move.
         size: |S| / |W| in spectral norms, the mean over matrices and batches.
-        lr: the rate at which the step has the size that it has at tuned rates.
+        lr: the rate at which the step has the size that it has at tuned rates, in runs of up to 300
+            steps.
     """
 
     matrices: int
     size: float
     lr: float
+
+    def lr_for(self, steps: int) -> float:
+        """The rate for a run of as many optimizer steps."""
+        return self.lr * length_factor(steps)
+
+
+def length_factor(steps: int) -> float:
+    """What a run of as many steps multiplies the rate of a run of 300 by: min(1, sqrt(300/steps)).
+
+    Examples:
+        >>> length_factor(100), length_factor(1200)
+        (1.0, 0.5)
+    """
+    return math.sqrt(USUAL_STEPS / max(steps, USUAL_STEPS))
 
 
 def relative_step(

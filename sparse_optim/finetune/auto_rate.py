@@ -22,7 +22,7 @@ from sparse_optim.finetune.config import AUTO, FinetuneConfig
 from sparse_optim.finetune.errors import FinetuneError
 from sparse_optim.finetune.inputs import Inputs, load_base
 from sparse_optim.finetune.progress import tell
-from sparse_optim.finetune.trainer_setup import make_trainer, method_request
+from sparse_optim.finetune.trainer_setup import make_trainer, method_request, planned_steps
 from sparse_optim.methods import METHODS, MethodRequest
 from sparse_optim.optim.masked_adamw import MaskedAdamW
 
@@ -61,6 +61,7 @@ class Prepared:
     batches: list[Any]
     mask: Mapping[str, Tensor]
     is_head: bool  # whether the mask is the fresh head alone
+    steps: int  # of the whole run
 
 
 def prepare(config: FinetuneConfig, inputs: Inputs) -> Prepared:
@@ -77,21 +78,23 @@ def prepare(config: FinetuneConfig, inputs: Inputs) -> Prepared:
     train_head(request, islice(several, HEAD_STEPS), config.head_lr or HEAD_RATE)
     batches = list(islice(several, BATCHES))
     mask = mask_of(config.method, request, batches)
-    return Prepared(request.model, batches, mask, mask.keys() <= request.fresh)
+    steps = planned_steps(config, len(inputs.train_set))
+    return Prepared(request.model, batches, mask, mask.keys() <= request.fresh, steps)
 
 
 def suggest(found: Prepared) -> tuple[float | None, str]:
     """A rate, None where none is known, and the reason.
 
-    The rate at which a first step has the usual size relative to the weights; of entries outside
-    the weights of Linear modules (biases, a head alone) that at which it goes farthest down.
+    The rate at which a first step has the usual size relative to the weights, in a run of that
+    length; of entries outside the weights of Linear modules (biases, a head alone) the rate at
+    which it goes farthest down.
     """
     step = None if found.is_head else relative_step(found.model, found.batches, found.mask)
     if step is not None:
-        share = step.lr * step.size
-        return step.lr, (
-            f"a first step changes {step.matrices} weights by {share:.2%} of their largest "
-            "singular value"
+        rate = step.lr_for(found.steps)
+        return rate, (
+            f"a first step changes {step.matrices} weights by {rate * step.size:.2%} of their "
+            f"largest singular value, in a run of {found.steps:,} steps"
         )
     bent = curvature(found.model, found.batches, found.mask, iterations=0)
     if bent.lr is None:

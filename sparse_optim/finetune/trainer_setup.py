@@ -57,11 +57,15 @@ def make_trainer(config: FinetuneConfig, inputs: Inputs, loaded: LoadedModel) ->
     return trainer
 
 
+def planned_steps(config: FinetuneConfig, train_size: int) -> int:
+    """Optimizer steps of the whole run, before the Trainer counts them."""
+    per_step = config.batch_size * config.accumulation * processes.count()
+    return config.steps or max(1, math.ceil(train_size / per_step * config.epochs))
+
+
 def training_arguments(config: FinetuneConfig, task: Task, train_size: int) -> TrainingArguments:
     """Arguments of the Trainer, which must not clip if the optimizer already does."""
-    method = METHODS[config.method]
-    per_step = config.batch_size * config.accumulation * processes.count()
-    steps = config.steps or max(1, math.ceil(train_size / per_step * config.epochs))
+    method, steps = METHODS[config.method], planned_steps(config, train_size)
     return arguments_class(task)(
         output_dir=str(config.output / CHECKPOINTS),
         max_steps=config.steps or -1,
