@@ -32,25 +32,20 @@ from sparse_optim.engine.collected import Collected, can_collect
 from sparse_optim.engine.engine import Engine
 from sparse_optim.engine.pool import Gradients, readable_gradients
 from sparse_optim.engine.ranking import perturbed, scores_of, warn_of_scores
+from sparse_optim.engine.replicas import is_distributed
 
 # Gradients below this wait for one another: ranking takes up to 0.1 ms a call, however small they
 # are.
 BATCH_BYTES = 1 << 20
 
 
-def is_distributed() -> bool:
-    """Whether several processes train together."""
-    distributed = torch.distributed
-    started = distributed.is_available() and distributed.is_initialized()
-    return started and distributed.get_world_size() > 1
-
-
-def check_not_distributed(option: str = "fuse_backward") -> None:
+def check_not_distributed() -> None:
     """Raise RuntimeError where several processes train together."""
     if is_distributed():
         raise RuntimeError(
-            f"{option}=True does not work with several processes: gradients would be taken before "
-            f"DistributedDataParallel averages them; leave {option} False"
+            "fuse_backward=True does not work with several processes: gradients would be taken "
+            "before DistributedDataParallel averages them; leave fuse_backward False "
+            "(sampled_backward=True works)"
         )
 
 

@@ -32,13 +32,9 @@ from torch.nn import functional
 
 from sparse_optim.backends.registry import load
 from sparse_optim.engine.engine import Engine
-from sparse_optim.engine.fused_backward import (
-    FusedBackward,
-    check_not_distributed,
-    nothing_came,
-    would_lose,
-)
+from sparse_optim.engine.fused_backward import FusedBackward, nothing_came, would_lose
 from sparse_optim.engine.pool import Gradients
+from sparse_optim.engine.replicas import Replicas, check_wrapped
 
 # From this share of active entries on, the dense product is taken and read at these entries. On two
 # cores both take the same at 20% in float32 and 12% in bfloat16. On GPUs, whose dense products are
@@ -60,6 +56,7 @@ class Window:
         stamp: names the kind of step and the active set.
         closed: whether the source is gone; layers are then as ever.
         start: called before the first forward pass that needs gradients, or None.
+        replicas: averages the gradients over processes, if there are several.
     """
 
     def __init__(self) -> None:
@@ -67,6 +64,7 @@ class Window:
         self.dense = 0
         self.stamp: tuple[bool, int] = (False, -1)
         self.start: Callable[[], None] | None = None
+        self.replicas = Replicas()
 
     @staticmethod
     def of(module: torch.nn.Module) -> Window | None:
@@ -144,7 +142,7 @@ class Cover:
         if window.closed or window.dense or not torch.is_grad_enabled():
             return False
         if not torch.compiler.is_compiling():
-            check_not_distributed("sampled_backward")
+            check_wrapped(window.replicas)
             if window.start is not None:
                 window.start()
         return window.quiet and weight is self.param and weight.requires_grad
@@ -356,9 +354,6 @@ class SampledBackward:
         window: what the layers have in common.
         covers: what the layers of each weight need, by its index in the pool.
         stepped: a step has consumed the gradients, and none has come since.
-
-    Raises:
-        RuntimeError: several processes train together.
     """
 
     def __init__(
@@ -368,7 +363,6 @@ class SampledBackward:
         dense: Sequence[Tensor],
         indices: Sequence[int],
     ) -> None:
-        check_not_distributed("sampled_backward")
         self._engine, self._inner, self._dense = engine, inner, dense
         self._hooks = inner if isinstance(inner, FusedBackward) else None
         self.window = Window()
@@ -408,10 +402,10 @@ class SampledBackward:
         """This step's gradients, of which there is at least one; see `Source`.
 
         Raises:
-            RuntimeError: none has come since the last step.
+            RuntimeError: none has come since the last step, or nothing averages them.
         """
-        check_not_distributed("sampled_backward")
-        quiet = self.window.quiet
+        quiet, replicas = self.window.quiet, self.window.replicas
+        check_wrapped(replicas)
         if self._hooks is not None:
             present = list(self._hooks.collect())
         else:
@@ -420,6 +414,8 @@ class SampledBackward:
             present = [bool(grad.numel()) for grad in grads.pool]
         for index, cover in self.covers.items():
             present[index] = present[index] or cover.leaf.grad is not None
+        for index in replicas.indices(self._engine.pool.params):
+            present[index] = replicas.came(self._engine.pool.params[index])
         if self.stepped and not any(present) and not any(grad.numel() for grad in dense):
             raise nothing_came("sampled_backward")
         if quiet or self._hooks is not None:
@@ -443,6 +439,8 @@ class SampledBackward:
         for index, cover in self.covers.items():
             if cover.leaf.grad is not None:
                 active.grad[engine.segment(index)] += cover.leaf.grad
+        ours = self.window.replicas.indices(engine.pool.params)
+        self.window.replicas.average([active.grad[engine.segment(index)] for index in ours])
         work.new.count.zero_()
         engine.measure(grads.dense)
 

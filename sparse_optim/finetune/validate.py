@@ -10,7 +10,7 @@ from collections.abc import Collection
 
 from sparse_optim.finetune import processes
 from sparse_optim.finetune.adapter_kinds import ADAPTERS
-from sparse_optim.finetune.config import AUTO, FinetuneConfig, option
+from sparse_optim.finetune.config import AUTO, FinetuneConfig
 from sparse_optim.finetune.errors import FinetuneError
 from sparse_optim.finetune.hub import did_you_mean
 from sparse_optim.methods import METHODS
@@ -78,12 +78,10 @@ def check_machine(config: FinetuneConfig) -> None:
         raise FinetuneError(
             "--lr auto needs one process: find the rate in a run without torchrun, and give it"
         )
-    for name in ("fuse_backward", "sampled_backward"):
-        if getattr(config, name):
-            raise FinetuneError(
-                f"{option(name)} needs one process, and torchrun started {processes.count()}: "
-                f"drop {option(name)}"
-            )
+    if config.fuse_backward:
+        raise FinetuneError(
+            f"--fuse-backward needs one process, and torchrun started {processes.count()}: drop it"
+        )
     if config.method in ONE_PROCESS:
         raise FinetuneError(
             f"--method {config.method} chooses entries by the examples of one process, so that "

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sparse_optim.engine import sampled
-from sparse_optim.engine.fused_backward import is_distributed
 from sparse_optim.engine.sampled import CLOSED, COVERS, Cover, Exchanged, Window
 
 logger = logging.getLogger(__name__)
@@ -101,9 +100,9 @@ class Owner(Protocol):
 
 
 def can_sample(model: nn.Module, params: Sequence[Tensor]) -> bool:
-    """Whether `sampled_backward=True` has a layer to work with, and one process."""
+    """Whether `sampled_backward=True` has a layer to work with."""
     weights = {id(param) for param in params}
-    return not is_distributed() and any(
+    return any(
         _kind(module) is not None and id(weight) in weights
         for module in model.modules()
         for name, weight in module.named_parameters(recurse=False)

@@ -24,6 +24,7 @@ from sparse_optim.engine.choose import choose
 from sparse_optim.engine.engine import Engine, Method, Norm, Source
 from sparse_optim.engine.fused_backward import FusedBackward
 from sparse_optim.engine.pool import readable_gradients
+from sparse_optim.engine.replicas import has_group
 from sparse_optim.engine.sampled import SampledBackward, dense_gradients
 from sparse_optim.engine.scalars import check_capture
 from sparse_optim.engine.sharded import ShardedEngine, engine_for
@@ -44,6 +45,7 @@ from sparse_optim.optim.groups import (
     resolve_norm,
     split_groups,
 )
+from sparse_optim.optim.left_out import LeftOut
 from sparse_optim.optim.readout import delta_of, metrics_of
 from sparse_optim.optim.whole import hasher_of, whole_of
 from sparse_optim.policy.importance import Importance, traits_of
@@ -103,9 +105,11 @@ class MaskedAdamW(torch.optim.Optimizer):
             r-th), Linear, Conv1D and Embedding layers of `model` compute weight gradients at active
             entries alone: the training step then costs little more than one without weight
             gradients. Selections are the same; gradients are equal up to the order of summation.
-            `step()` consumes the gradients. Works with `Increment` or `Static`, in a single
-            process; with `fuse_backward` no dense gradient is ever held. May be changed between
-            steps.
+            `step()` consumes the gradients. Works with `Increment` or `Static`; with
+            `fuse_backward` no dense gradient is ever held. May be changed between steps. In several
+            processes, first call init_process_group(), then build the optimizer, then
+            DistributedDataParallel(model): it leaves the gradients of these weights to `step()`,
+            which averages those of active entries alone in such steps.
 
     Raises:
         ValueError, TypeError: names the argument or parameter, what arrived and what to do.
@@ -117,6 +121,7 @@ class MaskedAdamW(torch.optim.Optimizer):
     _fused_backward: FusedBackward | None = None
     _sampled: SampledBackward | None = None
     _attachment: Attachment | None = None
+    _left_out: LeftOut | None = None
     _model: weakref.ref[torch.nn.Module] | None = None
     _told_length = False
     scaler_reads_scan = False
@@ -280,10 +285,15 @@ class MaskedAdamW(torch.optim.Optimizer):
                 "sampled_backward=True, but no Linear, Conv1D or Embedding layer of the model has "
                 "a weight that the optimizer ranks. Pass the model that holds the parameters"
             )
+        if has_group():
+            self._left_out = LeftOut.of(model)
+            layers = self._left_out.choose(model, layers, engine.pool.params)
         inner = self._fused_backward or engine
         self._sampled = SampledBackward(engine, inner, self._dense.params, list(layers))
         self._sampled.stepped = before is not None and before.stepped
         self._attachment = Attachment(model, layers, self._sampled)
+        if self._left_out is not None:
+            self._left_out.take(model, self._sampled, self)
 
     def _detach(self) -> None:
         if self._attachment is not None:
@@ -338,6 +348,8 @@ class MaskedAdamW(torch.optim.Optimizer):
         self._take_over()
         engine, source = self._engine, self._source
         self._check_step()
+        if self._left_out is not None:
+            self._left_out.begin_step(engine, self._sampled)
         grads = source.bind(readable_gradients(self._dense.params, self._dense.names))
         self._watch.note(grads.any)
         if not grads.any:

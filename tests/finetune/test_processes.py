@@ -59,7 +59,7 @@ def test_two_processes_train_and_one_writes_and_prints(tmp_path: Path):
     )
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
     assert "4 steps of 8 examples on cpu (2 processes)" in first.stdout
-    assert "ordinary gradients" in first.stdout
+    assert "sampled gradients" in first.stdout
     assert "yes, bit for bit" in first.stdout
     assert second.stdout == ""
     # torch's own warnings apart, which it logs on each process
@@ -95,7 +95,6 @@ def test_numbers_of_processes(monkeypatch):
     ("settings", "message"),
     [
         ({"fuse_backward": True}, "--fuse-backward needs one process, and torchrun started 2"),
-        ({"sampled_backward": True}, "--sampled-backward needs one process"),
         ({"method": "fish"}, "--method fish chooses entries by the examples of one process"),
     ],
 )
