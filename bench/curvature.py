@@ -30,7 +30,7 @@ from sparse_optim.experiments.quality import QUALITY
 FOLDER = RESULTS / "curvature"
 PICTURE = RESULTS / "learning-rates.png"
 FACTOR = 2.0  # the goal: within this factor of the best rate
-STEPS = {task.name: task.steps for block in QUALITY.blocks for task in block.tasks}
+STEPS = {task.name: task.steps or 0 for block in QUALITY.blocks for task in block.tasks}
 CLOSE = 0.01  # a rate with a score as near to the best is as good
 
 

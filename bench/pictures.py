@@ -147,3 +147,32 @@ def draw_rates(
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     figure.savefig(path, dpi=150, facecolor="white")
     plt.close(figure)
+
+
+def draw_bytes(
+    models: Mapping[str, Mapping[str, Sequence[float]]], counts: Sequence[int], path: Path
+) -> None:
+    """Draw the bytes that a process sends in a step against the number of processes.
+
+    Args:
+        models: name -> kind of step -> bytes at each of `counts`.
+    """
+    figure, axes = plt.subplots(
+        1, len(models), figsize=(11, 4.8), sharey=True, layout="constrained"
+    )
+    for axis, (model, lines) in zip(axes, models.items(), strict=True):
+        for place, (name, sent) in enumerate(lines.items()):
+            axis.plot(
+                counts, sent, label=name if axis is axes[0] else None, linewidth=1.4,
+                color=SHADES[place % len(SHADES)], marker="os^Dv*"[place % 6], markersize=4,
+            )  # fmt: skip
+        axis.set(xscale="log", yscale="log", title=model)
+        axis.set_xticks([2, 8, 64, 512, 4096], labels=["2", "8", "64", "512", "4,096"])
+        axis.minorticks_off()
+        axis.set_xlabel("processes", color=FAINT)
+        axis.grid(True, color="#E6E6E6", linewidth=0.8)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("bytes that a process sends in a step", color=FAINT)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    figure.savefig(path, dpi=150, facecolor="white")
+    plt.close(figure)

@@ -180,7 +180,7 @@ class ShardedEngine(Engine):
         quota = scoring.step_quota(self.loud_targets, self.progress, self._max_quota)
         quota = torch.where(work.scalars.found_inf > 0, 0, quota)
         counted = found & self._owned[new.tensor]
-        self._found, least = kth_largest(words, counted, quota, self.shards)
+        self._found, least = kth_largest(words, counted, quota, self._max_quota, self.shards)
         kept = found & (words >= least)
         order = torch.argsort((~kept).byte(), stable=True)
         new.tensor.copy_(new.tensor[order])

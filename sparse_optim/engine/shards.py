@@ -4,7 +4,8 @@ Each process reads the gradients of its own shards, and keeps the state of their
 All processes agree on what is unmasked, and on one norm:
 
     norms      one all-reduce of a number for each tensor
-    selection  `kth_largest`: all-reduces of 100 KB, whatever the pool, the budget and the processes
+    selection  8 bytes a winner of each process in one all-gather; or, where that is much, six
+               all-reduces of 16 KB, whatever the pool, the budget and the processes
 
 Positions in deltas and checkpoints, and the order of ties, are those of the whole tensor, so that
 a run of any number of processes unmasks the same entries and writes the same files.
@@ -32,6 +33,9 @@ DIGIT_BITS = 11
 SHIFTS = (55, 44, 33, 22, 11, 0)
 DIGITS = 1 << DIGIT_BITS
 SIGN = 1 << (63 - SHIFTS[0])
+LEAST = torch.iinfo(torch.int64).min
+# Up to here one collective of more bytes takes less time than six: see docs/scale.md.
+GATHERED_BYTES = 1 << 20
 
 
 def is_sharded(param: Tensor) -> bool:
@@ -301,18 +305,40 @@ class Shards:
                 yield piece
 
 
-def kth_largest(words: Tensor, alive: Tensor, k: Tensor, shards: Shards) -> tuple[Tensor, Tensor]:
-    """The k-th largest of the words of all processes, by counting their digits: a radix select.
+def kth_largest(
+    words: Tensor, alive: Tensor, k: Tensor, most: int, shards: Shards
+) -> tuple[Tensor, Tensor]:
+    """The k-th largest of the words of all processes.
 
     Args:
-        words: (n,), int64, all different.
+        words: (n,), int64, all different, above LEAST; n at most `most`.
         alive: (n,), bool: which of them count.
-        k: (), int64, the same in all processes.
+        k: (), int64, at most `most`; the same in all processes, as `most` is.
 
     Returns:
         (count (), int64: k, or how many there are if these are fewer; the count-th largest word,
         (), int64). The same in all processes. Where count is 0, no word reaches it.
     """
+    gather = most * words.element_size() * shards.size <= GATHERED_BYTES
+    count, word = (by_gathering if gather else by_counting)(words, alive, k, most, shards)
+    return count, torch.where(count > 0, word, torch.iinfo(torch.int64).max)
+
+
+def by_gathering(
+    words: Tensor, alive: Tensor, k: Tensor, most: int, shards: Shards
+) -> tuple[Tensor, Tensor]:
+    """`kth_largest` of all words in one place: one collective."""
+    mine = words.new_full((most,), LEAST)
+    mine[: words.numel()] = torch.where(alive, words, LEAST)
+    everyone = shards.gather(mine).view(-1)
+    count = torch.minimum(k, (everyone != LEAST).sum())
+    return count, everyone.topk(most).values[(count - 1).clamp(min=0)]
+
+
+def by_counting(
+    words: Tensor, alive: Tensor, k: Tensor, most: int, shards: Shards
+) -> tuple[Tensor, Tensor]:
+    """`kth_largest` by its digits, from the first on (radix select)."""
     left, count, found = k, k, torch.zeros_like(k)
     for number, shift in enumerate(SHIFTS):
         digit = (words >> shift) + SIGN if number == 0 else words >> shift & (DIGITS - 1)
@@ -327,7 +353,7 @@ def kth_largest(words: Tensor, alive: Tensor, k: Tensor, shards: Shards) -> tupl
         left = left - torch.where(above > 0, reached[(above - 1).clamp(min=0)], 0)
         alive = alive & (digit == chosen)
         found = found + ((chosen - SIGN if number == 0 else chosen) << shift)
-    return count, torch.where(count > 0, found, torch.iinfo(torch.int64).max)
+    return count, found
 
 
 def digest_of(value: object) -> list[int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ import torch
 from repository import ROOT
 
 from sparse_optim.backends.noise import noise, noise_at
-from sparse_optim.engine.shards import Block, block_of, kth_largest, make_up
+from sparse_optim.engine import shards
+from sparse_optim.engine.shards import Block, block_of, make_up
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch has no gloo")
@@ -83,27 +85,34 @@ def test_blocks_make_up_a_tensor() -> None:
 class One:
     """Shards of a single process."""
 
+    size = 1
+
     def add(self, numbers: torch.Tensor) -> None:
         """Nothing to add."""
 
+    def gather(self, mine: torch.Tensor) -> torch.Tensor:
+        """Nothing to gather."""
+        return mine[None]
 
+
+@pytest.mark.parametrize("most_bytes", [0, 1 << 20])
 @pytest.mark.parametrize("bits", [4, 20, 63])
-def test_the_kth_largest_word(bits: int) -> None:
+def test_the_kth_largest_word(bits: int, most_bytes: int, monkeypatch) -> None:
+    monkeypatch.setattr(shards, "GATHERED_BYTES", most_bytes)
     generator = torch.Generator().manual_seed(bits)
-    words = torch.randint(-(2**bits) + 1, 2**bits - 1, (500,), generator=generator).unique()
-    words = torch.cat([words, torch.tensor([-(2**63), 2**63 - 1])]).unique()
+    words = torch.randint(-(2**bits) + 1, 2**bits - 1, (500,), generator=generator)
+    words = torch.cat([words, torch.tensor([1 - 2**63, 2**63 - 1])]).unique()
     alive = torch.rand(len(words), generator=generator) < 0.7
     there = words[alive].sort(descending=True).values
-    for k in (1, 2, 7, len(there) - 1, len(there), len(there) + 5):
-        if k < 1:
-            continue
-        count, word = kth_largest(words, alive, torch.tensor(k), One())
+    find = partial(shards.kth_largest, words, alive, most=len(words), shards=One())
+    for k in (1, 2, 7, len(there) - 1, len(there), len(words)):
+        count, word = find(k=torch.tensor(k))
         assert int(count) == min(k, len(there))
         assert int(word) == int(there[int(count) - 1])
-    count, word = kth_largest(words, alive, torch.tensor(0), One())
+    count, word = find(k=torch.tensor(0))
     assert (int(count), int(word)) == (0, 2**63 - 1)
-    count, _ = kth_largest(words, alive & False, torch.tensor(3), One())
-    assert int(count) == 0
+    count, word = shards.kth_largest(words, alive & False, torch.tensor(3), len(words), One())
+    assert (int(count), int(word)) == (0, 2**63 - 1)
 
 
 def test_noise_at_places_is_that_of_the_whole() -> None:

@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from sparse_optim import D3, Increment, MaskedAdamW, Repeat, Static, save_delta
+from sparse_optim.engine import shards
 from sparse_optim.policy.importance import Magnitude, Random, Snip
 
 WORLD = 4
@@ -382,7 +383,13 @@ def traffic() -> Iterator[dict[str, int]]:
 
 
 def bytes_on_the_wire() -> None:
-    """A step sends counts of digits and norms; a delta the active entries: nothing grows with N."""
+    """A step sends winners or counts, and norms; a delta active entries: nothing grows with N."""
+    for few in (True, False):
+        shards.GATHERED_BYTES = few << 20
+        count_bytes(few)
+
+
+def count_bytes(few: bool) -> None:
     mesh = DeviceMesh("cpu", list(range(WORLD)))
     net = nn.Linear(1000, 400)
     fully_shard(net, mesh=mesh)
@@ -392,10 +399,10 @@ def bytes_on_the_wire() -> None:
         make_up(net, step)
         with traffic() as sent:
             optimizer.step()
-        # Six digits of 2,048 counts; norms and the flag, twice where entries are unmasked.
-        digits, norms = 6 * 2048 * 8, 3 * 8
-        assert sent.keys() == {"all_reduce"} or step == 0, sent
-        assert sent["all_reduce"] <= digits + 2 * norms, sent
+        # The winners of all processes, or six digits of 2,048 counts; norms and the flag.
+        gathered, digits, norms = WORLD * 8 * (2 * -(-400 // STEPS)), 6 * 2048 * 8, 3 * 8
+        allowed = {True: (gathered, norms), False: (0, digits + norms)}[few]
+        assert step == 0 or (sent.get("all_gather_single", 0), sent["all_reduce"]) == allowed, sent
     with traffic() as sent:
         optimizer.delta(net, finished=False)
     assert sum(sent.values()) <= 40 * 400, sent
@@ -408,6 +415,7 @@ def main() -> None:
         "gloo", init_method=f"file://{folder}/group", rank=rank, world_size=WORLD
     )
     for part in (methods, layouts, training, resume, changes, errors, bytes_on_the_wire):
+        shards.GATHERED_BYTES = 0 if part in (layouts, changes) else 1 << 20
         part(*[folder] * (part in (methods, layouts, resume)))
         dist.barrier()
         sys.stdout.write(f"{part.__name__}\n")
