@@ -51,6 +51,7 @@ gpu-report: $(STAMPS)environment
 # Minutes of what `make test` does for seconds; the figures go to bench/results.
 soak: test-setup
 	@$(PY) -m bench.fuzz --seconds 600 --write
+	@$(PY) -m bench.replicas --steps 300 --write
 
 # Of the CPU kernels; those for CUDA are compiled on the machine with the GPU.
 wheel: $(STAMPS)$(if $(UNLOCKED),build,packages)
