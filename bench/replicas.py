@@ -99,11 +99,11 @@ def train(kind: str, steps: int) -> dict[str, int]:
             generator = torch.Generator().manual_seed(1000 * step + 10 * micro + rank)
             examples = 4 + rank * (step % 7 == 6)
             inputs = torch.randn(examples, 32, generator=generator)
-            if step % 50 == 49 and rank == processes - 1:
-                inputs[0, 0] = torch.inf
+            infinite = step % 50 == 49 and rank == processes - 1
             last = micro == (1 if step % 5 == 4 else 0)
             with nullcontext() if last else net.no_sync():
-                net(inputs).square().mean().backward()
+                loss = net(inputs).square().mean() * (torch.inf if infinite else 1.0)
+                loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         mine = torch.tensor(digest_of(net, optimizer))

@@ -15,7 +15,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import backward, console, curvature, goals, gpu_report, quality, sampling, whole_step
+from bench import (
+    backward,
+    console,
+    curvature,
+    goals,
+    gpu_report,
+    quality,
+    sampling,
+    scale,
+    whole_step,
+)
 from bench.environment import RESULTS, ROOT
 from bench.memory import held_bytes
 from bench.pictures import draw_scores, draw_whole_steps
@@ -286,6 +296,7 @@ def blocks(results: Results) -> dict[Path, dict[str, str]]:
         ROOT / "README.md": {"bench": headline(results), "quality": quality.headline()},
         docs / "benchmarks.md": {"bench": main_tables(results), "quality": quality.full_table()},
         docs / "learning-rates.md": {"rates": curvature.section()},
+        docs / "scale.md": {"scale": scale.section()},
     }
 
 
@@ -301,6 +312,7 @@ def write(results: Results) -> None:
     draw_whole_steps(whole_step.shown(RESULTS), RESULTS / "whole-step.png")
     draw_scores(quality.points(), quality.TICKS, quality.LABEL, RESULTS / "quality.png")
     curvature.draw()
+    scale.draw()
     draw_gpu_steps(RESULTS)
 
 

@@ -8,7 +8,7 @@
 A step is loud if it may unmask entries, else quiet: once the budget is spent, and in all but every
 `every`-th call before. Loudness is known on the host before the forward pass.
 
-It knows tensors and no torch.optim. An engine never changes its pool, its targets or its capacity:
+It knows tensors and no torch.optim. An engine never changes its pool, its targets or its budget:
 `resized`, `with_pool` and `restored` build another one, so that a failure (out of memory, a
 checkpoint that does not fit) leaves this one as it was.
 
@@ -153,9 +153,9 @@ class Engine:
     Args:
         pool: whose entries are ranked together.
         method: what is unmasked.
-        targets: cumulative targets (see `backends.targets`); the budget is the capacity.
+        targets: cumulative targets (see `backends.targets`); the last one is the budget.
         backend: name of the backend.
-        active: the entries that are active already (default: none), with that capacity.
+        active: the entries that are active already (default: none), with room for the budget.
         touched: those that were ever active, where entries leave the set again.
 
     Attributes:
@@ -197,8 +197,9 @@ class Engine:
         self.first_tiles = pool.first_tiles(self.ops.TILE)
         exp, _ = traits.in_kernel or (0.0, 1.0)
         bounded = exp < 0 and noise_seed(traits, selection) is None
-        quota = max_quota(self.targets, capacity, selection.every)
-        self.work = WorkSpace.empty(pool, capacity, quota, bounded, self.ops)
+        quota = max_quota(self.targets, pool.most(self.budget), selection.every)
+        room = active.position.numel()
+        self.work = WorkSpace.empty(pool, room, quota, bounded, self.ops)
         self.ranking = Ranking.of(traits, selection, self.work.table, self.work.tiles)
         spare = capacity if selection.replaces else 0
         self.spare = ActiveSet.empty(pool.local, spare, pool.device)
@@ -515,8 +516,7 @@ class Engine:
             known: as `Completion.flags`; empty for what the counts say.
         """
         pool = self.pool
-        active = ActiveSet.empty(pool.local, pool.capacity(budget_of(targets)), pool.device)
-        active.fill(segments, progress)
+        active = self._filled(pool, budget_of(targets), segments, progress)
         engine: Engine = type(self)(
             pool, self.method, targets.clone(), self.backend, active, touched
         )
@@ -595,6 +595,14 @@ class Engine:
         for param, segment in zip(pool.local, segments, strict=True):
             values = param.detach().view(-1)[segment["position"].long()]
             segment.setdefault("master", values.float())
-        grown = ActiveSet.empty(pool.local, pool.capacity(budget), pool.device)
-        grown.fill(segments, self.active.progress)
-        return grown
+        return self._filled(pool, budget, segments, self.active.progress)
+
+    @staticmethod
+    def _filled(
+        pool: Pool, budget: int, segments: Sequence[dict[str, Tensor]], progress: Tensor
+    ) -> ActiveSet:
+        """An active set for a budget, with the segments of a pool."""
+        held = sum(segment["position"].numel() for segment in segments)
+        active = ActiveSet.empty(pool.local, max(pool.capacity(budget), held), pool.device)
+        active.fill(segments, progress)
+        return active

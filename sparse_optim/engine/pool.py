@@ -20,6 +20,7 @@ SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # One tensor's positions are int32, the pool's global indices 33 bits.
 MAX_TENSOR_ENTRIES = 2**31 - 1
 MAX_POOL_ENTRIES = 2**33 - 1
+SPARE_ENTRIES = 256  # of small budgets, shares are uneven
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,17 @@ class Pool:
         """
         return self.params if self.shards is None else [local_of(param) for param in self.params]
 
-    def capacity(self, budget: int) -> int:
+    def most(self, budget: int) -> int:
         """Entries of a budget that can become active in this process."""
         if self.shards is None:
             return budget
         return min(budget, sum(block.entries for block in self.shards.blocks))
+
+    def capacity(self, budget: int) -> int:
+        """Entries for which there is room at first: of shards twice an even share."""
+        if self.shards is None:
+            return budget
+        return min(self.most(budget), 2 * budget // self.shards.size + SPARE_ENTRIES)
 
     def check_unchanged(self, index: int | None = None) -> None:
         """Raise RuntimeError if a parameter has another shape, dtype, layout or device; of all

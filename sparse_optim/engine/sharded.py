@@ -191,8 +191,30 @@ class ShardedEngine(Engine):
 
     def append(self, grads: Gradients) -> None:
         """`reference.append` of the new entries of this process; counts those of all."""
+        self._make_room()
         super().append(grads)
         self._elsewhere[1] += self._found - self.work.new.count
+
+    def _make_room(self) -> None:
+        """Move to larger buffers where more than this process's share become active.
+
+        Waits for the device, in loud steps alone.
+        """
+        before = self.active
+        needed = int(before.progress[1] + self.work.new.count)
+        if needed <= before.position.numel():
+            return
+        room = min(self.pool.most(self.budget), needed + needed // 2)
+        held = int(before.progress[1])
+        grown = ActiveSet.empty(self.pool.local, room, self.pool.device)
+        for name in (*ENTRY_FIELDS, "grad"):
+            values = getattr(before, name)
+            if values.numel():
+                getattr(grown, name)[:held] = values[:held]
+        self.active = replace(grown, offsets=before.offsets, progress=before.progress)
+        tiles, quota = self.work.tiles.max.numel(), self.work.new.position.numel()
+        size = self.ops.scratch_bytes(tiles, room, quota)
+        self.work.scratch = torch.zeros(size, dtype=torch.uint8, device=self.pool.device)
 
     def restored(
         self,

@@ -366,7 +366,8 @@ class MaskedAdamW(torch.optim.Optimizer):
             take_dense_step(dense, engine.work.scalars.grad_factor, engine.work.scalars.found_inf)
             source.end()
         finally:
-            if self.selection.replaces:  # the active set is another one now
+            if self.state[self._owner][state.POSITION] is not engine.active.position:
+                # The active set is another one now, or in larger buffers.
                 self.state[self._owner].update(state.active_state(engine.active))
 
     def _given(self, name: str) -> Tensor | None:

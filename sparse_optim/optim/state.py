@@ -34,6 +34,7 @@ from sparse_optim.engine.sharded import ShardedEngine
 OURS = "pool_"  # begins the names of what is not torch.optim.AdamW's
 INDEX = OURS + "index"
 PROGRESS = OURS + "progress"
+POSITION = OURS + "position"
 DIGEST_BYTES = 16
 
 

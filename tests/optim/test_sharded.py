@@ -36,8 +36,8 @@ def test_shards_do_what_one_process_does(tmp_path: Path) -> None:
             out, err = process.communicate(timeout=300)
             assert process.returncode == 0, err
             assert out.split() == [
-                "methods", "layouts", "training", "resume", "changes", "errors",
-                "bytes_on_the_wire",
+                "methods", "layouts", "training", "resume", "changes", "room",
+                "errors", "bytes_on_the_wire",
             ]  # fmt: skip
     finally:
         for process in processes:
