@@ -26,7 +26,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from sparse_optim import D3, Increment, MaskedAdamW, Repeat, Static, save_delta
+from sparse_optim import D3, Increment, MaskedAdamW, Repeat, Static, amp, save_delta
 from sparse_optim.engine import pool, shards
 from sparse_optim.policy.importance import Magnitude, Random, Snip
 
@@ -247,6 +247,32 @@ def training() -> None:
     }.items():
         follow(name, by_fsdp(mesh, **options), mesh.get_group(), gradients=train)
     follow("accumulated", by_fsdp(mesh), mesh.get_group(), gradients=train_twice)
+    results = [scaled(mesh, kind) for kind in (None, torch.amp.GradScaler, amp.GradScaler)]
+    for weights, metrics in results[1:]:
+        assert metrics["skipped_steps"] == 1
+        for got, want in zip(weights, results[0][0], strict=True):
+            torch.testing.assert_close(got, want)
+
+
+def scaled(mesh: DeviceMesh, kind: Any) -> tuple[list[Tensor], dict[str, Any]]:
+    """Weights after a run with a scaler, in which one process finds an infinite gradient."""
+    net = Net()
+    by_fsdp(mesh)(net)
+    optimizer = optimizer_of(net, dense="last", max_grad_norm=0.05)
+    scaler = kind and kind("cpu", init_scale=1024.0)
+    for step in range(STEPS):
+        data = torch.randn(4, 7, generator=torch.Generator().manual_seed(step))
+        loss = net(data).square().mean()
+        if step == 2 and dist.get_rank() == 1:
+            loss = loss * torch.inf
+        (loss if scaler is None else scaler.scale(loss)).backward()
+        if scaler is None:
+            optimizer.step()
+        else:
+            scaler.step(optimizer)
+            scaler.update()
+        optimizer.zero_grad()
+    return [whole(param).detach() for param in net.parameters()], optimizer.metrics()
 
 
 def resume(folder: Path) -> None:
