@@ -8,7 +8,6 @@ writes it to a live model and can revert it; `merge` and `merge_folder` make a f
 
 from sparse_optim.delta._apply import (
     AppliedDelta,
-    DeltaSwitcher,
     apply_delta,
     merge,
     revert_delta,
@@ -16,6 +15,7 @@ from sparse_optim.delta._apply import (
 from sparse_optim.delta._folder import MergedFolder, folder_tensors, merge_folder
 from sparse_optim.delta._format import content_fingerprint, load_delta, save_delta
 from sparse_optim.delta._series import Overlap, compose, increment, overlap
+from sparse_optim.delta._switch import DeltaSwitcher
 from sparse_optim.delta._types import Delta, DeltaError, SparseValues
 
 __all__ = [

@@ -6,7 +6,7 @@ model: models may share tensors. To compute with the model while other threads s
 a lock of your own.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import wraps
 from threading import RLock
@@ -36,7 +36,7 @@ _Result = TypeVar("_Result")
 _writing = RLock()
 
 
-def _one_thread_at_a_time(
+def one_thread_at_a_time(
     function: Callable[_Arguments, _Result],
 ) -> Callable[_Arguments, _Result]:
     @wraps(function)
@@ -64,18 +64,17 @@ class AppliedDelta:
 
     Attributes:
         skipped: names of the delta that the model lacks (`strict=False` only).
+        writes, originals: what was written, and what was there before.
     """
 
     def __init__(
         self, model: Model, writes: list[Write], originals: list[Write], skipped: tuple[str, ...]
     ) -> None:
-        self.skipped = skipped
+        self.skipped, self.writes, self.originals = skipped, writes, originals
         self._model = model
-        self._writes = writes
-        self._originals = originals
         self._reverted = False
 
-    @_one_thread_at_a_time
+    @one_thread_at_a_time
     def revert(self) -> None:
         """Put the originals back, bit for bit. Tensors are looked up by name again, so the model
         may have moved to another device meanwhile.
@@ -87,8 +86,8 @@ class AppliedDelta:
         if self._reverted:
             raise DeltaError("this delta was reverted already")
         tensors = named_tensors(self._model)
-        _check_holds(tensors, self._writes)
-        _write_all(tensors, self._originals, undo=self._writes)
+        _check_holds(tensors, self.writes)
+        write_all(tensors, self.originals, undo=self.writes)
         self._reverted = True
 
     def __enter__(self) -> "AppliedDelta":
@@ -115,51 +114,7 @@ class AppliedDelta:
                 warn_user(told, RuntimeWarning)
 
 
-class DeltaSwitcher:
-    """Several deltas over one base, one of them (or none) in the model at a time.
-
-    A swap reads the touched tensors once, to check the base's fingerprints, and writes the entries.
-    Threads may call `use`: the swaps happen one after another.
-
-    Examples:
-        ```python
-        tasks = DeltaSwitcher(model, {"sst2": load_delta(a), "cola": load_delta(b)})
-        tasks.use("sst2")
-        tasks.use(None)  # the base
-        ```
-    """
-
-    def __init__(self, model: Model, deltas: Mapping[str, Delta]) -> None:
-        self.active: str | None = None
-        self._model = model
-        self._deltas = dict(deltas)
-        self._handle: AppliedDelta | None = None
-
-    @_one_thread_at_a_time
-    def use(self, name: str | None) -> None:
-        """Replace the current delta by delta `name` (None: the base alone).
-
-        Raises:
-            DeltaError: no such name, or it does not fit the model. The model is unchanged.
-        """
-        if name is not None and name not in self._deltas:
-            raise DeltaError(f"no delta {name!r}: expected one of {sorted(self._deltas)}")
-        if self._handle is not None:
-            self._handle.revert()
-        previous, self._handle, self.active = self.active, None, None
-        if name is None:
-            return
-        try:
-            self._handle = apply_delta(self._model, self._deltas[name])
-        except DeltaError:
-            if previous is not None:
-                self._handle = apply_delta(self._model, self._deltas[previous])
-                self.active = previous
-            raise
-        self.active = name
-
-
-@_one_thread_at_a_time
+@one_thread_at_a_time
 def apply_delta(model: Model, delta: Delta, strict: bool = True) -> AppliedDelta:
     """Write a delta into a live model, in place.
 
@@ -190,11 +145,11 @@ def apply_delta(model: Model, delta: Delta, strict: bool = True) -> AppliedDelta
             _check_target(tensors, write.name, write.shape, write.value.dtype)
     writes = _drop_tied(tensors, writes)
     originals = _read_all(tensors, writes)
-    _write_all(tensors, writes, undo=originals)
+    write_all(tensors, writes, undo=originals)
     return AppliedDelta(model, writes, originals, skipped)
 
 
-@_one_thread_at_a_time
+@one_thread_at_a_time
 def revert_delta(model: Model, delta: Delta, strict: bool = True) -> None:
     """Revert a delta with the original values that the delta itself stores.
 
@@ -222,7 +177,7 @@ def revert_delta(model: Model, delta: Delta, strict: bool = True) -> None:
                     f"{write.name!r}: reverting would not give the delta's base: other entries "
                     "of this tensor were changed too"
                 )
-    _write_all(tensors, originals, undo=writes)
+    write_all(tensors, originals, undo=writes)
 
 
 def merge(delta: Delta, state_dict: Tensors) -> dict[str, Tensor]:
@@ -396,7 +351,12 @@ def _read_all(tensors: Tensors, writes: list[Write]) -> list[Write]:
     return [replace(write, value=gather(tensors[write.name], write.position)) for write in writes]
 
 
-def _write_all(tensors: Tensors, writes: list[Write], undo: list[Write]) -> None:
+def write_all(tensors: Tensors, writes: list[Write], undo: list[Write]) -> None:
+    """Write, and read again what was written; a failure undoes it.
+
+    Raises:
+        DeltaError: two of the tensors share memory and disagree.
+    """
     try:
         for write in writes:
             scatter_(tensors[write.name], write.position, write.value)

@@ -268,26 +268,6 @@ def delta_free_position(delta):
     return min(set(range(60)) - taken)
 
 
-def test_switcher():
-    base = with_head(example_base())
-    pristine = clone(base)
-    one, two = (example_delta(example_base(), seed=seed) for seed in (5, 6))
-    wrong_head = Delta(sparse={}, dense={"head.weight": torch.ones(9)})
-    tasks = DeltaSwitcher(base, {"one": one, "two": two, "wrong": wrong_head})
-    for name, delta in (("one", one), ("two", two), ("two", two), ("one", one)):
-        tasks.use(name)
-        assert tasks.active == name
-        assert_identical(base, merge(delta, pristine))
-    for bad in ("wrong", "unknown"):
-        with pytest.raises(DeltaError):
-            tasks.use(bad)
-        assert tasks.active == "one"
-        assert_identical(base, merge(one, pristine))
-    tasks.use(None)
-    assert tasks.active is None
-    assert_identical(base, pristine)
-
-
 def test_merge_refuses_another_base():
     base = example_base()
     delta = example_delta(base)

@@ -1,0 +1,177 @@
+"""Many deltas over one model: switches, outside writes, failures, threads."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+import torch
+from delta_cases import assert_identical, clone, example_base, example_delta, tied_pair, with_head
+
+from sparse_optim.delta import Delta, DeltaError, DeltaSwitcher, _switch, merge
+
+NAMES = ("one", "two")
+
+
+@pytest.fixture
+def base():
+    return with_head(example_base())
+
+
+@pytest.fixture
+def deltas(base):
+    """Two deltas; the first one replaces a whole tensor, too."""
+    one, two = (example_delta(example_base(), seed=seed) for seed in (5, 6))
+    return {"one": one, "two": replace(two, dense={})}
+
+
+def test_each_is_in_the_model_alone(base, deltas):
+    pristine, tasks = clone(base), DeltaSwitcher(base, deltas)
+    assert tasks.names == NAMES
+    assert_identical(base, pristine)
+    for name in ("one", "two", "two", "one", None, "two"):
+        tasks.use(name)
+        assert tasks.active == name
+        assert_identical(base, merge(deltas[name], pristine) if name else pristine)
+    with pytest.raises(DeltaError, match="no delta 'unknown'"):
+        tasks.use("unknown")
+    assert tasks.active == "two"
+    tasks.remove("two")
+    assert (tasks.active, tasks.names) == (None, ("one",))
+    assert_identical(base, pristine)
+
+
+def test_what_does_not_fit_does_not_join(base, deltas):
+    pristine, tasks = clone(base), DeltaSwitcher(base, deltas)
+    wrong = dict.fromkeys(deltas["two"].fingerprints, "0" * 32)
+    tasks.use("one")
+    with pytest.raises(DeltaError, match="not the base"):
+        tasks.add("other", replace(deltas["two"], fingerprints=wrong))
+    with pytest.raises(DeltaError, match="'one' is there already"):
+        tasks.add("one", deltas["two"])
+    tasks.use(None)
+    assert_identical(base, pristine)
+    assert tasks.names == NAMES
+
+
+def test_weights_tied_in_the_model_follow():
+    model, tuned = tied_pair()
+    delta = Delta.from_models(model, tuned)
+    tasks = DeltaSwitcher(model, {"tuned": delta})
+    tasks.use("tuned")
+    for got, want in zip(model.parameters(), tuned.parameters(), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("active", ["one", None])
+@pytest.mark.parametrize("whole", [False, True])
+def test_writes_of_others_are_noticed(base, deltas, active, whole):
+    tasks = DeltaSwitcher(base, deltas)
+    tasks.use(active)
+    written = next(iter(deltas["one"].dense if whole else deltas["two"].sparse))
+    kept = base[written].clone()
+    base[written].view(-1)[:3] += 1
+    before = clone(base)
+    for name in ("two", None, "one"):
+        if name != active:
+            with pytest.raises(DeltaError, match=f"other code has changed '{written}'"):
+                tasks.use(name)
+    assert tasks.active == active
+    assert_identical(base, before)
+    base[written].copy_(kept)  # undone: values are as they were, though versions are not
+    tasks.use("two")
+    assert tasks.active == "two"
+
+
+def test_a_tensor_that_is_gone_is_named(base, deltas):
+    tasks = DeltaSwitcher(base, deltas)
+    name = min(deltas["two"].sparse)
+    moved = base.pop(name)
+    with pytest.raises(DeltaError, match=f"'{name}' is no longer in the model"):
+        tasks.use("two")
+    base[name] = moved.clone()  # another tensor with the same values, as after a move
+    tasks.use("two")
+    assert not torch.equal(base[name], moved)
+
+
+@pytest.mark.parametrize("call", range(1, 12))
+@pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
+def test_a_switch_that_fails_leaves_the_delta_in_place(base, deltas, monkeypatch, call, kind):
+    pristine, tasks = clone(base), DeltaSwitcher(base, deltas)
+    tasks.use("one")
+    calls, scatter = 0, _switch.scatter_
+
+    def failing(*args):
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise kind("now")
+        scatter(*args)
+
+    monkeypatch.setattr(_switch, "scatter_", failing)
+    try:
+        tasks.use("two")
+    except kind:
+        assert tasks.active == "one"
+    else:
+        assert call > calls
+    assert_identical(base, merge(deltas[tasks.active], pristine))
+    monkeypatch.undo()
+    tasks.use(None)
+    assert_identical(base, pristine)
+
+
+def test_threads_read_while_switches_wait(base, deltas):
+    pristine, tasks = clone(base), DeltaSwitcher(base, deltas)
+    wanted = {name: merge(delta, pristine) for name, delta in deltas.items()} | {None: pristine}
+
+    def work(seed):
+        for turn in range(50):
+            name = (*NAMES, None)[(seed + turn) % 3]
+            with tasks.using(name):
+                assert_identical(base, wanted[name])
+                with tasks.using(name):  # once more, by the same thread
+                    tasks.use(name)
+                assert_identical(base, wanted[name])
+
+    with ThreadPoolExecutor(6) as threads:
+        list(threads.map(work, range(6)))
+    tasks.use(None)
+    assert_identical(base, pristine)
+
+
+def test_a_switch_waits_for_blocks_and_goes_before_later_ones(base, deltas):
+    tasks, order = DeltaSwitcher(base, deltas), []
+    inside, leave = threading.Event(), threading.Event()
+
+    def first():
+        with tasks.using("one"):
+            inside.set()
+            leave.wait(10)
+            order.append("one")
+
+    def then(name, label):
+        with tasks.using(name):
+            order.append(label)
+
+    threads = [threading.Thread(target=first)]
+    threads[0].start()
+    assert inside.wait(10)
+    for name, label in (("two", "two"), ("one", "one again")):
+        threads.append(threading.Thread(target=then, args=(name, label)))
+        threads[-1].start()
+        while len(tasks._queue) < len(threads) - 1:
+            threading.Event().wait(0.001)
+    leave.set()
+    for thread in threads:
+        thread.join(10)
+    assert order == ["one", "two", "one again"]
+
+
+def test_a_block_cannot_switch_below_itself(base, deltas):
+    tasks = DeltaSwitcher(base, deltas)
+    with tasks.using("one"), pytest.raises(DeltaError, match="in a block with 'one'"):
+        tasks.use("two")
+    tasks.use("two")
