@@ -390,7 +390,7 @@ class Delta:
             method: JSON values to record; {"name": "from_models"} when not given.
 
         Raises:
-            DeltaError: a tensor changed its dtype (cast one of the models first).
+            DeltaError: a tensor changed its dtype (cast one of the models first), or is sharded.
         """
         base_tensors, tuned_tensors = plain_tensors(base), plain_tensors(tuned)
         sparse: dict[str, SparseValues] = {}
@@ -400,6 +400,11 @@ class Delta:
         tied: dict[str, str] = {}
         for name, after in tuned_tensors.items():
             before = base_tensors.get(name)
+            if any(hasattr(tensor, "full_tensor") for tensor in (before, after)):
+                raise DeltaError(
+                    f"{name!r} is a DTensor: give whole tensors, {{name: tensor.full_tensor()}}, "
+                    "or take optimizer.delta()"
+                )
             if before is None or before.shape != after.shape:
                 dense[name] = after
                 continue

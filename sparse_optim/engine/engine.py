@@ -183,6 +183,7 @@ class Engine:
         active: ActiveSet | None = None,
         touched: Touched | None = None,
     ) -> None:
+        assert (pool.shards is None) == (type(self) is Engine), "engine_for chooses the class"
         self.pool, self.method, self.backend = pool, method, backend
         traits, selection = method.traits, method.selection
         self.targets, self.budget = targets.to(pool.device), budget_of(targets)
@@ -429,12 +430,16 @@ class Engine:
         entries may have moved then that are not active."""
         return self._has_foreign(self._written_since(self._read_versions()))
 
+    def written_anywhere(self) -> bool:
+        """`written_by_others`, in any process."""
+        return self.written_by_others
+
     def _has_foreign(self, written: Iterable[int]) -> bool:
         known = (self._versions[index] >= 0 for index in written)
         return self._written or (self._stepped and any(known))
 
     def _read_versions(self) -> list[int]:
-        return [param._version for param in self.pool.params]
+        return self.pool.versions
 
     def _written_since(self, versions: list[int]) -> list[int]:
         """The parameters that are not of the version that was seen last."""

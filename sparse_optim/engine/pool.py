@@ -60,6 +60,13 @@ class Pool:
         """
         return self.params if self.shards is None else [local_of(param) for param in self.params]
 
+    @property
+    def versions(self) -> list[int]:
+        """Of each parameter; of a sharded one, of the DTensor and of its memory together."""
+        if self.shards is None:
+            return [param._version for param in self.params]
+        return [param._version + local_of(param)._version for param in self.params]
+
     def most(self, budget: int) -> int:
         """Entries of a budget that can become active in this process."""
         if self.shards is None:
@@ -128,19 +135,18 @@ class Gradients:
         bound: of the pool, as the backend's `bind` returned them.
         pool: S tensors; empty where the gradient is missing.
         dense: of tensors trained densely, for the norm and the non-finite test.
-        elsewhere: whether other processes have gradients, whatever this one's shards hold.
+        given: whether a parameter has a gradient, of which this process's shard may be empty.
     """
 
     bound: Any
     pool: Sequence[Tensor]
     dense: Sequence[Tensor]
-    elsewhere: bool = False
+    given: bool = False
 
     @property
     def any(self) -> bool:
         """Whether this step has a gradient at all."""
-        here = (grad.numel() for grads in (self.pool, self.dense) for grad in grads)
-        return self.elsewhere or any(here)
+        return self.given or any(grad.numel() for grad in (*self.pool, *self.dense))
 
 
 def changed(

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from sparse_optim.backends import scoring
-from sparse_optim.backends.operands import ENTRY_FIELDS, ActiveSet, Rule, max_quota
+from sparse_optim.backends.operands import ENTRY_FIELDS, ActiveSet, Rule, max_quota, num_bytes
 from sparse_optim.backends.reference import importance_of_word, rank_words
 from sparse_optim.engine.engine import Engine, Method
 from sparse_optim.engine.pool import Gradients, Pool
 from sparse_optim.engine.ranking import NOISE_ENTRIES, scores_of, warn_of_scores
+from sparse_optim.engine.scalars import hyper_rows
 from sparse_optim.engine.shards import Shards, digest_of, kth_largest
 from sparse_optim.engine.touched import Touched
 
@@ -82,6 +83,19 @@ class ShardedEngine(Engine):
         shards.check_agreed(
             [*digest_of(self.targets.tolist()), *progress], pool.device, "budget or the schedule"
         )
+        choices = [
+            method.importance,
+            method.selection,
+            method.bias_correction,
+            method.norm,
+            backend,
+        ]
+        shards.check_agreed(
+            digest_of(choices),
+            pool.device,
+            "importance, selection, norm, bias_correction or backend",
+        )
+        self._compared = False  # what may differ from step to step
         self._max_quota = max_quota(self.targets, self.budget, method.selection.every)
         quota = self.work.new.position.numel()
         room = ActiveSet.empty(pool.local, quota, pool.device)
@@ -97,10 +111,38 @@ class ShardedEngine(Engine):
         """Of the pool's tensors, (S,), bool; see `Shards`."""
         return self.shards.owned[: len(self.shards.blocks)]
 
+    def begin(
+        self,
+        groups: Sequence[dict[str, Any]],
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        """See `Engine`; the first step compares hyper-parameters, later ones trust schedulers."""
+        if not self._compared:
+            rows = [float(number) for row in hyper_rows(groups) for number in row]
+            self.shards.check_agreed(
+                digest_of(rows), self.pool.device, "lr, betas, eps, weight_decay or maximize"
+            )
+        super().begin(groups, grad_scale, found_inf)
+
+    def clip(self, max_grad_norm: float | None) -> None:
+        """See `Engine`."""
+        if not self._compared:
+            digest = digest_of(max_grad_norm)
+            self.shards.check_agreed(digest, self.pool.device, "max_grad_norm")
+            self._compared = True
+        super().clip(max_grad_norm)
+
+    def written_anywhere(self) -> bool:
+        """See `Engine`; collective."""
+        written = torch.tensor(int(self.written_by_others), device=self.pool.device)
+        self.shards.add(written)
+        return bool(written)
+
     def bind(self, dense: Sequence[Tensor]) -> Gradients:
         """The gradients of this process's shards, checked; see `Source`."""
         grads = super().bind(dense)
-        return replace(grads, elsewhere=any(p.grad is not None for p in self.shards.params))
+        return replace(grads, given=any(p.grad is not None for p in self.shards.params))
 
     def scan(self, grads: Gradients) -> None:
         """`reference.scan` over this process's shards; norms are those of whole tensors."""
@@ -132,13 +174,20 @@ class ShardedEngine(Engine):
                 self._found = work.new.count.zero_().clone()
                 return
             # A name keeps the scores alive: the kernels hold their addresses.
-            scores = self._scores(grads)
+            scores, error = [], None
+            try:
+                scores = self._scores(grads)
+            except Exception as found:  # of the user's importance
+                error = found
+            self.shards.raise_together(error, self.pool.device)
             rule, tiles = Rule(0.0, 1.0, rule.noise[:0]), self.ranking.tiles
             bound = self.ops.bind(scores, self.pool.local, self.ranking.table)
             self.ops.rank(bound, tiles, self.active, rule.noise, work.scratch)
-            left = tiles.max.any().long()
+            left = tiles.max.any().long().view(1)
             self.shards.add(left)
-            warn_of_scores(self.method.importance, self.pool, grads.pool, any_left=bool(left))
+            # Of whole tensors, so that all processes look at the same ones.
+            there = [param if param.grad is not None else left[:0] for param in self.pool.params]
+            warn_of_scores(self.method.importance, self.pool, there, any_left=bool(left))
         everyone = replace(self.active, progress=self.progress)
         self.ops.cut(
             bound, tiles, everyone, rule, self.loud_targets, work.scalars.found_inf, work.new,
@@ -216,6 +265,11 @@ class ShardedEngine(Engine):
         size = self.ops.scratch_bytes(tiles, room, quota)
         self.work.scratch = torch.zeros(size, dtype=torch.uint8, device=self.pool.device)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers of this process."""
+        return super().nbytes + num_bytes(self._winners)
+
     def restored(
         self,
         segments: Sequence[dict[str, Tensor]],
@@ -254,7 +308,8 @@ class ShardedEngine(Engine):
         for index, param in enumerate(pool.local):
             part = self.segment(index)
             values[part] = param.detach().reshape(-1)[active.position[part].long()].float()
-        fields = [name for name in ENTRY_FIELDS[1:] if getattr(active, name).numel()]
+        low_precision = any(param.dtype != torch.float32 for param in pool.params)
+        fields = [name for name in ENTRY_FIELDS[1:] if name != "master" or low_precision]
         columns = [getattr(active, name)[:count].view(torch.int32) for name in fields]
         where = self.shards.whole_position(tensor, active.position[:count])
         rows = torch.stack([tensor.int(), where.int(), *columns, values.view(torch.int32)], dim=1)[

@@ -20,6 +20,7 @@ A shard is a block of its tensor. Entry p of it, in C order, is this entry of th
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -28,11 +29,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Words are signed: their first digit counts from -LARGEST_DIGIT.
 DIGIT_BITS = 11
 SHIFTS = (55, 44, 33, 22, 11, 0)
 DIGITS = 1 << DIGIT_BITS
-SIGN = 1 << (63 - SHIFTS[0])
+SIGN = 1 << (63 - SHIFTS[0])  # words are signed: their first digit counts from -SIGN
 LEAST = torch.iinfo(torch.int64).min
 # Up to here one collective of more bytes takes less time than six: see docs/scale.md.
 GATHERED_BYTES = 1 << 20
@@ -40,6 +40,8 @@ GATHERED_BYTES = 1 << 20
 
 def is_sharded(param: Tensor) -> bool:
     """Whether a tensor is a DTensor; does not import torch.distributed.tensor."""
+    if type(param) is Tensor or type(param) is torch.nn.Parameter:
+        return False
     return hasattr(param, "to_local") and hasattr(param, "placements")
 
 
@@ -205,7 +207,12 @@ class Shards:
         self.check_agreed(
             [len(params), len(dense), *digest_of(said)], device, "parameters of the optimizer"
         )
-        blocks = [Block.of(param, name) for param, name in zip(both, every, strict=True)]
+        blocks, error = [], None
+        try:
+            blocks = [Block.of(param, name) for param, name in zip(both, every, strict=True)]
+        except TypeError as found:
+            error = found
+        self.raise_together(error, device)
         self.blocks = tuple(blocks[: len(params)])
         mine = [[each.run, each.pitch, each.offset, each.entries] for each in blocks]
         held = self.gather(torch.tensor(mine, dtype=torch.int64, device=device)).tolist()
@@ -237,6 +244,20 @@ class Shards:
             raise RuntimeError(
                 f"the {what} differ between the processes: build the same optimizer, with the "
                 "same arguments, in all of them"
+            )
+
+    def raise_together(self, error: Exception | None, device: torch.device) -> None:
+        """Raise the error of this process, or that another process has one; else nothing.
+
+        A process that raised alone would leave the others waiting for it.
+        """
+        failed = torch.tensor(int(error is not None), device=device)
+        self.add(failed)
+        if error is not None:
+            raise error
+        if failed:
+            raise RuntimeError(
+                f"{int(failed)} of {self.size} processes raised an error: see their messages"
             )
 
     def gather(self, mine: Tensor) -> Tensor:
@@ -332,7 +353,8 @@ def by_gathering(
     mine[: words.numel()] = torch.where(alive, words, LEAST)
     everyone = shards.gather(mine).view(-1)
     count = torch.minimum(k, (everyone != LEAST).sum())
-    return count, everyone.topk(most).values[(count - 1).clamp(min=0)]
+    best = everyone.topk(most).values
+    return count, best.gather(0, (count - 1).clamp(min=0).view(1)).squeeze(0)
 
 
 def by_counting(
@@ -350,15 +372,17 @@ def by_counting(
         reached = counts.flip(0).cumsum(0)  # words of this digit or a larger one, from the largest
         above = (reached < left).sum().clamp(max=DIGITS - 1)
         chosen = DIGITS - 1 - above
-        left = left - torch.where(above > 0, reached[(above - 1).clamp(min=0)], 0)
+        before = reached.gather(0, (above - 1).clamp(min=0).view(1)).squeeze(0)
+        left = left - torch.where(above > 0, before, 0)
         alive = alive & (digit == chosen)
         found = found + ((chosen - SIGN if number == 0 else chosen) << shift)
     return count, found
 
 
 def digest_of(value: object) -> list[int]:
-    """A hash of what `repr` shows, as two int64."""
-    digest = hashlib.blake2b(repr(value).encode(), digest_size=16).digest()
+    """A hash of what `repr` shows, addresses apart, as two int64."""
+    shown = re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+    digest = hashlib.blake2b(shown.encode(), digest_size=16).digest()
     return [int.from_bytes(digest[at : at + 8], "little", signed=True) for at in (0, 8)]
 
 

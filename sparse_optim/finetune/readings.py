@@ -67,7 +67,7 @@ def budget_progress(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
     """
     if not isinstance(optimizer, MaskedAdamW):
         raise TypeError(f"expected a MaskedAdamW, got {type(optimizer).__name__}")
-    return int(optimizer.engine.active.progress[1]), optimizer.engine.budget
+    return int(optimizer.engine.progress[1]), optimizer.engine.budget
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:

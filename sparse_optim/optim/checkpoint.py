@@ -30,7 +30,7 @@ from sparse_optim.engine.engine import Engine
 from sparse_optim.engine.touched import Touched
 from sparse_optim.optim.groups import check_group_options
 from sparse_optim.optim.state import DIGEST_BYTES, INDEX, OURS, PROGRESS, without_ours
-from sparse_optim.optim.whole import placed_like
+from sparse_optim.optim.whole import placed_like, whole_of
 
 logger = logging.getLogger(__name__)
 
@@ -280,8 +280,9 @@ def _check_tensor(value: object, name: str, dtype: torch.dtype, dims: int = 1) -
 
 
 def _check_moments(exp_avg: Tensor, exp_avg_sq: Tensor, owner: str) -> None:
-    _check(bool(exp_avg.isfinite().all()), f"exp_avg of {owner} is not finite")
-    good = bool((exp_avg_sq.isfinite() & (exp_avg_sq >= 0)).all())
+    # Of sharded moments all processes get the same answer.
+    _check(bool(whole_of(exp_avg.isfinite().all())), f"exp_avg of {owner} is not finite")
+    good = bool(whole_of((exp_avg_sq.isfinite() & (exp_avg_sq >= 0)).all()))
     _check(good, f"exp_avg_sq of {owner} is negative or not finite")
 
 

@@ -182,7 +182,7 @@ def check_not_sharded() -> None:
         frame = frame.f_back
 
 
-def check_whole(option: str, pool: Pool) -> None:
+def check_unsharded(option: str, pool: Pool) -> None:
     """Raise ValueError for an option that does not work with sharded parameters."""
     if pool.shards is not None:
         raise ValueError(

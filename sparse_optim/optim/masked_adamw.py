@@ -28,7 +28,7 @@ from sparse_optim.engine.replicas import has_group
 from sparse_optim.engine.sampled import SampledBackward, dense_gradients
 from sparse_optim.engine.scalars import check_capture
 from sparse_optim.engine.sharded import ShardedEngine, engine_for
-from sparse_optim.engine.shards import is_sharded
+from sparse_optim.engine.shards import is_sharded, local_of
 from sparse_optim.optim import checkpoint, state
 from sparse_optim.optim.attach import Attachment, find_layers
 from sparse_optim.optim.dense_groups import plan_dense_step, start_dense, take_dense_step
@@ -40,7 +40,7 @@ from sparse_optim.optim.groups import (
     check_not_sharded,
     check_rejected,
     check_takes_gradients,
-    check_whole,
+    check_unsharded,
     normalize_group,
     resolve_norm,
     split_groups,
@@ -165,7 +165,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         waits = selection.replaces or traits_of(importance).in_kernel is None
         check_rejected(capturable, differentiable, pool.device, chosen, waits)
         if capturable:
-            check_whole("capturable", pool)
+            check_unsharded("capturable", pool)
         self.capturable = capturable
         ranked = any(group["unmask"] == "rank" for group in self.param_groups)
         budget = resolve_budget(selection.budget, pool.rankable_entries) if ranked else 0
@@ -237,7 +237,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         self._check_idle("a change of fuse_backward")
         fused = None
         if wanted:
-            check_whole("fuse_backward", self._engine.pool)
+            check_unsharded("fuse_backward", self._engine.pool)
             check_takes_gradients(
                 "fuse_backward", self.selection, self.capturable, self.max_grad_norm
             )
@@ -260,7 +260,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         self._check_idle("a change of sampled_backward")
         norm = resolve_norm(self._given_norm, wanted)
         if wanted:
-            check_whole("sampled_backward", self._engine.pool)
+            check_unsharded("sampled_backward", self._engine.pool)
             check_takes_gradients(
                 "sampled_backward", self.selection, self.capturable, self.max_grad_norm
             )
@@ -425,6 +425,8 @@ class MaskedAdamW(torch.optim.Optimizer):
                 "fuse_backward or sampled_backward, wrap the model first, then build the optimizer"
             )
         pool, dense = split_groups(self.param_groups)
+        if self.capturable:
+            check_unsharded("capturable", pool)
         chosen, engine = choose(self._asked, pool.device), self._engine
         engine = engine_for(pool, engine.method, engine.targets, chosen)
         self._base = BaseFingerprints().extended(pool.params, hasher_of(pool))
@@ -513,10 +515,12 @@ class MaskedAdamW(torch.optim.Optimizer):
         """
         group = normalize_group(param_group)
         check_new_group({**self.defaults, **group})
-        self._check_idle("add_param_group()")
-        super().add_param_group(group)
         if not hasattr(self, "_engine"):  # torch's constructor adds the first groups
+            super().add_param_group(group)
             return
+        self._check_idle("add_param_group()")
+        self._take_over()
+        super().add_param_group(group)
         before = dict(vars(self))
         try:
             pool, self._dense = split_groups(self.param_groups)
@@ -524,7 +528,11 @@ class MaskedAdamW(torch.optim.Optimizer):
                 self._base.extended(pool.params, hasher_of(pool)),
                 self._list_params(),
             )
-            self._adopt(self._engine.with_pool(pool))
+            engine = self._engine
+            if (pool.shards is None) == (engine.pool.shards is None):
+                self._adopt(engine.with_pool(pool))
+            else:  # the first parameters that are ranked, and they are sharded
+                self._adopt(engine_for(pool, engine.method, engine.targets, engine.backend))
         except BaseException:  # also when memory runs out
             self._undo(before)
             self.param_groups.pop()
@@ -679,7 +687,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         """
         dense = (state.without_ours(self.state[param]) for param in self._dense.params)
         taken = self._taker.nbytes if self._taker else 0
-        moments = sum(tensor.nbytes for each in dense for tensor in each.values())
+        moments = sum(local_of(tensor).nbytes for each in dense for tensor in each.values())
         return metrics_of(self._engine, taken + moments)
 
     @torch.no_grad()
@@ -703,13 +711,14 @@ class MaskedAdamW(torch.optim.Optimizer):
 
         Logs a warning, once, where `total_steps` is not the number of steps that were taken.
         """
-        if self._engine.written_by_others:
+        if self._engine.written_anywhere():
             raise RuntimeError(
                 "other code has written the parameters since the optimizer's first step "
                 "(load_state_dict, DDP's Join, weight averaging), and the optimizer does not know "
                 "which entries. If only values of this run came back (load_best_model_at_end), "
                 "call optimizer.refresh() first; else take "
-                "sparse_optim.delta.Delta.from_models(base, model)"
+                "sparse_optim.delta.Delta.from_models(base, model) (of a sharded model, with its "
+                "full_tensor()s)"
             )
         if finished:
             self._check_length()

@@ -73,10 +73,9 @@ def pool_state(engine: Engine, fingerprints: Sequence[str]) -> dict[str, Tensor]
 
 def whole_state(engine: ShardedEngine) -> dict[str, Tensor]:
     """What differs between the processes in `pool_state`, of all of them. Collective."""
-    written = torch.tensor(int(engine.written_by_others), device=engine.pool.device)
-    engine.shards.add(written)
+    written = torch.tensor(engine.written_anywhere(), device=engine.pool.device)
     everyone, _ = engine.whole_active()
-    return {**active_state(everyone), OURS + "written": written.clamp(max=1).byte()}
+    return {**active_state(everyone), OURS + "written": written.byte()}
 
 
 def active_state(active: ActiveSet) -> dict[str, Tensor]:

@@ -1,12 +1,14 @@
-"""What an optimizer of sharded parameters says of the whole: tensors, moments, fingerprints.
+"""What an optimizer of sharded parameters says about the unsharded ones: tensors, moments,
+fingerprints.
 
-No process ever gathers the pool: whole tensors are made of what is trained densely, and for
-fingerprints one at a time, in one of the processes.
+No process gathers the pool. Only what is trained densely is put together in every process; for
+fingerprints, one tensor at a time is put together in one of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,7 +65,8 @@ class ShardedHasher(Hasher):
 
     def mark(self, tensor: Tensor) -> tuple[int, int]:
         """See `Hasher`."""
-        return tensor._version, local_of(tensor).data_ptr()
+        local = local_of(tensor)
+        return tensor._version + local._version, local.data_ptr()
 
     def agreed(self, indices: list[int]) -> list[int]:
         """Those that any process found."""
@@ -75,20 +78,22 @@ class ShardedHasher(Hasher):
     def _gathered(self, param: Tensor, index: int, to: int) -> Tensor | None:
         """The whole tensor, flat, in process `to` of the group; None in the others."""
         shards, local = self._shards, local_of(param).detach().reshape(-1)
-        blocks = shards.held[index]
-        piece = local.new_zeros(max(block.entries for block in blocks))
-        piece[: local.numel()] = local
-        as_bytes = piece.view(torch.uint8)  # gloo does not send all dtypes
-        here = shards.rank == to
-        pieces = [torch.empty_like(as_bytes) for _ in blocks] if here else None
-        target = torch.distributed.get_global_rank(shards.group, to)
-        torch.distributed.gather(as_bytes, pieces, target, group=shards.group)
-        if pieces is None:
+        blocks, place = shards.held[index], partial(torch.distributed.get_global_rank, shards.group)
+        if shards.rank != to:
+            # The first process that holds a block sends it, if the receiver has not got it itself.
+            mine = blocks[shards.rank]
+            if shards.owned[index] and mine.entries and mine != blocks[to]:
+                as_bytes = local.contiguous().view(torch.uint8)  # gloo does not send all dtypes
+                torch.distributed.send(as_bytes, place(to), group=shards.group)
             return None
         whole = local.new_empty(param.numel())
-        for block, found in zip(blocks, pieces, strict=True):
-            if block.entries:
-                rows = (block.entries // block.run, block.run)
-                room = whole.as_strided(rows, (block.pitch, 1), block.offset)
-                room.copy_(found.view(local.dtype)[: block.entries].view(rows))
+        for rank, block in enumerate(blocks):
+            if not block.entries or blocks.index(block) != rank:
+                continue
+            piece = local
+            if block != blocks[to]:
+                piece = local.new_empty(block.entries)
+                torch.distributed.recv(piece.view(torch.uint8), place(rank), group=shards.group)
+            rows = (block.entries // block.run, block.run)
+            whole.as_strided(rows, (block.pitch, 1), block.offset).copy_(piece.view(rows))
         return whole

@@ -27,8 +27,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from sparse_optim import D3, Increment, MaskedAdamW, Repeat, Static, amp, save_delta
+from sparse_optim.delta import Delta, DeltaError
 from sparse_optim.engine import pool, shards
-from sparse_optim.policy.importance import Magnitude, Random, Snip
+from sparse_optim.policy.importance import Magnitude, Random, Snip, Traits
 
 WORLD = 4
 STEPS = 6
@@ -190,7 +191,16 @@ def by_tensor_parallelism(mesh: DeviceMesh) -> Callable[[nn.Module], None]:
     return shard
 
 
-def expect(kind: type[Exception], message: str, call: Callable[[], Any]) -> None:
+class NotFinite:
+    """An importance that fails in one of the processes."""
+
+    traits = Traits(elementwise=True)
+
+    def __call__(self, name: str, param: Tensor, grad: Tensor) -> Tensor:
+        return grad.abs() + (torch.nan if dist.get_rank() == 1 else 0.0)
+
+
+def expect(kind: Any, message: str, call: Callable[[], Any]) -> None:
     with pytest.raises(kind, match=message):
         call()
 
@@ -312,6 +322,15 @@ def resume(folder: Path) -> None:
         dist.barrier()
 
 
+def add_layer(optimizer: MaskedAdamW, net: Any, mesh: DeviceMesh | None) -> None:
+    torch.manual_seed(1)
+    net.further = nn.Linear(3, 5)
+    if mesh is not None:
+        fully_shard(net.further, mesh=mesh)
+    named = list(net.further.named_parameters(prefix="further"))
+    optimizer.add_param_group({"params": named})
+
+
 def changes() -> None:
     """What users do in the middle of a run, or before its first step."""
     mesh = DeviceMesh("cpu", list(range(WORLD)))
@@ -330,13 +349,7 @@ def changes() -> None:
     optimizer.load_state_dict(oracle.state_dict())
     for each, model in ((optimizer, net), (oracle, single)):
         each.extend(budget=60, total_steps=9)
-        torch.manual_seed(1)
-        further = nn.Linear(3, 5)
-        if each is optimizer:
-            fully_shard(further, mesh=mesh)
-        model.further = further
-        named = [(f"further.{name}", param) for name, param in further.named_parameters()]
-        each.add_param_group({"params": named})
+        add_layer(each, model, mesh if each is optimizer else None)
     for step in range(3, 7):
         make_up(net, step)
         step_both("changes", net, single, optimizer, oracle)
@@ -351,6 +364,8 @@ def changes() -> None:
     by_fsdp(mesh)(net)
     mapping = dict(zip(addresses, net.parameters(), strict=True))
     fsdp2_switch_optimizer_parameters(optimizer, mapping)
+    for each, model in ((optimizer, net), (oracle, single)):
+        add_layer(each, model, mesh if each is optimizer else None)
     for step in range(3):
         make_up(net, step)
         step_both("taken over", net, single, optimizer, oracle)
@@ -383,6 +398,45 @@ def room() -> None:
     pool.SPARE_ENTRIES = 256
 
 
+def nothing_here() -> None:
+    """Processes whose shards are all empty take part in everything."""
+    mesh = DeviceMesh("cpu", list(range(WORLD)))
+    grown = {"importance": D3(1.0), "selection": Increment(8, STEPS)}
+    for options in (grown, {"importance": Magnitude(), "selection": Static(8)}):
+        torch.manual_seed(0)
+        net = nn.Linear(5, 2)
+        single = copy.deepcopy(net)
+        fully_shard(net, mesh=mesh)
+        optimizer, oracle = optimizer_of(net, **options), optimizer_of(single, **options)
+        for step in range(STEPS):
+            make_up(net, step)
+            step_both("nothing here", net, single, optimizer, oracle)
+        assert optimizer.delta(net).fingerprints == oracle.delta().fingerprints
+
+
+def written() -> None:
+    """Writes into the memory of shards, in all processes or one, are those of others."""
+    mesh = DeviceMesh("cpu", list(range(WORLD)))
+    for late in (False, True):
+        net, single = Net(), Net()
+        by_fsdp(mesh)(net)
+        optimizer, oracle = optimizer_of(net), optimizer_of(single)
+        if late:
+            make_up(net, 0)
+            step_both("written", net, single, optimizer, oracle)
+        if not late or dist.get_rank() == 1:
+            with torch.no_grad():  # as torch.distributed.checkpoint loads into a model
+                net.first.weight.to_local().add_(1.0)
+        if late:
+            expect(RuntimeError, "other code has written", optimizer.delta)
+            continue
+        single.first.weight.detach().add_(1.0)
+        make_up(net, 0)
+        step_both("written", net, single, optimizer, oracle)
+        ours, theirs = (each.delta(finished=False) for each in (optimizer, oracle))
+        assert ours.fingerprints == theirs.fingerprints
+
+
 def errors() -> None:
     """What does not work says so, in all processes, before anything moves."""
     mesh = DeviceMesh("cpu", list(range(WORLD)))
@@ -399,6 +453,24 @@ def errors() -> None:
     expect(RuntimeError, "schedule differ", build(selection=Increment(40 + rank, STEPS)))
     expect(RuntimeError, "parameters of the optimizer differ", build(dense="last" * (rank == 1)))
     expect(TypeError, "copied or pickled", partial(copy.deepcopy, optimizer_of(net)))
+    choices = "importance, selection, .* differ"
+    expect(RuntimeError, choices, build(importance=Random(rank)))
+    expect(RuntimeError, choices, build(norm=("all", "active")[rank % 2]))
+    optimizer = optimizer_of(net, importance=NotFinite())
+    make_up(net, 0)
+    message = "negative or not finite|1 of 4 processes raised"
+    expect((ValueError, RuntimeError), message, optimizer.step)
+    optimizer = optimizer_of(net)
+    optimizer.param_groups[0]["lr"] = 0.1 * rank
+    expect(RuntimeError, "lr, betas.* differ", optimizer.step)
+    expect(RuntimeError, "max_grad_norm differ", optimizer_of(net, max_grad_norm=1.0 + rank).step)
+    uneven = torch.ones(4 if rank == 0 else 2, 3)
+    placed = DTensor.from_local(uneven, mesh, [Shard(0)], shape=(10, 3), stride=(3, 1))
+    layer = partial(MaskedAdamW, [("it", nn.Parameter(placed))], importance=D3())
+    message = "such a layout is not supported|processes raised"
+    expect((RuntimeError, TypeError), message, partial(layer, selection=Static(3)))
+    delta = partial(Delta.from_models, net, net)
+    expect(DeltaError, "is a DTensor: give whole tensors", delta)
     net.plain = nn.Linear(2, 2)
     expect(TypeError, "plain.weight is whole in each process", build())
 
@@ -460,13 +532,18 @@ def main() -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/group", rank=rank, world_size=WORLD
     )
-    for part in (methods, layouts, training, resume, changes, room, errors, bytes_on_the_wire):
+    for part in PARTS:
         shards.GATHERED_BYTES = 0 if part in (layouts, changes) else 1 << 20
         part(*[folder] * (part in (methods, layouts, resume)))
         dist.barrier()
         sys.stdout.write(f"{part.__name__}\n")
     dist.destroy_process_group()
 
+
+PARTS = (
+    methods, layouts, training, resume, changes, room, nothing_here, written, errors,
+    bytes_on_the_wire,
+)  # fmt: skip
 
 if __name__ == "__main__":
     main()
