@@ -2,7 +2,8 @@
 
 Tensors, for every sparse parameter NAME and every dense tensor NAME:
 
-    position/NAME        (n,) uint32, or int64 when the parameter has more than 2^32 entries
+    position/NAME        (n,) uint32, or int64 when the parameter has more than 2^32 entries;
+                         in version 3 low/NAME and high/NAME in its place, uint8: see `_packing`
     value/NAME           (n,) in the parameter's dtype
     unmask_step/NAME     (n,) int32, optional
     original/NAME        (n,) in the parameter's dtype, optional
@@ -12,8 +13,9 @@ Tensors, for every sparse parameter NAME and every dense tensor NAME:
 
 Metadata (text to text): `format`, `format_version`, `method` (JSON), `sparse` (JSON: name, shape,
 dtype and base fingerprint of every parameter, in parameter order), `dense` (JSON: names in order),
-`content` (hash of all of the above), in an increment `parent` (the parent's `content`), and in
-version 2 `tied` (JSON: further names of tensors). Without tied names a file is of version 1.
+`content` (hash of all of the above, with positions as they are), in an increment `parent` (the
+parent's `content`), and from version 2 on `tied` (JSON: further names of tensors). A file with
+packed positions is of version 3; another one of version 2 if it has tied names, else of 1.
 The same delta always gives the same bytes.
 """
 
@@ -21,6 +23,7 @@ import json
 import os
 import struct
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,20 +33,29 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sparse_optim.delta._fingerprint import raw_bytes
+from sparse_optim.delta._packing import pack, unpack
 from sparse_optim.delta._tensors import DTYPE_CODES, DTYPES
 from sparse_optim.delta._types import Delta, DeltaError, SparseValues, check_shape
 from sparse_optim.files import replacing
 
 FORMAT = "sparse_optim.delta"
-FORMAT_VERSIONS = ("1", "2")
+FORMAT_VERSIONS = ("1", "2", "3")
 # Reading a header takes up to 60 times its bytes; 20,000 tensors with all columns take 12 MB.
 MAX_HEADER_BYTES = 16 << 20
 # Looked at only where the header length, which has the same place, is impossible.
 _PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
-def save_delta(delta: Delta, path: str | os.PathLike[str]) -> None:
+def save_delta(
+    delta: Delta, path: str | os.PathLike[str], *, packed: bool = True, unmask_steps: bool = True
+) -> None:
     """Write a delta file, all or nothing.
+
+    Args:
+        packed: write positions in about a byte each, not in 4 or 8; any safetensors reader opens
+            both, but packed ones take a few lines to decode (docs/reference/delta-format.md).
+        unmask_steps: write the step at which each entry was unmasked, if the delta has it: 4 bytes
+            an entry. Without it no prefix of the entries (`Delta.prefix`) can be taken any more.
 
     The bytes go to a temporary file beside `path`, which is synced and renamed over it: a process
     killed at any moment leaves the old file, or none, or the whole new one (and perhaps a hidden
@@ -54,7 +66,11 @@ def save_delta(delta: Delta, path: str | os.PathLike[str]) -> None:
         DeltaError: there are too many tensors for a header that `load_delta` reads.
     """
     with replacing(path) as temporary, open(temporary, "xb") as file:
-        write_safetensors(file, _columns(delta), _metadata(delta), MAX_HEADER_BYTES)
+        if not unmask_steps:
+            bare = {name: replace(each, unmask_step=None) for name, each in delta.sparse.items()}
+            delta = replace(delta, sparse=bare)
+        columns = _packed(delta) if packed else _columns(delta)
+        write_safetensors(file, columns, _metadata(delta, packed), MAX_HEADER_BYTES)
 
 
 def load_delta(path: str | os.PathLike[str]) -> Delta:
@@ -149,6 +165,14 @@ def _columns(delta: Delta) -> dict[str, Tensor]:
     return columns
 
 
+def _packed(delta: Delta) -> dict[str, Tensor]:
+    columns = _columns(delta)
+    for name, values in delta.sparse.items():
+        del columns[f"position/{name}"]
+        columns[f"low/{name}"], columns[f"high/{name}"] = pack(values.position, values.numel)
+    return columns
+
+
 def _description(delta: Delta) -> dict[str, Any]:
     described = {
         "method": delta.method,
@@ -167,10 +191,10 @@ def _description(delta: Delta) -> dict[str, Any]:
     return described | {"tied": dict(delta.tied)} if delta.tied else described
 
 
-def _metadata(delta: Delta) -> dict[str, str]:
+def _metadata(delta: Delta, packed: bool) -> dict[str, str]:
     description = _description(delta)
     parent = description.pop("parent")
-    version = FORMAT_VERSIONS[1 if delta.tied else 0]
+    version = FORMAT_VERSIONS[2 if packed else 1 if delta.tied else 0]
     metadata = {"format": FORMAT, "format_version": version}
     metadata |= {key: json.dumps(part) for key, part in description.items()}
     metadata["content"] = content_fingerprint(delta)
@@ -294,11 +318,20 @@ def _sparse_values(entry: dict[str, Any], tensors: dict[str, Tensor]) -> SparseV
     layout = SparseValues(
         tuple(shape), DTYPES[code], position=torch.empty(0, dtype=torch.int64), value=empty
     )
+    value = _pop(tensors, f"value/{name}")
+    if f"high/{name}" in tensors:
+        low, high = _pop(tensors, f"low/{name}"), _pop(tensors, f"high/{name}")
+        try:
+            position = unpack(low, high, value.numel(), layout.numel)
+        except ValueError as error:
+            raise DeltaError(f"damaged: {error}") from error
+    else:
+        position = _positions(tensors, f"position/{name}", layout.position_dtype)
     return SparseValues(
         shape=layout.shape,
         dtype=layout.dtype,
-        position=_positions(tensors, f"position/{name}", layout.position_dtype),
-        value=_pop(tensors, f"value/{name}"),
+        position=position,
+        value=value,
         unmask_step=tensors.pop(f"unmask_step/{name}", None),
         original=tensors.pop(f"original/{name}", None),
     )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparse_optim.delta._fingerprint import fingerprint
+from sparse_optim.delta._packing import packed_bytes
 from sparse_optim.delta._tensors import (
     DTYPE_CODES,
     Model,
@@ -130,11 +131,11 @@ class SparseValues:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the entries take in a file."""
-        width = self.position_dtype.itemsize + self.dtype.itemsize
+        """Bytes that the entries take in a file, with packed positions."""
+        width = self.dtype.itemsize
         width += 4 if self.unmask_step is not None else 0
         width += self.dtype.itemsize if self.original is not None else 0
-        return self.num_entries * width
+        return self.num_entries * width + packed_bytes(self.num_entries, self.numel)
 
     def take(self, keep: Tensor) -> "SparseValues":
         """The entries where `keep`, (n,) bool, is true."""
@@ -417,7 +418,9 @@ class Delta:
             values = _changes(name, before, after, store_original)
             if values is None or values.num_entries == 0:
                 continue
-            if values.nbytes < (1 + store_original) * after.nbytes:
+            # Compared as they are in memory and in files with plain positions.
+            entry = values.position_dtype.itemsize + (1 + store_original) * after.dtype.itemsize
+            if values.num_entries * entry < (1 + store_original) * after.nbytes:
                 sparse[name] = values
             else:
                 dense[name] = after

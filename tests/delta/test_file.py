@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,15 +34,24 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("deltas")
 
 
-@pytest.fixture(scope="module")
-def saved(folder):
+def good_file(path, packed):
     """The bytes of a good file with every kind of column, and its fingerprint."""
     base = example_base()
     parent, delta = example_delta(base, seed=3), example_delta(base, entries=4)
     delta = increment(delta, parent)
     assert delta.removed
-    save_delta(delta, folder / "good")
-    return (folder / "good").read_bytes(), content_fingerprint(delta)
+    save_delta(delta, path, packed=packed)
+    return path.read_bytes(), content_fingerprint(delta)
+
+
+@pytest.fixture(scope="module")
+def saved(folder):
+    return good_file(folder / "good", packed=False)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "packed"])
+def either(folder, request):
+    return good_file(folder / "either", packed=request.param)
 
 
 def load_bytes(folder, data):
@@ -61,11 +71,11 @@ def joined(header, data):
 
 
 @FAST
-@given(pair=models(), store_original=st.booleans())
-def test_round_trip(folder, pair, store_original):
+@given(pair=models(), store_original=st.booleans(), packed=st.booleans())
+def test_round_trip(folder, pair, store_original, packed):
     base, tuned = pair
     delta = Delta.from_models(base, tuned, store_original, method={"name": "x", "lr": 1e-3})
-    save_delta(delta, folder / "round")
+    save_delta(delta, folder / "round", packed=packed)
     loaded = load_delta(folder / "round")
     assert content_fingerprint(loaded) == content_fingerprint(delta)
     assert (loaded.method, loaded.fingerprints) == (delta.method, delta.fingerprints)
@@ -75,14 +85,14 @@ def test_round_trip(folder, pair, store_original):
         assert loaded.sparse[name].dtype == values.dtype
         assert torch.equal(loaded.sparse[name].position, values.position)
     first = (folder / "round").read_bytes()
-    save_delta(loaded, folder / "round")
+    save_delta(loaded, folder / "round", packed=packed)
     assert (folder / "round").read_bytes() == first
 
 
-def test_every_column_survives(folder, saved):
-    delta = load_delta(folder / "good")
+def test_every_column_survives(folder, either):
+    delta = load_bytes(folder, either[0])
     expected = example_delta(example_base(), entries=4)
-    assert content_fingerprint(delta) == saved[1]
+    assert content_fingerprint(delta) == either[1]
     assert delta.method == {"name": "id3", "budget": 12, "betas": [0.9, 0.999]}
     for name, values in delta.sparse.items():
         keep = torch.isin(expected.sparse[name].position, values.position)
@@ -95,7 +105,7 @@ def test_layout_is_plain_safetensors_of_six_bytes_an_entry(folder):
     base = example_base()
     tuned = clone(base)
     tuned["b.weight"].view(-1)[[3, 59]] += 1
-    save_delta(Delta.from_models(base, tuned), folder / "plain")
+    save_delta(Delta.from_models(base, tuned), folder / "plain", packed=False)
     tensors = safetensors.torch.load_file(folder / "plain")
     assert set(tensors) == {"position/b.weight", "value/b.weight"}
     assert tensors["position/b.weight"].dtype == torch.uint32
@@ -115,11 +125,12 @@ def test_positions_of_huge_parameters(folder, numel, dtype):
         value=torch.tensor([1.0, 2.0, 3.0]).half(),
     )
     delta = Delta(sparse={"x": values}, fingerprints={"x": "0" * 32})
-    save_delta(delta, folder / "huge")
+    save_delta(delta, folder / "huge", packed=False)
     stored = safetensors.torch.load_file(folder / "huge")["position/x"]
     assert stored.dtype == dtype
     assert load_delta(folder / "huge").sparse["x"].position.tolist() == [0, 2**31, numel - 1]
-    assert delta.nbytes == 3 * (dtype.itemsize + 2)
+    save_delta(delta, folder / "huge")
+    assert load_delta(folder / "huge").sparse["x"].position.tolist() == [0, 2**31, numel - 1]
 
 
 @pytest.mark.parametrize("length", [0x280, 0x380, 0x480, 0x580])
@@ -223,7 +234,7 @@ NAME = "a.weight"
         (lambda h: h.update({"x": EMPTY | {"dtype": "F8_E8M0"}}), "dtype F8_E8M0 is unknown"),
         (lambda h: h.pop("__metadata__"), "'format' is None"),
         (lambda h: edit(h, "__metadata__", format="other"), "'format' is 'other'"),
-        (lambda h: edit(h, "__metadata__", format_version="3"), "version '3'.*upgrade"),
+        (lambda h: edit(h, "__metadata__", format_version="4"), "version '4'.*upgrade"),
         (lambda h: h["__metadata__"].pop("format_version"), "version None"),
         (lambda h: h["__metadata__"].pop("method"), "metadata 'method' is missing"),
         (lambda h: h["__metadata__"].pop("sparse"), "metadata 'sparse' is missing"),
@@ -293,13 +304,77 @@ def test_bad_positions_in_a_file(folder, saved, change, message):
 
 def test_lengths_of_positions_and_values_must_agree(folder):
     delta = example_delta({"a.weight": example_base()["a.weight"]})
-    save_delta(delta, folder / "lengths")
+    save_delta(delta, folder / "lengths", packed=False)
     header, data = parts((folder / "lengths").read_bytes())
     start, end = header["value/a.weight"]["data_offsets"]
     header["value/a.weight"] |= {"shape": [5], "data_offsets": [start, end - 2]}
     header["junk"] = {"dtype": "BF16", "shape": [1], "data_offsets": [end - 2, end]}
     with pytest.raises(DeltaError, match=r"value: expected torch.bfloat16 of shape \(6,\)"):
         load_bytes(folder, joined(header, data))
+
+
+def packed_delta():
+    """4 of 48 entries of `a.weight`: 3 low bits of each; 4 marks among 4 + 6 high bits."""
+    base = {"a.weight": example_base()["a.weight"]}
+    delta = example_delta(base, entries=4)
+    values = replace(delta.sparse["a.weight"], position=torch.tensor([1, 13, 14, 47]))
+    return replace(delta, sparse={"a.weight": values}, dense={})
+
+
+def test_packed_positions_are_those_of_the_documents(folder):
+    save_delta(packed_delta(), folder / "packed")
+    stored = safetensors.torch.load_file(folder / "packed")
+    low, high = (stored[f"{part}/a.weight"].tolist() for part in ("low", "high"))
+    # 1 = 0|001, 13 = 1|101, 14 = 1|110, 47 = 5|111; marks at 0 + 0, 1 + 1, 1 + 2, 5 + 3.
+    assert low == [0b10_101_001, 0b0000_1111]
+    assert high == [0b0000_1101, 0b1]
+
+
+@pytest.mark.parametrize(
+    ("part", "values", "message"),
+    [
+        ("high", [0b0000_1111, 0b1], "expected 4 positions, got 5"),
+        ("high", [0b0000_0101, 0b1], "expected 4 positions, got 3"),
+        ("high", [0b0000_1101, 0b1000], "0 <= position < 48"),
+        ("low", [0b10_110_001, 0b0000_1111], "strictly ascending"),
+    ],
+)
+def test_bad_packed_positions_in_a_file(folder, part, values, message):
+    save_delta(packed_delta(), folder / "packed")
+    saved = (folder / "packed").read_bytes(), ""
+    with pytest.raises(DeltaError, match=message):
+        load_bytes(folder, rewritten(saved, f"{part}/a.weight", bytes(values)))
+
+
+@pytest.mark.parametrize("part", ["low", "high"])
+def test_packed_positions_of_another_length_are_refused(folder, part):
+    save_delta(packed_delta(), folder / "packed")
+    header, data = parts((folder / "packed").read_bytes())
+    begin, end = header[f"{part}/a.weight"]["data_offsets"]
+    header[f"{part}/a.weight"] |= {"shape": [1], "data_offsets": [begin, begin + 1]}
+    header["junk"] = {"dtype": "U8", "shape": [1], "data_offsets": [begin + 1, end]}
+    with pytest.raises(DeltaError, match=f"{part} bits of 4 positions: expected 2 bytes"):
+        load_bytes(folder, joined(header, data))
+
+
+@pytest.mark.parametrize(("share", "most"), [(0.01, 3.2), (0.001, 3.6)])
+def test_bytes_of_an_entry(folder, share, most):
+    """In bfloat16, without unmask steps; the goal is 4.2, plain positions take 6."""
+    numel = 1 << 20
+    position = (torch.rand(numel, generator=torch.Generator().manual_seed(0)) < share).nonzero()
+    value = torch.zeros(len(position), dtype=torch.bfloat16)
+    values = SparseValues((numel,), torch.bfloat16, position.view(-1), value)
+    save_delta(Delta(sparse={"x": values}, fingerprints={"x": "0" * 32}), folder / "sized")
+    header, data = parts((folder / "sized").read_bytes())
+    assert len(data) == values.nbytes <= most * len(value)
+
+
+def test_steps_may_be_left_out(folder):
+    delta = example_delta(example_base())
+    save_delta(delta, folder / "bare", unmask_steps=False)
+    loaded = load_delta(folder / "bare")
+    assert all(values.unmask_step is None for values in loaded.sparse.values())
+    assert all(values.unmask_step is not None for values in delta.sparse.values())
 
 
 def load_or_refuse(folder, data, fingerprint):
@@ -315,22 +390,22 @@ def load_or_refuse(folder, data, fingerprint):
 @given(
     flips=st.lists(st.tuples(st.integers(0, 10**6), st.integers(1, 255)), min_size=1, max_size=4)
 )
-def test_fuzz_flipped_bytes(folder, saved, flips):
-    data = bytearray(saved[0])
+def test_fuzz_flipped_bytes(folder, either, flips):
+    data = bytearray(either[0])
     for at, flip in flips:
         data[at % len(data)] ^= flip
-    load_or_refuse(folder, bytes(data), saved[1])
+    load_or_refuse(folder, bytes(data), either[1])
 
 
 @settings(max_examples=150, deadline=None)
 @given(cut=st.integers(0, 10**6), tail=st.binary(max_size=9))
-def test_fuzz_cut_and_appended(folder, saved, cut, tail):
-    data = saved[0][: cut % len(saved[0])] + tail
-    if data != saved[0]:
+def test_fuzz_cut_and_appended(folder, either, cut, tail):
+    data = either[0][: cut % len(either[0])] + tail
+    if data != either[0]:
         with pytest.raises(DeltaError):
             load_bytes(folder, data)
     with pytest.raises(DeltaError):
-        load_bytes(folder, saved[0] + b"\0" + tail)
+        load_bytes(folder, either[0] + b"\0" + tail)
 
 
 JSON = st.recursive(
@@ -351,8 +426,8 @@ def test_fuzz_random_headers(folder, header, data):
 
 @settings(max_examples=400, deadline=None)
 @given(draw=st.data())
-def test_fuzz_edited_headers(folder, saved, draw):
-    header, data = parts(saved[0])
+def test_fuzz_edited_headers(folder, either, draw):
+    header, data = parts(either[0])
     for key in ("sparse", "dense", "method"):
         header["__metadata__"][key] = json.loads(header["__metadata__"][key])
     at = header
@@ -366,7 +441,7 @@ def test_fuzz_edited_headers(folder, saved, draw):
     for part in ("sparse", "dense", "method"):
         if isinstance(header.get("__metadata__"), dict) and part in header["__metadata__"]:
             header["__metadata__"][part] = json.dumps(header["__metadata__"][part])
-    load_or_refuse(folder, joined(header, data), saved[1])
+    load_or_refuse(folder, joined(header, data), either[1])
 
 
 def test_a_damaged_file_never_reaches_the_model(folder):
