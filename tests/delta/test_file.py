@@ -365,7 +365,7 @@ def test_bytes_of_an_entry(folder, share, most):
     value = torch.zeros(len(position), dtype=torch.bfloat16)
     values = SparseValues((numel,), torch.bfloat16, position.view(-1), value)
     save_delta(Delta(sparse={"x": values}, fingerprints={"x": "0" * 32}), folder / "sized")
-    header, data = parts((folder / "sized").read_bytes())
+    _, data = parts((folder / "sized").read_bytes())
     assert len(data) == values.nbytes <= most * len(value)
 
 
