@@ -10,6 +10,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from sparse_optim.analysis.measures import sparsity_entropy, tensor_sparsity
 from sparse_optim.analysis.record import AllocationRecord, Snapshot, save_record
+from sparse_optim.integrations.unwrap import unwrap
 from sparse_optim.optim.masked_adamw import MaskedAdamW
 
 
@@ -111,9 +112,3 @@ def ranked_shapes(optimizer: MaskedAdamW) -> dict[str, list[int]]:
     ranked = (group["params"] for group in optimizer.param_groups if group["unmask"] == "rank")
     shapes = (list(param.shape) for params in ranked for param in params)
     return dict(zip(names, shapes, strict=True))
-
-
-def unwrap(optimizer: Any) -> MaskedAdamW | None:
-    """The optimizer without accelerate's wrapper, if it is one that unmasks."""
-    inner = getattr(optimizer, "optimizer", optimizer)
-    return inner if isinstance(inner, MaskedAdamW) else None
