@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ast
 import csv
-import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,8 @@ pytest.importorskip("transformers", reason="the examples need the extra 'finetun
 pytest.importorskip("datasets", reason="the examples need the extra 'finetune'")
 
 import torch
+from few_examples import EXAMPLES, load_example, load_few
+from processes import free_port, start_group
 from repository import ROOT
 from tiny_models import save_decoder, save_encoder
 from transformers import AutoTokenizer, BertModel
@@ -27,7 +29,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),  # in peft
     pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning"),  # without a GPU
 ]
-EXAMPLES = ROOT / "examples"
 CHAT_TEMPLATE = (
     "{% for turn in messages %}{% generation %}{{ turn['content'] }} {% endgeneration %}"
     "{% endfor %}"
@@ -38,16 +39,7 @@ CHAT_TEMPLATE = (
 def few_examples(tmp_path, monkeypatch):
     """The built-in sets with 64 and 32 short texts, told apart by a letter; a folder to work in."""
 
-    def texts(labels, count):
-        names = [labels[i % len(labels)] for i in range(count)]
-        rows = [f"{'abcdefgh'[labels.index(name)]} {i % 10}" for i, name in enumerate(names)]
-        return {"text": rows, "label": names}
-
-    def load(name):
-        labels = ["DESC", "HUM", "LOC"] if name == "trec6" else ["negative", "positive"]
-        return {"train": texts(labels, 64), "test": texts(labels, 32)}
-
-    monkeypatch.setattr(builtin_data, "load_builtin", load)
+    monkeypatch.setattr(builtin_data, "load_builtin", load_few)
     monkeypatch.chdir(tmp_path)
 
 
@@ -63,17 +55,9 @@ def encoder(tmp_path_factory):
     return str(folder)
 
 
-def load(name):
-    """Import an example."""
-    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def run(name, capsys, *arguments):
     """Import an example, run it, and return what it printed."""
-    load(name).main([str(argument) for argument in arguments])
+    load_example(name).main([str(argument) for argument in arguments])
     return " ".join(capsys.readouterr().out.split())
 
 
@@ -92,6 +76,29 @@ def test_a_loop_learns_and_saves_a_delta(name, encoder, tmp_path, capsys):
     share = float(re.search(r"([\d.]+)% of .* are right after 30 steps", printed).group(1))
     assert share > 90, printed
     check_delta(printed, file)
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch has no gloo")
+def test_two_processes(encoder, tmp_path):
+    """DDP; FSDP, and again from its checkpoint in mid-run, with the same delta bit for bit."""
+    options = ["--model", encoder, "--steps", "30", "--lr", "0.01", "--output"]
+    shards = [tmp_path / f"fsdp{number}.safetensors" for number in range(2)]
+    resumed = ["--checkpoint", str(tmp_path / "half")]
+    ddp = tmp_path / "ddp.safetensors"
+    calls = [[free_port(), "ddp", *options, str(ddp)]]
+    calls += [[free_port(), "fsdp", *options, str(file), *resumed] for file in shards]
+    script = ROOT / "tests" / "support" / "few_examples.py"
+    first, second = start_group(
+        [sys.executable, str(script), json.dumps(calls)], PYTHONPATH=str(ROOT)
+    )
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert second.stdout == ""
+    printed = re.findall(r"([\d.]+)% of .* after 30 steps (.*)of 2 processes; (.*)", first.stdout)
+    assert all(float(share) > 80 for share, _, _ in printed), first.stdout
+    assert [words for _, words, _ in printed] == ["", "(0 of them before) ", "(15 of them before) "]
+    for file, (_, _, told) in zip([ddp, *shards], printed, strict=True):
+        check_delta(told, file)
+    assert shards[0].read_bytes() == shards[1].read_bytes()
 
 
 def test_the_adapter_is_loaded_by_peft_alone(encoder, tmp_path, capsys):
@@ -124,7 +131,9 @@ def test_a_csv_file_is_classified_and_files_of_the_user_stay(encoder, capsys):
     assert "'b 3' is positive" in printed
 
 
-@pytest.mark.parametrize("name", ["classify_csv", "chat", "lora", "own_loop", "trainer"])
+@pytest.mark.parametrize(
+    "name", ["classify_csv", "chat", "ddp", "fsdp", "lora", "own_loop", "trainer"]
+)
 def test_an_example_writes_under_names_that_a_user_would_not_choose(name):
     """Files and folders named in its source; vit.py writes only what --output names."""
     text = (EXAMPLES / f"{name}.py").read_text()
@@ -139,15 +148,32 @@ def test_a_file_that_is_there_is_not_written_again(tmp_path):
     mine = tmp_path / "mine"
     mine.write_text("mine")
     for name, function in (("classify_csv", "write_reviews"), ("chat", "write_chats")):
-        assert getattr(load(name), function)(mine) == mine
+        assert getattr(load_example(name), function)(mine) == mine
         assert mine.read_text() == "mine"
 
 
-def test_a_chat_model_is_asked(tmp_path, capsys):
-    decoder = save_decoder(tmp_path / "decoder")
-    tokenizer = AutoTokenizer.from_pretrained(decoder)
+@pytest.fixture
+def decoder(tmp_path):
+    """A language model with a chat template."""
+    folder = save_decoder(tmp_path / "decoder")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = CHAT_TEMPLATE
-    tokenizer.save_pretrained(decoder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # in trl
+def test_trls_trainer_saves_deltas_with_its_checkpoints(decoder, tmp_path, capsys):
+    pytest.importorskip("trl", reason="needs trl, of the extra 'dev'")
+    file = tmp_path / "task.safetensors"
+    printed = run("trl_sft", capsys, "--model", decoder, "--steps", 4, "--output", file)
+    check_delta(printed[printed.index(str(file)) :], file)
+    assert "'When do you open on Sunday?' is answered: " in printed
+    last = load_delta("runs/example-trl/checkpoint-4/delta.safetensors")
+    assert last.num_entries == load_delta(file).num_entries
+
+
+def test_a_chat_model_is_asked(decoder, tmp_path, capsys):
     options = ("--model", decoder, "--steps", 2, "--output", tmp_path / "runs" / "shop")
     printed = run("chat", capsys, *options)
     entries = load_delta(tmp_path / "runs" / "shop" / "delta.safetensors").num_entries
@@ -183,4 +209,5 @@ def test_every_example_is_listed_and_says_how_to_run_it():
     listed = set(re.findall(r"\]\((\w+\.\w+)\)", (EXAMPLES / "README.md").read_text()))
     assert listed == {path.name for path in EXAMPLES.iterdir()} - {"README.md", "__pycache__"}
     for path in EXAMPLES.glob("*.py"):
-        assert f"python examples/{path.name}" in path.read_text(), path
+        start = "(python|torchrun --nproc_per_node [234])"
+        assert re.search(f"    {start} examples/{path.name}", path.read_text()), path

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +13,7 @@ import torch
 pytest.importorskip("transformers", reason="the job needs the extra 'finetune'")
 
 from finetune_jobs import make_folders
+from processes import start_group
 
 from sparse_optim.finetune import FinetuneConfig, FinetuneError
 from sparse_optim.finetune.processes import count, is_first, is_first_here, largest
@@ -27,26 +26,8 @@ pytestmark = pytest.mark.skipif(
 
 def start_two(*arguments: str) -> list[subprocess.CompletedProcess[str]]:
     """Run the command in two processes that train together; their outcomes, by rank."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "sparse_optim", "finetune", *arguments],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={
-                **{**os.environ, **group, "RANK": rank, "LOCAL_RANK": rank},
-                **{"OMP_NUM_THREADS": "1", "COLUMNS": "200"},
-            },
-        )
-        for rank in ("0", "1")
-    ]  # fmt: skip
-    ended = []
-    for process in running:
-        out, err = process.communicate(timeout=120)
-        ended.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
-    return ended
+    command = [sys.executable, "-W", "ignore", "-m", "sparse_optim", "finetune", *arguments]
+    return start_group(command, COLUMNS="200")
 
 
 @pytest.mark.slow
