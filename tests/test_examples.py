@@ -78,6 +78,15 @@ def test_a_loop_learns_and_saves_a_delta(name, encoder, tmp_path, capsys):
     check_delta(printed, file)
 
 
+def test_a_recipe_builds_what_its_config_names(encoder, tmp_path, capsys):
+    file = tmp_path / "task.safetensors"
+    options = (f"model={encoder}", "steps=60", "optimizer.lr=0.02", f"output={file}")
+    printed = run("recipe", capsys, *options)
+    first, last = re.search(r"from ([\d.]+) to ([\d.]+) in 60 steps", printed).groups()
+    assert float(last) < 0.5 < float(first), printed
+    check_delta(printed, file)
+
+
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch has no gloo")
 def test_two_processes(encoder, tmp_path):
     """DDP; FSDP, and again from its checkpoint in mid-run, with the same delta bit for bit."""
