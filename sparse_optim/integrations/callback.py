@@ -95,7 +95,8 @@ class SelectiveCallback(TrainerCallback):
         metrics = masked.metrics()
         for name in LOGGED:
             logs.setdefault(name, metrics[name])
-        state.log_history[-1] |= logs
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1] |= logs
 
     def on_save(
         self,
