@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import sys
 
 import pytest
 
@@ -11,6 +13,8 @@ pytest.importorskip("accelerate", reason="needs the extra 'finetune'")
 
 import torch
 from op_cases import assert_same_bits
+from processes import start_group
+from repository import ROOT
 from tiny_trainer import Rows, arguments, build_model, build_optimizer, trainer_of
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
@@ -63,6 +67,36 @@ def test_trackers_get_the_metrics_and_checkpoints_a_delta(tmp_path):
             saved = AutoModelForCausalLM.from_pretrained(folder)
             for got, value in zip(base.parameters(), saved.parameters(), strict=True):
                 assert_same_bits(got.detach(), value.detach())
+
+
+RANK = """
+import sys, torch
+from pathlib import Path
+from tiny_trainer import arguments, trainer_of
+from sparse_optim.integrations.callback import SelectiveCallback
+from sparse_optim.integrations.from_arguments import from_arguments
+
+torch.set_num_threads(1)
+args = arguments(Path(sys.argv[1]), save_strategy="steps", save_steps=3)
+build = from_arguments(args, budget=200, every=2, sampled_backward=True)
+trainer = trainer_of(Path(sys.argv[1]), args=args, build_optimizer=build)
+SelectiveCallback().attach(trainer)
+trainer.train()
+weights = torch.cat([param.detach().flatten() for param in trainer.model.parameters()])
+print("found", args.world_size, trainer.raw_optimizer.metrics()["active"], weights.sum().item())
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch has no gloo")
+def test_two_processes_train_alike_with_sampled_gradients(tmp_path):
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])
+    command = [sys.executable, "-W", "ignore", "-c", RANK, str(tmp_path)]
+    ended = start_group(command, PYTHONPATH=path)
+    assert [done.returncode for done in ended] == [0, 0], ended[0].stderr
+    first, second = (done.stdout.splitlines()[-1].split() for done in ended)
+    assert first == second
+    assert first[:3] == ["found", "2", "200"]
+    assert load_delta(tmp_path / "checkpoint-6" / DELTA).num_entries == 200
 
 
 def test_beside_the_mixin_and_with_another_optimizer(tmp_path):

@@ -10,6 +10,7 @@ pytest.importorskip("transformers", reason="needs the extra 'finetune'")
 pytest.importorskip("accelerate", reason="needs the extra 'finetune'")
 
 import torch
+from tiny_models import save_encoder
 from tiny_trainer import Rows, arguments, build_model, trainer_of
 from transformers import BertConfig, BertForSequenceClassification, Trainer
 
@@ -54,6 +55,14 @@ def test_roles_decay_and_limits(tmp_path):
     (group,) = optimizer.param_groups
     assert group["weight_decay"] == 0.0
     assert "bert.embeddings.word_embeddings.weight" in group["param_names"]
+
+
+def test_a_fresh_head_is_what_the_checkpoint_lacks(tmp_path):
+    folder = save_encoder(tmp_path / "encoder")
+    model, info = BertForSequenceClassification.from_pretrained(folder, output_loading_info=True)
+    build = from_arguments(arguments(tmp_path), budget=40, dense=info["missing_keys"])
+    (dense,) = (group for group in build(model, 10).param_groups if group["unmask"] == "all")
+    assert set(dense["param_names"]) == {"classifier.weight", "classifier.bias"}
 
 
 def test_the_scheduler_of_the_arguments_runs(tmp_path):
