@@ -34,6 +34,7 @@ def start_group(
             out, err = process.communicate(timeout=120)
             ended.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
     finally:
-        for process in running:
+        for process in running[len(ended) :]:
             process.kill()
+            process.communicate()
     return ended
