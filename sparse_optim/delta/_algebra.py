@@ -1,15 +1,23 @@
 """Merge deltas over one base into one delta, and take one out again."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from sparse_optim.delta._combine import Recipe, combine, part_of, rounded
+from sparse_optim.delta._combine import (
+    Chooser,
+    Recipe,
+    combine,
+    keep_all,
+    keep_at_random,
+    keep_largest,
+    part_of,
+    rounded,
+)
 from sparse_optim.delta._format import content_fingerprint
-from sparse_optim.delta._shared import Base, share
+from sparse_optim.delta._shared import Base, Shared, share
 from sparse_optim.delta._tensors import bits
 from sparse_optim.delta._types import Delta, DeltaError, SparseValues
 from sparse_optim.delta._vectors import Floats, Vectors, vectors_of
@@ -74,15 +82,10 @@ def merge_deltas(
     order = sorted(range(len(deltas)), key=lambda at: (prints[at], scales[at]))
     labels = {f"deltas[{at}]": deltas[at] for at in order}
     shared = share(labels, base, None if dense is None else f"deltas[{dense}]")
-    vectors = vectors_of(shared)
-    parts = [
-        part_of(vectors, place, scales[at], recipe, prints[at]) for place, at in enumerate(order)
-    ]
-    result = combine(vectors.base, parts, elect=recipe.method.endswith("ties"))
     return Delta(
-        sparse=_sparse(vectors, result, store_original),
+        sparse=_merged(shared, recipe, [(prints[at], scales[at]) for at in order], store_original),
         dense=shared.whole,
-        fingerprints={name: shared.fingerprints[name] for name in vectors.layouts},
+        fingerprints=shared.fingerprints,
         method={
             "name": "merge",
             "method": recipe.method,
@@ -184,26 +187,46 @@ def _model_note(deltas: Sequence[Delta], dense: int | None) -> dict[str, object]
     return {"model": note}
 
 
-def _sparse(vectors: Vectors, result: Floats, store_original: bool) -> dict[str, SparseValues]:
-    """The entries of `result` that differ from the base, by parameter."""
-    sparse = {}
-    for dtype, run in vectors.runs():
-        value, original = rounded(result[run], dtype), rounded(vectors.base[run], dtype)
-        changed = (bits(value) != bits(original)).numpy().nonzero()[0]
-        position, index = vectors.position[run][changed], torch.from_numpy(changed)
-        value, original = value[index], original[index]
-        for name, start, part in vectors.parts(position, dtype):
-            sparse[name] = SparseValues(
-                shape=vectors.layouts[name].shape,
-                dtype=dtype,
-                position=torch.from_numpy(position[part] - start),
-                value=_checked(name, value[part]),
-                original=original[part] if store_original else None,
-            )
+def _merged(
+    shared: Shared, recipe: Recipe, inputs: Sequence[tuple[str, float]], store_original: bool
+) -> dict[str, SparseValues]:
+    """The entries that differ from the base; `inputs`: content and weight of each delta."""
+    groups: Iterable[Vectors] = vectors_of(shared)
+    keep: list[Chooser] = [keep_all] * len(inputs)
+    if recipe.seed is not None:
+        keep = [keep_at_random(recipe.density, f"{recipe.seed}/{content}") for content, _ in inputs]
+    elif recipe.trims:
+        groups = list(groups)
+        keep = [
+            keep_largest([vectors.task_vector(at) for vectors in groups], recipe.density)
+            for at in range(len(inputs))
+        ]
+    sparse: dict[str, SparseValues] = {}
+    for vectors in groups:
+        parts = [
+            part_of(vectors, at, recipe.scale(weight), keep[at])
+            for at, (_, weight) in enumerate(inputs)
+        ]
+        result = combine(vectors.base, parts, recipe.elects)
+        sparse |= _changed(vectors, result, store_original)
     return sparse
 
 
-def _checked(name: str, value: Tensor) -> Tensor:
-    if bool((value if value.itemsize > 1 else value.float()).isfinite().all()):
-        return value
-    raise DeltaError(f"{name!r}: the result overflows {value.dtype}: use smaller weights")
+def _changed(vectors: Vectors, result: Floats, store_original: bool) -> dict[str, SparseValues]:
+    """The entries of `result`, (u,), that differ from the base, by parameter."""
+    value, original = rounded(result, vectors.dtype), rounded(vectors.base, vectors.dtype)
+    index = (bits(value) != bits(original)).nonzero().view(-1)
+    value, original, position = value[index], original[index], vectors.position[index.numpy()]
+    finite = bool((value if value.itemsize > 1 else value.float()).isfinite().all())
+    sparse = {}
+    for name, start, part in vectors.parts(position):
+        if not finite and not bool(value[part].float().isfinite().all()):
+            raise DeltaError(f"{name!r}: the result overflows {value.dtype}: use smaller weights")
+        sparse[name] = SparseValues(
+            shape=vectors.layouts[name].shape,
+            dtype=vectors.dtype,
+            position=torch.from_numpy(position[part] - start),
+            value=value[part],
+            original=original[part] if store_original else None,
+        )
+    return sparse

@@ -13,7 +13,7 @@ References: task arithmetic, Ilharco et al. 2023, arXiv 2212.04089; TIES, Yadav 
 arXiv 2306.01708; DARE, Yu et al. 2024, arXiv 2311.03099.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,6 +63,20 @@ class Recipe:
             raise DeltaError(f"seed: {method} draws no random numbers: use dare")
         return cls(method, float(density), (seed or 0) if at_random else None)
 
+    @property
+    def trims(self) -> bool:
+        """Whether only the largest entries of each delta stay."""
+        return self.seed is None and self.density < 1
+
+    @property
+    def elects(self) -> bool:
+        """Whether only entries of the elected sign count, by their mean."""
+        return self.method.endswith("ties")
+
+    def scale(self, weight: float) -> float:
+        """What the entries of a delta that stay are multiplied by."""
+        return weight if self.seed is None else weight / self.density
+
 
 @dataclass(frozen=True)
 class Part:
@@ -77,37 +91,56 @@ class Part:
         return Part(self.slot[keep], self.value[keep], self.added[keep], self.exact)
 
 
-def part_of(vectors: Vectors, at: int, weight: float, recipe: Recipe, content: str) -> Part:
-    """The weighted task vector of a delta, less what the recipe drops."""
+def part_of(vectors: Vectors, at: int, scale: float, keep: "Chooser") -> Part:
+    """The scaled task vector of a delta, less what `keep` drops."""
     tau = vectors.task_vector(at)
-    scale = weight
-    whole = Part(vectors.slots[at], vectors.values[at], tau, exact=False)
-    if recipe.seed is not None:
-        scale = weight / recipe.density
-        keep = _at_random(tau.size, recipe.density, f"{recipe.seed}/{content}")
-    else:
-        keep = _largest(np.abs(tau), recipe.density)
-    part = whole if keep.all() else whole.where(keep)
-    return Part(part.slot, part.value, scale * part.added, exact=scale == 1)
+    part = Part(vectors.slots[at], vectors.values[at], scale * tau, exact=scale == 1)
+    kept = keep(tau)
+    return part if kept is None else part.where(kept)
 
 
-def _largest(magnitude: Floats, density: float) -> Mask:
-    """(n,) bool: round(density n) entries, at least one; the first of equal ones."""
-    size = magnitude.size
-    count = min(size, max(1, round(density * size)))
-    if count == size:
-        return np.ones(size, dtype=np.bool_)
-    bound = np.partition(magnitude, size - count)[size - count]
-    keep: Mask = magnitude > bound
-    keep[np.flatnonzero(magnitude == bound)[: count - int(keep.sum())]] = True
+# tau of the next group of parameters, (n,) float64 -> which entries stay, (n,) bool; None: all.
+Chooser = Callable[[Floats], Mask | None]
+
+
+def keep_all(tau: Floats) -> None:
+    """Every entry stays."""
+
+
+def keep_largest(taus: Sequence[Floats], density: float) -> Chooser:
+    """round(density n) entries of all `taus` stay, at least one; the first of equal ones.
+
+    Args:
+        taus: the task vector by groups; the chooser is called with each of them in this order.
+    """
+    magnitude = np.abs(np.concatenate([np.zeros(0), *taus]))
+    count = max(1, round(density * magnitude.size))
+    if count >= magnitude.size:
+        return keep_all
+    bound = np.partition(magnitude, -count)[-count]
+    ties = count - int((magnitude > bound).sum())
+
+    def keep(tau: Floats) -> Mask:
+        nonlocal ties
+        size = np.abs(tau)
+        kept: Mask = size > bound
+        equal = np.flatnonzero(size == bound)[:ties]
+        kept[equal] = True
+        ties -= equal.size
+        return kept
+
     return keep
 
 
-def _at_random(size: int, density: float, key: str) -> Mask:
-    """(size,) bool, each true with probability `density`: a function of the arguments."""
-    words = np.random.Philox(key=xxhash.xxh3_128_intdigest(key.encode())).random_raw(size)
-    uniform = (words >> np.uint64(11)) * 2.0**-53
-    keep: Mask = uniform < density
+def keep_at_random(density: float, key: str) -> Chooser:
+    """Each entry stays with probability `density`: a function of the arguments and its place."""
+    generator = np.random.Philox(key=xxhash.xxh3_128_intdigest(key.encode()))
+
+    def keep(tau: Floats) -> Mask:
+        uniform = (generator.random_raw(tau.size) >> np.uint64(11)) * 2.0**-53
+        kept: Mask = uniform < density
+        return kept
+
     return keep
 
 

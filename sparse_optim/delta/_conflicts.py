@@ -72,11 +72,27 @@ def conflicts(deltas: Sequence[Delta], base: Base | None = None) -> list[Conflic
     if len(deltas) < 2:
         raise DeltaError(f"deltas: expected at least two to compare, got {len(deltas)}")
     labels = {f"deltas[{at}]": delta for at, delta in enumerate(deltas)}
-    vectors = vectors_of(share(labels, base, keep=None, heads=False))
-    return [_compare(vectors, a, b) for a, b in combinations(range(len(deltas)), 2)]
+    pairs = list(combinations(range(len(deltas)), 2))
+    rows: list[dict[str, Floats]] = [{} for _ in pairs]
+    for vectors in vectors_of(share(labels, base, heads=False)):
+        for found, (a, b) in zip(rows, pairs, strict=True):
+            found |= _compare(vectors, a, b)
+    return [
+        Conflict(
+            a,
+            b,
+            _agreement(sum(found.values(), np.zeros(COLUMNS))),
+            {name: _agreement(row) for name, row in found.items() if row[2]},
+        )
+        for found, (a, b) in zip(rows, pairs, strict=True)
+    ]
 
 
-def _compare(vectors: Vectors, a: int, b: int) -> Conflict:
+COLUMNS = 7  # entries of a, of b, in both, of opposite signs; a b, a^2, b^2 of the task vectors
+
+
+def _compare(vectors: Vectors, a: int, b: int) -> dict[str, Floats]:
+    """The sums of COLUMNS over the entries of each parameter."""
     names = list(vectors.layouts)
     sizes = [part.stop - part.start for _, _, part in vectors.parts(vectors.position)]
     owner = np.arange(len(names)).repeat(sizes)  # parameter of each entry of the union
@@ -86,17 +102,11 @@ def _compare(vectors: Vectors, a: int, b: int) -> Conflict:
         tau[vectors.slots[at]] = vectors.task_vector(at)
         inside[vectors.slots[at]] = True
     product = first * second
-    columns = [
+    sums = [
         np.bincount(owner, weights=column, minlength=len(names))
         for column in (in_a, in_b, in_a & in_b, product < 0, product, first**2, second**2)
     ]
-    table = np.stack(columns, axis=1)
-    return Conflict(
-        a,
-        b,
-        _agreement(table.sum(axis=0)),
-        {name: _agreement(row) for name, row in zip(names, table, strict=True) if row[2]},
-    )
+    return dict(zip(names, np.stack(sums, axis=1), strict=True))
 
 
 def _agreement(row: Floats) -> Agreement:

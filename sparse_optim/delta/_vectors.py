@@ -2,8 +2,9 @@
 
     tau_i = value_i - base        float64, at the entries of delta i; 0 elsewhere
 
-All parameters follow one another in one range of flat positions, so that a step of a merge is one
-operation over all of them. Memory and time grow with the entries of the deltas, not with the model.
+A group of parameters of one dtype at a time: they follow one another in one range of flat
+positions, so that a step of a merge is one operation over all of them. Memory and time grow with
+the entries of the deltas, not with the model.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,14 +24,18 @@ Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 
+# Entries of all deltas together: enough that calls cost little beside the work, few enough that
+# the arrays stay in the cache and their memory is used again.
+GROUP_ENTRIES = 1 << 16
+
 
 @dataclass(frozen=True)
 class Vectors:
     """Deltas as arrays; u entries are in their union, n_i in delta i.
 
     Attributes:
-        layouts: an example of each parameter's values, in the order of the flat range: by
-            dtype, then by name, so that the order of a delta's entries depends on it alone.
+        layouts: an example of each parameter's values, all of one dtype, in the order of the flat
+            range.
         starts: (parameters + 1,), int64. Where each parameter begins in the flat range.
         position: (u,), int64, ascending. Places in the flat range.
         base: (u,), float64.
@@ -45,36 +50,31 @@ class Vectors:
     slots: tuple[Integers, ...]
     values: tuple[Floats, ...]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters."""
+        return next(iter(self.layouts.values())).dtype
+
     def task_vector(self, index: int) -> Floats:
         """tau of a delta at its entries, (n_i,) float64."""
-        return self.values[index] - self.base[self.slots[index]]
+        tau: Floats = self.values[index] - self.base[self.slots[index]]
+        return tau
 
-    def runs(self) -> Iterator[tuple[torch.dtype, slice]]:
-        """The parts of the union with parameters of one dtype."""
-        dtypes = [layout.dtype for layout in self.layouts.values()]
-        edges = [at for at in range(len(dtypes)) if at == 0 or dtypes[at] != dtypes[at - 1]]
-        places = self.position.searchsorted(self.starts[[*edges, -1]]).tolist()
-        for at, run in zip(edges, pairwise(places), strict=True):
-            yield dtypes[at], slice(*run)
-
-    def parts(
-        self, position: Integers, dtype: torch.dtype | None = None
-    ) -> Iterator[tuple[str, int, slice]]:
+    def parts(self, position: Integers) -> Iterator[tuple[str, int, slice]]:
         """Each parameter's name, its start in the flat range, and its part of `position`.
 
         Args:
             position: (n,), int64, ascending. Places in the flat range.
-            dtype: of the parameters; None for all.
         """
-        edges = position.searchsorted(self.starts).tolist()
-        found = zip(self.layouts.items(), self.starts.tolist(), pairwise(edges), strict=False)
-        for (name, layout), start, part in found:
-            if dtype in (None, layout.dtype):
-                yield name, start, slice(*part)
+        edges = pairwise(position.searchsorted(self.starts).tolist())
+        for name, start, part in zip(self.layouts, self.starts[:-1].tolist(), edges, strict=True):
+            yield name, start, slice(*part)
 
 
-def vectors_of(shared: Shared) -> Vectors:
-    """The task vectors of deltas over one base.
+def vectors_of(shared: Shared) -> Iterator[Vectors]:
+    """The task vectors of deltas over one base, by groups of parameters.
+
+    The order is by dtype, then by name, so that the order of a delta's entries depends on it alone.
 
     Raises:
         DeltaError: a value or the base's value is NaN or infinite.
@@ -82,20 +82,32 @@ def vectors_of(shared: Shared) -> Vectors:
     layouts: dict[str, SparseValues] = {}
     for changes in shared.changes:
         layouts |= changes
-    layouts = dict(sorted(layouts.items(), key=lambda item: (str(item[1].dtype), item[0])))
-    starts = np.cumsum([0, *(values.numel for values in layouts.values())], dtype=np.int64)
+    group: dict[str, SparseValues] = {}
+    entries = 0
+    for name, layout in sorted(layouts.items(), key=lambda item: (str(item[1].dtype), item[0])):
+        other = group and next(iter(group.values())).dtype != layout.dtype
+        if other or entries >= GROUP_ENTRIES:
+            yield _vectors(shared, group)
+            group, entries = {}, 0
+        group[name] = layout
+        entries += sum(sparse[name].num_entries for sparse in shared.changes if name in sparse)
+    if group:
+        yield _vectors(shared, group)
+
+
+def _vectors(shared: Shared, layouts: dict[str, SparseValues]) -> Vectors:
+    starts = np.cumsum([0, *(layout.numel for layout in layouts.values())], dtype=np.int64)
     present = [
         [
-            (start, changes[name])
-            for name, start in zip(layouts, starts[:-1], strict=True)
-            if name in changes
+            (at, sparse[name])
+            for name, at in zip(layouts, starts[:-1], strict=True)
+            if name in sparse
         ]
-        for changes in shared.changes
+        for sparse in shared.changes
     ]
-    flat = [
-        _joined([values.position.numpy() + start for start, values in parts]) for parts in present
-    ]
-    position, slots = _union(flat)
+    position, slots = _union(
+        [_joined([part.position.numpy() + at for at, part in parts]) for parts in present]
+    )
     values = tuple(_wide([part.value for _, part in parts]) for parts in present)
     vectors = Vectors(layouts, starts, position, np.zeros(position.size), slots, values)
     if shared.base is not None:
@@ -139,10 +151,10 @@ def _joined(arrays: Sequence[Integers]) -> Integers:
 
 
 def _wide(tensors: Sequence[Tensor]) -> Floats:
-    """The values of tensors of any floating-point dtypes as one float64 array, exactly."""
-    plain = [tensor if tensor.itemsize > 1 else tensor.float() for tensor in tensors]
-    joined = torch.cat([torch.empty(0, dtype=torch.float32), *plain])  # the widest dtype of all
-    array: Floats = joined.double().numpy()
+    """The values of floating-point tensors as one float64 array, exactly."""
+    if not tensors:
+        return np.zeros(0)
+    array: Floats = torch.cat(list(tensors)).double().numpy()
     return array
 
 
