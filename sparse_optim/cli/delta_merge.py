@@ -209,7 +209,7 @@ def _agreement_facts(part: Agreement) -> dict[str, Any]:
     return {**asdict(part), "overlap": part.overlap, "opposite_share": part.opposite_share}
 
 
-HEADINGS = ("entries of A", "entries of B", "in both", "overlap", "opposite signs", "cosine")
+HEADINGS = ("in A", "in B", "in both", "overlap", "opposite", "cosine")
 
 
 def _cells(part: Agreement) -> list[str]:

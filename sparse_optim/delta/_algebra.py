@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sparse_optim.delta._combine import (
     Chooser,
@@ -217,10 +218,9 @@ def _changed(vectors: Vectors, result: Floats, store_original: bool) -> dict[str
     value, original = rounded(result, vectors.dtype), rounded(vectors.base, vectors.dtype)
     index = (bits(value) != bits(original)).nonzero().view(-1)
     value, original, position = value[index], original[index], vectors.position[index.numpy()]
-    finite = bool((value if value.itemsize > 1 else value.float()).isfinite().all())
     sparse = {}
     for name, start, part in vectors.parts(position):
-        if not finite and not bool(value[part].float().isfinite().all()):
+        if not _all_finite(value[part]):
             raise DeltaError(f"{name!r}: the result overflows {value.dtype}: use smaller weights")
         sparse[name] = SparseValues(
             shape=vectors.layouts[name].shape,
@@ -230,3 +230,9 @@ def _changed(vectors: Vectors, result: Floats, store_original: bool) -> dict[str
             original=original[part] if store_original else None,
         )
     return sparse
+
+
+def _all_finite(value: Tensor) -> bool:
+    """Whether no value is infinite; none is NaN."""
+    wide = value if value.itemsize > 1 else value.float()
+    return not value.numel() or all(map(math.isfinite, map(float, wide.aminmax())))

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -64,7 +65,7 @@ def folder_tensors(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
 class FolderTensors(Mapping[str, Tensor]):
     """The weight tensors of a model folder, each mapped from its file when it is asked for.
 
-    Nothing is kept: memory holds the pages in use of the tensors that the caller holds.
+    One file at a time is open: memory holds the pages in use of one shard.
 
     Args:
         names: name in the folder -> name here; None for the same.
@@ -77,6 +78,8 @@ class FolderTensors(Mapping[str, Tensor]):
         self, folder: str | os.PathLike[str], names: Mapping[str, str] | None = None
     ) -> None:
         self._folder = Path(folder)
+        self._open: Any = None
+        self._file = ""
         where = _locate(self._folder, _shards(self._folder))
         self._where = {
             name if names is None else names[name]: (file, name) for name, file in where.items()
@@ -84,8 +87,11 @@ class FolderTensors(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         file, stored = self._where[name]
-        with _readable(self._folder / file), safe_open(self._folder / file, "pt") as tensors:
-            tensor: Tensor = tensors.get_tensor(stored)
+        with _readable(self._folder / file):
+            if file != self._file:
+                self._open, self._file = None, file  # the last one is unmapped first
+                self._open = safe_open(self._folder / file, "pt")
+            tensor: Tensor = self._open.get_tensor(stored)
         return tensor
 
     def __contains__(self, name: object) -> bool:

@@ -231,7 +231,7 @@ def _kept(name: str, found: Mapping[str, Tensor], keep: str | None) -> Tensor:
     if keep is not None and keep in found:
         return found[keep]
     raise DeltaError(
-        f"{name!r}: {' and '.join(sorted(found))} hold different tensors without a common start (fresh "
-        "heads?), which cannot be added up: name the delta whose tensors to keep (dense=INDEX, or "
-        "--dense in `sparse-optim merge`)"
+        f"{name!r}: {' and '.join(sorted(found))} hold different tensors without a common start "
+        "(fresh heads?), which cannot be added up: name the delta whose tensors to keep "
+        "(dense=INDEX, or --dense in `sparse-optim merge`)"
     )
