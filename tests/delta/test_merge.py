@@ -216,6 +216,28 @@ def test_the_order_of_the_inputs_makes_no_difference(how):
     assert len(found) == 1
 
 
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"method": "ties", "density": 0.3},
+        {"method": "dare", "density": 0.5},
+    ],
+)
+def test_groups_of_parameters_make_no_difference(how, monkeypatch):
+    """Also where changes of the same size in several of them compete for the density."""
+    base = {name: torch.zeros(9) for name in "abcd"} | {"e": torch.zeros(9, dtype=torch.float16)}
+    tuned = [{name: torch.full_like(t, sign) for name, t in base.items()} for sign in (1, -1)]
+    deltas = [sparse_delta(base, state) for state in tuned]
+    found = []
+    for entries in (1, 40, 1000):
+        monkeypatch.setattr("sparse_optim.delta._vectors.GROUP_ENTRIES", entries)
+        found.append(merge_deltas(deltas, base, weights=[1, 3], **how))
+    assert len(set(map(content_fingerprint, found))) == 1
+    if how.get("method") == "ties":
+        assert found[0].num_entries == round(0.3 * 45)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_random_values_are_rounded_once(dtype):
     torch.manual_seed(0)
