@@ -54,7 +54,7 @@ def merge_deltas(
     Args:
         deltas: at least one, over one base.
         base: a module or state dict (float dtypes of the deltas), or a folder of safetensors,
-            of which one tensor at a time is in memory. None: the deltas store originals.
+            of which one file at a time is in memory. None: the deltas store originals.
         weights: one for each delta, 1 by default; negative ones take a task away.
         density: ties: share of each delta's entries that stays, the largest changes (1 by
             default); dare: the same, drawn at random (required). In (0, 1]. It is a share of the

@@ -48,7 +48,7 @@ def share(
 
     Args:
         deltas: by what messages call them.
-        base: a module, a mapping of tensors, or a model folder, which is read tensor by tensor;
+        base: a module, a mapping of tensors, or a model folder, which is read file by file;
             None to take the base's values from the deltas.
         keep: the delta whose whole tensors to keep where several deltas have different ones.
         heads: whether the result has whole tensors at all.
