@@ -15,7 +15,17 @@ from sparse_optim.version import __version__
 try:
     import typer
 
-    from sparse_optim.cli import analyse, compare, delta, estimate, experiment, finetune, peft, use
+    from sparse_optim.cli import (
+        analyse,
+        compare,
+        delta,
+        delta_merge,
+        estimate,
+        experiment,
+        finetune,
+        peft,
+        use,
+    )
     from sparse_optim.cli.console import print_line
 except ModuleNotFoundError as error:
     if (error.name or "").startswith("sparse_optim"):
@@ -52,7 +62,7 @@ def root(
     """Options of the command itself."""
 
 
-for command in (finetune, use, compare, delta, analyse, peft, estimate, experiment):
+for command in (finetune, use, compare, delta, delta_merge, analyse, peft, estimate, experiment):
     command.register(app)
 
 

@@ -4,14 +4,17 @@
 
 `Delta` holds it in memory; `save_delta` and `load_delta` write and read its file; `apply_delta`
 writes it to a live model and can revert it; `merge` and `merge_folder` make a full checkpoint.
+`merge_deltas` makes one delta of several.
 """
 
+from sparse_optim.delta._algebra import merge_deltas, unmerge
 from sparse_optim.delta._apply import (
     AppliedDelta,
     apply_delta,
     merge,
     revert_delta,
 )
+from sparse_optim.delta._conflicts import Agreement, Conflict, conflicts
 from sparse_optim.delta._folder import MergedFolder, folder_tensors, merge_folder
 from sparse_optim.delta._format import content_fingerprint, load_delta, save_delta
 from sparse_optim.delta._series import Overlap, compose, increment, overlap
@@ -19,7 +22,9 @@ from sparse_optim.delta._switch import DeltaSwitcher
 from sparse_optim.delta._types import Delta, DeltaError, SparseValues
 
 __all__ = [
+    "Agreement",
     "AppliedDelta",
+    "Conflict",
     "Delta",
     "DeltaError",
     "DeltaSwitcher",
@@ -28,13 +33,16 @@ __all__ = [
     "SparseValues",
     "apply_delta",
     "compose",
+    "conflicts",
     "content_fingerprint",
     "folder_tensors",
     "increment",
     "load_delta",
     "merge",
+    "merge_deltas",
     "merge_folder",
     "overlap",
     "revert_delta",
     "save_delta",
+    "unmerge",
 ]

@@ -33,8 +33,9 @@ def raw_bytes(tensor: Tensor, piece_bytes: int = PIECE_BYTES) -> Iterator[memory
             f"{tensor.device}: densify or materialise it first"
         )
     plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
-    for piece in plain.reshape(-1).view(torch.uint8).split(piece_bytes):
-        yield memoryview(piece.cpu().numpy())
+    flat = plain.reshape(-1).view(torch.uint8)
+    for piece in (flat,) if flat.numel() <= piece_bytes else flat.split(piece_bytes):
+        yield piece.cpu().numpy().data
 
 
 def fingerprint(tensor: Tensor) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -61,10 +62,54 @@ def folder_tensors(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
     return tensors
 
 
+class FolderTensors(Mapping[str, Tensor]):
+    """The weight tensors of a model folder, each mapped from its file when it is asked for.
+
+    One file at a time is open: memory holds the pages in use of one shard.
+
+    Args:
+        names: name in the folder -> name here; None for the same.
+
+    Raises:
+        DeltaError: as `folder_tensors`.
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike[str], names: Mapping[str, str] | None = None
+    ) -> None:
+        self._folder = Path(folder)
+        self._open: Any = None
+        self._file = ""
+        where = _locate(self._folder, _shards(self._folder))
+        self._where = {
+            name if names is None else names[name]: (file, name) for name, file in where.items()
+        }
+
+    def __getitem__(self, name: str) -> Tensor:
+        file, stored = self._where[name]
+        with _readable(self._folder / file):
+            if file != self._file:
+                self._open, self._file = None, file  # the last one is unmapped first
+                self._open = safe_open(self._folder / file, "pt")
+            tensor: Tensor = self._open.get_tensor(stored)
+        return tensor
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._where
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+
 def merge_folder(
     base_folder: str | os.PathLike[str], delta: Delta, out_folder: str | os.PathLike[str]
 ) -> MergedFolder:
     """Write base + delta as a full model folder: same shards, all other files copied.
+
+    Memory holds one shard at a time, and copies of its changed tensors.
 
     Names may differ by wrappers and by one prefix: `_names.match_names`. A tied weight that the
     base's files hold twice is changed in both places. config.json is copied from the base: a delta

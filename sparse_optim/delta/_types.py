@@ -415,7 +415,7 @@ class Delta:
                     tied[name] = seen[key]
                 continue
             seen[key] = name
-            values = _changes(name, before, after, store_original)
+            values = changed_entries(name, before, after, store_original)
             if values is None or values.num_entries == 0:
                 continue
             # Compared as they are in memory and in files with plain positions.
@@ -446,7 +446,14 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
 
 
-def _changes(name: str, before: Tensor, after: Tensor, store_original: bool) -> SparseValues | None:
+def changed_entries(
+    name: str, before: Tensor, after: Tensor, store_original: bool
+) -> SparseValues | None:
+    """The entries of a tensor that have other bits than before; None if there are none.
+
+    Raises:
+        DeltaError: the dtypes differ, or safetensors cannot hold them.
+    """
     if before.dtype != after.dtype:
         raise DeltaError(
             f"{name!r}: the base is {before.dtype}, the tuned model {after.dtype}: cast one of "

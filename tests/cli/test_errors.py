@@ -28,6 +28,8 @@ COMMANDS = {
     "inspect": ("{tmp}/[x].safetensors",),
     "apply": ("{tmp}", "{tmp}/[x].safetensors", "{tmp}/out"),
     "diff": ("{tmp}/[x].safetensors", "{tmp}"),
+    "merge": ("{tmp}/[x].safetensors", "-o", "{tmp}/out.safetensors"),
+    "unmerge": ("{tmp}/[x].safetensors", "{tmp}/a", "{tmp}/b", "-o", "{tmp}/out.safetensors"),
     "analyse": ("{tmp}/[x]",),
     "compare": ("{tmp}/[x]",),
     "export-peft": ("{tmp}/[x].safetensors", "--base", "minilm", "-o", "{tmp}/out"),

@@ -1,0 +1,238 @@
+"""Merge deltas over one base into one delta, and take one out again."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_optim.delta._combine import (
+    Chooser,
+    Recipe,
+    combine,
+    keep_all,
+    keep_at_random,
+    keep_largest,
+    part_of,
+    rounded,
+)
+from sparse_optim.delta._format import content_fingerprint
+from sparse_optim.delta._shared import Base, Shared, share
+from sparse_optim.delta._tensors import bits
+from sparse_optim.delta._types import Delta, DeltaError, SparseValues
+from sparse_optim.delta._vectors import Floats, Vectors, vectors_of
+
+
+def merge_deltas(
+    deltas: Sequence[Delta],
+    base: Base | None = None,
+    *,
+    method: str = "sum",
+    weights: Sequence[float] | None = None,
+    density: float | None = None,
+    seed: int | None = None,
+    dense: int | None = None,
+    store_original: bool = False,
+) -> Delta:
+    """Merge deltas over one base into one delta.
+
+        sum         theta = base + sum_i w_i (value_i - base)          at the union of the entries
+        ties        trim each delta, elect a sign for each entry, take the mean of those that agree
+        dare        drop entries at random, divide the others by `density`, then sum
+        dare-ties   drop and divide, then elect and take the mean
+
+    Computed in float64 and rounded once to the parameter's dtype. An entry to which one delta alone
+    contributes, with weight 1, keeps that delta's bits. Entries that end at the base's value are
+    left out. Time and memory grow with the entries of the deltas; the base's touched tensors are
+    read once, to check their fingerprints. The order of the deltas makes no difference.
+
+    A tensor that a delta stores whole counts as the entries in which it differs from the base. One
+    that the base lacks (a fresh head) is copied, and may not differ between deltas, see `dense`.
+    `base` must be as it was before training, without a fresh head of its own.
+
+    Args:
+        deltas: at least one, over one base.
+        base: a module or state dict (float dtypes of the deltas), or a folder of safetensors,
+            of which one file at a time is in memory. None: the deltas store originals.
+        weights: one for each delta, 1 by default; negative ones take a task away.
+        density: ties: share of each delta's entries that stays, the largest changes (1 by
+            default); dare: the same, drawn at random (required). In (0, 1]. It is a share of the
+            entries that the delta changes, not of the model's.
+        seed: of dare, 0 by default. What a delta loses depends on the seed and the delta alone.
+        dense: index of the delta to keep tensors of, where deltas have different ones that the
+            base lacks. Its note of the model (`method["model"]`) is kept as well.
+        store_original: keep the base's values, so that `revert_delta` works.
+
+    Returns:
+        A delta over the same base. Its `method` records the recipe, and the content fingerprint
+        and weight of every input.
+
+    Raises:
+        DeltaError: another base or different bases, wrong settings, an increment, integer or
+            complex entries, NaN or infinite ones, different heads, or a result that overflows.
+
+    References: Ilharco et al. 2023, arXiv 2212.04089; Yadav et al. 2023, arXiv 2306.01708;
+    Yu et al. 2024, arXiv 2311.03099.
+    """
+    recipe = Recipe.of(method, density, seed)
+    scales = _checked_weights(weights, len(deltas))
+    if dense is not None and not 0 <= dense < len(deltas):
+        raise DeltaError(f"dense: expected an index below {len(deltas)}, got {dense}")
+    prints = [content_fingerprint(delta) for delta in deltas]
+    order = sorted(range(len(deltas)), key=lambda at: (prints[at], scales[at]))
+    labels = {f"deltas[{at}]": deltas[at] for at in order}
+    shared = share(labels, base, None if dense is None else f"deltas[{dense}]")
+    return Delta(
+        sparse=_merged(shared, recipe, [(prints[at], scales[at]) for at in order], store_original),
+        dense=shared.whole,
+        fingerprints=shared.fingerprints,
+        method={
+            "name": "merge",
+            "method": recipe.method,
+            "density": recipe.density,
+            "seed": recipe.seed,
+            "dense": None if dense is None else prints[dense],
+            "inputs": [
+                {
+                    "fingerprint": prints[at],
+                    "weight": scales[at],
+                    "method": deltas[at].method.get("name"),
+                }
+                for at in order
+            ],
+            **_model_note(deltas, dense),
+        },
+        tied=shared.tied,
+    )
+
+
+def unmerge(merged: Delta, delta: Delta, rest: Sequence[Delta], base: Base | None = None) -> Delta:
+    """Take one delta out of a merged one.
+
+        unmerge(merge_deltas([*rest, delta], base), delta, rest, base) == merge_deltas(rest, base)
+
+    bit for bit. Rounding loses what would be needed to subtract, so the others are merged again,
+    by the recipe that `merged` records.
+
+    Args:
+        merged: what `merge_deltas` gave.
+        delta: the input to take out.
+        rest: all other inputs, in any order.
+        base: as for `merge_deltas`.
+
+    Raises:
+        DeltaError: `merged` was not made by `merge_deltas`, or its inputs are not `delta` and
+            `rest`; or as `merge_deltas`.
+    """
+    record: dict[str, Any] = dict(merged.method)
+    if record.get("name") != "merge":
+        raise DeltaError("merged: expected a delta that merge_deltas made")
+    weights: dict[str, list[float]] = {}
+    for entry in _inputs(record):
+        weights.setdefault(entry["fingerprint"], []).append(entry["weight"])
+    out, kept = content_fingerprint(delta), [content_fingerprint(each) for each in rest]
+    if len(set(weights.get(out, ()))) > 1:
+        raise DeltaError("delta: it was merged twice, with two weights: merge the others again")
+    found = []
+    for label, text in (("delta", out), *((f"rest[{at}]", text) for at, text in enumerate(kept))):
+        if not weights.get(text):
+            raise DeltaError(f"{label}: it is not an input of the merged delta: {text}")
+        found.append(weights[text].pop())
+    missing = [text for text, left in weights.items() if left]
+    if missing:
+        raise DeltaError(f"rest: expected all other inputs, {missing[0]} is missing")
+    if not rest:
+        raise DeltaError("delta: it is the only input, nothing would be left: use the base")
+    return merge_deltas(
+        rest,
+        base,
+        method=record["method"],
+        weights=found[1:],
+        density=None if record["method"] == "sum" else record["density"],
+        seed=record["seed"],
+        dense=kept.index(record["dense"]) if record["dense"] in kept else None,
+        store_original=any(values.original is not None for values in merged.sparse.values()),
+    )
+
+
+def _inputs(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    inputs = record.get("inputs")
+    keys = {"fingerprint", "weight"}
+    if not isinstance(inputs, list) or not all(
+        isinstance(entry, dict) and keys <= entry.keys() for entry in inputs
+    ):
+        raise DeltaError("merged: its list of inputs is damaged")
+    if not {"method", "density", "seed", "dense"} <= record.keys():
+        raise DeltaError("merged: its recipe is damaged")
+    return inputs
+
+
+def _checked_weights(weights: Sequence[float] | None, count: int) -> list[float]:
+    if count == 0:
+        raise DeltaError("deltas: expected at least one, got none")
+    given = [1.0] * count if weights is None else [float(weight) for weight in weights]
+    if len(given) != count:
+        raise DeltaError(f"weights: expected {count}, one for each delta, got {len(given)}")
+    if not all(map(math.isfinite, given)):
+        raise DeltaError(f"weights: expected finite numbers, got {given}")
+    return given
+
+
+def _model_note(deltas: Sequence[Delta], dense: int | None) -> dict[str, object]:
+    """The note of how to build the model, where all deltas have the same or `dense` names one."""
+    notes = [delta.method.get("model") for delta in deltas]
+    note = notes[0] if dense is None else notes[dense]
+    if note is None or (dense is None and any(other != note for other in notes)):
+        return {}
+    return {"model": note}
+
+
+def _merged(
+    shared: Shared, recipe: Recipe, inputs: Sequence[tuple[str, float]], store_original: bool
+) -> dict[str, SparseValues]:
+    """The entries that differ from the base; `inputs`: content and weight of each delta."""
+    groups: Iterable[Vectors] = vectors_of(shared)
+    keep: list[Chooser] = [keep_all] * len(inputs)
+    if recipe.seed is not None:
+        keep = [keep_at_random(recipe.density, f"{recipe.seed}/{content}") for content, _ in inputs]
+    elif recipe.trims:
+        groups = list(groups)
+        keep = [
+            keep_largest([vectors.task_vector(at) for vectors in groups], recipe.density)
+            for at in range(len(inputs))
+        ]
+    sparse: dict[str, SparseValues] = {}
+    for vectors in groups:
+        parts = [
+            part_of(vectors, at, recipe.scale(weight), keep[at])
+            for at, (_, weight) in enumerate(inputs)
+        ]
+        result = combine(vectors.base, parts, recipe.elects)
+        sparse |= _changed(vectors, result, store_original)
+    return sparse
+
+
+def _changed(vectors: Vectors, result: Floats, store_original: bool) -> dict[str, SparseValues]:
+    """The entries of `result`, (u,), that differ from the base, by parameter."""
+    value, original = rounded(result, vectors.dtype), rounded(vectors.base, vectors.dtype)
+    index = (bits(value) != bits(original)).nonzero().view(-1)
+    value, original, position = value[index], original[index], vectors.position[index.numpy()]
+    sparse = {}
+    for name, start, part in vectors.parts(position):
+        if not _all_finite(value[part]):
+            raise DeltaError(f"{name!r}: the result overflows {value.dtype}: use smaller weights")
+        sparse[name] = SparseValues(
+            shape=vectors.layouts[name].shape,
+            dtype=vectors.dtype,
+            position=torch.from_numpy(position[part] - start),
+            value=value[part],
+            original=original[part] if store_original else None,
+        )
+    return sparse
+
+
+def _all_finite(value: Tensor) -> bool:
+    """Whether no value is infinite; none is NaN."""
+    wide = value if value.itemsize > 1 else value.float()
+    return not value.numel() or all(map(math.isfinite, map(float, wide.aminmax())))
