@@ -90,7 +90,7 @@ def messages(run: Run, processes: int) -> dict[str, Message]:
         "FSDP2, ours, quiet step": Message(twice * norms, 1),
         "FSDP2, ours, loud step": Message(twice * (norms + digits), 1 + len(SHIFTS)),
         "the same with gathered winners": Message(
-            twice * norms + 8 * run.winners * (processes - 1), 2
+            twice * norms + 2 * 8 * run.winners * (processes - 1), 2
         ),
     }
 
