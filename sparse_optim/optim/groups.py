@@ -159,7 +159,7 @@ def check_rejected(
         )
 
 
-def check_not_sharded() -> None:
+def check_not_in_zero() -> None:
     """Raise TypeError where torch's ZeroRedundancyOptimizer is building this optimizer.
 
     Each process would spend the whole budget on its own share of the parameters, and clip by the

@@ -37,7 +37,7 @@ from sparse_optim.optim.groups import (
     check_max_grad_norm,
     check_method,
     check_new_group,
-    check_not_sharded,
+    check_not_in_zero,
     check_rejected,
     check_takes_gradients,
     check_unsharded,
@@ -152,7 +152,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         sampled_backward: bool = False,
     ) -> None:
         check_method(importance, selection, bias_correction)
-        check_not_sharded()
+        check_not_in_zero()
         self.max_grad_norm = max_grad_norm
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad,
