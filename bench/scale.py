@@ -5,8 +5,9 @@
 
 Processes on this machine talk by gloo over loopback. Each message of a step is timed by itself:
 sums of gradients (DDP), of the gradients of active entries, of norms; and the selection over
-shards in both ways of `sparse_optim.engine.shards`, by counting digits and by gathering winners.
-From the sums follow a latency and a time per byte, and from these the times with more processes:
+shards in both ways of `sparse_optim.engine.kth_largest`, by counting digits and by gathering
+winners. From the sums follow a latency and a time per byte, and from these the times with more
+processes:
 
     sum of n bytes over R processes = 2 log2(R) latency + 2 (R - 1) / R n time_per_byte
 
@@ -36,7 +37,7 @@ from bench import console
 from bench.environment import RESULTS, describe
 from bench.results import newest
 from bench.tables import table
-from sparse_optim.engine.shards import DIGITS, SHIFTS, by_counting, by_gathering
+from sparse_optim.engine.kth_largest import DIGITS, SHIFTS, by_counting, by_gathering
 
 PICTURE = RESULTS / "scale.png"
 MEASURED = (2, 3, 4)

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_optim.engine.shards import Shards, is_sharded, local_gradient, local_of
+from sparse_optim.engine.blocks import is_sharded, local_gradient, local_of
+from sparse_optim.engine.shards import Shards
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # One tensor's positions are int32, the pool's global indices 33 bits.

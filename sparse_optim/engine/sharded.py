@@ -2,7 +2,7 @@
 
     scan    each process its own shards; norms and the non-finite test are summed
     cut     each process finds the winners of its shards, as if there were no others; the k-th
-            largest of all is found by counting (`shards.kth_largest`); those below it go
+            largest of all is found (`kth_largest`); those below it go
 
 The first k of all are among the first k of each process, so that this is exact. Every process that
 holds a replica decides alike, by the same 64 bits of importance and place.
@@ -23,10 +23,11 @@ from sparse_optim.backends import scoring
 from sparse_optim.backends.operands import ENTRY_FIELDS, ActiveSet, Rule, max_quota, num_bytes
 from sparse_optim.backends.reference import importance_of_word, rank_words
 from sparse_optim.engine.engine import Engine, Method
+from sparse_optim.engine.kth_largest import kth_largest
 from sparse_optim.engine.pool import Gradients, Pool
 from sparse_optim.engine.ranking import NOISE_ENTRIES, scores_of, warn_of_scores
 from sparse_optim.engine.scalars import hyper_rows
-from sparse_optim.engine.shards import Shards, digest_of, kth_largest
+from sparse_optim.engine.shards import Shards, digest_of
 from sparse_optim.engine.touched import Touched
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

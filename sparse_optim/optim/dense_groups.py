@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from sparse_optim.engine.blocks import local_of
 from sparse_optim.engine.pool import changed
-from sparse_optim.engine.shards import local_of
 
 
 @dataclass(frozen=True)

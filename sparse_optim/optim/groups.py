@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from sparse_optim.backends.operands import BiasCorrection
+from sparse_optim.engine.blocks import is_sharded
 from sparse_optim.engine.engine import Norm
 from sparse_optim.engine.pool import Pool, check_param, check_together
-from sparse_optim.engine.shards import Shards, is_sharded
+from sparse_optim.engine.shards import Shards
 from sparse_optim.policy.importance import Importance, traits_of
 from sparse_optim.policy.selection import Selection
 from sparse_optim.warn import warn_user

@@ -20,6 +20,7 @@ from sparse_optim.backends.operands import BiasCorrection
 from sparse_optim.backends.registry import BackendName
 from sparse_optim.delta import Delta
 from sparse_optim.delta._fingerprint import BaseFingerprints
+from sparse_optim.engine.blocks import is_sharded, local_of
 from sparse_optim.engine.choose import choose
 from sparse_optim.engine.engine import Engine, Method, Norm, Source
 from sparse_optim.engine.fused_backward import FusedBackward
@@ -28,7 +29,6 @@ from sparse_optim.engine.replicas import has_group
 from sparse_optim.engine.sampled import SampledBackward, dense_gradients
 from sparse_optim.engine.scalars import check_capture
 from sparse_optim.engine.sharded import ShardedEngine, engine_for
-from sparse_optim.engine.shards import is_sharded, local_of
 from sparse_optim.optim import checkpoint, state
 from sparse_optim.optim.attach import Attachment, find_layers
 from sparse_optim.optim.dense_groups import plan_dense_step, start_dense, take_dense_step

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from sparse_optim.delta._fingerprint import Hasher, fingerprint
+from sparse_optim.engine.blocks import is_sharded, local_of
 from sparse_optim.engine.pool import Pool
-from sparse_optim.engine.shards import Shards, is_sharded, local_of
+from sparse_optim.engine.shards import Shards
 from sparse_optim.optim.state import DIGEST_BYTES
 
 

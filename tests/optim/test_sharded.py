@@ -17,8 +17,8 @@ import torch
 from repository import ROOT
 
 from sparse_optim.backends.noise import noise, noise_at
-from sparse_optim.engine import shards
-from sparse_optim.engine.shards import Block, block_of, make_up
+from sparse_optim.engine import kth_largest
+from sparse_optim.engine.blocks import Block, block_of, make_up
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch has no gloo")
@@ -96,20 +96,20 @@ class One:
 @pytest.mark.parametrize("most_bytes", [0, 1 << 20])
 @pytest.mark.parametrize("bits", [4, 20, 63])
 def test_the_kth_largest_word(bits: int, most_bytes: int, monkeypatch) -> None:
-    monkeypatch.setattr(shards, "GATHERED_BYTES", most_bytes)
+    monkeypatch.setattr(kth_largest, "GATHERED_BYTES", most_bytes)
     generator = torch.Generator().manual_seed(bits)
     words = torch.randint(-(2**bits) + 1, 2**bits - 1, (500,), generator=generator)
     words = torch.cat([words, torch.tensor([1 - 2**63, 2**63 - 1])]).unique()
     alive = torch.rand(len(words), generator=generator) < 0.7
     there = words[alive].sort(descending=True).values
-    find = partial(shards.kth_largest, words, alive, most=len(words), shards=One())
+    find = partial(kth_largest.kth_largest, words, alive, most=len(words), shards=One())
     for k in (1, 2, 7, len(there) - 1, len(there), len(words)):
         count, word = find(k=torch.tensor(k))
         assert int(count) == min(k, len(there))
         assert int(word) == int(there[int(count) - 1])
     count, word = find(k=torch.tensor(0))
     assert (int(count), int(word)) == (0, 2**63 - 1)
-    count, word = shards.kth_largest(words, alive & False, torch.tensor(3), len(words), One())
+    count, word = kth_largest.kth_largest(words, alive & False, torch.tensor(3), len(words), One())
     assert (int(count), int(word)) == (0, 2**63 - 1)
 
 

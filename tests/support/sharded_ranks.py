@@ -28,7 +28,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from sparse_optim import D3, Increment, MaskedAdamW, Repeat, Static, amp, save_delta
 from sparse_optim.delta import Delta, DeltaError
-from sparse_optim.engine import pool, shards
+from sparse_optim.engine import kth_largest, pool
 from sparse_optim.policy.importance import Magnitude, Random, Snip, Traits
 
 WORLD = 4
@@ -503,7 +503,7 @@ def traffic() -> Iterator[dict[str, int]]:
 def bytes_on_the_wire() -> None:
     """A step sends winners or counts, and norms; a delta active entries: nothing grows with N."""
     for few in (True, False):
-        shards.GATHERED_BYTES = few << 20
+        kth_largest.GATHERED_BYTES = few << 20
         count_bytes(few)
 
 
@@ -533,7 +533,7 @@ def main() -> None:
         "gloo", init_method=f"file://{folder}/group", rank=rank, world_size=WORLD
     )
     for part in PARTS:
-        shards.GATHERED_BYTES = 0 if part in (layouts, changes) else 1 << 20
+        kth_largest.GATHERED_BYTES = 0 if part in (layouts, changes) else 1 << 20
         part(*[folder] * (part in (methods, layouts, resume)))
         dist.barrier()
         sys.stdout.write(f"{part.__name__}\n")
