@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         }
 
     begin = 0
-    if Path(args.checkpoint).is_dir():
+    if Path(args.checkpoint, ".metadata").is_file():  # written last: a killed save has none
         saved = state()
         dcp.load(saved, checkpoint_id=args.checkpoint)
         set_state_dict(

@@ -15,6 +15,9 @@ import pytest
 import sharded_ranks
 import torch
 from repository import ROOT
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from sparse_optim.backends.noise import noise, noise_at
 from sparse_optim.engine import kth_largest
@@ -117,3 +120,64 @@ def test_noise_at_places_is_that_of_the_whole() -> None:
     every = noise(7, 3, 2, 50, torch.device("cpu"))
     position = torch.tensor([49, 0, 3, 4, 21])
     assert torch.equal(noise_at(7, 3, 2, position), every[position])
+
+
+SAVES = """
+import os, sys, torch, torch.distributed as dist
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint import filesystem
+from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+import sharded_ranks as runs
+
+folder = sys.argv[1]
+dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=0, world_size=1)
+net = runs.Net()
+runs.by_fsdp(DeviceMesh("cpu", [0]))(net)
+optimizer = runs.optimizer_of(net)
+for step in range(4):
+    runs.make_up(net, step)
+    optimizer.step()
+    if step == 3:  # killed when a part of the files is written
+        write = filesystem._write_item
+        def once(*args, **kwargs):
+            write(*args, **kwargs)
+            os._exit(9)
+        filesystem._write_item = once
+    if step in (1, 3):
+        model, state = get_state_dict(net, optimizer)
+        dcp.save({"model": model, "optimizer": state}, checkpoint_id=f"{folder}/step{step}")
+"""
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_a_killed_save_leaves_the_last_good_one(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/support'}"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SAVES, str(tmp_path)],
+        capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 9, done.stderr
+    assert any((tmp_path / "step3").iterdir())
+    nets, optimizers = zip(*(_trained(step) for step in (2, 0)), strict=True)
+    model, state = get_state_dict(nets[1], optimizers[1])
+    saved = {"model": model, "optimizer": state}
+    with pytest.raises(CheckpointException):
+        dcp.load(saved, checkpoint_id=tmp_path / "step3", no_dist=True)
+    dcp.load(saved, checkpoint_id=tmp_path / "step1", no_dist=True)
+    set_state_dict(nets[1], optimizers[1], model_state_dict=model, optim_state_dict=state)
+    for net, optimizer in zip(nets, optimizers, strict=True):
+        sharded_ranks.make_up(net, 3)
+        optimizer.step()
+    assert all(map(torch.equal, nets[0].parameters(), nets[1].parameters()))
+    ours, theirs = (optimizer.active_entries() for optimizer in optimizers)
+    assert all(torch.equal(position, theirs[name]) for name, position in ours.items())
+
+
+def _trained(steps: int):
+    net = sharded_ranks.Net()
+    optimizer = sharded_ranks.optimizer_of(net)
+    for step in range(steps):
+        sharded_ranks.make_up(net, step)
+        optimizer.step()
+    return net, optimizer
