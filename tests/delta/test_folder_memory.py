@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from sparse_optim.delta import Delta, SparseValues, save_delta
 from sparse_optim.delta._fingerprint import fingerprint
 
-SHARDS, ENTRIES = 10, 1 << 21  # 8 MiB each
+SHARDS, ENTRIES = 10, 1 << 22  # 16 MiB each: modules that load meanwhile take some MiB
 
 PROGRAM = """
 import os, sys, threading, time

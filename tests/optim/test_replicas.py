@@ -33,9 +33,12 @@ SUPPORT = ROOT / "tests" / "support"
 def test_replicas_are_equal_and_train_as_one_process_does(world: int, tmp_path: Path):
     processes = [
         subprocess.Popen(
-            [sys.executable, "-W", "ignore", "replica_cases.py", str(rank), str(world), tmp_path],
+            [sys.executable, "-W", "ignore", "replica_cases.py", tmp_path],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=SUPPORT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            env={
+                **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
+                "RANK": str(rank), "WORLD_SIZE": str(world),
+            },
         )
         for rank in range(world)
     ]  # fmt: skip

@@ -1,6 +1,6 @@
 """Train replicas with sampled gradients, and compare them; run by tests/optim/test_replicas.py.
 
-Usage: python replica_cases.py RANK WORLD FOLDER
+Usage: RANK=0 WORLD_SIZE=2 python replica_cases.py FOLDER
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ IN_THREE = [changes.changed, changes.different_processes]
 
 
 def main() -> None:
-    address = f"file://{sys.argv[3]}/group"
+    address = f"file://{sys.argv[1]}/group"
     dist.init_process_group("gloo", init_method=address, rank=runs.RANK, world_size=runs.WORLD)
     for case in (*RUNS, *(IN_THREE if runs.WORLD == 3 else (*CHANGES, *IN_TWO))):
         case()

@@ -7,7 +7,7 @@ reference, or replicas with ordinary gradients where the ranks do not do the sam
 from __future__ import annotations
 
 import io
-import sys
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -29,7 +29,7 @@ from sparse_optim import (
     Static,
 )
 
-RANK, WORLD = int(sys.argv[1]), int(sys.argv[2])
+RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 EACH, WIDTH, STEPS, BUDGET = 4, 8, 9, 40  # examples of a rank, inputs
 
 
