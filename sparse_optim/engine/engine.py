@@ -370,13 +370,12 @@ class Engine:
     def measure(self, dense: Sequence[Tensor]) -> None:
         """Norms and non-finite test of active.grad and the dense gradients, in place of all."""
         work, last = self.work, len(self.pool.params)
-        if not last:
-            return
-        work.norms[: last - 1].zero_()
+        ours, first = ([self.active.grad], last - 1) if last else ([], 0)
+        work.norms[:first].zero_()
         nothing = self.ops.bind([], [], work.table[:0])
         self.ops.scan(
-            nothing, [self.active.grad, *dense], work.tiles.of_tensors(0, 0, slice(0, 0)),
-            self.active.of_tensors(0, 0), work.norms[last - 1 :], work.scalars.found_inf,
+            nothing, [*ours, *dense], work.tiles.of_tensors(0, 0, slice(0, 0)),
+            self.active.of_tensors(0, 0), work.norms[first:], work.scalars.found_inf,
             work.scratch,
         )  # fmt: skip
 

@@ -30,8 +30,6 @@ from sparse_optim.engine.scalars import hyper_rows
 from sparse_optim.engine.shards import Shards, digest_of
 from sparse_optim.engine.touched import Touched
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
 
 def engine_for(pool: Pool, method: Method, targets: Tensor, backend: str) -> Engine:
     """The engine of a pool, sharded or not; see `Engine`."""
@@ -152,19 +150,18 @@ class ShardedEngine(Engine):
 
     def measure(self, dense: Sequence[Tensor]) -> None:
         """See `Engine`; of the active entries and dense gradients of all processes."""
-        number = len(self.pool.params)
-        if not number:
-            return
-        held, active = self.active.grad, self.active
-        entries = torch.arange(held.numel(), device=held.device)
-        tensor = torch.searchsorted(active.offsets[1:], entries, right=True).clamp(max=number - 1)
-        self.active = replace(active, grad=torch.where(self._owned[tensor], held, 0.0))
+        active, last = self.active, len(self.pool.params) - 1
+        counted = self.shards.owned.clone()
+        if last >= 0:
+            entries = torch.arange(active.grad.numel(), device=active.grad.device)
+            tensor = torch.searchsorted(active.offsets[1:], entries, right=True).clamp(max=last)
+            counted_grad = torch.where(self._owned[tensor], active.grad, 0.0)
+            self.active = replace(active, grad=counted_grad)
+            counted[last] = True  # the norm of all active entries
         try:
             super().measure(dense)
         finally:
             self.active = active
-        counted = self.shards.owned.clone()
-        counted[number - 1] = True  # the norm of all active entries
         self.shards.add_norms(self.work.norms, self.work.scalars.found_inf, counted)
 
     def cut(self, grads: Gradients) -> None:

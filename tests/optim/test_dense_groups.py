@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from training import give_grads, new_params, snapshot, trained_params
 
-from sparse_optim import D3, IncrementalMaskedAdamW, MaskedAdamW, Static
+from sparse_optim import D3, Increment, IncrementalMaskedAdamW, MaskedAdamW, Static
 
 SHAPES = ((40, 30), (1,), (0,), (), (513,))
 OPTIONS: list[dict[str, Any]] = [
@@ -246,3 +246,24 @@ def test_a_step_without_memory_moves_nothing_and_can_be_taken_again(monkeypatch,
         broken.step()
     for a, b in zip(trained_params(whole), trained_params(broken), strict=True):
         assert_same_bits(a.detach(), b.detach())
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_the_norm_of_what_moves_counts_dense_gradients_where_nothing_is_ranked(backend):
+    norms = []
+    for norm in ("all", "active"):
+        param = Parameter(torch.zeros(4))
+        param.grad = torch.full((4,), 100.0)
+        optimizer = MaskedAdamW(
+            [{"params": [param], "unmask": "all"}], lr=1.0, eps=1e3, weight_decay=0.0,
+            importance=D3(), selection=Increment(3, 5), max_grad_norm=0.1, norm=norm,
+            backend=backend,
+        )  # fmt: skip
+        optimizer.step()
+        norms.append(float(optimizer.grad_norm))
+        assert float(param.detach().abs().max()) < 1e-4, norm  # clipped
+        param.grad = torch.full((4,), torch.inf)
+        optimizer.step()
+        assert optimizer.metrics()["skipped_steps"] == 1
+        assert param.isfinite().all()
+    assert norms == [200.0, 200.0]
