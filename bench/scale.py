@@ -1,4 +1,4 @@
-"""What several processes say to each other in a step: measured with two to four, modelled beyond.
+"""What several processes send each other in a step: measured with two to four, modelled beyond.
 
     python -m bench.scale             # prints; a minute
     python -m bench.scale --write     # also records bench/results/scale-<date>.json

@@ -95,7 +95,7 @@ class Replicas:
                 tensor.copy_(mean.view_as(tensor))
 
     def gather(self, numbers: Sequence[int], device: torch.device) -> list[list[int]]:
-        """The numbers of each process, below 2**63; all processes give as many."""
+        """The numbers (int64) of each process; all processes give as many."""
         mine = torch.tensor(numbers, dtype=torch.int64, device=device)
         processes = torch.distributed.get_world_size(self.group)
         found = [torch.empty_like(mine) for _ in range(processes)]

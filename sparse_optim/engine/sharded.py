@@ -45,7 +45,8 @@ class ShardedEngine(Engine):
     Raises:
         ValueError: the selection replaces its set at each step, or the importance needs whole
             tensors.
-        RuntimeError: the processes have different schedules.
+        RuntimeError: the processes have other schedules, importances, selections, norms or
+            backends; at the first step, other hyper-parameters.
     """
 
     def __init__(

@@ -7,7 +7,6 @@ entries, or wait for one another. They exchange digests, 8 bytes each.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -15,6 +14,7 @@ import torch
 from sparse_optim.delta._fingerprint import fingerprint
 from sparse_optim.engine.engine import Engine
 from sparse_optim.engine.replicas import Replicas
+from sparse_optim.engine.shards import digest_of
 
 
 def compare_replicas(engine: Engine, replicas: Replicas, left_out: Sequence[str]) -> None:
@@ -35,12 +35,12 @@ def compare_replicas(engine: Engine, replicas: Replicas, left_out: Sequence[str]
         "the steps that were taken": active.progress.tolist(),
         "when they unmask": (engine.loud, engine.calls, engine.completion.flags),
     }
-    _check_equal({what: _digest(value) for what, value in whole.items()}, replicas, device)
+    _check_equal({what: digest_of(value)[0] for what, value in whole.items()}, replicas, device)
     parts = {}
     for index, (name, param) in enumerate(zip(pool.names, pool.params, strict=True)):
-        parts[name] = _digest(fingerprint(param))
+        parts[name] = digest_of(fingerprint(param))[0]
         for field, values in active.segment(index).items():
-            parts[f"{field} of the active entries of {name}"] = _digest(fingerprint(values))
+            parts[f"{field} of the active entries of {name}"] = digest_of(fingerprint(values))[0]
     _check_equal(parts, replicas, device)
 
 
@@ -54,9 +54,3 @@ def _check_equal(digests: Mapping[str, int], replicas: Replicas, device: torch.d
                 "with the same seed, and load the same weights and the same checkpoint before "
                 "step()"
             )
-
-
-def _digest(value: object) -> int:
-    """A number below 2**63 that differs where values do."""
-    digest = hashlib.blake2b(repr(value).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1

@@ -6,10 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-import typer
+from cli_runs import invoker
 from delta_cases import assert_identical, clone, example_base, example_delta
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 from sparse_optim.cli.delta import register
 from sparse_optim.delta import (
@@ -29,20 +28,7 @@ from sparse_optim.delta import (
 @pytest.fixture
 def run(monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    app = typer.Typer()
-    register(app)
-
-    def invoke(*arguments, code=0):
-        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-        assert result.exit_code == code, result.output
-        if code == 1:
-            assert result.stdout == ""
-            assert result.stderr.startswith("Error: ")
-            assert result.stderr.count("\n") == 1
-            return result.stderr
-        return result.stdout
-
-    return invoke
+    return invoker(register)
 
 
 def write_folder(folder, tensors, shards=1):

@@ -4,10 +4,9 @@ import json
 
 import pytest
 import torch
-import typer
+from cli_runs import invoker
 from delta_cases import example_base, example_delta
 from safetensors.torch import save_file
-from typer.testing import CliRunner
 
 from sparse_optim.cli.delta import register as register_delta
 from sparse_optim.cli.delta_merge import register
@@ -25,21 +24,7 @@ from sparse_optim.delta import (
 @pytest.fixture
 def run(monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    app = typer.Typer()
-    register(app)
-    register_delta(app)
-
-    def invoke(*arguments, code=0):
-        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-        assert result.exit_code == code, result.output
-        if code == 1:
-            assert result.stdout == ""
-            assert result.stderr.startswith("Error: ")
-            assert result.stderr.count("\n") == 1
-            return result.stderr
-        return result.stdout
-
-    return invoke
+    return invoker(register, register_delta)
 
 
 @pytest.fixture
