@@ -84,6 +84,8 @@ SelectiveCallback().attach(trainer)
 trainer.train()
 weights = torch.cat([param.detach().flatten() for param in trainer.model.parameters()])
 print("found", args.world_size, trainer.raw_optimizer.metrics()["active"], weights.sum().item())
+torch.distributed.barrier()  # the first process keeps the store of all: it must not end first
+torch.distributed.destroy_process_group()
 """
 
 
