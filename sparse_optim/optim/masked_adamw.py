@@ -46,7 +46,14 @@ from sparse_optim.optim.groups import (
     split_groups,
 )
 from sparse_optim.optim.left_out import LeftOut
-from sparse_optim.optim.readout import delta_of, metrics_of
+from sparse_optim.optim.readout import (
+    Layout,
+    Moved,
+    delta_of,
+    layout_of,
+    metrics_of,
+    moved_entries,
+)
 from sparse_optim.optim.whole import hasher_of, whole_of
 from sparse_optim.policy.importance import Importance, traits_of
 from sparse_optim.policy.selection import Selection, resolve_budget
@@ -711,6 +718,36 @@ class MaskedAdamW(torch.optim.Optimizer):
 
         Logs a warning, once, where `total_steps` is not the number of steps that were taken.
         """
+        self._check_unwritten()
+        if finished:
+            self._check_length()
+        return delta_of(self._engine, self._dense, self.param_groups, self._base.values, model)
+
+    def layout(self, model: torch.nn.Module | None = None) -> Layout:
+        """The tensors that `moved` and `delta` speak of, by name; see `delta` for `model`.
+
+        Raises:
+            ValueError: a parameter has no name, or is not the model's.
+        """
+        pool, prints = self._engine.pool, self._base.values
+        if not self._base.final:  # until the first step, other weights may be loaded
+            prints = hasher_of(pool).fingerprints(pool.params, range(len(pool.params)))
+        return layout_of(pool, self._dense, self.param_groups, prints, model)
+
+    def moved(self) -> Moved:
+        """The entries of ranked groups that may have moved so far, and their values. O(B).
+
+        With sharded parameters all processes call it, and each gets the entries of all.
+
+        Raises:
+            RuntimeError: as `delta`.
+        """
+        self._check_unwritten()
+        self._engine.pool.check_unchanged()
+        return moved_entries(self._engine)
+
+    def _check_unwritten(self) -> None:
+        """Raise RuntimeError if other code has written parameters since the first step."""
         if self._engine.written_anywhere():
             raise RuntimeError(
                 "other code has written the parameters since the optimizer's first step "
@@ -720,6 +757,3 @@ class MaskedAdamW(torch.optim.Optimizer):
                 "sparse_optim.delta.Delta.from_models(base, model) (of a sharded model, with its "
                 "full_tensor()s)"
             )
-        if finished:
-            self._check_length()
-        return delta_of(self._engine, self._dense, self.param_groups, self._base.values, model)

@@ -1,9 +1,10 @@
-"""What can be read off an engine: its delta, with names, and its metrics."""
+"""What can be read off an engine: its delta, with names, the entries that moved, its metrics."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from itertools import pairwise
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -18,6 +19,71 @@ from sparse_optim.optim.groups import DenseParams
 from sparse_optim.optim.whole import whole_of
 
 MAX_COUNTER_BYTES = 1024
+
+
+@dataclass(frozen=True)
+class Moved:
+    """The entries of the pool that may have moved since the start, in ascending order.
+
+    Attributes:
+        position: (n,), int32, flat positions within their tensors, on the pool's device.
+        offsets: S + 1 numbers: the entries of tensor i are offsets[i]:offsets[i + 1].
+        values: of each tensor its entries' values, in its dtype.
+        unmask_step: (n,), int32; None where entries leave the set again, so that none is known.
+        step: steps that were taken.
+    """
+
+    position: Tensor
+    offsets: list[int]
+    values: list[Tensor]
+    unmask_step: Tensor | None
+    step: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The tensors of an optimizer, by the names that a delta gives them.
+
+    Attributes:
+        names, params: of the pool, live.
+        fingerprints: of the base's tensors, one for each.
+        dense: parameters trained densely and buffers that training may move, live.
+        tied: further names of tensors.
+    """
+
+    names: tuple[str, ...]
+    params: tuple[Tensor, ...]
+    fingerprints: tuple[str, ...]
+    dense: Mapping[str, Tensor]
+    tied: Mapping[str, str]
+
+
+def layout_of(
+    pool: Pool,
+    dense: DenseParams,
+    param_groups: Sequence[Mapping[str, Any]],
+    fingerprints: Sequence[str],
+    model: torch.nn.Module | None,
+) -> Layout:
+    """Name the tensors.
+
+    Args:
+        fingerprints: of the base's tensors, one for each tensor of the pool.
+        model: gives names, tied names and buffers.
+
+    Raises:
+        ValueError: a parameter has no name, or is not the model's.
+    """
+    names = _names_of(pool, dense, param_groups, model)
+    whole = {names[id(param)]: param for param in dense.params} | _moving_buffers(model)
+    of_pool = tuple(names[id(param)] for param in pool.params)
+    return Layout(
+        of_pool,
+        pool.params,
+        tuple(fingerprints),
+        whole,
+        _tied_names(model, names, {*of_pool, *whole}),
+    )
 
 
 def delta_of(
@@ -36,26 +102,24 @@ def delta_of(
     Raises:
         ValueError: a parameter has no name, or is not the model's.
     """
-    names = _names_of(engine.pool, dense, param_groups, model)
+    layout = layout_of(engine.pool, dense, param_groups, fingerprints, model)
     engine.pool.check_unchanged()
-    sparse, of_base, params = {}, {}, engine.pool.params
-    moved = _touched_entries(engine)
-    for index, (param, (position, value, unmask_step)) in enumerate(
-        zip(params, moved, strict=True)
-    ):
-        if position.numel():
-            name = names[id(param)]
+    sparse, of_base = {}, {}
+    moved = moved_entries(engine)
+    for index, (first, last) in enumerate(pairwise(moved.offsets)):
+        if last > first:
+            name, steps = layout.names[index], moved.unmask_step
             sparse[name] = SparseValues(
-                shape=tuple(param.shape),
-                dtype=param.dtype,
-                position=position,
-                value=value,
-                unmask_step=unmask_step,
+                shape=tuple(layout.params[index].shape),
+                dtype=layout.params[index].dtype,
+                position=moved.position[first:last].long(),
+                value=moved.values[index],
+                unmask_step=None if steps is None else steps[first:last],
             )
-            of_base[name] = fingerprints[index]
-    whole = {names[id(param)]: whole_of(param).detach().clone() for param in dense.params}
-    whole |= _moving_buffers(model)
-    tied = _tied_names(model, names, {*sparse, *whole})
+            of_base[name] = layout.fingerprints[index]
+    whole = {name: whole_of(tensor).detach() for name, tensor in layout.dense.items()}
+    changed = {*sparse, *whole}
+    tied = {alias: name for alias, name in layout.tied.items() if name in changed}
     method = {
         "importance": _name_of(engine.method.importance),
         "selection": type(engine.method.selection).__name__,
@@ -110,7 +174,7 @@ def _moving_buffers(model: torch.nn.Module | None) -> dict[str, Tensor]:
     saved = set(plain_names(model.state_dict(keep_vars=True)).values())
     buffers, plain = dict(model.named_buffers()), _plain_of(model)
     return {
-        plain[name]: buffer.detach().clone()
+        plain[name]: buffer
         for name, buffer in buffers.items()
         if plain[name] in saved
         and (buffer.is_floating_point() or buffer.nbytes <= MAX_COUNTER_BYTES)
@@ -161,33 +225,28 @@ def metrics_of(engine: Engine, further_bytes: int) -> dict[str, int | float]:
     }
 
 
-def _touched_entries(engine: Engine) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-    """For each tensor of the pool: positions (int64) that may have moved, their values, and when
-    they were unmasked.
-
-    Where entries leave the set again, no step says when one was unmasked.
-    """
-    params = engine.pool.params
+def moved_entries(engine: Engine) -> Moved:
+    """The entries that may have moved; of sharded parameters, in all processes (collective)."""
+    params, step = engine.pool.params, int(engine.progress[0])
     if isinstance(engine, ShardedEngine):
-        active, values = engine.whole_active()
-        bounds = pairwise(active.offsets.tolist())
-        return [
-            (
-                active.position[first:last].long(),
-                values[first:last].to(param.dtype),
-                active.unmask_step[first:last].clone(),
-            )
-            for param, (first, last) in zip(params, bounds, strict=True)
-        ]
-    flat = [param.detach().view(-1) for param in params]
+        active, everyone = engine.whole_active()
+        offsets, count = active.offsets.tolist(), everyone.numel()
+        pieces = everyone.split([last - first for first, last in pairwise(offsets)])
+        values = [piece.to(param.dtype) for piece, param in zip(pieces, params, strict=True)]
+        return Moved(active.position[:count], offsets, values, active.unmask_step[:count], step)
     if not engine.method.selection.replaces:
-        segments = (engine.active.segment(index) for index in range(len(params)))
-        found = ((part["position"].long(), part["unmask_step"].clone()) for part in segments)
-        return [(at, values[at], step) for values, (at, step) in zip(flat, found, strict=True)]
-    index = engine.touched.index()
-    ends = engine.pool.sizes.cpu().cumsum(0)
-    last = torch.searchsorted(index, ends.to(index.device)).tolist()
-    first = [0, *last[:-1]]
-    starts = [0, *ends.tolist()[:-1]]
-    moved = (index[a:b] - start for a, b, start in zip(first, last, starts, strict=True))
-    return [(at, values[at], None) for values, at in zip(flat, moved, strict=True)]
+        offsets = engine.active.offsets.tolist()
+        position = engine.active.position[: offsets[-1]]
+        steps = engine.active.unmask_step[: offsets[-1]]
+    else:
+        index, steps = engine.touched.index(), None
+        ends = torch.tensor(list(accumulate(param.numel() for param in params)))
+        bounds = torch.searchsorted(index, ends.to(index.device))
+        offsets = [0, *bounds.tolist()]
+        starts = (ends - torch.tensor([param.numel() for param in params])).to(index.device)
+        counts = bounds.diff(prepend=bounds.new_zeros(1))
+        position = (index - starts.repeat_interleave(counts)).int()
+    pieces = position.split([last - first for first, last in pairwise(offsets)])
+    flat = (param.detach().view(-1) for param in params)
+    values = [whole.index_select(0, at) for whole, at in zip(flat, pieces, strict=True)]
+    return Moved(position, offsets, values, steps, step)

@@ -1,0 +1,132 @@
+"""Patches as files in a folder: a disk that machines share, or a mounted bucket."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from sparse_optim.files import replacing
+from sparse_optim.publish._manifest import PatchError
+from sparse_optim.publish._patch import MissingVersionError, Patch
+from sparse_optim.publish._publisher import WeightPublisher
+from sparse_optim.publish._receiver import WeightReceiver
+
+_NAME = re.compile(r"(\d{9,})\.(whole|patch)\.safetensors")
+
+
+class PatchFolder:
+    """A folder through which one publisher reaches receivers that come and go.
+
+    Files appear whole and never change: 000000012.patch.safetensors is version 12 as an increment,
+    000000012.whole.safetensors the same version for a receiver of any age.
+
+    Args:
+        path: of the folder; made where it is missing.
+        whole_every: a whole patch beside every so many increments.
+        keep: whole patches to keep, with the increments after the oldest. A receiver that is
+            further behind goes on from the newest whole one.
+
+    Raises:
+        ValueError: `whole_every` or `keep` is below 1.
+
+    Examples:
+        ```python
+        folder = PatchFolder("weights")
+        publisher = WeightPublisher(optimizer, model, version=folder.newest)
+        folder.publish(publisher)  # after a step
+
+        receiver = WeightReceiver(model)  # elsewhere
+        PatchFolder("weights").follow(receiver)  # as often as you like
+        ```
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], *, whole_every: int = 8, keep: int = 2
+    ) -> None:
+        if whole_every < 1 or keep < 1:
+            raise ValueError(
+                f"whole_every and keep: expected at least 1, got {whole_every} and {keep}"
+            )
+        self.path, self._whole_every, self._keep = Path(path), whole_every, keep
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def newest(self) -> int:
+        """The newest version in the folder; 0 if there is none."""
+        return max((*self._versions("whole"), *self._versions("patch")), default=0)
+
+    def publish(self, publisher: WeightPublisher) -> int:
+        """Write the next version, and remove those that nobody needs any more; its number.
+
+        Raises:
+            ValueError: the folder has a version that the publisher does not know: build it with
+                `version=folder.newest`. Or as `WeightPublisher.patch`.
+            OSError: the folder is full or not writable.
+        """
+        newest = self.newest
+        if publisher.version < newest:
+            raise ValueError(
+                f"{self.path} has version {newest}, the publisher would go on from "
+                f"{publisher.version}: build it with version=folder.newest"
+            )
+        patch, wholes = publisher.patch(), self._versions("whole")
+        if patch.manifest is None:
+            self._write(patch, "patch")
+        due = not wholes or patch.version - max(wholes) >= self._whole_every
+        if patch.manifest or due or newest < patch.version - 1:  # one was not written: disk full?
+            self._write(publisher.whole(), "whole")
+            for old in sorted([*wholes, patch.version])[: -self._keep]:
+                self._file(old, "whole").unlink(missing_ok=True)
+            oldest = min(self._versions("whole"))
+            for version in self._versions("patch"):
+                if version <= oldest:
+                    self._file(version, "patch").unlink(missing_ok=True)
+        return patch.version
+
+    def follow(self, receiver: WeightReceiver) -> int:
+        """Bring a receiver to the newest version in the folder; its version then.
+
+        Raises:
+            PatchError: a file is damaged, or nothing here leads on from the receiver's version. The
+                receiver holds the last version that was whole.
+        """
+        while (newest := self.newest) > receiver.version:
+            following = receiver.version + 1
+            try:
+                if not self._give(receiver, following, "patch"):
+                    raise MissingVersionError(f"{self.path} has no version {following}")
+            except MissingVersionError:
+                wholes = [each for each in self._versions("whole") if each > receiver.version]
+                there = bool(wholes) and self._give(receiver, max(wholes), "whole")
+                if not there and self.newest == newest:
+                    raise
+        return receiver.version
+
+    def _give(self, receiver: WeightReceiver, version: int, kind: str) -> bool:
+        """False where the file is not there (any more)."""
+        path = self._file(version, kind)
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            return False
+        try:
+            receiver.receive(data)
+        except MissingVersionError:
+            raise
+        except PatchError as error:
+            raise PatchError(f"{path}: {error}") from error
+        if receiver.version < version:
+            raise PatchError(f"{path}: it is not of version {version}")
+        return True
+
+    def _write(self, patch: Patch, kind: str) -> None:
+        with replacing(self._file(patch.version, kind)) as temporary:
+            temporary.write_bytes(patch.to_bytes())
+
+    def _file(self, version: int, kind: str) -> Path:
+        return self.path / f"{version:09d}.{kind}.safetensors"
+
+    def _versions(self, kind: str) -> list[int]:
+        found = (_NAME.fullmatch(path.name) for path in self.path.iterdir())
+        return [int(match[1]) for match in found if match and match[2] == kind]

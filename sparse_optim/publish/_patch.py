@@ -1,0 +1,173 @@
+"""One version on the wire: a safetensors file with a header that chains it to the one before.
+
+Tensors:
+
+    new         (S,) int32, of each sparse tensor the number of new entries
+    position    (sum of new,) int32, their positions, tensor by tensor, ascending
+    value       (bytes,) uint8, the values of all entries, new ones in their places
+    dense       (bytes,) uint8, the dense tensors whole
+
+Metadata: `format`, `format_version`, `version`, `digest` (of the version), `parent` (digest of the
+version before), and in a whole patch, whose parent is the base, `manifest`. That makes two bytes an
+entry in bfloat16, and four more for a new one.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, deserialize
+from torch import Tensor
+
+from sparse_optim.delta._format import write_safetensors
+from sparse_optim.publish._manifest import Manifest, PatchError
+from sparse_optim.publish._state import State, TensorPatch, split_values
+
+FORMAT, FORMAT_VERSION = "sparse_optim.patch", "1"
+MAX_HEADER_BYTES = 16 << 20
+_TENSORS = {"new": torch.int32, "position": torch.int32, "value": torch.uint8, "dense": torch.uint8}
+_CODES = {"I32": torch.int32, "U8": torch.uint8}
+
+
+class MissingVersionError(PatchError):
+    """A patch builds on a version that the receiver does not hold: give it a whole one."""
+
+
+@dataclass(frozen=True, eq=False)
+class Patch:
+    """What a receiver writes to get from one version to the next.
+
+    Attributes:
+        version: that it makes, from 1.
+        digest: of that version; see `WeightReceiver.digest`.
+        parent: digest of the version that it builds on; of the manifest in a whole patch.
+        new, position, value, dense: tensors, see the format of the file.
+        manifest: in a whole patch, which builds on the base.
+    """
+
+    version: int
+    digest: str
+    parent: str
+    new: Tensor
+    position: Tensor
+    value: Tensor
+    dense: Tensor
+    manifest: Manifest | None = None
+
+    def __repr__(self) -> str:
+        kind = "whole" if self.manifest else "increment"
+        return f"Patch(version {self.version}, {kind}, {self.nbytes} bytes)"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(getattr(self, name).nbytes for name in _TENSORS)
+
+    def entries(self) -> Iterator[TensorPatch]:
+        """The entries of a whole patch, tensor by tensor, dense tensors with every index.
+
+        What vLLM's sparse weight transfer takes, in the checkpoint's names and coordinates:
+        `SparseWeightPatch(*each) for each in publisher.whole().entries()`.
+
+        Raises:
+            PatchError: it is an increment, which has values without positions.
+        """
+        if self.manifest is None:
+            raise PatchError("an increment has no positions of older entries: take a whole patch")
+        counts = self.new.tolist()
+        state = State(
+            self.version,
+            self.digest,
+            self.position.split(counts),
+            split_values(self.manifest, counts, self.value),
+            self.dense,
+        )
+        return state.entries(self.manifest)
+
+    def to_bytes(self) -> bytes:
+        """The file."""
+        metadata = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "version": str(self.version),
+            "digest": self.digest,
+            "parent": self.parent,
+        }
+        if self.manifest is not None:
+            metadata["manifest"] = self.manifest.text()
+        file = io.BytesIO()
+        write_safetensors(file, {name: getattr(self, name) for name in _TENSORS}, metadata)
+        return file.getvalue()
+
+    @staticmethod
+    def from_bytes(data: bytes) -> Patch:
+        """Read a file; its digest is checked where it is staged.
+
+        Raises:
+            PatchError: it is cut, damaged, or of another kind or version.
+        """
+        metadata = _metadata(data)
+        try:
+            found = dict(deserialize(data))  # type: ignore[no-untyped-call]
+        except SafetensorError as error:
+            raise PatchError(f"cut or damaged ({error}): send it again") from error
+        if found.keys() != _TENSORS.keys():
+            raise PatchError(f"expected the tensors {sorted(_TENSORS)}, got {sorted(found)[:8]}")
+        tensors = {name: _tensor(name, found[name]) for name in _TENSORS}
+        version = metadata.get("version", "")
+        if not version.isdecimal() or not version.isascii() or not 0 < len(version) < 19:
+            raise PatchError(f"its version is {version[:80]!r}, expected a number")
+        for name in ("digest", "parent"):
+            digest = metadata.get(name, "")
+            if len(digest) != 32 or not {*digest} <= {*"0123456789abcdef"}:
+                raise PatchError(f"its {name} is {digest[:80]!r}, expected 32 hex digits")
+        manifest = metadata.get("manifest")
+        patch = Patch(
+            version=int(version),
+            digest=metadata["digest"],
+            parent=metadata["parent"],
+            manifest=None if manifest is None else Manifest.parse(manifest),
+            **tensors,
+        )
+        if bool((patch.new < 0).any()) or int(patch.new.sum()) != patch.position.numel():
+            raise PatchError("the numbers of new entries do not fit their positions")
+        if patch.manifest and patch.parent != patch.manifest.digest:
+            raise PatchError("it is whole, but does not build on its base")
+        return patch
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    size = struct.unpack_from("<Q", data)[0] if len(data) >= 8 else 0
+    if not 0 < size <= min(MAX_HEADER_BYTES, len(data) - 8):
+        raise PatchError(f"{len(data)} bytes that are no patch, or a part of one: send it again")
+    try:
+        metadata = json.loads(data[8 : 8 + size]).get("__metadata__")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise PatchError("its header is damaged: send it again") from error
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+        raise PatchError("a safetensors file, but no patch")
+    if metadata.get("format_version") != FORMAT_VERSION:
+        raise PatchError(
+            f"a patch of format {str(metadata.get('format_version'))[:20]!r}, this sparse_optim "
+            f"reads {FORMAT_VERSION!r}: upgrade it"
+        )
+    if not all(isinstance(value, str) for value in metadata.values()):
+        raise PatchError("its header is damaged: send it again")
+    return metadata
+
+
+def _tensor(name: str, found: dict[str, Any]) -> Tensor:
+    dtype, shape = _CODES.get(found["dtype"]), found["shape"]
+    if dtype != _TENSORS[name] or len(shape) != 1:
+        raise PatchError(f"tensor {name!r} is {found['dtype']} of shape {shape[:8]}")
+    return (
+        torch.frombuffer(bytearray(found["data"]), dtype=dtype)
+        if shape[0]
+        else torch.empty(0, dtype=dtype)
+    )
