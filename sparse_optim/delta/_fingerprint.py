@@ -14,6 +14,8 @@ import torch
 import xxhash
 from torch import Tensor
 
+from sparse_optim.delta._tensors import bytes_of
+
 PIECE_BYTES = 1 << 26  # A tensor on an accelerator needs no more than this much host memory.
 
 
@@ -32,8 +34,7 @@ def raw_bytes(tensor: Tensor, piece_bytes: int = PIECE_BYTES) -> Iterator[memory
             f"tensor: expected a strided tensor with data, got layout {tensor.layout} on device "
             f"{tensor.device}: densify or materialise it first"
         )
-    plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
-    flat = plain.reshape(-1).view(torch.uint8)
+    flat = bytes_of(tensor.detach().resolve_conj().resolve_neg())
     for piece in (flat,) if flat.numel() <= piece_bytes else flat.split(piece_bytes):
         yield piece.cpu().numpy().data
 

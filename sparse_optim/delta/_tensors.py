@@ -49,6 +49,13 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.detach().view(_INTEGER[tensor.dtype.itemsize])
 
 
+def bytes_of(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor in C order, (nbytes,), uint8; a view where it is contiguous."""
+    plain = tensor.detach().contiguous()
+    # One entry of a larger tensor is contiguous with any stride, which `view` would refuse.
+    return plain.as_strided((plain.numel(),), (1,)).view(torch.uint8)
+
+
 def same_bits(first: Tensor, second: Tensor) -> bool:
     """Whether two tensors agree in shape, dtype and every bit."""
     if first.shape != second.shape or first.dtype != second.dtype:

@@ -11,10 +11,9 @@ and no comparison: it holds the values of the active entries, and the positions 
 
 from sparse_optim.publish._folder import PatchFolder
 from sparse_optim.publish._manifest import Manifest, PatchError, TensorSpec
-from sparse_optim.publish._patch import MissingVersionError, Patch
+from sparse_optim.publish._patch import MissingVersionError, Patch, TensorPatch
 from sparse_optim.publish._publisher import WeightPublisher
 from sparse_optim.publish._receiver import WeightReceiver
-from sparse_optim.publish._state import TensorPatch
 from sparse_optim.publish._targets import runtime_views
 
 __all__ = [

@@ -19,7 +19,7 @@ import json
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, deserialize
@@ -27,12 +27,27 @@ from torch import Tensor
 
 from sparse_optim.delta._format import write_safetensors
 from sparse_optim.publish._manifest import Manifest, PatchError
-from sparse_optim.publish._state import State, TensorPatch, split_values
 
 FORMAT, FORMAT_VERSION = "sparse_optim.patch", "1"
 MAX_HEADER_BYTES = 16 << 20
 _TENSORS = {"new": torch.int32, "position": torch.int32, "value": torch.uint8, "dense": torch.uint8}
 _CODES = {"I32": torch.int32, "U8": torch.uint8}
+
+
+class TensorPatch(NamedTuple):
+    """New values of some entries of one tensor: the fields of vLLM's `SparseWeightPatch`.
+
+    Attributes:
+        name: of the tensor in the checkpoint.
+        indices: (n,), int32, flat positions in it, ascending.
+        values: (n,), in the tensor's dtype.
+        full_shape: of the tensor.
+    """
+
+    name: str
+    indices: Tensor
+    values: Tensor
+    full_shape: tuple[int, ...]
 
 
 class MissingVersionError(PatchError):
@@ -69,6 +84,13 @@ class Patch:
         """Bytes of its tensors."""
         return sum(getattr(self, name).nbytes for name in _TENSORS)
 
+    @property
+    def layout(self) -> Manifest:
+        """The manifest of a whole patch; PatchError if it is an increment."""
+        if self.manifest is None:
+            raise PatchError("an increment has no positions of older entries: take a whole patch")
+        return self.manifest
+
     def entries(self) -> Iterator[TensorPatch]:
         """The entries of a whole patch, tensor by tensor, dense tensors with every index.
 
@@ -78,17 +100,39 @@ class Patch:
         Raises:
             PatchError: it is an increment, which has values without positions.
         """
-        if self.manifest is None:
-            raise PatchError("an increment has no positions of older entries: take a whole patch")
-        counts = self.new.tolist()
-        state = State(
-            self.version,
-            self.digest,
-            self.position.split(counts),
-            split_values(self.manifest, counts, self.value),
-            self.dense,
-        )
-        return state.entries(self.manifest)
+        manifest = self.layout
+        pieces = self.position.split(self.new.tolist())
+        for spec, position, value in zip(manifest.sparse, pieces, self.values(), strict=True):
+            if position.numel():
+                yield TensorPatch(spec.name, position, value, spec.shape)
+        for spec, whole in zip(manifest.dense, self.wholes(), strict=True):
+            index = torch.arange(spec.numel, dtype=torch.int32)
+            yield TensorPatch(spec.name, index, whole.view(-1), spec.shape)
+
+    def values(self) -> list[Tensor]:
+        """Of a whole patch, the values of each sparse tensor, in its dtype.
+
+        Raises:
+            PatchError: it is an increment, or there are more or fewer bytes than entries.
+        """
+        manifest, counts = self.layout, self.new.tolist()
+        if len(counts) != len(manifest.sparse):
+            raise PatchError(f"expected {len(manifest.sparse)} sparse tensors, got {len(counts)}")
+        sizes = [
+            count * spec.dtype.itemsize for spec, count in zip(manifest.sparse, counts, strict=True)
+        ]
+        pieces = _split(self.value, sizes, "values of entries")
+        dtypes = (spec.dtype for spec in manifest.sparse)
+        return [_typed(piece, dtype) for piece, dtype in zip(pieces, dtypes, strict=True)]
+
+    def wholes(self) -> list[Tensor]:
+        """Of a whole patch, the dense tensors; raises as `values`."""
+        manifest = self.layout
+        pieces = _split(self.dense, [spec.nbytes for spec in manifest.dense], "whole tensors")
+        return [
+            _typed(piece, spec.dtype).view(spec.shape)
+            for piece, spec in zip(pieces, manifest.dense, strict=True)
+        ]
 
     def to_bytes(self) -> bytes:
         """The file."""
@@ -171,3 +215,16 @@ def _tensor(name: str, found: dict[str, Any]) -> Tensor:
         if shape[0]
         else torch.empty(0, dtype=dtype)
     )
+
+
+def _split(raw: Tensor, sizes: list[int], what: str) -> tuple[Tensor, ...]:
+    if sum(sizes) != raw.numel():
+        raise PatchError(f"expected {sum(sizes)} bytes of {what}, got {raw.numel()}")
+    return raw.split(sizes) if sizes else ()
+
+
+def _typed(piece: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bytes as numbers: a view where they are aligned."""
+    if piece.storage_offset() % dtype.itemsize:
+        piece = piece.clone()
+    return piece.view(dtype)

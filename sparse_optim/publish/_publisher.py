@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from sparse_optim.delta._fingerprint import fingerprint
-from sparse_optim.delta._tensors import DTYPE_CODES, Model
+from sparse_optim.delta._tensors import DTYPE_CODES, Model, bytes_of
 from sparse_optim.delta._types import plain_tensors
 from sparse_optim.optim.masked_adamw import MaskedAdamW
 from sparse_optim.optim.readout import Layout, Moved
 from sparse_optim.optim.whole import whole_of
+from sparse_optim.publish._digest import check_key, digest_of
 from sparse_optim.publish._manifest import Manifest, TensorSpec
 from sparse_optim.publish._patch import Patch
-from sparse_optim.publish._state import check_key, digest_of
+from sparse_optim.publish._stage import entry_keys
 
 
 class WeightPublisher:
@@ -63,7 +65,7 @@ class WeightPublisher:
             raise ValueError(f"version: expected at least 0, got {version}")
         self._optimizer, self._model, self._key = optimizer, model, check_key(key)
         self._dtype, self._base, self._first = dtype, base, version
-        self._described: tuple[Layout, Manifest] | None = None
+        self._described: tuple[Layout, Manifest, list[Tensor]] | None = None
         # The newest version as a whole patch, and the optimizer's steps until then. One attribute,
         # since a thread that serves `whole` may read it while `patch` runs.
         self._newest: tuple[Patch, int] | None = None
@@ -86,24 +88,32 @@ class WeightPublisher:
         """
         moved = self._optimizer.moved()
         layout, manifest = self._describe(moved.step)
-        counts = torch.tensor(moved.offsets).diff()
         position = moved.position.to("cpu", copy=True)
-        value = _bytes(moved.values, self._dtype)
-        dense = _bytes([whole_of(tensor) for tensor in layout.dense.values()], self._dtype)
-        version = self.version + 1
-        digest = digest_of(manifest, self._key, version, counts, [position], [value], dense)
         whole = Patch(
-            version, digest, manifest.digest, counts.int(), position, value, dense, manifest
+            version=self.version + 1,
+            digest="",
+            parent=manifest.digest,
+            new=torch.tensor(moved.offsets, dtype=torch.int32).diff(),
+            position=position,
+            value=_bytes(moved.values, self._dtype),
+            dense=_bytes([whole_of(tensor) for tensor in layout.dense.values()], self._dtype),
+            manifest=manifest,
         )
+        whole = replace(whole, digest=digest_of(whole, self._key))
         before, self._newest = self._newest, (whole, moved.step)
         if before is None or before[0].parent != whole.parent:
             return whole
         last, step = before
-        fresh = _fresh(last, step, whole, moved)
+        fresh = _new_entries(last, step, whole, moved)
         if fresh is None:
             return whole
-        ends = torch.cat([counts.new_zeros(1), fresh.cumsum(0)])[moved.offsets]
-        return Patch(version, digest, last.digest, ends.diff().int(), position[fresh], value, dense)
+        return replace(
+            whole,
+            parent=last.digest,
+            new=torch.searchsorted(fresh, torch.tensor(moved.offsets)).diff().int(),
+            position=position[fresh],
+            manifest=None,
+        )
 
     def whole(self) -> Patch:
         """The version of the last `patch`, for a receiver of any version, or none. Threads may call
@@ -117,11 +127,17 @@ class WeightPublisher:
         return self._newest[0]
 
     def _describe(self, step: int) -> tuple[Layout, Manifest]:
-        layout = self._optimizer.layout(self._model)
+        """Names and manifest, made anew where tensors have joined or were replaced."""
+        tensors = [param for group in self._optimizer.param_groups for param in group["params"]]
+        tensors += () if self._model is None else self._model.buffers()
         known = self._described
-        if known is None or not _same(layout, known[0]):
-            self._described = known = layout, self._manifest(layout, step)
-        return layout, known[1]
+        if known is None or [*map(id, tensors)] != [*map(id, known[2])]:
+            layout = self._optimizer.layout(self._model)
+            same = known is not None and _same(layout, known[0])
+            manifest = known[1] if known and same else self._manifest(layout, step)
+            # Before the first step, other weights may still be loaded.
+            self._described = known = layout, manifest, tensors if step else []
+        return known[0], known[1]
 
     def _manifest(self, layout: Layout, step: int) -> Manifest:
         prints = layout.fingerprints if self._dtype is None else self._rounded_base(layout, step)
@@ -165,37 +181,27 @@ class WeightPublisher:
 
 def _bytes(tensors: Sequence[Tensor], dtype: torch.dtype | None) -> Tensor:
     """The bytes of tensors one after the other on the host, floating-point ones in `dtype`."""
-    parts = [
-        (each.to(dtype) if dtype and each.is_floating_point() else each)
-        .detach()
-        .reshape(-1)
-        .view(torch.uint8)
-        for each in tensors
-    ]
-    return torch.cat(parts).cpu() if parts else torch.empty(0, dtype=torch.uint8)
+    if not tensors:
+        return torch.empty(0, dtype=torch.uint8)
+    if dtype is not None:
+        tensors = [each.to(dtype) if each.is_floating_point() else each for each in tensors]
+    if len({each.dtype for each in tensors}) > 1:
+        tensors = [bytes_of(each) for each in tensors]
+    return torch.cat([each.detach().reshape(-1) for each in tensors]).view(torch.uint8).cpu()
 
 
-def _fresh(last: Patch, step: int, whole: Patch, moved: Moved) -> Tensor | None:
-    """Which entries are not in the last version, (n,) bool; None if that has others, too."""
+def _new_entries(last: Patch, step: int, whole: Patch, moved: Moved) -> Tensor | None:
+    """Places of the entries that the last version, of `step`, did not have, (k,) int64, ascending;
+    None if it had others, too."""
     if moved.unmask_step is not None:
         fresh = moved.unmask_step.cpu() > step
     else:
-        before, now = _keys(last), _keys(whole)
-        at = torch.searchsorted(before, now)
-        fresh = before.new_ones(now.numel(), dtype=torch.bool)
-        inside = at < before.numel()
-        fresh[inside] = before[at[inside]] != now[inside]
-    known = ~fresh
-    ends = torch.cat([torch.zeros(1, dtype=torch.int64), known.cumsum(0)])[moved.offsets]
-    if not torch.equal(ends.diff().int(), last.new):
-        return None
-    return fresh if torch.equal(whole.position[known], last.position) else None
-
-
-def _keys(patch: Patch) -> Tensor:
-    """(tensor, position) of each entry as one number, ascending."""
-    tensor = torch.arange(patch.new.numel()).repeat_interleave(patch.new)
-    return tensor << 32 | patch.position
+        fresh = ~torch.isin(entry_keys(whole), entry_keys(last), assume_unique=True)
+    places = fresh.nonzero().view(-1)
+    counts = torch.searchsorted(places, torch.tensor(moved.offsets)).diff()
+    known = whole.position if not places.numel() else whole.position[~fresh]
+    same = torch.equal(whole.new - counts, last.new) and torch.equal(known, last.position)
+    return places if same else None
 
 
 def _same(one: Layout, other: Layout) -> bool:

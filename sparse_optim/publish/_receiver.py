@@ -2,45 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from hmac import compare_digest
 from threading import RLock
 
-import torch
 from torch import Tensor, nn
 
-from sparse_optim.delta._fingerprint import fingerprint
-from sparse_optim.delta._tensors import bits, host_copy, same_bits
+from sparse_optim.delta._tensors import host_copy, same_bits
 from sparse_optim.delta._types import plain_tensors
-from sparse_optim.publish._manifest import Manifest, PatchError, TensorSpec
+from sparse_optim.publish._digest import check_key
+from sparse_optim.publish._held import Held, written
+from sparse_optim.publish._manifest import PatchError
 from sparse_optim.publish._patch import MissingVersionError, Patch
-from sparse_optim.publish._state import (
-    State,
-    TensorPatch,
-    check_key,
-    dense_tensors,
-    digest_of,
-    split_values,
-)
-from sparse_optim.publish._targets import Located, Target, Views
-
-
-@dataclass(frozen=True)
-class Held:
-    """A sparse tensor at one version.
-
-    Attributes:
-        located: where the tensor lies.
-        position: (n,), int32, of the version's entries.
-        places: of each target, where these entries lie in memory.
-        original: (n,), the base's values of these entries.
-    """
-
-    located: Located
-    position: Tensor
-    places: list[Tensor]
-    original: Tensor
+from sparse_optim.publish._stage import base_of, check_whole, grown
+from sparse_optim.publish._targets import Located, Views
 
 
 class WeightReceiver:
@@ -78,10 +51,9 @@ class WeightReceiver:
     def __init__(self, model: nn.Module | Views, *, key: bytes | None = None) -> None:
         self.lock = RLock()
         self._model, self._key = model, check_key(key)
-        self._manifest: Manifest | None = None
-        self._now: State | None = None  # None: the base
-        self._before: State | None = None
-        self._staged: tuple[Manifest, State] | None = None
+        self._now: Patch | None = None  # the version, as a whole patch; None before the first one
+        self._before: Patch | None = None
+        self._staged: tuple[Patch, Tensor | None] | None = None  # and which entries are new
         self._sparse: list[Held] = []
         self._dense: list[tuple[Located, list[Tensor]]] = []  # with each target's original
 
@@ -123,17 +95,16 @@ class WeightReceiver:
                     f"version {patch.version} of another run than the model's: reset() first"
                 )
             if patch.manifest is not None:
-                manifest = patch.manifest
-                empty = torch.empty(0, dtype=torch.int32)
-                positions: Sequence[Tensor] = [empty for _ in manifest.sparse]
-            elif self._manifest is None or self._now is None or patch.parent != self._now.digest:
+                whole, fresh = patch, None
+            elif self._now is None or patch.parent != self._now.digest:
                 raise MissingVersionError(
                     f"version {patch.version} builds on one that the model does not hold (it has "
                     f"{self.version}): give it a whole patch, WeightPublisher.whole()"
                 )
             else:
-                manifest, positions = self._manifest, self._now.positions
-            self._staged = manifest, _next_state(manifest, positions, patch, self._key)
+                whole, fresh = grown(self._now, patch)
+            check_whole(whole, self._key)
+            self._staged = whole, fresh
             return True
 
     def commit(self) -> None:
@@ -147,15 +118,14 @@ class WeightReceiver:
         with self.lock:
             if self._staged is None:
                 raise ValueError("nothing is staged: stage(patch) first")
-            manifest, state = self._staged
-            self._staged = None
-            if self._manifest is None:
-                self._join(manifest)
-            elif self._manifest.digest != manifest.digest:
-                self._replace(manifest)
+            (whole, fresh), self._staged = self._staged, None
+            if self._now is None:
+                self._join(whole)
+            elif self._now.parent != whole.parent:
+                self._replace(whole)
             before = self._now
-            self._move(state)
-            self._before = before
+            self._move(whole, fresh)
+            self._before = before if before and before.version else None
 
     def rollback(self) -> None:
         """Put the version back that the last `commit` replaced.
@@ -177,10 +147,10 @@ class WeightReceiver:
             PatchError: other code has written the model. It is as before.
         """
         with self.lock:
-            if self._manifest is not None:
-                self._move(None)
-            self._manifest, self._sparse, self._dense = None, [], []
-            self._before = self._staged = None
+            if self._now is not None:
+                self._move(base_of(self._now))
+            self._now, self._before, self._staged = None, None, None
+            self._sparse, self._dense = [], []
 
     def verify(self) -> None:
         """Read what was written, O(B).
@@ -192,28 +162,32 @@ class WeightReceiver:
             if self._now is None:
                 return
             self._check_unwritten()
-            for held, value in zip(self._sparse, self._now.values, strict=True):
+            for held, value in zip(self._sparse, self._now.values(), strict=True):
                 for target, places in zip(held.located.targets, held.places, strict=True):
                     if not same_bits(target.read(places), value):
-                        raise PatchError(_written(held.located.spec.name))
+                        raise PatchError(written(held.located.spec.name))
             for (located, _), wholes in zip(self._dense, self._wholes(self._now), strict=True):
                 for target, whole in zip(located.targets, wholes, strict=True):
                     if not same_bits(target.view.cpu(), whole):
-                        raise PatchError(_written(located.spec.name))
+                        raise PatchError(written(located.spec.name))
 
-    def entries(self) -> Iterator[TensorPatch]:
-        """The version tensor by tensor, as `Patch.entries` has it; nothing of the base."""
+    def whole(self) -> Patch:
+        """The version as a whole patch, for other receivers: what `WeightPublisher.whole` gives.
+
+        Raises:
+            ValueError: the model holds the base.
+        """
         with self.lock:
-            if self._now is None or self._manifest is None:
-                return iter(())
-            return self._now.entries(self._manifest)
+            if self._now is None or not self._now.version:
+                raise ValueError("the model holds the base: there is nothing to pass on")
+            return self._now
 
     def _views(self) -> Views:
         return plain_tensors(self._model) if isinstance(self._model, nn.Module) else self._model
 
-    def _join(self, manifest: Manifest) -> None:
-        """Find the tensors in the model, which holds the base, and check that it does."""
-        views = self._views()
+    def _join(self, whole: Patch) -> None:
+        """Find a run's tensors in the model, which holds the base, and check that it does."""
+        views, manifest = self._views(), whole.layout
         names: dict[str, list[str]] = {}
         for alias, name in manifest.tied.items():
             names.setdefault(name, [name]).append(alias)
@@ -221,82 +195,70 @@ class WeightReceiver:
             [Located(spec, names.get(spec.name, [spec.name]), views) for spec in part]
             for part in (manifest.sparse, manifest.dense)
         )
-        for located in sparse:
-            for target in located.targets:
-                if fingerprint(target.view) != located.spec.fingerprint:
-                    raise PatchError(
-                        f"{located.spec.name!r} is not that of the publisher's base: load the "
-                        "weights with which its training began"
-                    )
-        none = torch.empty(0, dtype=torch.int64)
-        self._sparse = [
-            Held(
-                located,
-                none.int(),
-                [none.to(target.view.device) for target in located.targets],
-                torch.empty(0, dtype=located.spec.dtype),
-            )
-            for located in sparse
-        ]
+        self._sparse = [Held.base(located) for located in sparse]
         self._dense = [
             (located, [host_copy(target.view) for target in located.targets]) for located in dense
         ]
-        self._manifest, self._now, self._before = manifest, None, None
+        self._now, self._before = base_of(whole), None
 
-    def _replace(self, manifest: Manifest) -> None:
+    def _replace(self, whole: Patch) -> None:
         """Go back to the base and on from there with other tensors."""
-        kept = self._manifest, self._now, self._before, self._sparse, self._dense
-        self._move(None)
-        base = self._sparse, self._dense
+        assert self._now is not None
+        now, before = self._now, self._before
+        self._move(base_of(now))
+        sparse, dense, base = self._sparse, self._dense, self._now
         try:
-            self._join(manifest)
+            self._join(whole)
         except BaseException:
-            self._manifest, now, before = kept[:3]
-            self._sparse, self._dense = base
+            self._sparse, self._dense, self._now = sparse, dense, base
             self._move(now)
             self._before = before
             raise
 
-    def _move(self, state: State | None) -> None:
-        """Bring the model from the version that it holds to another; None is the base."""
-        self._check_unwritten()
-        positions = (
-            [held.position[:0] for held in self._sparse] if state is None else state.positions
-        )
-        before = self._sparse
-        steps = [_next(held, at) for held, at in zip(before, positions, strict=True)]
-        after, keep_all = [held for held, _ in steps], [keeps for _, keeps in steps]
+    def _move(self, whole: Patch, fresh: Tensor | None = None) -> None:
+        """Bring the model from the version that it holds to another one.
+
+        Args:
+            fresh: (n,), bool, which of its entries are new; None where others may be gone.
+        """
+        now = self._check_unwritten()
+        before, counts = self._sparse, whole.new.tolist()
+        after = [
+            held.at(position, new)
+            for held, position, new in zip(
+                before,
+                whole.position.split(counts),
+                (None for _ in counts) if fresh is None else fresh.split(counts),
+                strict=True,
+            )
+        ]
         try:
-            self._write(before, after, keep_all, state)
+            self._write(before, after, whole, keep_all=fresh is not None)
         except BaseException:  # also an interrupt: never leave half a version
-            self._write(after, before, [False for _ in steps], self._now)
+            self._write(after, before, now, keep_all=False)
             self._note()
             raise
-        self._sparse, self._now = after, state
+        self._sparse, self._now = after, whole
         self._note()
 
-    def _write(
-        self, old: list[Held], new: list[Held], keep_all: list[bool], state: State | None
-    ) -> None:
-        """Write a version over another one, of which `keep_all` tensors lose no entry."""
-        for index, (before, after) in enumerate(zip(old, new, strict=True)):
+    def _write(self, old: list[Held], new: list[Held], whole: Patch, *, keep_all: bool) -> None:
+        """Write a version over another one; `keep_all`: it has all entries of that one."""
+        for before, after, value in zip(old, new, whole.values(), strict=True):
             for number, target in enumerate(after.located.targets):
-                if after is not before and not keep_all[index]:
+                if not keep_all and after is not before:
                     target.write(before.places[number], before.original)
-                if state is not None:
-                    target.write(after.places[number], state.values[index])
-        for (located, _), wholes in zip(self._dense, self._wholes(state), strict=True):
-            for target, whole in zip(located.targets, wholes, strict=True):
-                target.write_whole(whole)
+                target.write(after.places[number], value)
+        for (located, _), wholes in zip(self._dense, self._wholes(whole), strict=True):
+            for target, tensor in zip(located.targets, wholes, strict=True):
+                target.write_whole(tensor)
 
-    def _wholes(self, state: State | None) -> list[list[Tensor]]:
+    def _wholes(self, version: Patch) -> list[list[Tensor]]:
         """Of each dense tensor, what each of its targets holds."""
-        if state is None or self._manifest is None:
+        if not version.version:
             return [originals for _, originals in self._dense]
-        wholes = dense_tensors(self._manifest, state.dense)
         return [
             [whole for _ in located.targets]
-            for (located, _), whole in zip(self._dense, wholes, strict=True)
+            for (located, _), whole in zip(self._dense, version.wholes(), strict=True)
         ]
 
     def _note(self) -> None:
@@ -307,102 +269,20 @@ class WeightReceiver:
     def _located(self) -> list[Located]:
         return [*(held.located for held in self._sparse), *(located for located, _ in self._dense)]
 
-    def _check_unwritten(self) -> None:
-        """Raise PatchError if the tensors no longer hold the version. Reads only those that were
+    def _check_unwritten(self) -> Patch:
+        """The version; PatchError if the tensors no longer hold it. Reads only those that were
         written, replaced or moved since, and finds them anew.
         """
-        views = self._views()
+        views, now = self._views(), self._now
+        assert now is not None
         for index, held in enumerate(self._sparse):
             if not held.located.is_noted(views):
-                value = held.original if self._now is None else self._now.values[index]
-                self._sparse[index] = _found_again(held, views, value)
-        wholes = self._wholes(self._now)
+                self._sparse[index] = held.anew(views, now.values()[index])
         for index, (old, originals) in enumerate(self._dense):
             if not old.is_noted(views):
-                located = old.anew(views)
-                for target, whole in zip(located.targets, wholes[index], strict=True):
-                    if not same_bits(target.view.cpu(), whole):
-                        raise PatchError(_written(located.spec.name))
+                located, wholes = old.anew(views), self._wholes(now)[index]
+                found = [target.view.cpu() for target in located.targets]
+                if len(found) != len(wholes) or not all(map(same_bits, found, wholes)):
+                    raise PatchError(written(located.spec.name))
                 self._dense[index] = located, originals
-
-
-def _next(held: Held, position: Tensor) -> tuple[Held, bool]:
-    """A tensor at another version, not written yet; whether it keeps all entries."""
-    if position is held.position:
-        return held, True
-    at = torch.searchsorted(held.position, position)
-    known = at < held.position.numel()
-    known[known.clone()] = held.position[at[known]] == position[known]
-    original = bits(held.original.new_empty(position.numel()))
-    original[known] = bits(held.original)[at[known]]
-    fresh = position[~known]
-    if fresh.numel():
-        target = held.located.targets[0]
-        original[~known] = bits(target.read(target.places(fresh)))
-    places = [target.places(position) for target in held.located.targets]
-    following = Held(held.located, position, places, original.view(held.original.dtype))
-    return following, position.numel() - fresh.numel() == held.position.numel()
-
-
-def _found_again(held: Held, views: Views, value: Tensor) -> Held:
-    located = held.located.anew(views)
-    places = [target.places(held.position) for target in located.targets]
-    for target, at in zip(located.targets, places, strict=True):
-        base = Target(target.view.clone(memory_format=torch.contiguous_format))
-        base.write(base.places(held.position), held.original)
-        if (
-            not same_bits(target.read(at), value)
-            or fingerprint(base.view) != located.spec.fingerprint
-        ):
-            raise PatchError(_written(located.spec.name))
-    return Held(located, held.position, places, held.original)
-
-
-def _written(name: str) -> str:
-    return (
-        f"other code has changed {name!r} since the last version (training, load_state_dict, a "
-        "delta): undo that first, or load the base again and build a new WeightReceiver"
-    )
-
-
-def _next_state(
-    manifest: Manifest, positions: Sequence[Tensor], patch: Patch, key: bytes | None
-) -> State:
-    """The version that a patch makes of another one with these positions.
-
-    Raises:
-        PatchError: it does not fit, or its digest is another one.
-    """
-    new = patch.new.tolist()
-    if len(new) != len(manifest.sparse):
-        raise PatchError(f"it has {len(new)} sparse tensors, expected {len(manifest.sparse)}")
-    merged = [
-        _merged(spec, old, fresh)
-        for spec, old, fresh in zip(
-            manifest.sparse, positions, patch.position.split(new), strict=True
-        )
-    ]
-    counts = [each.numel() for each in merged]
-    values = split_values(manifest, counts, patch.value)
-    dense_tensors(manifest, patch.dense)  # checks its length
-    sizes = torch.tensor(counts)
-    digest = digest_of(manifest, key, patch.version, sizes, merged, values, patch.dense)
-    if not compare_digest(digest, patch.digest):
-        raise PatchError(
-            f"version {patch.version} is damaged or forged, or was made with another key: its "
-            "digest is not that of its contents; ask for it again"
-        )
-    return State(patch.version, digest, merged, values, patch.dense)
-
-
-def _merged(spec: TensorSpec, old: Tensor, new: Tensor) -> Tensor:
-    """Positions with new ones among them, ascending."""
-    if not new.numel():
-        return old
-    merged = torch.cat([old, new]).sort().values if old.numel() else new
-    if int(merged[0]) < 0 or int(merged[-1]) >= spec.numel or bool((merged.diff() <= 0).any()):
-        raise PatchError(
-            f"{spec.name!r}: positions that come twice, in another order, or are not below "
-            f"{spec.numel}"
-        )
-    return merged
+        return now

@@ -1,0 +1,95 @@
+"""A sparse tensor in a model that receives, at one version."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparse_optim.delta._fingerprint import fingerprint
+from sparse_optim.delta._tensors import bits, same_bits
+from sparse_optim.publish._manifest import PatchError
+from sparse_optim.publish._targets import Located, Target, Views
+
+
+@dataclass(frozen=True)
+class Held:
+    """A sparse tensor at one version.
+
+    Attributes:
+        located: where the tensor lies.
+        position: (n,), int32, of the version's entries.
+        places: of each target, where these entries lie in memory.
+        original: (n,), the base's values of these entries.
+    """
+
+    located: Located
+    position: Tensor
+    places: list[Tensor]
+    original: Tensor
+
+    @staticmethod
+    def base(located: Located) -> Held:
+        """At the base, which the model must hold.
+
+        Raises:
+            PatchError: it does not.
+        """
+        for target in located.targets:
+            if fingerprint(target.view) != located.spec.fingerprint:
+                raise PatchError(
+                    f"{located.spec.name!r} is not that of the publisher's base: load the weights "
+                    "with which its training began"
+                )
+        none = torch.empty(0, dtype=torch.int64)
+        places = [none.to(target.view.device) for target in located.targets]
+        return Held(located, none.int(), places, torch.empty(0, dtype=located.spec.dtype))
+
+    def at(self, position: Tensor, fresh: Tensor | None) -> Held:
+        """At another version, of which nothing is written yet.
+
+        Args:
+            position: (n,), int32, of its entries.
+            fresh: (n,), bool, which of them this version has not; None where it has others, too.
+        """
+        if torch.equal(position, self.position):
+            return self
+        if fresh is None:
+            at = torch.searchsorted(self.position, position)
+            known = at < self.position.numel()
+            known[known.clone()] = self.position[at[known]] == position[known]
+            kept = bits(self.original)[at[known]]
+        else:
+            known, kept = ~fresh, bits(self.original)
+        original = bits(self.original.new_empty(position.numel()))
+        original[known] = kept
+        target = self.located.targets[0]
+        original[~known] = bits(target.read(target.places(position[~known])))
+        places = [target.places(position) for target in self.located.targets]
+        return Held(self.located, position, places, original.view(self.original.dtype))
+
+    def anew(self, views: Views, value: Tensor) -> Held:
+        """The same in what the model holds now.
+
+        Raises:
+            PatchError: that is not the base with `value` at the entries.
+        """
+        located = self.located.anew(views)
+        places = [target.places(self.position) for target in located.targets]
+        for target, at in zip(located.targets, places, strict=True):
+            base = Target(target.view.clone(memory_format=torch.contiguous_format))
+            base.write(base.places(self.position), self.original)
+            if (
+                not same_bits(target.read(at), value)
+                or fingerprint(base.view) != located.spec.fingerprint
+            ):
+                raise PatchError(written(located.spec.name))
+        return Held(located, self.position, places, self.original)
+
+
+def written(name: str) -> str:
+    return (
+        f"other code has changed {name!r} since the last version (training, load_state_dict, a "
+        "delta): undo that first, or load the base again and build a new WeightReceiver"
+    )

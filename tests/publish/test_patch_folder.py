@@ -1,0 +1,114 @@
+"""Patches as files: receivers come late, fall behind, and meet damaged or missing files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from publish_cases import Net, Run, assert_same
+
+from sparse_optim import files
+from sparse_optim.publish import MissingVersionError, PatchError, PatchFolder, WeightReceiver
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name.removesuffix(".safetensors") for path in folder.iterdir())
+
+
+def test_receivers_follow_from_wherever_they_are(tmp_path: Path):
+    run, folder = Run(), PatchFolder(tmp_path / "weights", whole_every=3, keep=2)
+    assert folder.newest == 0
+    near, far = WeightReceiver(Net()), WeightReceiver(Net())
+    assert folder.follow(near) == 0
+    for version in range(1, 11):
+        run.step()
+        assert folder.publish(run.publisher) == folder.newest == version
+        assert PatchFolder(folder.path).follow(near) == version
+        assert_same(near._model, run.net)
+        if version in (1, 9):
+            assert folder.follow(far) == version
+            assert far.digest == near.digest
+        late = WeightReceiver(Net())
+        folder.follow(late)
+        assert late.digest == near.digest
+    assert names(folder.path) == [
+        "000000007.whole", "000000008.patch", "000000009.patch", "000000010.patch",
+        "000000010.whole",
+    ]  # fmt: skip
+    assert_same(far._model, run.net) if folder.follow(far) == 10 else pytest.fail(
+        "it stayed behind"
+    )
+
+
+def test_a_damaged_or_missing_file(tmp_path: Path):
+    run, folder = Run(), PatchFolder(tmp_path)
+    receiver = WeightReceiver(Net())
+    for _ in range(3):
+        run.step()
+        folder.publish(run.publisher)
+    folder.follow(receiver)
+    for _ in range(2):
+        run.step()
+        folder.publish(run.publisher)
+    path = tmp_path / "000000004.patch.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[:-1])
+    with pytest.raises(PatchError, match=r"000000004.patch.safetensors: cut or damaged"):
+        folder.follow(receiver)
+    path.unlink()
+    with pytest.raises(MissingVersionError, match="has no version 4"):
+        folder.follow(receiver)
+    assert receiver.version == 3
+    path.write_bytes(data)
+    assert folder.follow(receiver) == 5
+    assert_same(receiver._model, run.net)
+    (tmp_path / "000000006.patch.safetensors").write_bytes(data)
+    with pytest.raises(PatchError, match="it is not of version 6"):
+        folder.follow(receiver)
+    (tmp_path / "notes.txt").write_text("files of others are left alone")
+    assert folder.newest == 6
+
+
+def test_a_version_that_could_not_be_written_is_made_up_for(tmp_path: Path, monkeypatch):
+    run, folder = Run(), PatchFolder(tmp_path)
+    receiver = WeightReceiver(Net())
+    run.step()
+    folder.publish(run.publisher)
+    folder.follow(receiver)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(files.os, "replace", full)
+        run.step()
+        with pytest.raises(OSError, match="No space left"):
+            folder.publish(run.publisher)
+    assert names(tmp_path) == ["000000001.whole"]
+    run.step()
+    assert folder.publish(run.publisher) == 3
+    assert names(tmp_path) == ["000000001.whole", "000000003.patch", "000000003.whole"]
+    assert folder.follow(receiver) == 3
+    assert_same(receiver._model, run.net)
+
+
+def test_another_process_goes_on(tmp_path: Path):
+    run, folder = Run(), PatchFolder(tmp_path)
+    receiver = WeightReceiver(Net())
+    for _ in range(2):
+        run.step()
+        folder.publish(run.publisher)
+    folder.follow(receiver)
+    with pytest.raises(ValueError, match=r"has version 2, .* version=folder.newest"):
+        folder.publish(Run().publisher)
+    fresh = Run(publisher={"version": folder.newest})  # it begins anew, from the base
+    fresh.step()
+    assert folder.publish(fresh.publisher) == 3
+    assert folder.follow(receiver) == 3
+    assert_same(receiver._model, fresh.net)
+
+
+@pytest.mark.parametrize("option", ["whole_every", "keep"])
+def test_what_is_refused(tmp_path: Path, option: str):
+    with pytest.raises(ValueError, match="expected at least 1"):
+        PatchFolder(tmp_path, **{option: 0})

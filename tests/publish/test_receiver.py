@@ -1,0 +1,393 @@
+"""What a receiver takes and what it refuses: it holds the base or one whole version, always."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from publish_cases import Net, Run, assert_same, signed, states, whole_patch
+from torch import nn
+
+from sparse_optim.publish import (
+    MissingVersionError,
+    Patch,
+    PatchError,
+    WeightReceiver,
+    _targets,
+)
+
+VERSIONS = 5
+
+
+@pytest.fixture(scope="module")
+def published() -> tuple[list[bytes], list[bytes], list[dict[str, torch.Tensor]]]:
+    """The increments, whole patches and weights of each version; the first is the base."""
+    run = Run()
+    patches, wholes, weights = [b""], [b""], [states(run.net)]
+    for _ in range(VERSIONS):
+        patches.append(run.next().to_bytes())
+        wholes.append(run.publisher.whole().to_bytes())
+        weights.append(states(run.net))
+    return patches, wholes, weights
+
+
+def test_patches_come_late_twice_and_in_any_order(published):
+    patches, wholes, weights = published
+    net = Net()
+    receiver = WeightReceiver(net)
+    with pytest.raises(MissingVersionError, match=r"version 2 builds on .* \(it has 0\)"):
+        receiver.receive(patches[2])
+    assert receiver.receive(patches[1])
+    assert not receiver.receive(patches[1])
+    with pytest.raises(MissingVersionError, match=r"version 3 builds on .* \(it has 1\)"):
+        receiver.receive(patches[3])
+    assert receiver.version == 1
+    assert receiver.receive(patches[2])
+    assert not receiver.receive(wholes[1])
+    assert not receiver.receive(patches[1])
+    assert_same(net, weights[2])
+    assert receiver.receive(wholes[4])
+    assert receiver.receive(patches[5])
+    assert_same(net, weights[5])
+
+
+def test_rollback_and_reset(published):
+    patches, wholes, weights = published
+    net = Net()
+    receiver = WeightReceiver(net)
+    with pytest.raises(ValueError, match="no earlier version is kept"):
+        receiver.rollback()
+    receiver.reset()
+    receiver.receive(patches[1])
+    with pytest.raises(ValueError, match="no earlier version is kept"):
+        receiver.rollback()
+    for version in (2, 3):
+        receiver.receive(patches[version])
+    receiver.rollback()
+    assert receiver.version == 2
+    receiver.verify()
+    assert_same(net, weights[2])
+    with pytest.raises(ValueError, match="no earlier version is kept"):
+        receiver.rollback()
+    assert receiver.receive(patches[3])
+    assert receiver.receive(wholes[5])
+    receiver.rollback()
+    assert_same(net, weights[3])
+    receiver.reset()
+    assert (receiver.version, receiver.digest) == (0, "")
+    assert_same(net, weights[0])
+    with pytest.raises(ValueError, match="there is nothing to pass on"):
+        receiver.whole()
+    assert receiver.receive(wholes[2])
+    assert_same(net, weights[2])
+
+
+def test_a_receiver_passes_its_version_on(published):
+    patches, wholes, weights = published
+    first, net = WeightReceiver(Net()), Net()
+    for version in (1, 2, 3):
+        first.receive(patches[version])
+    assert first.whole().to_bytes() == wholes[3]
+    second = WeightReceiver(net)
+    second.receive(first.whole())
+    assert_same(net, weights[3])
+
+
+def test_stage_touches_nothing_and_commit_writes(published):
+    patches, _, weights = published
+    net = Net()
+    receiver = WeightReceiver(net)
+    with pytest.raises(ValueError, match="nothing is staged"):
+        receiver.commit()
+    assert receiver.stage(patches[1])
+    assert_same(net, weights[0])
+    receiver.commit()
+    assert_same(net, weights[1])
+    assert receiver.stage(patches[2])
+    with pytest.raises(PatchError):
+        receiver.stage(b"no patch")
+    with pytest.raises(ValueError, match="nothing is staged"):
+        receiver.commit()
+    assert_same(net, weights[1])
+
+
+@pytest.mark.parametrize("kind", ["increment", "whole"])
+def test_every_cut_is_refused(published, kind: str):
+    patches, wholes, weights = published
+    data = patches[2] if kind == "increment" else wholes[2]
+    net = Net()
+    receiver = WeightReceiver(net)
+    receiver.receive(patches[1])
+    for end in [*range(0, 16), *range(16, len(data), 97), *range(len(data) - 9, len(data))]:
+        with pytest.raises(PatchError):
+            receiver.receive(data[:end])
+    assert receiver.version == 1
+    assert_same(net, weights[1])
+    assert receiver.receive(data)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_no_damage_goes_unnoticed(published, data):
+    """Bits and bytes changed, cut out, doubled: refused, or it said the same in other words."""
+    patches, wholes, weights = published
+    clean = data.draw(st.sampled_from([patches[2], wholes[2]]))
+    net = Net()
+    receiver = WeightReceiver(net)
+    receiver.receive(patches[1])
+    at = data.draw(st.integers(0, len(clean) - 1))
+    length = data.draw(st.integers(0, 9))
+    damaged = clean[:at] + data.draw(st.binary(max_size=9)) + clean[at + length :]
+    try:
+        receiver.receive(damaged)
+    except PatchError:
+        assert receiver.version == 1
+    assert receiver.version in (1, 2)
+    assert_same(net, weights[receiver.version])
+    receiver.verify()
+
+
+def test_forged_patches_need_the_key(published):
+    _, wholes, weights = published
+    run = Run(publisher={"key": b"secret"})
+    ours, theirs = run.next(), Patch.from_bytes(wholes[1])
+    net = Net()
+    receiver = WeightReceiver(net, key=b"secret")
+    for forged in (
+        theirs,
+        replace(ours, value=theirs.value + 1),
+        signed(replace(ours, value=ours.value + 1)),
+        signed(replace(ours, value=ours.value + 1), b"another"),
+        replace(ours, version=7),
+    ):
+        with pytest.raises(PatchError, match="damaged or forged, or was made with another key"):
+            receiver.receive(forged)
+    assert_same(net, weights[0])
+    assert receiver.receive(ours)
+    with pytest.raises(PatchError, match="made with another key"):
+        WeightReceiver(Net()).receive(ours)
+
+
+BASE = {"a": torch.zeros(3, 4), "b": torch.ones(5)}
+
+
+def change(positions: list[int], value: float = 7.0) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.tensor(positions), torch.full((len(positions),), value)
+
+
+@pytest.mark.parametrize(
+    "positions", [[12], [-1], [2, 2], [3, 1], [2**31 - 1], [-(2**31)]], ids=str
+)
+def test_no_position_leads_out_of_a_tensor(positions: list[int]):
+    """Digests are right here: someone with the key, or a fault of the publisher."""
+    base = {name: tensor.clone() for name, tensor in BASE.items()}
+    receiver = WeightReceiver(base)
+    with pytest.raises(PatchError, match="positions that come twice, in another order, or beyond"):
+        receiver.receive(whole_patch(1, BASE, {"a": change(positions)}))
+    receiver.receive(whole_patch(1, BASE, {"a": change([2]), "b": change([0, 4])}))
+    following = signed(whole_patch(2, BASE, {"a": change([2, *positions])}))
+    fresh = torch.tensor(positions, dtype=torch.int32)
+    step = replace(
+        following,
+        parent=receiver.digest, manifest=None, position=fresh,
+        new=torch.tensor([len(positions), 0], dtype=torch.int32),
+    )  # fmt: skip
+    with pytest.raises(PatchError):
+        receiver.receive(step)
+    assert receiver.version == 1
+    receiver.verify()
+    receiver.reset()
+    assert_same(base, BASE)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"value": torch.zeros(3, dtype=torch.uint8)}, "bytes of values of entries, got 3"),
+        ({"dense": torch.zeros(3, dtype=torch.uint8)}, "bytes of whole tensors, got 3"),
+        ({"new": torch.zeros(3, dtype=torch.int32)}, "expected 2 sparse tensors, got 3"),
+    ],
+)
+def test_numbers_that_do_not_fit(change: dict[str, Any], message: str):
+    patch = signed(replace(whole_patch(1, BASE, {}), **change))
+    with pytest.raises(PatchError, match=message):
+        WeightReceiver(states(BASE)).receive(patch)
+
+
+def test_a_model_that_does_not_fit(published):
+    patches, _, weights = published
+    without = {name: t for name, t in weights[0].items() if name != "body.weight"}
+    with pytest.raises(PatchError, match=r"'body.weight' is not in the model"):
+        WeightReceiver(without).receive(patches[1])
+    with pytest.raises(PatchError, match=r"publish with WeightPublisher\(dtype=torch.bfloat16\)"):
+        WeightReceiver(Net().bfloat16()).receive(patches[1])
+    with pytest.raises(PatchError, match=r"shape \(2, 9\) here and \(3, 9\) in the patch"):
+        WeightReceiver(weights[0] | {"head.weight": torch.zeros(2, 9)}).receive(patches[1])
+    with pytest.raises(PatchError, match="not that of the publisher's base"):
+        WeightReceiver(weights[2]).receive(patches[1])
+    with pytest.raises(PatchError, match="device meta"):
+        WeightReceiver(weights[0] | {"body.bias": torch.zeros(8, device="meta")}).receive(
+            patches[1]
+        )
+    expanded = weights[0] | {"head.bias": torch.zeros(1).expand(3)}
+    with pytest.raises(PatchError, match="is expanded"):
+        WeightReceiver(expanded).receive(patches[1])
+
+
+def test_outside_writes_are_noticed(published):
+    patches, _, weights = published
+    net = Net()
+    receiver = WeightReceiver(net)
+    receiver.receive(patches[1])
+    position = Patch.from_bytes(published[1][1]).position
+    for name, place in (("words.weight", int(position[0])), ("body.weight", 63), ("head.bias", 0)):
+        before = states(net)
+        with torch.no_grad():
+            dict(net.named_parameters())[name].view(-1)[place] += 1
+        changed = states(net)
+        for act in (receiver.verify, lambda: receiver.receive(patches[2]), receiver.reset):
+            with pytest.raises(PatchError, match=f"other code has changed '{name}'"):
+                act()
+        assert_same(net, changed)
+        net.load_state_dict(before)
+    assert receiver.version == 1
+    assert receiver.receive(patches[2])  # undone: it goes on
+    assert_same(net, weights[2])
+
+
+def test_a_model_may_move_and_be_rebuilt(published):
+    """Other memory with the same values, as `to` and `load_state_dict(assign=True)` make."""
+    patches, _, weights = published
+    net = Net()
+    receiver = WeightReceiver(net)
+    receiver.receive(patches[1])
+    for param in net.parameters():
+        param.data = param.data.clone()
+    receiver.receive(patches[2])
+    assert_same(net, weights[2])
+    net.load_state_dict(states(net), assign=True)
+    receiver.receive(patches[3])
+    assert_same(net, weights[3])
+
+
+def test_tied_names_that_the_model_holds_twice(published):
+    patches, _, weights = published
+    net = Net()
+    net.out.weight = nn.Parameter(net.out.weight.detach().clone())
+    receiver = WeightReceiver(net)
+    for version in (1, 2, 3):
+        receiver.receive(patches[version])
+    assert_same(net, weights[3])
+    receiver.reset()
+    assert_same(net, weights[0])
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_write_that_fails_is_undone(published, error: type[BaseException], monkeypatch):
+    patches, wholes, weights = published
+    net = Net()
+    receiver = WeightReceiver(net)
+    receiver.receive(patches[1])
+    receiver.receive(patches[2])
+    write, whole = _targets.Target.write, _targets.Target.write_whole
+    counts = {"left": 0}
+
+    def fails(kind: Any) -> Any:
+        def writes(*arguments: Any) -> None:
+            counts["left"] -= 1
+            if counts["left"] == 0:
+                raise error("planted")
+            kind(*arguments)
+
+        return writes
+
+    monkeypatch.setattr(_targets.Target, "write", fails(write))
+    monkeypatch.setattr(_targets.Target, "write_whole", fails(whole))
+    for attempt in (
+        lambda: receiver.receive(patches[3]),
+        lambda: receiver.receive(wholes[5]),
+        receiver.rollback,
+        receiver.reset,
+    ):
+        for number in range(1, 8):
+            counts["left"] = number
+            with pytest.raises(error, match="planted"):
+                attempt()
+            counts["left"] = 0
+            assert receiver.version == 2
+            assert_same(net, weights[2])
+            receiver.verify()
+    assert receiver.receive(patches[3])
+    assert_same(net, weights[3])
+
+
+def test_other_tensors_come_or_the_old_ones_stay(published, monkeypatch):
+    """A whole patch with another manifest goes over the base, or nothing changes."""
+    patches, _, weights = published
+    net = Net()
+    receiver = WeightReceiver(net)
+    receiver.receive(patches[1])
+    receiver.receive(patches[2])
+    few = {"body.bias": weights[0]["body.bias"]}
+    wrong = {"body.bias": weights[0]["body.bias"] + 1}
+    with pytest.raises(PatchError, match="not that of the publisher's base"):
+        receiver.receive(whole_patch(9, wrong, {"body.bias": change([1])}))
+    assert receiver.version == 2
+    assert_same(net, weights[2])
+    receiver.rollback()
+    assert_same(net, weights[1])
+    assert receiver.receive(whole_patch(9, few, {"body.bias": change([1])}))
+    expected = states(weights[0])
+    expected["body.bias"][1] = 7.0
+    assert_same(net, expected)
+    with pytest.raises(PatchError, match="version 9 of another run"):
+        receiver.receive(whole_patch(9, few, {"body.bias": change([2])}))
+    receiver.reset()
+    assert_same(net, weights[0])
+
+
+def test_threads_see_whole_versions(published):
+    """One receives, back and forth; others read under the lock."""
+    patches, wholes, weights = published
+    net = Net()
+    receiver, faults, ended = WeightReceiver(net), [], threading.Event()
+    receiver.receive(patches[1])
+    sums = {version: weights[version]["words.weight"].double().sum() for version in range(6)}
+
+    def read() -> None:
+        while not ended.is_set():
+            with receiver.lock:
+                if net.words.weight.detach().double().sum() != sums[receiver.version]:
+                    faults.append(receiver.version)
+
+    readers = [threading.Thread(target=read) for _ in range(2)]
+    for reader in readers:
+        reader.start()
+    for _ in range(30):
+        receiver.receive(patches[2])
+        receiver.receive(patches[3])
+        receiver.rollback()
+        receiver.receive(wholes[4])
+        receiver.reset()
+        receiver.receive(patches[1])
+    ended.set()
+    for reader in readers:
+        reader.join()
+    assert not faults
+
+
+def test_inference_tensors(published):
+    patches, _, weights = published
+    with torch.inference_mode():
+        net = {name: tensor.clone() for name, tensor in weights[0].items()}
+        receiver = WeightReceiver(net)
+        receiver.receive(patches[1])
+        assert_same(net, weights[1])
+    with pytest.raises(PatchError, match="receive in inference mode"):
+        WeightReceiver(copy.copy(net)).receive(patches[1])
