@@ -19,10 +19,11 @@ from few_examples import EXAMPLES, load_example, load_few
 from processes import free_port, start_group
 from repository import ROOT
 from tiny_models import save_decoder, save_encoder
-from transformers import AutoTokenizer, BertModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertModel
 
 from sparse_optim import load_delta
 from sparse_optim.finetune import FinetuneError, builtin_data
+from sparse_optim.publish import PatchFolder, WeightReceiver
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "few_examples"),
@@ -180,6 +181,16 @@ def test_trls_trainer_saves_deltas_with_its_checkpoints(decoder, tmp_path, capsy
     assert "'When do you open on Sunday?' is answered: " in printed
     last = load_delta("runs/example-trl/checkpoint-4/delta.safetensors")
     assert last.num_entries == load_delta(file).num_entries
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # in trl
+def test_grpo_publishes_and_a_copy_follows(decoder, capsys):
+    pytest.importorskip("trl", reason="needs trl, of the extra 'dev'")
+    printed = run("trl_grpo", capsys, "--model", decoder, "--steps", 3, "--weights", "weights")
+    assert "version 3 in weights; the last one takes " in printed
+    assert "'What is a lake?' was answered " in printed
+    receiver = WeightReceiver(AutoModelForCausalLM.from_pretrained(decoder))
+    assert PatchFolder("weights").follow(receiver) == 3
 
 
 def test_a_chat_model_is_asked(decoder, tmp_path, capsys):

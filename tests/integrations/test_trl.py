@@ -13,13 +13,15 @@ from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar
 from op_cases import assert_same_bits
 from tiny_models import save_decoder
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from sparse_optim import IncrementalMaskedAdamW, apply_delta, load_delta, param_groups
 from sparse_optim.integrations.callback import DELTA, SelectiveCallback
 from sparse_optim.integrations.from_arguments import from_arguments
+from sparse_optim.integrations.publish_callback import PublishCallback
 from sparse_optim.integrations.trainer import SelectiveMixin
+from sparse_optim.publish import PatchFolder, WeightReceiver
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -76,6 +78,26 @@ def trainer_of(decoder, folder, name, kind=None, **given):
         args=args, train_dataset=Dataset.from_dict(data), processing_class=tokenizer,
         **{"model": AutoModelForCausalLM.from_pretrained(decoder), **further, **given},
     )  # fmt: skip
+
+
+def test_grpo_publishes_each_update(decoder, tmp_path):
+    """What a server of rollouts holds is the trainer's model, version by version."""
+    served = AutoModelForCausalLM.from_pretrained(decoder)
+    receiver, folder = WeightReceiver(served), PatchFolder(tmp_path / "weights")
+    seen = []
+
+    class Server(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **_):
+            seen.append(folder.follow(receiver))
+            for name, tensor in model.state_dict().items():
+                assert_same_bits(served.state_dict()[name], tensor)
+
+    trainer = trainer_of(
+        decoder, tmp_path, "grpo", callbacks=[PublishCallback(folder), Server()]
+    )  # fmt: skip
+    trainer.train()
+    assert seen == [1, 2, 3]
+    receiver.verify()
 
 
 @pytest.mark.parametrize("name", CASES)

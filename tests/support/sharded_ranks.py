@@ -30,6 +30,7 @@ from sparse_optim import D3, Increment, MaskedAdamW, Repeat, Static, amp, save_d
 from sparse_optim.delta import Delta, DeltaError
 from sparse_optim.engine import kth_largest, pool
 from sparse_optim.policy.importance import Magnitude, Random, Snip, Traits
+from sparse_optim.publish import WeightPublisher, WeightReceiver
 
 WORLD = 4
 STEPS = 6
@@ -475,6 +476,25 @@ def errors() -> None:
     expect(TypeError, "plain.weight is whole in each process", build())
 
 
+def published() -> None:
+    """All processes get the patches of one process, byte for byte."""
+    mesh = dist.init_device_mesh("cpu", (WORLD,))
+    for dense in ("", "last"):
+        net, single, served = Net(), Net(), Net()
+        by_fsdp(mesh)(net)
+        optimizer, oracle = optimizer_of(net, dense=dense), optimizer_of(single, dense=dense)
+        ours, theirs = WeightPublisher(optimizer, net), WeightPublisher(oracle, single)
+        receiver = WeightReceiver(served)
+        for step in range(STEPS):
+            make_up(net, step)
+            step_both("published", net, single, optimizer, oracle, exact=not dense)
+            patch, expected = ours.patch(), theirs.patch()
+            assert dense or patch.to_bytes() == expected.to_bytes(), step
+            receiver.receive(patch)
+            for name, param in net.named_parameters():
+                assert torch.equal(whole(param), served.get_parameter(name)), (step, name)
+
+
 @contextmanager
 def traffic() -> Iterator[dict[str, int]]:
     """Bytes that our calls of torch.distributed hand over, by name."""
@@ -542,7 +562,7 @@ def main() -> None:
 
 PARTS = (
     methods, layouts, training, resume, changes, room, nothing_here, written, errors,
-    bytes_on_the_wire,
+    published, bytes_on_the_wire,
 )  # fmt: skip
 
 if __name__ == "__main__":
