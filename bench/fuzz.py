@@ -8,6 +8,8 @@ loaded state):
     delta file      load_delta, then apply_delta and revert of what loads: the base is back
     checkpoint      load_state_dict, then two steps: an error leaves the optimizer as it was
     checkpoint file torch.load(weights_only=True) of damaged bytes, then as above
+    patch           WeightReceiver.receive, then verify and reset: the base is back
+    forged patch    as above, with the digest that the damaged contents should have
 
 Each batch of inputs runs in a process of its own, so that a crash is counted and the rest goes on.
 An error of the package or of torch in words is "refused"; any other exception is a "fault".
@@ -25,6 +27,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,8 @@ from torch import Tensor, nn
 from bench.environment import describe
 from sparse_optim import D3, Increment, MaskedAdamW, apply_delta, load_delta, save_delta
 from sparse_optim.errors import SparseOptimError
+from sparse_optim.publish import Patch, PatchError, WeightPublisher, WeightReceiver
+from sparse_optim.publish._digest import digest_of
 
 BATCH = 200
 BATCH_SECONDS = 60.0  # A batch takes a second or two.
@@ -157,6 +162,33 @@ def fuzz_checkpoint_file(content: bytes, draw: random.Random) -> str:
     return load_and_step(state) if isinstance(state, dict) else "refused"
 
 
+def fuzz_patch(content: bytes, draw: random.Random) -> str:
+    """A damaged whole patch."""
+    return receive(damage_bytes(content, draw))
+
+
+def fuzz_forged_patch(content: bytes, draw: random.Random) -> str:
+    """A damaged patch of somebody who knows how digests are made, where no key is used."""
+    try:
+        patch = Patch.from_bytes(damage_bytes(content, draw))
+    except PatchError:
+        return "refused"
+    return receive(replace(patch, digest=digest_of(patch, key=None)))
+
+
+def receive(patch: Patch | bytes) -> str:
+    """An error leaves the model as it was; what is taken can be taken back."""
+    base, _ = build()
+    before, receiver = bits(base.state_dict().values()), WeightReceiver(base)
+    try:
+        receiver.receive(patch)
+    except PatchError:
+        return "refused" if bits(base.state_dict().values()) == before else "half changed"
+    receiver.verify()
+    receiver.reset()
+    return "loaded" if bits(base.state_dict().values()) == before else "half changed"
+
+
 def load_and_step(state: dict[str, Any]) -> str:
     """An error leaves the optimizer as it was; what loads takes steps."""
     net, optimizer = build()
@@ -174,11 +206,13 @@ KINDS: dict[str, Callable[[bytes, random.Random], str]] = {
     "delta file": fuzz_delta,
     "checkpoint": fuzz_checkpoint,
     "checkpoint file": fuzz_checkpoint_file,
+    "patch": fuzz_patch,
+    "forged patch": fuzz_forged_patch,
 }
 
 
 def sources() -> dict[str, bytes]:
-    """What is damaged: a delta and a checkpoint of the same run."""
+    """What is damaged: a delta, a checkpoint and a patch of the same run."""
     net, optimizer = build()
     train(net, optimizer, 5)
     state, file = io.BytesIO(), tempfile.NamedTemporaryFile(suffix=".safetensors")  # noqa: SIM115
@@ -186,10 +220,13 @@ def sources() -> dict[str, bytes]:
     with file:
         save_delta(optimizer.delta(net), file.name)
         delta = Path(file.name).read_bytes()
+    patch = WeightPublisher(optimizer, net).patch().to_bytes()
     return {
         "delta file": delta,
         "checkpoint": state.getvalue(),
         "checkpoint file": state.getvalue(),
+        "patch": patch,
+        "forged patch": patch,
     }
 
 

@@ -247,6 +247,8 @@ def moved_entries(engine: Engine) -> Moved:
         counts = bounds.diff(prepend=bounds.new_zeros(1))
         position = (index - starts.repeat_interleave(counts)).int()
     pieces = position.split([last - first for first, last in pairwise(offsets)])
-    flat = (param.detach().view(-1) for param in params)
-    values = [whole.index_select(0, at) for whole, at in zip(flat, pieces, strict=True)]
+    with torch.no_grad():
+        values = [
+            param.view(-1).index_select(0, at) for param, at in zip(params, pieces, strict=True)
+        ]
     return Moved(position, offsets, values, steps, step)

@@ -187,7 +187,8 @@ def _bytes(tensors: Sequence[Tensor], dtype: torch.dtype | None) -> Tensor:
         tensors = [each.to(dtype) if each.is_floating_point() else each for each in tensors]
     if len({each.dtype for each in tensors}) > 1:
         tensors = [bytes_of(each) for each in tensors]
-    return torch.cat([each.detach().reshape(-1) for each in tensors]).view(torch.uint8).cpu()
+    flat = [each if each.dim() == 1 else each.reshape(-1) for each in tensors]
+    return torch.cat(flat).detach().view(torch.uint8).cpu()
 
 
 def _new_entries(last: Patch, step: int, whole: Patch, moved: Moved) -> Tensor | None:
