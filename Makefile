@@ -3,7 +3,7 @@
 # make gpu-report   on a CUDA machine: the GPU tests and measurements; REPORT="--only PHASE" for some
 # make wheel   the wheel and the sdist for users, checked, in dist/
 # make docs   the documentation site, in site/; with SERVE=1 shown at localhost:8000 as you write
-# make soak   endurance tests, for ten minutes
+# make soak   endurance tests, for half an hour
 # make lock   renew requirements/lock.txt: the newest versions that pyproject.toml allows
 #
 # demo and test set up .venv first (requirements/set_up.py): pinned packages, torch (its CPU build
@@ -52,6 +52,7 @@ gpu-report: $(STAMPS)environment
 soak: test-setup
 	@$(PY) -m bench.fuzz --seconds 600 --write
 	@$(PY) -m bench.replicas --steps 300 --write
+	@$(PY) -m bench.followers --write
 
 # Of the CPU kernels; those for CUDA are compiled on the machine with the GPU.
 wheel: $(STAMPS)$(if $(UNLOCKED),build,packages)
