@@ -66,6 +66,7 @@ class Plan:
         model: name in bench.models.
         steps: to train.
         share: of the entries, that may move.
+        pause: seconds between steps, for models that train faster than others follow.
         judge, trainer: where those listen that start and that train.
     """
 
@@ -73,6 +74,7 @@ class Plan:
     model: str
     steps: int
     share: float
+    pause: float
     judge: Address
     trainer: Address
 
@@ -126,6 +128,7 @@ def train(plan: Plan, seed: int) -> None:
         optimizer.step()
         optimizer.zero_grad()
         taken += 1
+        time.sleep(plan.pause)
         publish(taken)
         state = {"optimizer": optimizer.state_dict(), "weights": publisher.whole().to_bytes()}
         with replacing(checkpoint) as temporary:
@@ -318,7 +321,9 @@ def free_addresses() -> tuple[Address, Address]:
         return one.getsockname(), other.getsockname()
 
 
-def run(model: str, steps: int, kills: int, share: float = 0.01, seed: int = 0) -> dict[str, Any]:
+def run(
+    model: str, steps: int, kills: int, share: float = 0.01, pause: float = 0.0, seed: int = 0
+) -> dict[str, Any]:
     """Train, follow and kill; what happened.
 
     Raises:
@@ -329,7 +334,7 @@ def run(model: str, steps: int, kills: int, share: float = 0.01, seed: int = 0) 
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        plan = Plan(folder, model, steps, share, *free_addresses())
+        plan = Plan(folder, model, steps, share, pause, *free_addresses())
         base = MODELS[model].build().to(torch.bfloat16)
         tensors = {name: param.detach().clone() for name, param in base.named_parameters()}
         save_file(tensors, folder / "base.safetensors")
