@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 
 import pytest
 
@@ -12,9 +13,11 @@ pytest.importorskip("accelerate", reason="needs the extra 'finetune'")
 import accelerate
 import torch
 from op_cases import assert_same_bits
+from processes import start_group
+from repository import ROOT
 from torch import nn
 
-from sparse_optim import IncrementalMaskedAdamW, apply_delta
+from sparse_optim import IncrementalMaskedAdamW, apply_delta, load_delta
 from sparse_optim.amp import GradScaler
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -136,3 +139,15 @@ def test_float16_autocast_with_a_scaled_loss(scaler):
     assert losses[-1] < losses[0]
     apply_delta(base, optimizer.delta(net, finished=False))
     same_bits(base, net)
+
+
+def test_the_fsdp2_plugin_from_prepare_to_load_state(tmp_path):
+    """Sharded, accumulated, clipped, saved in mid-unmasking and resumed bit for bit."""
+    script = str(ROOT / "tests/support/accelerate_fsdp.py")
+    for done in start_group([sys.executable, script, str(tmp_path)], ACCELERATE_USE_CPU="true"):
+        assert done.returncode == 0, done.stderr
+    whole = (tmp_path / "whole0").read_bytes()
+    for name in ("whole1", "resumed0", "resumed1"):
+        assert (tmp_path / name).read_bytes() == whole
+    delta = load_delta(tmp_path / "whole0")
+    assert delta.num_entries == 60
