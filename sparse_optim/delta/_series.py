@@ -49,7 +49,7 @@ def increment(delta: Delta, parent: Delta) -> Delta:
         DeltaError: a parameter has another shape, dtype or base fingerprint in the parent, or one
             of the two is an increment itself.
     """
-    _require_whole(delta=delta, parent=parent)
+    require_whole(delta=delta, parent=parent)
     sparse: dict[str, SparseValues] = {}
     removed: dict[str, Tensor] = {}
     for name, values in delta.sparse.items():
@@ -71,7 +71,7 @@ def compose(parent: Delta, increment: Delta) -> Delta:
     Raises:
         DeltaError: `increment` is not an increment, or was made over another delta than `parent`.
     """
-    _require_whole(parent=parent)
+    require_whole(parent=parent)
     if increment.parent is None:
         raise DeltaError("increment: expected an increment, got a whole delta: apply it as it is")
     found = content_fingerprint(parent)
@@ -92,17 +92,13 @@ def overlap(delta_a: Delta, delta_b: Delta) -> Overlap:
     Raises:
         DeltaError: a parameter has two shapes or dtypes, or one of the deltas is an increment.
     """
-    _require_whole(a=delta_a, b=delta_b)
+    require_whole(a=delta_a, b=delta_b)
     both = equal = finite = 0
     total = largest = 0.0
     same_base = True
     for name in delta_a.sparse.keys() & delta_b.sparse.keys():
         first, second = delta_a.sparse[name], delta_b.sparse[name]
-        if (first.shape, first.dtype) != (second.shape, second.dtype):
-            raise DeltaError(
-                f"{name!r}: {first.dtype} {first.shape} in one delta, "
-                f"{second.dtype} {second.shape} in the other: they are of different models"
-            )
+        check_same_layout(name, first, second)
         same_base &= delta_a.fingerprints[name] == delta_b.fingerprints[name]
         values = [
             values.take(torch.isin(values.position, other.position)).value
@@ -131,10 +127,20 @@ def _as_float64(value: Tensor) -> Tensor:
     return value.to(torch.complex128 if value.dtype.is_complex else torch.float64)
 
 
-def _require_whole(**deltas: Delta) -> None:
+def require_whole(**deltas: Delta) -> None:
+    """Raise DeltaError if one of the deltas is an increment."""
     for label, delta in deltas.items():
         if delta.parent is not None:
             raise DeltaError(f"{label}: an increment: compose it with its parent first")
+
+
+def check_same_layout(name: str, first: SparseValues, second: SparseValues) -> None:
+    """Raise DeltaError if a parameter has two shapes or dtypes."""
+    if (first.shape, first.dtype) != (second.shape, second.dtype):
+        raise DeltaError(
+            f"{name!r}: {first.dtype} {first.shape} in one delta, "
+            f"{second.dtype} {second.shape} in the other: they are of different models"
+        )
 
 
 def _check_same_base(name: str, delta: Delta, parent: Delta) -> None:
