@@ -32,6 +32,8 @@ def raw_bytes(tensor: Tensor, piece_bytes: int = PIECE_BYTES) -> Iterator[memory
             f"tensor: expected a strided tensor with data, got layout {tensor.layout} on device "
             f"{tensor.device}: densify or materialise it first"
         )
+    if tensor.numel() == 0:  # its strides may be 0, as numpy's are, and then it has no other view
+        return
     plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
     flat = plain.reshape(-1).view(torch.uint8)
     for piece in (flat,) if flat.numel() <= piece_bytes else flat.split(piece_bytes):
