@@ -24,7 +24,7 @@ from bench.environment import PREPARED, ROOT
 
 PACKAGE = ROOT / "sparse_optim"
 ALONE, EMULATED = PREPARED / "kernels_alone", PREPARED / "kernels_alone_emulated"
-UNUSED = {"csrc/cuda/sampled_grad.cu"}  # by kernels_alone.cu
+UNUSED = {"csrc/cuda/exchange.cu", "csrc/cuda/sampled_grad.cu"}  # by kernels_alone.cu
 NVCC_FLAGS = ("-std=c++17", "-O3", "-fmad=false", "-lineinfo", "-Xfatbin=-compress-all")
 IMPORT = (
     "import sparse_optim.backends.cpp, sparse_optim.backends.cuda as cuda; "

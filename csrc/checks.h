@@ -109,6 +109,12 @@ inline void check_positions(const Place& place, int64_t num_tensors, const Tenso
   place.check(offsets, "offsets", ScalarType::Long, num_tensors + 1);
 }
 
+inline void check_exchange(const Place& place, int64_t num_tensors, const Tensor& position,
+                           const Tensor& offsets, const Tensor& value) {
+  check_positions(place, num_tensors, position, offsets);
+  place.check(value, "value", ScalarType::Int, position.numel());
+}
+
 inline std::vector<DenseGrad> check_dense(const Place& place, const Tensors& grads) {
   std::vector<DenseGrad> dense;
   for (const Tensor& grad : grads)

@@ -131,6 +131,14 @@ def _check(tensor: Tensor, name: str, table: Tensor) -> None:
         raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
 
 
+def check_vector(name: str, vector: Tensor, dtype: torch.dtype, count: int) -> None:
+    """Raise ValueError unless there are `count` contiguous elements of `dtype`."""
+    if vector.dtype != dtype or vector.numel() != count:
+        raise ValueError(f"{name} must hold {count} elements of {dtype}")
+    if not vector.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {vector.stride()}")
+
+
 def carve(scratch: Tensor, pieces: Pieces) -> list[Tensor]:
     """Views into scratch of the given (elements, dtype), one after the other."""
     views, begin = [], 0

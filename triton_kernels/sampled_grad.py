@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import blocks_of
+from .launch import blocks_of, check_vector
 
 # Tokens of a column that are read at once, a multiple of what 16 bytes hold: four warps read 16
 # entries with 16-byte loads, 32 products a thread. Small programs, as a weight may have few
@@ -157,10 +157,7 @@ def _check(input: Tensor, grad_output: Tensor, position: Tensor, out: Tensor) ->
     for name, matrix in (("input", input), ("grad_output", grad_output)):
         if matrix.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"{name} must be float32, bfloat16 or float16, got {matrix.dtype}")
-    for name, vector, dtype in (("position", position, torch.int32), ("out", out, torch.float32)):
-        if vector.dtype != dtype or vector.numel() != position.numel():
-            raise ValueError(f"{name} must hold {position.numel()} elements of {dtype}")
-        if not vector.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, got strides {vector.stride()}")
+    check_vector("position", position, torch.int32, position.numel())
+    check_vector("out", out, torch.float32, position.numel())
     if len({each.device for each in (input, grad_output, position, out)}) > 1:
         raise ValueError("input, grad_output, position and out must be on one device")

@@ -59,4 +59,8 @@ bool update(const Threads& threads, const std::vector<PoolTensor>& pool, Active&
 bool sampled_grad(const Threads& threads, const Matrix& outer, const Matrix& inner,
                   const int32_t* position, int64_t count, float* out);
 
+// False if a position is outside of its tensor; nothing is written then.
+bool exchange(const Threads& threads, const std::vector<PoolTensor>& pool, const int32_t* position,
+              const int64_t* offsets, int32_t* value);
+
 }  // namespace sparse_optim::cpu

@@ -99,6 +99,7 @@ def update(
 
 
 sampled_grad = _ops.sampled_grad.default
+exchange = _ops.exchange.default
 
 
 def scratch_bytes(num_tiles: int, capacity: int, max_quota: int) -> int:
@@ -112,6 +113,6 @@ def _mutates_only(*args: object) -> None:
 
 for _name in (
     "bind", "scan", "clip", "rank", "cut", "collect_begin", "collect", "collect_end", "append",
-    "update", "sampled_grad",
+    "update", "sampled_grad", "exchange",
 ):  # fmt: skip
     torch.library.register_fake(f"sparse_optim::{_name}", _mutates_only)

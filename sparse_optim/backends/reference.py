@@ -365,6 +365,38 @@ def sampled_grad(
             sums += terms[0]
 
 
+def exchange(bound: Bound, position: Tensor, offsets: Tensor, value: Tensor) -> None:
+    """Swap entries of the parameters with values, bit by bit.
+
+        value[e] <-> parameter of e, at position[e]
+
+    so that a second call undoes the first. Does not count up the `_version` of parameters, which is
+    left to the caller.
+
+    Args:
+        bound: from `bind`; gradients are not looked at. Parameters are mutated.
+        position: (n,), int32, flat positions, ascending in each tensor.
+        offsets: (S + 1,), int64; the entries of tensor i are offsets[i]:offsets[i + 1].
+        value: (n,), int32: bits of a float32, or in the lower half those of a bfloat16 or float16,
+            below zeros. Mutated.
+
+    Raises:
+        RuntimeError, ValueError: a position is outside of its tensor (on a GPU it is left out);
+            nothing is written.
+    """
+    for index, param in enumerate(bound.params):
+        places = position[slice(*offsets[index : index + 2].tolist())]
+        if places.numel() and not (places.min() >= 0 and places.max() < param.numel()):
+            raise ValueError(f"position holds entries beyond the {param.numel()} of tensor {index}")
+    for index, param in enumerate(bound.params):
+        entries = slice(*offsets[index : index + 2].tolist())
+        word = torch.int32 if param.dtype.itemsize == 4 else torch.int16
+        flat, where = param.data.view(-1).view(word), position[entries].long()
+        before = flat[where].int()
+        flat[where] = value[entries].to(word)
+        value[entries] = before if word == torch.int32 else before & 0xFFFF
+
+
 def rank_words(key: Tensor, global_index: Tensor) -> Tensor:
     """One int64 that orders by (key descending, global index ascending) when sorted descending.
 

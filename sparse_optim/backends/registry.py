@@ -57,6 +57,8 @@ class Backend(Protocol):
         self, input: Tensor, grad_output: Tensor, position: Tensor, transposed: bool, out: Tensor
     ) -> None: ...
 
+    def exchange(self, bound: Any, position: Tensor, offsets: Tensor, value: Tensor) -> None: ...
+
 
 class Collecting(Backend, Protocol):
     """A backend that can rank gradients one at a time, as they come in the backward pass.

@@ -12,14 +12,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sparse_optim.cli.console import one_line_errors, plain, print_json, print_line
-from sparse_optim.finetune.errors import FinetuneError
+from sparse_optim.cli.console import check_picture, one_line_errors, plain, print_json, print_line
 
 if TYPE_CHECKING:
     from sparse_optim.analysis.compare import Run
 
 NAME_WIDTH = 16  # columns of a name before it is folded
-PICTURES = (".png", ".pdf", ".svg")
 
 
 def register(app: typer.Typer) -> None:
@@ -51,8 +49,7 @@ def compare(
         from sparse_optim.analysis.compare import load_runs
         from sparse_optim.analysis.comparison_plot import draw_comparison
 
-        if output.suffix not in PICTURES:
-            raise FinetuneError(f"{output}: a picture's name ends in {', '.join(PICTURES)}")
+        check_picture(output)
         found = load_runs(runs)
         draw_comparison(found, output)
         if as_json:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -12,8 +13,11 @@ from rich.text import Text
 
 from sparse_optim.errors import SparseOptimError
 from sparse_optim.files import strict_json
+from sparse_optim.finetune.errors import FinetuneError
 from sparse_optim.finetune.processes import is_first_here
 from sparse_optim.finetune.summary import plain as plain
+
+PICTURES = (".png", ".pdf", ".svg")
 
 
 @contextmanager
@@ -76,6 +80,16 @@ def print_line(line: str, *, err: bool = False) -> None:
 def print_json(value: Any) -> None:
     """Print strict JSON to stdout, and nothing else: for options `--json`."""
     typer.echo(strict_json(value, indent=2))
+
+
+def check_picture(path: Path) -> None:
+    """Check the name of a picture to write.
+
+    Raises:
+        FinetuneError: its suffix is none of PICTURES.
+    """
+    if path.suffix not in PICTURES:
+        raise FinetuneError(f"{path}: a picture's name ends in {', '.join(PICTURES)}")
 
 
 def quiet_libraries() -> None:

@@ -9,20 +9,25 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from sparse_optim.cli.change_tables import show_changes
 from sparse_optim.cli.console import (
+    check_picture,
     one_line_errors,
     plain,
     print_json,
     print_line,
     quiet_libraries,
 )
+from sparse_optim.cli.delta_diff import diff_summary, diff_table
 from sparse_optim.cli.delta_facts import (
+    change_facts,
     check_related,
     check_related_models,
     facts_of,
     overlap_facts,
 )
-from sparse_optim.cli.delta_tables import dense_table, in_words, sparse_table
+from sparse_optim.cli.delta_merge import BaseModel, base_folder
+from sparse_optim.cli.delta_tables import dense_table, fact_table, in_words, sparse_table
 
 if TYPE_CHECKING:
     from sparse_optim.delta import Delta  # torch: the commands import it, --help does not
@@ -44,32 +49,60 @@ def inspect(
     every: Annotated[
         bool, typer.Option("--all", help="Show all tensors, not the ten largest of each table.")
     ] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Draw the map of layers and modules to this file: .png, .pdf or .svg."),
+    ] = None,
+    size: Annotated[
+        bool,
+        typer.Option(
+            "--size",
+            help="Map the size of the changes beside the base's values (needs --base, or stored "
+            "originals), not the share of the entries that changed.",
+        ),
+    ] = False,
+    base: BaseModel = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show the contents of a delta file, or the models of a series.
+    """Show the contents of a delta file, and where it changes the model: a map of layers and
+    modules. Of a series, show its models.
 
     --json prints {"method", "sparse_entries", "sparse_numel", "tensor_bytes", "unmask_steps" (first
     and last, or null), "originals", "fingerprint", "parent", "removed_entries", "sparse": a list of
     {"name", "shape", "dtype", "entries", "bytes"}, "dense": a list of {"name", "shape", "dtype",
     "bytes"}}; of a series {"members": a list of {"file", "share" (of the budget), "step",
-    "entries", "bytes", "metric", "value"}}.
+    "entries", "bytes", "metric", "value"}}. With --size it also has "changes": by tensor
+    {"entries", "numel", "share", "relative" (null: not known, or infinite)}.
     """
     with one_line_errors():
-        from sparse_optim.delta import load_delta
+        from sparse_optim.delta import load_delta, tensor_changes
 
+        if plot is not None:
+            check_picture(plot)
         path = _delta_path(delta_file)
         if path.is_dir() and _inspect_series(path, as_json):
             return
         delta = load_delta(path)
+        if size or base is not None:
+            quiet_libraries()
+        changes = tensor_changes(delta, base_folder(base), sizes=size)
+        if plot is not None:
+            from sparse_optim.analysis.change_plot import draw_changes
+
+            draw_changes(changes, f"Where {delta_file} changes the model", plot, size=size)
         if as_json:
-            print_json(facts_of(delta))
+            print_json(facts_of(delta) | ({"changes": change_facts(changes)} if size else {}))
             return
         console = Console()
         console.print(_summary(delta_file, delta))
+        show_changes(console, changes, size=size, every=every)
         if delta.num_entries:
+            console.print()
             console.print(sparse_table(delta, every, console.width))
         if delta.dense:
             console.print(dense_table(delta, every, console.width))
+        if plot is not None:
+            print_line(f"{plot}: the picture")
 
 
 def apply(
@@ -127,15 +160,25 @@ def diff(
     originals: Annotated[
         bool, typer.Option(help="Two models: also store the base's values, for reverting.")
     ] = False,
+    base: BaseModel = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="Two deltas: compare each parameter, not each module.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Compare two deltas, or make a delta from two model folders.
 
-    Deltas that share no parameter or no base, and models that share no tensor, are an error.
+    Of two deltas: the entries that they share, in all and by module, beside what two random choices
+    in the same tensors would share. With --base, or where both store originals, also how their
+    changes agree: signs, and cosines over all entries and over those in both. Deltas that share no
+    parameter or no base, and models that share no tensor, are an error.
 
     --json prints, for two deltas, {"both", "only_a", "only_b", "equal" (entries), "max_difference",
-    "mean_difference", "same_base", "jaccard", "dense_in_both"}; for two models what
-    `inspect --json` prints of their delta.
+    "mean_difference", "same_base", "jaccard", "dense_in_both", "total", "modules": by name (with
+    --all by parameter)}, the last two with "entries_a", "entries_b", "both", "expected" (entries in
+    both by chance), "jaccard", "share_a", "share_b" and (each null where the base's values are not
+    known) "opposite" (entries in both that move in opposite directions), "cosine" and
+    "cosine_both"; for two models what `inspect --json` prints of their delta.
     """
     with one_line_errors():
         from sparse_optim.delta import DeltaError, load_delta
@@ -144,11 +187,15 @@ def diff(
         if first.is_dir() != second.is_dir():
             raise DeltaError("expected two delta files or two model folders, got one of each")
         if first.is_dir():
+            if base is not None or every:
+                raise DeltaError("--base and --all are for two deltas")
             _diff_models(first, second, out, originals, as_json)
             return
         if out is not None or originals:
             raise DeltaError("--out and --originals are for two model folders")
-        _diff_deltas(load_delta(first), load_delta(second), as_json)
+        if base is not None:
+            quiet_libraries()
+        _diff_deltas(load_delta(first), load_delta(second), base_folder(base), every, as_json)
 
 
 def _inspect_series(folder: Path, as_json: bool) -> bool:
@@ -190,25 +237,25 @@ def _delta_path(path: Path) -> Path:
     return path / DELTA_FILE if (path / DELTA_FILE).is_file() else path
 
 
-def _diff_deltas(a: Delta, b: Delta, as_json: bool) -> None:
-    from sparse_optim.delta import overlap
+def _diff_deltas(a: Delta, b: Delta, base: Path | None, every: bool, as_json: bool) -> None:
+    from sparse_optim.analysis.change_map import module_name
+    from sparse_optim.delta import compare_deltas, overlap
 
     check_related(a, b)
-    found = overlap_facts(a, b, overlap(a, b))
+    found = compare_deltas(a, b, base, group=str if every else module_name)
+    facts = overlap_facts(a, b, overlap(a, b), found)
     if as_json:
-        print_json(found)
+        print_json(facts)
         return
-    table = _facts("A and B")
-    table.add_row("entries in both", f"{found['both']:,}")
-    table.add_row("only in A", f"{found['only_a']:,}")
-    table.add_row("only in B", f"{found['only_b']:,}")
-    table.add_row("Jaccard", f"{found['jaccard']:.4f}")
-    table.add_row("in both, equal bits", f"{found['equal']:,}")
-    table.add_row("largest |a - b|", f"{found['max_difference']:.6g}")
-    table.add_row("mean |a - b|", f"{found['mean_difference']:.6g}")
-    table.add_row("dense in both", f"{found['dense_in_both']:,}")
-    table.add_row("same base", "yes" if found["same_base"] else "no, where they overlap")
-    Console().print(table)
+    console = Console()
+    console.print(diff_summary(facts))
+    if found.parameters:
+        console.print()
+        console.print(diff_table(found, every, console.width))
+    if facts["total"]["cosine"] is None:
+        print_line(
+            "Signs and cosines need the base's values: give --base, the model that was fine-tuned."
+        )
 
 
 def _diff_models(a: Path, b: Path, out: Path | None, originals: bool, as_json: bool) -> None:
@@ -228,15 +275,8 @@ def _diff_models(a: Path, b: Path, out: Path | None, originals: bool, as_json: b
         print_line(line, err=as_json)
 
 
-def _facts(title: str) -> Table:
-    table = Table(title=plain(title), show_header=False, title_justify="left")
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    return table
-
-
 def _summary(path: Path, delta: Delta) -> Table:
-    facts, table = facts_of(delta), _facts(str(path))
+    facts, table = facts_of(delta), fact_table(str(path))
     arguments = {key: value for key, value in delta.method.items() if key != "name"}
     table.add_row("method", plain(str(delta.method.get("name", "unknown"))))
     for key, value in arguments.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sparse_optim.delta import Delta, Overlap
+    from sparse_optim.delta import Change, Common, Comparison, Delta, Overlap
 
 
 def facts_of(delta: Delta) -> dict[str, Any]:
@@ -58,12 +59,40 @@ def facts_of(delta: Delta) -> dict[str, Any]:
     }
 
 
-def overlap_facts(a: Delta, b: Delta, found: Overlap) -> dict[str, Any]:
+def change_facts(changes: Mapping[str, Change]) -> dict[str, Any]:
+    """How much of each tensor changed, as JSON values."""
+    return {
+        name: {
+            "entries": change.entries,
+            "numel": change.numel,
+            "share": change.share,
+            "relative": None if change.relative == math.inf else change.relative,
+        }
+        for name, change in changes.items()
+    }
+
+
+def overlap_facts(a: Delta, b: Delta, found: Overlap, compared: Comparison) -> dict[str, Any]:
     """The comparison of two deltas as JSON values."""
     return {
         **asdict(found),
         "jaccard": found.jaccard,
         "dense_in_both": len(a.dense.keys() & b.dense.keys()),
+        "total": common_facts(compared.total),
+        "modules": {name: common_facts(part) for name, part in compared.parameters.items()},
+    }
+
+
+def common_facts(part: Common) -> dict[str, Any]:
+    """The entries that two deltas share as JSON values; null: the base's values are not known."""
+    return {
+        "opposite": None,
+        "cosine": None,
+        "cosine_both": None,
+        **asdict(part),
+        "jaccard": part.jaccard,
+        "share_a": part.both / part.entries_a if part.entries_a else 0.0,
+        "share_b": part.both / part.entries_b if part.entries_b else 0.0,
     }
 
 

@@ -85,8 +85,9 @@ def merge(
 
     --json prints {"out", "entries", "bytes" (each null without --out), "conflicts" (null without
     --report): a list of {"a", "b" (paths), "total", "parameters": by name}, each with "entries_a",
-    "entries_b", "both", "overlap" (both / the fewer entries), "opposite" (entries in both that
-    move in opposite directions), "opposite_share", "cosine"}.
+    "entries_b", "both", "expected" (entries in both by chance), "overlap" (both / the fewer
+    entries), "opposite" (entries in both that move in opposite directions), "opposite_share",
+    "cosine" and "cosine_both" (over the entries in both)}.
     """
     names = [str(path) for path in delta_files]
     with one_line_errors(), _by_file_name(names):
@@ -98,7 +99,7 @@ def merge(
         if dense is not None and names.count(str(dense)) != 1:
             raise DeltaError(f"--dense {dense}: expected one of the deltas to merge, named once")
         numbers = None if weights is None else _numbers(weights)
-        deltas, folder = [_load(path) for path in delta_files], _base_folder(base)
+        deltas, folder = [_load(path) for path in delta_files], base_folder(base)
         found = conflicts(deltas, folder) if report else []
         merged = None
         if out is not None:
@@ -149,7 +150,7 @@ def unmerge(
             _load(merged_file),
             _load(delta_file),
             [_load(path) for path in rest],
-            _base_folder(base),
+            base_folder(base),
         )
         deltas.save_delta(result, out)
         _say_written(out, result)
@@ -188,7 +189,8 @@ def _load(path: Path) -> Delta:
     return load_delta(find_delta(path))
 
 
-def _base_folder(base: str | None) -> Path | None:
+def base_folder(base: str | None) -> Path | None:
+    """The folder of a model that is given by built-in name, folder or hub id; None of None."""
     from sparse_optim.finetune.models import find_model, local_folder
 
     if base is None or Path(base).is_dir():

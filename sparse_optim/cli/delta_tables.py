@@ -51,6 +51,14 @@ def dense_table(delta: Delta, every: bool, width: int) -> Table:
     return build_table(("dense tensor", "shape", "dtype", "bytes"), rows, every, width)
 
 
+def fact_table(title: str) -> Table:
+    """An empty table of facts and their values."""
+    table = Table(title=plain(title), show_header=False, title_justify="left")
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
+
+
 def build_table(
     headings: Sequence[str], rows: Sequence[Sequence[str]], every: bool, width: int, note: str = ""
 ) -> Table:

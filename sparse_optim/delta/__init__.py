@@ -14,7 +14,15 @@ from sparse_optim.delta._apply import (
     merge,
     revert_delta,
 )
-from sparse_optim.delta._conflicts import Agreement, Conflict, conflicts
+from sparse_optim.delta._changes import Change, tensor_changes
+from sparse_optim.delta._conflicts import (
+    Agreement,
+    Common,
+    Comparison,
+    Conflict,
+    compare_deltas,
+    conflicts,
+)
 from sparse_optim.delta._folder import MergedFolder, folder_tensors, merge_folder
 from sparse_optim.delta._format import content_fingerprint, load_delta, save_delta
 from sparse_optim.delta._series import Overlap, compose, increment, overlap
@@ -24,6 +32,9 @@ from sparse_optim.delta._types import Delta, DeltaError, SparseValues
 __all__ = [
     "Agreement",
     "AppliedDelta",
+    "Change",
+    "Common",
+    "Comparison",
     "Conflict",
     "Delta",
     "DeltaError",
@@ -32,6 +43,7 @@ __all__ = [
     "Overlap",
     "SparseValues",
     "apply_delta",
+    "compare_deltas",
     "compose",
     "conflicts",
     "content_fingerprint",
@@ -44,5 +56,6 @@ __all__ = [
     "overlap",
     "revert_delta",
     "save_delta",
+    "tensor_changes",
     "unmerge",
 ]

@@ -1,13 +1,26 @@
 """Relate two deltas over one base: store one as an increment over the other, compare them."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sparse_optim.delta._format import content_fingerprint
+from sparse_optim.delta._joined import (
+    Array,
+    Integers,
+    Joined,
+    Mask,
+    find,
+    groups,
+    layout_of,
+    split,
+    starts_of,
+)
 from sparse_optim.delta._tensors import bits
-from sparse_optim.delta._types import Delta, DeltaError, SparseValues
+from sparse_optim.delta._types import Delta, DeltaError, SparseValues, unchecked
 
 
 @dataclass(frozen=True)
@@ -49,20 +62,22 @@ def increment(delta: Delta, parent: Delta) -> Delta:
         DeltaError: a parameter has another shape, dtype or base fingerprint in the parent, or one
             of the two is an increment itself.
     """
-    _require_whole(delta=delta, parent=parent)
-    sparse: dict[str, SparseValues] = {}
-    removed: dict[str, Tensor] = {}
-    for name, values in delta.sparse.items():
-        before = parent.sparse.get(name)
-        if before is None:
-            sparse[name] = values
-            continue
-        _check_same_base(name, delta, parent)
-        sparse[name] = values.take(~_unchanged(values, before))
-        gone = before.position[~torch.isin(before.position, values.position)]
-        if gone.numel():
-            removed[name] = gone
-    return replace(delta, sparse=sparse, parent=content_fingerprint(parent), removed=removed)
+    require_whole(delta=delta, parent=parent)
+    changed, removed = dict(delta.sparse), dict[str, Tensor]()
+    for names in groups(delta.sparse, parent.sparse):
+        for name in names:
+            _check_same_base(name, delta, parent)
+        now = Joined.of([delta.sparse[name] for name in names])
+        then = Joined.of([parent.sparse[name] for name in names])
+        slot, found = find(now.key, then.key)
+        same = _unchanged(now, then, slot, found)
+        changed |= zip(names, now.take(np.flatnonzero(~same)), strict=True)
+        gone = np.ones(then.key.shape, dtype=np.bool_)
+        gone[slot[found]] = False
+        index = np.flatnonzero(gone)
+        pieces = torch.from_numpy(then.position[index]).split(then.counts(index))
+        removed |= {name: piece for name, piece in zip(names, pieces, strict=True) if len(piece)}
+    return unchecked(delta, sparse=changed, removed=removed, parent=content_fingerprint(parent))
 
 
 def compose(parent: Delta, increment: Delta) -> Delta:
@@ -71,7 +86,7 @@ def compose(parent: Delta, increment: Delta) -> Delta:
     Raises:
         DeltaError: `increment` is not an increment, or was made over another delta than `parent`.
     """
-    _require_whole(parent=parent)
+    require_whole(parent=parent)
     if increment.parent is None:
         raise DeltaError("increment: expected an increment, got a whole delta: apply it as it is")
     found = content_fingerprint(parent)
@@ -79,11 +94,12 @@ def compose(parent: Delta, increment: Delta) -> Delta:
         raise DeltaError(
             f"parent: the increment was made over delta {increment.parent}, got {found}"
         )
-    sparse = {
-        name: _overlay(name, parent, increment) if name in parent.sparse else values
-        for name, values in increment.sparse.items()
-    }
-    return replace(increment, sparse=sparse, parent=None, removed={})
+    whole = dict(increment.sparse)
+    for names in groups(increment.sparse, parent.sparse):
+        for name in names:
+            _check_same_base(name, increment, parent)
+        whole |= zip(names, _overlaid(names, parent, increment), strict=True)
+    return unchecked(increment, sparse=whole, parent=None, removed={})
 
 
 def overlap(delta_a: Delta, delta_b: Delta) -> Overlap:
@@ -92,17 +108,13 @@ def overlap(delta_a: Delta, delta_b: Delta) -> Overlap:
     Raises:
         DeltaError: a parameter has two shapes or dtypes, or one of the deltas is an increment.
     """
-    _require_whole(a=delta_a, b=delta_b)
+    require_whole(a=delta_a, b=delta_b)
     both = equal = finite = 0
     total = largest = 0.0
     same_base = True
     for name in delta_a.sparse.keys() & delta_b.sparse.keys():
         first, second = delta_a.sparse[name], delta_b.sparse[name]
-        if (first.shape, first.dtype) != (second.shape, second.dtype):
-            raise DeltaError(
-                f"{name!r}: {first.dtype} {first.shape} in one delta, "
-                f"{second.dtype} {second.shape} in the other: they are of different models"
-            )
+        check_same_layout(name, first, second)
         same_base &= delta_a.fingerprints[name] == delta_b.fingerprints[name]
         values = [
             values.take(torch.isin(values.position, other.position)).value
@@ -131,10 +143,20 @@ def _as_float64(value: Tensor) -> Tensor:
     return value.to(torch.complex128 if value.dtype.is_complex else torch.float64)
 
 
-def _require_whole(**deltas: Delta) -> None:
+def require_whole(**deltas: Delta) -> None:
+    """Raise DeltaError if one of the deltas is an increment."""
     for label, delta in deltas.items():
         if delta.parent is not None:
             raise DeltaError(f"{label}: an increment: compose it with its parent first")
+
+
+def check_same_layout(name: str, first: SparseValues, second: SparseValues) -> None:
+    """Raise DeltaError if a parameter has two shapes or dtypes."""
+    if (first.shape, first.dtype) != (second.shape, second.dtype):
+        raise DeltaError(
+            f"{name!r}: {first.dtype} {first.shape} in one delta, "
+            f"{second.dtype} {second.shape} in the other: they are of different models"
+        )
 
 
 def _check_same_base(name: str, delta: Delta, parent: Delta) -> None:
@@ -144,49 +166,54 @@ def _check_same_base(name: str, delta: Delta, parent: Delta) -> None:
         raise DeltaError(f"{name!r}: the parent delta is over another base")
 
 
-def _unchanged(values: SparseValues, before: SparseValues) -> Tensor:
-    """(n,) bool: which entries of `values` are in `before` with the same bits in every column."""
-    in_both = torch.isin(values.position, before.position)
-    now = values.take(in_both)
-    then = before.take(torch.isin(before.position, values.position))
-    same = bits(now.value) == bits(then.value)
-    for column, earlier in ((now.unmask_step, then.unmask_step), (now.original, then.original)):
-        if column is None and earlier is None:
-            continue
-        if column is None or earlier is None:
-            return torch.zeros_like(in_both)  # Other columns than before: store all of it.
-        same &= bits(column) == bits(earlier)
-    unchanged = in_both.clone()
-    unchanged[in_both] = same
-    return unchanged
+def _unchanged(now: Joined, then: Joined, slot: Integers, found: Mask) -> Mask:
+    """(n,) bool: which entries of `now` are in `then` with the same bits in every column.
+
+    Args:
+        slot: (n,), int64. Their places in `then`, for those that are `found`, (n,) bool.
+    """
+    if layout_of(now.parts[0]) != layout_of(then.parts[0]):
+        return np.zeros_like(found)  # Other columns than before: store all of it.
+    if not then.key.size:
+        return found
+    same: Mask = found.copy()
+    for column, before in zip(now.columns, then.columns, strict=True):
+        same &= column == before[slot]
+    return same
 
 
-def _overlay(name: str, parent: Delta, increment: Delta) -> SparseValues:
-    _check_same_base(name, increment, parent)
-    before, values = parent.sparse[name], increment.sparse[name]
-    gone = torch.cat([values.position, increment.removed.get(name, values.position[:0])])
-    kept = before.take(~torch.isin(before.position, gone))
-    if kept.num_entries == 0:
-        return values
-    position, order = torch.cat([kept.position, values.position]).sort()
-    return replace(
-        values,
-        position=position,
-        value=_interleave(kept.value, values.value, order),
-        unmask_step=_interleave_optional(name, kept.unmask_step, values.unmask_step, order),
-        original=_interleave_optional(name, kept.original, values.original, order),
-    )
+def _overlaid(names: Sequence[str], parent: Delta, increment: Delta) -> list[SparseValues]:
+    """The entries of the increment, and those of the parent that it neither has nor removes."""
+    before = Joined.of([parent.sparse[name] for name in names])
+    new = Joined.of([increment.sparse[name] for name in names])
+    kept = np.ones(before.key.shape, dtype=np.bool_)
+    removed = [
+        increment.removed[name].numpy() + start
+        for name, start in zip(names, starts_of(before.parts).tolist(), strict=True)
+        if name in increment.removed
+    ]
+    for key in (new.key, *([np.concatenate(removed)] if removed else ())):
+        slot, found = find(key, before.key)
+        kept[slot[found]] = False
+    index = np.flatnonzero(kept)
+    if not index.size:
+        return list(new.parts)
+    if layout_of(before.parts[0]) != layout_of(new.parts[0]):
+        first = next(name for name, count in zip(names, before.counts(index), strict=True) if count)
+        raise DeltaError(f"{first!r}: parent and increment do not store the same columns")
+    # Where the entries of the increment come to stand among those of the parent.
+    place = before.key[index].searchsorted(new.key) + np.arange(new.key.size)
+    is_old = np.ones(index.size + new.key.size, dtype=np.bool_)
+    is_old[place] = False
+    old_place = np.flatnonzero(is_old)
 
+    def merged(old: Array, added: Array) -> Array:
+        result = np.empty(is_old.shape, dtype=old.dtype)
+        result[place] = added
+        result[old_place] = old[index]
+        return result
 
-def _interleave(old: Tensor, new: Tensor, order: Tensor) -> Tensor:
-    return torch.cat([bits(old), bits(new)])[order].view(old.dtype)
-
-
-def _interleave_optional(
-    name: str, old: Tensor | None, new: Tensor | None, order: Tensor
-) -> Tensor | None:
-    if old is None and new is None:
-        return None
-    if old is None or new is None:
-        raise DeltaError(f"{name!r}: parent and increment do not store the same columns")
-    return _interleave(old, new, order)
+    added = np.diff(new.ends, prepend=0).tolist()
+    counts = [a + b for a, b in zip(before.counts(index), added, strict=True)]
+    columns = [merged(*pair) for pair in zip(before.columns, new.columns, strict=True)]
+    return split(new.parts, counts, merged(before.position, new.position), columns)

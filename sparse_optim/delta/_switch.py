@@ -9,26 +9,64 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from threading import Condition, local
 
 from torch import Tensor
 
 from sparse_optim.delta._apply import Write, apply_delta, one_thread_at_a_time
+from sparse_optim.delta._exchange import Exchange
 from sparse_optim.delta._fingerprint import fingerprint
 from sparse_optim.delta._tensors import Model, Tensors, gather, named_tensors, same_bits, scatter_
 from sparse_optim.delta._types import Delta, DeltaError
+from sparse_optim.warn import warn_user
 
 Mark = tuple[int, int, int]  # of a tensor: object, address, version
 
 
-@dataclass(frozen=True)
 class Task:
-    """A delta that was checked: what it writes, and what of the base it replaces."""
+    """A delta that was checked: what it writes, and what of the base it replaces.
 
-    writes: list[Write]
-    originals: list[Write]
-    fingerprints: dict[str, str]
+    On a GPU, entries are swapped by one operation (`_exchange`); its first two swaps, in and out,
+    are compared with what they should have written. Other entries, and whole tensors, are written
+    one tensor after the other.
+    """
+
+    def __init__(
+        self, writes: list[Write], originals: list[Write], fingerprints: dict[str, str]
+    ) -> None:
+        self.writes, self.originals, self.fingerprints = writes, originals, fingerprints
+        self._exchange: Exchange | None = None
+        self._unseen = 0  # swaps that are still compared
+        self._trusted = True
+
+    def enter(self, tensors: Tensors) -> None:
+        """Write the delta into the model, which has the base's values."""
+        self._bring(tensors, self.writes)
+
+    def leave(self, tensors: Tensors) -> None:
+        """Write the base's values into the model, which has the delta's."""
+        self._bring(tensors, self.originals)
+
+    def rewrite(self, tensors: Tensors, writes: list[Write]) -> None:
+        """Write `self.writes` or `self.originals`, whatever the model holds."""
+        self._exchange = None  # which of the two it holds is not known
+        for write in writes:
+            scatter_(tensors[write.name], write.position, write.value)
+
+    def settle(self, tensors: Tensors) -> None:
+        """Keep what is written tensor by tensor on the tensors' devices."""
+        swapped = set() if self._exchange is None else self._exchange.names
+
+        def moved(write: Write) -> Write:
+            if write.name in swapped:
+                return write
+            at, place = tensors[write.name].device, write.position
+            place = None if place is None else place.to(at)
+            return replace(write, position=place, value=write.value.to(at))
+
+        self.writes = [moved(write) for write in self.writes]
+        self.originals = [moved(write) for write in self.originals]
 
     def fits(self, name: str, tensor: Tensor) -> bool:
         """Whether a tensor is that of the base, as far as the delta knows it."""
@@ -37,12 +75,45 @@ class Task:
         wholes = (write.value for write in self.originals if write.name == name)
         return all(same_bits(tensor.cpu().contiguous(), value.cpu()) for value in wholes)
 
+    def _bring(self, tensors: Tensors, wanted: list[Write]) -> None:
+        swapped: set[str] = set()
+        if self._trusted:
+            if self._exchange is None or not self._exchange.bind(tensors):
+                self._exchange, self._unseen = Exchange(tensors, wanted), 2
+                self._exchange.bind(tensors)
+            self._exchange.swap(tensors)
+            swapped = self._exchange.names
+        for write in wanted:
+            if write.name not in swapped:
+                scatter_(tensors[write.name], write.position, write.value)
+        if swapped and self._unseen:
+            self._unseen -= 1
+            self._compare(tensors, [write for write in wanted if write.name in swapped])
+
+    def _compare(self, tensors: Tensors, wanted: list[Write]) -> None:
+        wrong = [
+            write.name
+            for write in wanted
+            if not same_bits(gather(tensors[write.name], write.position), write.value.cpu())
+        ]
+        if not wrong:
+            return
+        self._trusted = False
+        self.rewrite(tensors, wanted)
+        warn_user(
+            f"switching entries of {wrong[0]!r} by one operation on {tensors[wrong[0]].device} did "
+            "not give the delta's values; they are written tensor by tensor, which is slower. "
+            "Report this, unless tensors of the model share memory",
+            RuntimeWarning,
+        )
+
 
 class DeltaSwitcher:
     """Several deltas over one base, one of them (or none) in the model at a time.
 
     Threads may share it: switches wait for one another, and for the `using` blocks of others.
-    Holds 12 to 16 bytes an entry of each delta.
+    Holds 12 to 16 bytes an entry of each delta; with the model on a GPU, these on the host and 8 on
+    the GPU, where a switch is two kernels for all tensors (unrun on a GPU so far).
 
     Args:
         model: a module, or a mapping of tensors, that holds the base's values.
@@ -93,22 +164,20 @@ class DeltaSwitcher:
         with self._alone(None):
             handle = apply_delta(self._model, delta)
             handle.revert()
-            device = {key: tensor.device for key, tensor in named_tensors(self._model).items()}
-            writes, originals = (
-                [
-                    replace(
-                        write,
-                        position=None if write.position is None else write.position.to(at),
-                        value=write.value.to(at),
-                    )
-                    for write in some
-                    for at in (device[write.name],)
-                ]
-                for some in (handle.writes, handle.originals)
-            )
-            known = {write.name for write in writes} & delta.fingerprints.keys()
-            self._tasks[name] = Task(writes, originals, {n: delta.fingerprints[n] for n in known})
-            self._note(named_tensors(self._model))
+            tensors = named_tensors(self._model)
+            known = {write.name for write in handle.writes} & delta.fingerprints.keys()
+            prints = {each: delta.fingerprints[each] for each in known}
+            task = Task(handle.writes, handle.originals, prints)
+            try:
+                task.enter(tensors)
+                task.leave(tensors)
+                task.settle(tensors)
+            except BaseException:
+                task.rewrite(tensors, task.originals)
+                self._note(tensors)
+                raise
+            self._tasks[name] = task
+            self._note(tensors)
 
     def remove(self, name: str) -> None:
         """Forget a delta; if it is active, the model holds the base then.
@@ -187,15 +256,15 @@ class DeltaSwitcher:
         after = None if name is None else self._tasks[name]
         self._check_unchanged(tensors, before)
         try:
-            for write in before.originals if before else ():
-                scatter_(tensors[write.name], write.position, write.value)
-            for write in after.writes if after else ():
-                scatter_(tensors[write.name], write.position, write.value)
+            if before:
+                before.leave(tensors)
+            if after:
+                after.enter(tensors)
         except BaseException:  # also an interrupt: never leave half a delta
-            for write in after.originals if after else ():
-                scatter_(tensors[write.name], write.position, write.value)
-            for write in before.writes if before else ():
-                scatter_(tensors[write.name], write.position, write.value)
+            if after:
+                after.rewrite(tensors, after.originals)
+            if before:
+                before.rewrite(tensors, before.writes)
             self._note(tensors)
             raise
         self.active = name

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -43,6 +44,17 @@ def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
             f"got {list(shape)[:8]}"
         )
     return tuple(shape)
+
+
+Made = TypeVar("Made", "SparseValues", "Delta")
+
+
+def unchecked(like: Made, **fields: object) -> Made:
+    """`dataclasses.replace` with parts of checked values: no check, and tensors are shared."""
+    made = object.__new__(type(like))
+    for name, part in (vars(like) | fields).items():
+        made.__dict__[name] = dict(part) if isinstance(part, Mapping) else part
+    return made
 
 
 def _check_positions(label: str, position: Tensor, numel: int) -> None:
@@ -302,21 +314,12 @@ class Delta:
             raise DeltaError(f"budget: expected >= 0, got {budget}")
         if self.parent is not None:
             raise DeltaError("an increment has no prefix: compose it with its parent first")
-        steps = []
         for name, values in self.sparse.items():
             if values.unmask_step is None and values.num_entries:
                 raise DeltaError(f"{name!r}: no unmask_step was stored, so there is no order")
-            if values.unmask_step is not None:
-                steps.append(values.unmask_step)
-        order = torch.cat([torch.empty(0, dtype=torch.int32), *steps]).argsort(stable=True)
-        keep = torch.zeros(self.num_entries, dtype=torch.bool)
-        keep[order[:budget]] = True
-        pieces = keep.split([values.num_entries for values in self.sparse.values()])
-        kept = {
-            name: values.take(piece)
-            for (name, values), piece in zip(self.sparse.items(), pieces, strict=True)
-        }
-        return replace(self, sparse=kept)
+        from sparse_optim.delta._prefix import first_entries  # it needs this module
+
+        return unchecked(self, sparse=first_entries(self.sparse, budget))
 
     def to(self, dtype: torch.dtype, base: Model) -> "Delta":
         """The delta for a base that is served in another dtype (trained in float32, served in

@@ -252,12 +252,97 @@ def test_diff_of_two_deltas_shows_the_overlap(tmp_path, run):
         if line.startswith("│")
     }
     assert rows["entries in both"] == "6"
-    assert rows["only in A"] == "12"
-    assert rows["only in B"] == "0"
+    assert rows["entries in A"] == "18 (33.33% in both)"
+    assert rows["entries in B"] == "6 (100.00% in both)"
+    assert rows["in both by chance"].endswith("times as many)")
     assert rows["Jaccard"] == "0.3333"
     assert rows["in both, equal bits"] == "6"
     assert rows["dense in both"] == "1"
     assert rows["same base"] == "yes"
+
+
+def layered_deltas(tmp_path, originals=True):
+    """A base in a folder, and two deltas over it: in layers of a stack, and outside them."""
+    generator = torch.Generator().manual_seed(0)
+    parts = ("self_attention.query", "fc")
+    names = [f"transformer.h.{at}.{part}.weight" for at in range(3) for part in parts]
+    base = {name: torch.randn(20, 50, generator=generator) for name in [*names, "norm.weight"]}
+    paths = []
+    for number in (1, 2):
+        tuned = clone(base)
+        for at, (name, tensor) in enumerate(tuned.items()):
+            if name != "transformer.h.1.fc.weight":  # nothing changes there
+                tensor.view(-1)[: 10 * at + 5 * number] *= 1 + 0.5 * number
+        delta = Delta.from_models(base, tuned, store_original=originals)
+        paths.append(write_delta(tmp_path / f"delta{number}", delta))
+    return write_folder(tmp_path / "base", base), *paths
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_inspect_maps_layers_and_modules(tmp_path, run, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    _, path, _ = layered_deltas(tmp_path)
+    lines = [line.rstrip() for line in run("inspect", path).splitlines()]
+    assert all(len(line) <= width for line in lines)
+    at = lines.index("transformer.h: entries changed, %")
+    assert [line.split() for line in lines[at + 1 : at + 6]] == [
+        ["layer", "query", "fc", "all"],
+        ["0", "0.50", "1.5", "1.0"],
+        ["1", "2.5", "·", "2.5"],
+        ["2", "4.5", "5.5", "5.0"],
+        ["all", "2.5", "3.5", "2.9"],
+    ]
+    at = lines.index("outside the layers: entries changed, %")
+    assert lines[at + 1].split() == ["norm.weight", "65", "of", "1,000", "6.5"]
+
+
+def test_inspect_maps_sizes_and_draws(tmp_path, run):
+    base, path, _ = layered_deltas(tmp_path, originals=False)
+    assert "stores no originals" in run("inspect", path, "--size", code=1)
+    text = run("inspect", path, "--size", "--base", base, "--plot", tmp_path / "map.png")
+    assert "transformer.h: size of the change, % of the base's values" in text
+    assert re.search(r"^ +0 +50 +50 +50$", text, re.MULTILINE)  # each value became 1.5 times it
+    assert f"{tmp_path / 'map.png'}: the picture" in text
+    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+    changes = json.loads(run("inspect", path, "--size", "--base", base, "--json"))["changes"]
+    assert changes["norm.weight"] == {
+        "entries": 65, "numel": 1000, "share": 0.065, "relative": pytest.approx(0.5),
+    }  # fmt: skip
+    assert "changes" not in json.loads(run("inspect", path, "--json"))
+    assert "ends in .png" in run("inspect", path, "--plot", tmp_path / "map.txt", code=1)
+
+
+def test_inspect_of_a_model_without_layers_has_no_map(tmp_path, run):
+    path = write_delta(tmp_path / "delta", example_delta(example_base()))
+    assert "entries changed, %" not in run("inspect", path)
+    assert re.search(r"b\.weight +6 of 60", run("inspect", path, "--size"))
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_diff_by_module(tmp_path, run, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    base, *paths = layered_deltas(tmp_path, originals=False)
+    text = run("diff", *paths)
+    assert "Signs and cosines need the base's values: give --base" in text
+    assert "cosine" not in text.split("Signs")[0]
+    text = run("diff", *paths, "--base", base)
+    assert all(len(line.rstrip()) <= width for line in text.splitlines())
+    split = [line.split() for line in text.splitlines() if line.strip()]
+    rows = {first: cells for first, *cells in split}
+    name = "transformer.h.*.self_attention.query" if width == 120 else "query"
+    assert rows[name][:3] == ["75", "90", "75"]
+    assert rows["norm"] == ["65", "70", "65", "4.5", "0.929", "100.0%", *rows["norm"][6:]]
+    facts = json.loads(run("diff", *paths, "--base", base, "--json"))
+    query = facts["modules"]["transformer.h.*.self_attention.query"]
+    assert (query["both"], query["share_a"], query["opposite"]) == (75, 1.0, 0)
+    assert query["cosine_both"] == pytest.approx(1)
+    assert 0.9 < query["cosine"] < 1
+    assert query["expected"] == pytest.approx((5 * 10 + 25 * 30 + 45 * 50) / 1000)
+    assert facts["total"]["both"] == facts["both"]
+    every = json.loads(run("diff", *paths, "--json", "--all"))["modules"]
+    assert every["transformer.h.2.fc.weight"]["both"] == 55
+    assert every["transformer.h.2.fc.weight"]["cosine"] is None
+    assert "two deltas" in run("diff", base, base, "--all", code=1)
 
 
 def test_diff_errors(tmp_path, run):

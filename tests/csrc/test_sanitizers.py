@@ -77,6 +77,6 @@ def test_operators_are_clean(tmp_path):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     steps, cases, refused = map(int, result.stdout.split())
-    assert steps == 24 + 68
+    assert steps == 24 + 68 + 29
     assert cases > 1300
     assert cases > refused > cases // 2

@@ -54,6 +54,125 @@ def test_compose_undoes_increment(pair, seed, share, store_original):
             assert known.get(position) != value
 
 
+@st.composite
+def delta_pairs(draw) -> tuple[Delta, Delta]:
+    """Two deltas with some parameters in common, of several dtypes and with several columns."""
+    found = []
+    shapes = {name: draw(st.sampled_from([(5,), (3, 4), (), (0,), (40,)])) for name in "abcde"}
+    dtypes = {name: draw(st.sampled_from([torch.float32, torch.bfloat16])) for name in "abcde"}
+    columns = st.tuples(st.booleans(), st.booleans())
+    alike = draw(columns)  # mostly the same ones, as in the deltas of one run
+    for _ in range(2):
+        sparse = {}
+        for name in draw(st.permutations("abcde"))[: draw(st.integers(0, 5))]:
+            numel = int(torch.tensor(shapes[name]).prod())
+            position = sorted(draw(st.sets(st.integers(0, numel - 1)))) if numel else []
+            small = st.lists(st.integers(0, 2), min_size=len(position), max_size=len(position))
+            steps, originals = draw(st.one_of(st.just(alike), columns))
+            sparse[name] = SparseValues(
+                shapes[name],
+                dtypes[name],
+                torch.tensor(position, dtype=torch.int64),
+                torch.tensor(draw(small), dtype=dtypes[name]),
+                torch.tensor(draw(small), dtype=torch.int32) if steps else None,
+                torch.tensor(draw(small), dtype=dtypes[name]) if originals else None,
+            )
+        found.append(Delta(sparse, fingerprints=dict.fromkeys(sparse, "0" * 32)))
+    return found[0], found[1]
+
+
+def entries_of(values: SparseValues) -> dict[int, tuple]:
+    """position -> value, unmask step and original, by their bits."""
+    columns = [integer_bits(values.value).tolist()]
+    columns.append([None] * values.num_entries)
+    if values.unmask_step is not None:
+        columns[1] = values.unmask_step.tolist()
+    columns.append([None] * values.num_entries)
+    if values.original is not None:
+        columns[2] = integer_bits(values.original).tolist()
+    return dict(zip(values.position.tolist(), zip(*columns, strict=True), strict=True))
+
+
+def layout(values: SparseValues) -> tuple[bool, bool]:
+    return values.unmask_step is None, values.original is None
+
+
+@settings(max_examples=300, deadline=None)
+@given(delta_pairs())
+def test_increments_entry_by_entry(pair):
+    parent, delta = pair
+    step = increment(delta, parent)
+    assert list(step.sparse) == list(delta.sparse)
+    for name, values in delta.sparse.items():
+        found, now = step.sparse[name], entries_of(values)
+        before = parent.sparse.get(name)
+        then = {} if before is None else entries_of(before)
+        assert (found.shape, found.dtype, layout(found)) == (
+            values.shape, values.dtype, layout(values),
+        )  # fmt: skip
+        changed = {at: entry for at, entry in now.items() if then.get(at) != entry}
+        alike = before is None or layout(before) == layout(values)
+        assert entries_of(found) == (changed if alike else now)
+        gone = sorted(then.keys() - now.keys())
+        assert step.removed.get(name, torch.empty(0)).tolist() == gone
+        assert (name in step.removed) == bool(gone)
+    if all(
+        name not in parent.sparse or layout(parent.sparse[name]) == layout(values)
+        for name, values in delta.sparse.items()
+    ):
+        assert content_fingerprint(compose(parent, step)) == content_fingerprint(delta)
+
+
+@settings(max_examples=200, deadline=None)
+@given(delta_pairs(), st.integers(0, 60))
+def test_prefixes_entry_by_entry(pair, budget):
+    bare = [
+        name for name, each in pair[0].sparse.items()
+        if each.unmask_step is None and each.num_entries
+    ]  # fmt: skip
+    if bare:
+        with pytest.raises(DeltaError, match=f"'{bare[0]}': no unmask_step was stored"):
+            pair[0].prefix(budget)
+        return
+    found = pair[0].prefix(budget)
+    order = sorted(
+        (entry[1], number, at)
+        for number, values in enumerate(pair[0].sparse.values())
+        for at, entry in entries_of(values).items()
+    )
+    kept = {(number, at) for _, number, at in order[:budget]}
+    assert list(found.sparse) == list(pair[0].sparse)
+    for number, (name, values) in enumerate(pair[0].sparse.items()):
+        expected = {at: e for at, e in entries_of(values).items() if (number, at) in kept}
+        assert entries_of(found.sparse[name]) == expected
+        assert layout(found.sparse[name]) == layout(values)
+
+
+def test_a_delta_of_huge_parameters_is_composed():
+    """Their flat positions together do not fit in int64."""
+    shape, prints = (2**40, 2**22), dict.fromkeys("abc", "0" * 32)
+    first, second = (
+        Delta(
+            {
+                name: SparseValues(
+                    shape,
+                    torch.float32,
+                    torch.tensor([0, 2**61, 2**62 - 1]),
+                    torch.tensor([1.0, value, 3.0]),
+                    torch.tensor([1, 3, 2], dtype=torch.int32),
+                )
+                for name in "abc"
+            },
+            fingerprints=prints,
+        )
+        for value in (2.0, 5.0)
+    )
+    step = increment(second, first)
+    assert all(values.position.tolist() == [2**61] for values in step.sparse.values())
+    assert content_fingerprint(compose(first, step)) == content_fingerprint(second)
+    assert [each.num_entries for each in first.prefix(4).sparse.values()] == [2, 1, 1]
+
+
 def test_increment_of_a_nested_budget_holds_only_the_new_entries(tmp_path):
     delta = example_delta(example_base())
     for budget in range(19):

@@ -5,14 +5,35 @@ from __future__ import annotations
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from delta_cases import assert_identical, clone, example_base, example_delta, tied_pair, with_head
 
-from sparse_optim.delta import Delta, DeltaError, DeltaSwitcher, _switch, merge
+from sparse_optim.backends import reference, registry
+from sparse_optim.delta import Delta, DeltaError, DeltaSwitcher, _exchange, _switch, merge
 
 NAMES = ("one", "two")
+
+
+@pytest.fixture(autouse=True, params=["scatter", "reference", "cpp"])
+def backend(request, monkeypatch):
+    """How entries are written: tensor by tensor, or by the operation `exchange`, as on a GPU."""
+    if request.param == "cpp":
+        pytest.importorskip("sparse_optim.backends.cpp", reason="the C++ extension is not built")
+    if request.param != "scatter":
+        monkeypatch.setitem(_exchange.BACKENDS, "cpu", ("not installed", request.param))
+        monkeypatch.setitem(registry.BACKENDS, "not installed", ("sparse_optim.absent", None))
+    return request.param
+
+
+def exchanging(monkeypatch, exchange):
+    """Let `exchange` take the place of the operation, which it is given first."""
+    backend = SimpleNamespace(
+        bind=reference.bind, exchange=lambda *args: exchange(reference.exchange, *args)
+    )
+    monkeypatch.setattr(_exchange, "backend_of", lambda device: backend)
 
 
 @pytest.fixture
@@ -175,3 +196,90 @@ def test_a_block_cannot_switch_below_itself(base, deltas):
     with tasks.using("one"), pytest.raises(DeltaError, match="in a block with 'one'"):
         tasks.use("two")
     tasks.use("two")
+
+
+def test_one_operation_writes_what_it_can(base, deltas, backend, monkeypatch):
+    """All but whole tensors, and tensors that are not contiguous."""
+    base["a.weight"] = base["a.weight"].t().contiguous().t()
+    pristine, tasks = clone(base), DeltaSwitcher(base, deltas)
+    written, scatter = [], _switch.scatter_
+
+    def noting(tensor, *args):
+        written.append(next(name for name, each in base.items() if each is tensor))
+        scatter(tensor, *args)
+
+    monkeypatch.setattr(_switch, "scatter_", noting)
+    tasks.use("one")
+    assert_identical(base, merge(deltas["one"], pristine))
+    by_tensor = ["a.weight", "b.weight", "c.bias", "head.weight"]
+    assert sorted(written) == by_tensor if backend == "scatter" else by_tensor[::3]
+    versions = {name: tensor._version for name, tensor in base.items()}
+    tasks.use("two")
+    for name in deltas["two"].sparse:
+        assert base[name]._version > versions[name]
+
+
+def test_tensors_that_move_are_found_again(base, deltas):
+    pristine, tasks = clone(base), DeltaSwitcher(base, deltas)
+    tasks.use("one")
+    for name in base:
+        base[name] = base[name].clone()
+    base["b.weight"] = base["b.weight"].transpose(0, 1).contiguous().transpose(0, 1)
+    tasks.use("two")
+    assert_identical(base, merge(deltas["two"], pristine))
+    tasks.use(None)
+    assert_identical(base, pristine)
+
+
+@pytest.mark.parametrize("backend", ["reference"], indirect=True)
+@pytest.mark.parametrize("good", range(7))
+def test_an_operation_that_fails_leaves_the_delta_in_place(base, deltas, monkeypatch, good):
+    pristine, calls = clone(base), 0
+
+    def failing(exchange, *args):
+        nonlocal calls
+        calls += 1
+        if calls == good + 1:
+            raise KeyboardInterrupt
+        exchange(*args)
+
+    exchanging(monkeypatch, failing)
+    tasks = DeltaSwitcher(base)
+
+    def join_and_switch():
+        for name in NAMES:
+            tasks.add(name, deltas[name])
+        for name in NAMES:
+            tasks.use(name)
+
+    with pytest.raises(KeyboardInterrupt):
+        join_and_switch()
+    active = tasks.active
+    assert_identical(base, merge(deltas[active], pristine) if active else pristine)
+    for name in tasks.names:
+        tasks.use(name)
+        assert_identical(base, merge(deltas[name], pristine))
+    tasks.use(None)
+    assert_identical(base, pristine)
+
+
+@pytest.mark.parametrize("backend", ["reference"], indirect=True)
+@pytest.mark.parametrize("wrong", [1, 2])
+def test_an_operation_that_does_the_wrong_thing_is_not_used(base, deltas, monkeypatch, wrong):
+    """The first time, or when it should undo that."""
+    pristine, calls = clone(base), 0
+
+    def miscounting(exchange, *args):
+        nonlocal calls
+        calls += 1
+        exchange(*args)
+        if calls == wrong:
+            base["b.weight"].view(-1)[deltas["one"].sparse["b.weight"].position[:2]] += 1
+
+    exchanging(monkeypatch, miscounting)
+    with pytest.warns(RuntimeWarning, match=r"entries of 'b\.weight' by one operation on cpu"):
+        tasks = DeltaSwitcher(base, {"one": deltas["one"]})
+    assert_identical(base, pristine)
+    tasks.use("one")
+    assert_identical(base, merge(deltas["one"], pristine))
+    assert calls == wrong

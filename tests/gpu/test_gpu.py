@@ -8,16 +8,20 @@ an error in a test shows without one. Never run on a GPU so far.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
 import torch
+from delta_cases import assert_identical, example_base, example_delta
+from exchange_cases import assert_exchanged, exchange_cases, make_exchange
 from op_cases import DTYPES, EXPS, Case, assert_same_bits, fill_bounds, make_case
 from sampled_cases import all_cases, assert_sampled, make_sampled
 from step_checks import assert_same_sample, assert_same_selection, assert_same_step, case_on
 
 from sparse_optim.backends import reference, scoring
 from sparse_optim.backends.registry import load
+from sparse_optim.delta import DeltaSwitcher, _exchange, merge
 
 pytestmark = pytest.mark.gpu
 
@@ -277,3 +281,57 @@ def test_sampled_gradients_are_captured_without_waiting(on_gpu):
         case.out = case.run(ops, device)
     case.out = case.run(ops, device)
     assert_same_bits(out.cpu(), case.out)
+
+
+# Entries swapped with values
+
+
+SWAPPED = dict(exchange_cases())
+
+
+@pytest.mark.parametrize("name", SWAPPED)
+def test_exchanged_sizes(target, name):
+    assert_exchanged(ops_of(target), name, SWAPPED[name], target[1])
+
+
+def test_exchange_of_many_entries(target):
+    case = make_exchange([300_000, 7, 0, 200_001], 0.2)
+    assert_exchanged(ops_of(target), "many", case, target[1])
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+def test_exchange_is_captured_without_waiting(on_gpu):
+    """A graph swaps once more at each replay."""
+    ops, device = ops_of(on_gpu), on_gpu[1]
+    case = make_exchange([3000, 500], 0.3)
+    want, own = case.expected(), case.copy(device)
+    table = torch.zeros(2, 4, dtype=torch.int64, device=device)
+    bound = ops.bind([param.new_empty(0) for param in own.params], own.params, table)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ops.exchange(bound, own.position, own.offsets, own.value)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(own.value.cpu(), want.value)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ops.exchange(bound, own.position, own.offsets, own.value)
+    for expected in (case, want, case):
+        graph.replay()
+        assert torch.equal(own.value.cpu(), expected.value)
+
+
+@pytest.mark.filterwarnings("error")
+def test_deltas_are_switched(target, monkeypatch):
+    """Without the warning that the operation did something else."""
+    name, device = target
+    monkeypatch.setattr(_exchange, "BACKENDS", {device.type: (name,)})
+    base = {key: tensor.to(device) for key, tensor in example_base().items()}
+    deltas = {str(s): replace(example_delta(example_base(), seed=s), dense={}) for s in (5, 6)}
+    tasks = DeltaSwitcher(base, deltas)
+    for active in ("5", "6", None, "5"):
+        tasks.use(active)
+        found = {key: tensor.cpu() for key, tensor in base.items()}
+        assert_identical(found, merge(deltas[active], example_base()) if active else example_base())

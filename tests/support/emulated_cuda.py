@@ -214,6 +214,11 @@ def sampled_grad(input, grad_output, position, transposed, out, scratch_bytes=No
         )  # fmt: skip
 
 
+def exchange(bound, position, offsets, value) -> None:
+    count = ctypes.c_int64(position.numel())
+    _call("exchange", _pool(bound), position, offsets, count, value)
+
+
 class _Poisoned:
     """Scratch memory holds garbage before an operation, and its last bytes are not touched."""
 

@@ -118,6 +118,7 @@ def launches_of_optimizers() -> dict[str, Launch]:
         for dtype, transposed in itertools.product(DTYPES, (False, True)):
             sample(torch.zeros(300, 20, dtype=dtype), torch.zeros(300, 40, dtype=dtype), transposed)
         sample(torch.zeros(20, 300).t(), torch.zeros(300, 40, dtype=torch.bfloat16), False)
+        swap_entries()
         sample(torch.zeros(12001)[1:].view(300, 40), torch.zeros(300, 20), False)
     return launches
 
@@ -127,6 +128,15 @@ def sample(input: torch.Tensor, grad_output: torch.Tensor, transposed: bool) -> 
     start = int(transposed)
     position, out = torch.arange(0, 800, 8, dtype=torch.int32)[start:], torch.zeros(100)[start:]
     registry.load("triton").sampled_grad(input, grad_output, position, transposed, out)
+
+
+def swap_entries() -> None:
+    """Entries of two tensors with their values."""
+    ops, params = registry.load("triton"), [torch.zeros(300), torch.zeros(200).bfloat16()]
+    table = torch.zeros(2, 4, dtype=torch.int64)
+    bound = ops.bind([param[:0] for param in params], params, table)
+    position, value = (torch.zeros(7, dtype=torch.int32) for _ in range(2))
+    ops.exchange(bound, position, torch.tensor([0, 3, 7]), value)
 
 
 def take_step(dtype: torch.dtype = torch.float32, **options: Any) -> None:

@@ -436,6 +436,48 @@ void check_update(Case& c) {
   }
 }
 
+uint32_t word(const Buffer& of, int64_t i) {
+  uint32_t bits = 0;
+  std::memcpy(&bits, of.at(i), size_t(of.width()));
+  return bits;
+}
+
+// The active entries of all tensors, swapped with random bits; then one that is nowhere.
+void check_exchange(Case& c) {
+  const int64_t count = c.progress[1];
+  std::unique_ptr<int32_t[]> value(new int32_t[count]);
+  std::vector<uint32_t> brought(static_cast<size_t>(count)), before(static_cast<size_t>(count));
+  const auto each_entry = [&](auto&& visit) {
+    for (size_t t = 0; t < c.pool.size(); ++t)
+      for (int64_t i = c.offsets[t]; i < c.offsets[t + 1]; ++i) visit(t, size_t(i));
+  };
+  each_entry([&](size_t t, size_t i) {
+    brought[i] = uint32_t(engine()) & (c.params[t].width() == 4 ? 0xffffffffu : 0xffffu);
+    value[i] = int32_t(brought[i]);
+    before[i] = word(c.params[t], c.position[i]);
+  });
+  const auto run = [&] {
+    return exchange(c.threads, c.pool, c.position.get(), &c.offsets[0], value.get());
+  };
+  for (const auto* there : {&brought, &before}) {
+    const auto& kept = there == &brought ? before : brought;
+    EXPECT(run(), "%lld entries refused", (long long)count);
+    each_entry([&](size_t t, size_t i) {
+      EXPECT(word(c.params[t], c.position[i]) == (*there)[i] && uint32_t(value[i]) == kept[i],
+             "entry %zu of tensor %zu", i, t);
+    });
+  }
+  if (!count) return;
+  const int64_t at = below(count);
+  const int32_t right = c.position[size_t(at)];
+  c.position[size_t(at)] = below(2) ? INT32_MAX : -1;
+  EXPECT(!run(), "a position outside of its tensor");
+  c.position[size_t(at)] = right;
+  each_entry([&](size_t t, size_t i) {
+    EXPECT(word(c.params[t], c.position[i]) == before[i], "entry %zu was written", i);
+  });
+}
+
 // Weight gradients at active entries, from strided matrices in blocks that end with them.
 void check_sampled(int64_t number) {
   const int64_t tokens = one_of({0, 1, 15, 16, 17, 64, 257, 300}), rows = 1 + below(70),
@@ -510,6 +552,7 @@ int main(int argc, char** argv) {
     check_cut(c);
     check_append(c);
     check_update(c);
+    check_exchange(c);
     check_sampled(number);
     unmasked += c.new_count;
   }

@@ -22,6 +22,7 @@ if __name__ == "__main__":
     sys.modules["sparse_optim._C"] = types.ModuleType("_C")  # its operators are registered already
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from exchange_cases import assert_exchanged, exchange_cases, make_exchange
 from op_cases import DTYPES, Case, assert_same_bits, make_case
 from sampled_cases import all_cases, assert_sampled, make_sampled
 
@@ -57,6 +58,14 @@ def check_sampled() -> int:
     return len(cases)
 
 
+def check_exchange() -> int:
+    """Entries swapped with values."""
+    cases = dict(exchange_cases())
+    for name, case in cases.items():
+        assert_exchanged(cpp, name, case)
+    return len(cases)
+
+
 def operator(name: str) -> Any:
     return getattr(torch.ops.sparse_optim, name).default
 
@@ -72,6 +81,12 @@ def right_arguments(name: str) -> tuple[dict[str, Any], Any]:
     if name == "sampled_grad":
         case = make_sampled(20, 30, 20, 40, dtype=torch.bfloat16)
         return vars(case), case
+    if name == "exchange":
+        swap = make_exchange([600, 30], 0.1)
+        table = torch.zeros(2, 4, dtype=torch.int64)
+        bound = cpp.bind([param[:0] for param in swap.params], swap.params, table)
+        found = {"position": swap.position, "offsets": swap.offsets, "value": swap.value}
+        return {"bound": bound, **found}, swap
     step = before(name)
     return arguments(name, step), step
 
@@ -122,7 +137,7 @@ def wrong_tensors(value: Tensor) -> Iterator[Tensor]:
 def check_errors() -> tuple[int, int]:
     """Every argument of every operator, wrong in every way; (cases, refused)."""
     cases = refused = 0
-    for name in (*OPS, "sampled_grad"):
+    for name in (*OPS, "sampled_grad", "exchange"):
         for argument in right_arguments(name)[0]:
             for number in range(1000):
                 args, _alive = right_arguments(name)
@@ -140,5 +155,5 @@ def check_errors() -> tuple[int, int]:
 
 if __name__ == "__main__":
     torch.set_num_threads(2)
-    steps = check_steps() + check_sampled()
+    steps = check_steps() + check_sampled() + check_exchange()
     sys.stdout.write(" ".join(map(str, (steps, *check_errors()))))
