@@ -1,6 +1,6 @@
-// The operators torch.ops.sparse_optim.{bind, scan, clip, rank, cut, append, update, sampled_grad}:
-// schemas, argument checks, and the CPU kernels behind them. LibTorch stable ABI only. What each
-// does: sparse_optim/backends/reference.py.
+// The operators torch.ops.sparse_optim.{bind, bind_rows, scan, clip, rank, cut, append, update,
+// sampled_grad}: schemas, argument checks, and the CPU kernels behind them. LibTorch stable ABI
+// only. What each does: sparse_optim/backends/reference.py.
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
@@ -8,6 +8,7 @@
 #include "core/clip.h"
 #include "core/schedule.h"
 #include "cpu/kernels.h"
+#include "held.h"
 
 namespace sparse_optim {
 namespace {
@@ -27,13 +28,16 @@ void bind(Tensors grads, Tensors params, Tensor table) {
   }
 }
 
+void bind_rows(Tensor rows, Tensor table) {
+  check_rows(rows, kCpu, table);
+  std::copy_n(data<int64_t>(rows), rows.numel(), data<int64_t>(table));
+}
+
 std::vector<cpu::PoolTensor> pool_of(const Tensor& table) {
   const int64_t size = check_bound(kCpu, table);
   std::vector<cpu::PoolTensor> pool;
   for (int64_t i = 0; i < size; ++i) {
-    STD_TORCH_CHECK(is_sealed(data<int64_t>(table) + i * kColumns), "bound: row ", i,
-                    " is not what bind wrote");
-    const Row row = read_row(data<int64_t>(table), i);
+    const Row row = sealed_row(table, i, "bound");
     pool.push_back({row.grad, row.param, row.numel, 0, row.grad_dtype, row.param_dtype});
   }
   return pool;
@@ -232,6 +236,7 @@ void sampled_grad(Tensor input, Tensor grad_output, Tensor position, bool transp
 
 STABLE_TORCH_LIBRARY(sparse_optim, library) {
   library.def("bind(Tensor[] grads, Tensor[] params, Tensor(a!) table) -> ()");
+  library.def("bind_rows(Tensor rows, Tensor(a!) table) -> ()");
   library.def(
       "scan(Tensor bound, Tensor[] dense_grads, Tensor position, Tensor offsets, "
       "Tensor tile_offsets, int tile, Tensor(a!) tile_max, Tensor(b!) active_grad, "
@@ -275,6 +280,7 @@ STABLE_TORCH_LIBRARY(sparse_optim, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(sparse_optim, CPU, library) {
   library.impl("bind", TORCH_BOX(&bind));
+  library.impl("bind_rows", TORCH_BOX(&bind_rows));
   library.impl("scan", TORCH_BOX(&scan));
   library.impl("clip", TORCH_BOX(&clip));
   library.impl("rank", TORCH_BOX(&rank));
@@ -286,8 +292,13 @@ STABLE_TORCH_LIBRARY_IMPL(sparse_optim, CPU, library) {
 
 }  // namespace sparse_optim
 
+static PyMethodDef functions[] = {
+    {"layouts_of", sparse_optim::held::layouts_of, METH_VARARGS, nullptr},
+    {"read_held", sparse_optim::held::read_held, METH_VARARGS, nullptr},
+    {"versions_of", sparse_optim::held::versions_of, METH_VARARGS, nullptr},
+    {nullptr, nullptr, 0, nullptr}};
 static PyModuleDef module = {
-    PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+    PyModuleDef_HEAD_INIT, "_C", nullptr, -1, functions, nullptr, nullptr, nullptr, nullptr};
 extern "C" PyMODINIT_FUNC PyInit__C(void) {
   return PyModule_Create(&module);
 }

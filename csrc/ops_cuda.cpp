@@ -1,6 +1,6 @@
-// The CUDA kernels behind torch.ops.sparse_optim.{bind, scan, clip, rank, cut, collect_begin,
-// collect, collect_end, append, update, sampled_grad}, whose schemas csrc/ops.cpp defines. LibTorch
-// stable ABI only; compiles without nvcc.
+// The CUDA kernels behind torch.ops.sparse_optim.{bind, bind_rows, scan, clip, rank, cut,
+// collect_begin, collect, collect_end, append, update, sampled_grad}, whose schemas csrc/ops.cpp
+// defines. LibTorch stable ABI only; compiles without nvcc.
 //
 // Nothing here reads a device tensor, so that no call waits for the device and a step can be
 // captured in a CUDA graph. Checks of contents (tile_offsets, offsets, group_index, new_count,
@@ -71,6 +71,12 @@ void bind(Tensors grads, Tensors params, Tensor table) {
   const Device device(table, "table");
   const auto rows = check_bind(device.place, grads, params, table);
   STD_CUDA_CHECK(cuda::write_table(rows, data<int64_t>(table), device.stream));
+}
+
+void bind_rows(Tensor rows, Tensor table) {
+  const Device device(table, "table");
+  const auto from = check_rows(rows, device.place, table);
+  STD_CUDA_CHECK(cuda::write_table(from, data<int64_t>(table), device.stream));
 }
 
 void scan(Tensor bound, Tensors dense_grads, Tensor position, Tensor offsets, Tensor tile_offsets,
@@ -223,6 +229,7 @@ void sampled_grad(Tensor input, Tensor grad_output, Tensor position, bool transp
 
 STABLE_TORCH_LIBRARY_IMPL(sparse_optim, CUDA, library) {
   library.impl("bind", TORCH_BOX(&bind));
+  library.impl("bind_rows", TORCH_BOX(&bind_rows));
   library.impl("scan", TORCH_BOX(&scan));
   library.impl("clip", TORCH_BOX(&clip));
   library.impl("rank", TORCH_BOX(&rank));

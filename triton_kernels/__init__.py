@@ -11,15 +11,15 @@ Installed as `sparse_optim.triton_kernels`: the top-level name belongs to Triton
 from .append import append, append_pieces
 from .clip import clip
 from .cut import cut, cut_pieces
-from .launch import bind, total_bytes
+from .launch import bind, bind_rows, total_bytes
 from .rank import rank, rank_pieces
 from .sampled_grad import sampled_grad
 from .scan import scan, scan_pieces
 from .update import update
 
 __all__ = [
-    "TILE", "append", "bind", "clip", "cut", "rank", "sampled_grad", "scan", "scratch_bytes",
-    "update",
+    "TILE", "append", "bind", "bind_rows", "clip", "cut", "rank", "sampled_grad", "scan",
+    "scratch_bytes", "update",
 ]  # fmt: skip
 
 # 16 KB of float32: enough work for a program to hide its searches, and 2048 programs for eight

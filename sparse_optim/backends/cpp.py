@@ -34,6 +34,12 @@ def bind(grads: Sequence[Tensor], params: Sequence[Tensor], table: Tensor) -> Te
     return table
 
 
+def bind_rows(rows: Tensor, table: Tensor) -> Tensor:
+    """The same from rows that `held` has read: (S, 4), int64, on the CPU."""
+    _ops.bind_rows.default(rows, table)
+    return table
+
+
 def scan(
     bound: Tensor,
     dense_grads: Sequence[Tensor],
@@ -111,7 +117,7 @@ def _mutates_only(*args: object) -> None:
 
 
 for _name in (
-    "bind", "scan", "clip", "rank", "cut", "collect_begin", "collect", "collect_end", "append",
-    "update", "sampled_grad",
+    "bind", "bind_rows", "scan", "clip", "rank", "cut", "collect_begin", "collect", "collect_end",
+    "append", "update", "sampled_grad",
 ):  # fmt: skip
     torch.library.register_fake(f"sparse_optim::{_name}", _mutates_only)

@@ -15,12 +15,23 @@ import importlib
 import torch
 from torch import Tensor
 
-from sparse_optim.backends.cpp import append, bind, clip, cut, rank, sampled_grad, scan, update
+from sparse_optim.backends.cpp import (
+    append,
+    bind,
+    bind_rows,
+    clip,
+    cut,
+    rank,
+    sampled_grad,
+    scan,
+    update,
+)
 from sparse_optim.backends.operands import ActiveSet, NewEntries, Rule, Tiles
 
 __all__ = [
-    "TILE", "append", "bind", "clip", "collect", "collect_begin", "collect_end", "collected_bytes",
-    "cut", "max_collected_quota", "rank", "sampled_grad", "scan", "scratch_bytes", "update",
+    "TILE", "append", "bind", "bind_rows", "clip", "collect", "collect_begin", "collect_end",
+    "collected_bytes", "cut", "max_collected_quota", "rank", "sampled_grad", "scan",
+    "scratch_bytes", "update",
 ]  # fmt: skip
 
 # The operators are those of `cpp`; this registers their CUDA kernels.

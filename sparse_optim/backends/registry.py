@@ -58,6 +58,12 @@ class Backend(Protocol):
     ) -> None: ...
 
 
+class BindingRows(Backend, Protocol):
+    """A backend whose table takes rows that `backends.held` has read. Optional."""
+
+    def bind_rows(self, rows: Tensor, table: Tensor) -> Any: ...
+
+
 class Collecting(Backend, Protocol):
     """A backend that can rank gradients one at a time, as they come in the backward pass.
 

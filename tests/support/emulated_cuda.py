@@ -112,9 +112,20 @@ def bind(grads: Sequence[Tensor], params: Sequence[Tensor], table: Tensor) -> Te
         ]
         for grad, param in zip(grads, params, strict=True)
     ]  # fmt: skip
-    packed = torch.tensor(rows, dtype=torch.int64)
-    _call("write_table", packed, ctypes.c_int64(len(rows)), table)
+    _write_table(torch.tensor(rows, dtype=torch.int64), table)
     return table
+
+
+def bind_rows(rows: Tensor, table: Tensor) -> Tensor:
+    packed = torch.empty(len(rows), 5, dtype=torch.int64)
+    packed[:, :3] = rows[:, :3]
+    packed[:, 3], packed[:, 4] = rows[:, 3] >> 8 & 0xFF, rows[:, 3] & 0xFF
+    _write_table(packed, table)
+    return table
+
+
+def _write_table(packed: Tensor, table: Tensor) -> None:
+    _call("write_table", packed, ctypes.c_int64(len(packed)), table)
 
 
 def scan(bound, dense_grads, tiles, active, norms, found_inf, scratch) -> None:
