@@ -197,7 +197,8 @@ void append(Tensor bound, Tensor new_tensor, Tensor new_position, Tensor new_cou
 
 void update(Tensor bound, Tensor position, Tensor offsets, Tensor active_grad, Tensor grad_factor,
             Tensor found_inf, Tensor hyper, Tensor group_index, std::string bias_correction,
-            Tensor exp_avg, Tensor exp_avg_sq, Tensor unmask_step, Tensor master, Tensor progress) {
+            Tensor exp_avg, Tensor exp_avg_sq, Tensor unmask_step, Tensor master, Tensor progress,
+            Tensor arrived) {
   const auto pool = pool_of(bound);
   const int64_t num_groups = check_update(kCpu, int64_t(pool.size()), bias_correction, grad_factor,
                                           found_inf, hyper, group_index);
@@ -272,7 +273,7 @@ STABLE_TORCH_LIBRARY(sparse_optim, library) {
       "update(Tensor bound, Tensor position, Tensor offsets, "
       "Tensor active_grad, Tensor grad_factor, Tensor found_inf, Tensor hyper, Tensor group_index, "
       "str bias_correction, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor unmask_step, "
-      "Tensor(d!) master, Tensor(e!) progress) -> ()");
+      "Tensor(d!) master, Tensor(e!) progress, Tensor(f!) arrived) -> ()");
   library.def(
       "sampled_grad(Tensor input, Tensor grad_output, Tensor position, bool transposed, "
       "Tensor(a!) out) -> ()");

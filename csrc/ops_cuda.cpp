@@ -196,9 +196,11 @@ void append(Tensor bound, Tensor new_tensor, Tensor new_position, Tensor new_cou
 
 void update(Tensor bound, Tensor position, Tensor offsets, Tensor active_grad, Tensor grad_factor,
             Tensor found_inf, Tensor hyper, Tensor group_index, std::string bias_correction,
-            Tensor exp_avg, Tensor exp_avg_sq, Tensor unmask_step, Tensor master, Tensor progress) {
+            Tensor exp_avg, Tensor exp_avg_sq, Tensor unmask_step, Tensor master, Tensor progress,
+            Tensor arrived) {
   const Device device(bound, "bound");
   const cuda::Pool pool = pool_of(device, bound);
+  device.place.check(arrived, "arrived", ScalarType::Int, 1);
   const int64_t num_groups = check_update(device.place, pool.num_tensors, bias_correction,
                                           grad_factor, found_inf, hyper, group_index);
   STD_TORCH_CHECK(num_groups <= cuda::kMaxGroups, "hyper has ", num_groups,
@@ -206,10 +208,11 @@ void update(Tensor bound, Tensor position, Tensor offsets, Tensor active_grad, T
                   " param groups: merge groups of equal options");
   const Active active = check_active(device.place, pool.num_tensors, position, exp_avg, exp_avg_sq,
                                      unmask_step, master, active_grad, offsets, progress);
-  STD_CUDA_CHECK(
-      cuda::update(pool, active, position.numel(), data<float>(grad_factor), data<float>(found_inf),
-                   reinterpret_cast<const Hyper*>(data<double>(hyper)), num_groups,
-                   data<int32_t>(group_index), bias_correction == "entry", device.stream));
+  STD_CUDA_CHECK(cuda::update(pool, active, position.numel(), data<float>(grad_factor),
+                              data<float>(found_inf),
+                              reinterpret_cast<const Hyper*>(data<double>(hyper)), num_groups,
+                              data<int32_t>(group_index), bias_correction == "entry",
+                              reinterpret_cast<unsigned*>(data<int32_t>(arrived)), device.stream));
 }
 
 void sampled_grad(Tensor input, Tensor grad_output, Tensor position, bool transposed, Tensor out) {

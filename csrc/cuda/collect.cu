@@ -83,61 +83,14 @@ struct EntriesAboveFloor {
   }
 };
 
-// Candidates that tie the limit, by what decides among them: the lower tensor, then the lower
-// position, as keys of which the largest belong.
-struct Tied {
-  const Candidates& all;
-  int64_t count;
-  int32_t limit;
-  int64_t tensor;  // < 0: ranks tensors; else the positions of this one
-
-  __device__ int32_t least(const Selection&) const { return 1; }
-  template <class Visit>
-  __device__ void visit(const Selection&, Share, Visit&& visit) const {
-    for (int64_t i = threadIdx.x; i < count; i += kThreads) {
-      if (all.key[i] != limit) continue;
-      const int64_t of_tensor = int64_t(all.place[i] >> 32);
-      if (tensor < 0) visit(INT32_MAX - int32_t(of_tensor));
-      else if (of_tensor == tensor) visit(INT32_MAX - int32_t(all.place[i] & 0xffffffffu));
-    }
-  }
-};
-
 // Drops all but the `quota` best of `count` candidates, by one block; returns how many are left.
 // Raises the floor.
 __device__ inline int64_t keep_best(const Collected& at, int64_t count) {
   Selection& selection = at.state->selection;
-  const Candidates all = candidates_of(at);
   if (count < selection.quota) return count;
-  select_kth_in_block(KeyArray{all.key, count}, selection);
+  select_kth_in_block(KeyArray{at.key, count}, selection);
   const int32_t limit = selection.limit;
-  __syncthreads();
-  if (threadIdx.x == 0) selection.wanted = selection.ties;
-  __syncthreads();
-  select_kth_in_block(Tied{all, count, limit, -1}, selection);
-  const int64_t last_tensor = INT32_MAX - selection.limit;
-  __syncthreads();
-  if (threadIdx.x == 0) selection.wanted = selection.ties;
-  __syncthreads();
-  select_kth_in_block(Tied{all, count, limit, last_tensor}, selection);
-  const uint64_t last = uint64_t(last_tensor) << 32 | uint64_t(INT32_MAX - selection.limit);
-  int64_t kept = 0;
-  for (int64_t first = 0; first < count; first += kThreads) {
-    const int64_t i = first + threadIdx.x;
-    const int32_t key = i < count ? all.key[i] : 0;
-    const uint64_t place = i < count ? all.place[i] : 0;
-    const float grad = i < count ? all.grad[i] : 0.f;
-    const bool belongs = key > limit || (key == limit && place <= last);
-    const Prefix prefix = block_prefix(belongs);  // its barriers: all have read
-    if (belongs) {
-      const int64_t to = kept + prefix.before;
-      all.key[to] = key;
-      all.place[to] = place;
-      all.grad[to] = grad;
-    }
-    kept += prefix.total;
-  }
-  __syncthreads();
+  const int64_t kept = drop_losers(candidates_of(at), count, selection);
   if (threadIdx.x == 0) at.state->floor = limit;
   __syncthreads();
   return kept;
@@ -175,7 +128,7 @@ __global__ void __launch_bounds__(kThreads, kResident / 2)
   if (selection.quota == 0) return;
   const int32_t limit = max(selection.limit, at.state->floor);
   collect(listed.importance, listed.entries, bound, limit, first_tensor, &selection.num_candidates,
-          candidates_of(at));
+          candidates_of(at), [](int32_t) {});
   if (!is_last_block(&selection.arrived)) return;
   int64_t count = int64_t(__ldcg(&selection.num_candidates));
   if (count > kCollected) {
@@ -268,10 +221,10 @@ cudaError_t collect(const Pool& pool, const int32_t* position, const int64_t* of
     }
     if (pool.num_tiles >= 2 * max_quota) {
       const int64_t by_key = grid_for(pool.num_tiles, kKeysPerBlock, kBlocksPerMultiprocessor);
-      select_kth(KeyArray{bound, pool.num_tiles}, by_key, work.selection, kFloorDigits, stream);
+      select_kth(KeyArray{bound, pool.num_tiles}, by_key, work.selection, 0, kFloorDigits, stream);
     } else {
       const EntriesAboveFloor<Importance> above{importance, entries, bound, &at.state->floor};
-      select_kth(above, blocks, work.selection, kFloorDigits, stream);
+      select_kth(above, blocks, work.selection, 0, kFloorDigits, stream);
     }
     const ListedEntries<Importance> listed{importance, entries, work.list};
     SPARSE_OPTIM_LAUNCH(collect_kernel, blocks, kThreads, stream, listed, bound, first_tensor, work,

@@ -104,10 +104,11 @@ cudaError_t collect_end(const float* found_inf, const NewEntries& found, float* 
 cudaError_t append(const Pool& pool, const NewEntries& found, const Active& active,
                    int64_t capacity, void* scratch, cudaStream_t stream);
 
+// `arrived` counts blocks: 0 before and after.
 cudaError_t update(const Pool& pool, const Active& active, int64_t capacity,
                    const float* grad_factor, const float* found_inf, const Hyper* hyper,
                    int64_t num_groups, const int32_t* group_index, bool entry_age,
-                   cudaStream_t stream);
+                   unsigned* arrived, cudaStream_t stream);
 
 // position = outer column * inner.columns + inner column; entries elsewhere keep their value.
 // Scratch memory of any size will do; that of sampled_grad_scratch_bytes lets more chunks of tokens

@@ -100,7 +100,7 @@ def update(
     _ops.update.default(
         bound, active.position, active.offsets, active.grad, scalars.grad_factor,
         scalars.found_inf, scalars.hyper, scalars.group_index, bias_correction, active.exp_avg,
-        active.exp_avg_sq, active.unmask_step, active.master, active.progress,
+        active.exp_avg_sq, active.unmask_step, active.master, active.progress, scalars.arrived,
     )  # fmt: skip
 
 

@@ -206,7 +206,7 @@ def update(bound, active, scalars, bias_correction) -> None:
         "update", _pool(bound), _active(active), ctypes.c_int64(active.position.numel()),
         scalars.grad_factor, scalars.found_inf, scalars.hyper,
         ctypes.c_int64(scalars.hyper.shape[0]), scalars.group_index,
-        ctypes.c_int(bias_correction == "entry"),
+        ctypes.c_int(bias_correction == "entry"), scalars.arrived,
     )  # fmt: skip
 
 

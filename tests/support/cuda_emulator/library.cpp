@@ -98,10 +98,10 @@ int append(Pool pool, int32_t* new_tensor, int32_t* new_position, int64_t* new_c
 
 int update(Pool pool, Active active, int64_t capacity, const float* grad_factor,
            const float* found_inf, const double* hyper, int64_t num_groups,
-           const int32_t* group_index, int entry_age) {
+           const int32_t* group_index, int entry_age, unsigned* arrived) {
   return cuda::update(pool, active, capacity, grad_factor, found_inf,
                       reinterpret_cast<const Hyper*>(hyper), num_groups, group_index,
-                      entry_age != 0, nullptr);
+                      entry_age != 0, arrived, nullptr);
 }
 
 int64_t sampled_grad_scratch_bytes(int64_t tokens, int64_t count) {
