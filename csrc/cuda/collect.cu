@@ -140,12 +140,14 @@ __global__ void __launch_bounds__(kThreads, kResident / 2)
   if (threadIdx.x == 0) selection.num_candidates = at.state->before = count;
 }
 
-// Leaves the best, or none if the step is to be skipped.
+// Leaves the best, as many as there is room for, or none if the step is to be skipped.
 __global__ void __launch_bounds__(kThreads, kResident)
     finish_kernel(const float* found_inf, Collected at, NewEntries found, float* threshold) {
   Selection& selection = at.state->selection;
-  int64_t count = *found_inf != 0.f ? 0 : at.state->before;
-  if (count && selection.quota) count = keep_best(at, count);
+  if (threadIdx.x == 0) selection.quota = selection.wanted = min(selection.quota, found.capacity);
+  __syncthreads();
+  int64_t count = *found_inf != 0.f || selection.quota == 0 ? 0 : at.state->before;
+  if (count) count = keep_best(at, count);
   __shared__ int32_t least;
   if (threadIdx.x == 0) least = kInfinityBits;
   __syncthreads();

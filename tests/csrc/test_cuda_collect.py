@@ -10,6 +10,8 @@ Faults planted by hand, one at a time, and what caught them:
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import emulated_cuda
 import pytest
 import torch
@@ -39,8 +41,11 @@ def expected(case, order):
     return [(t, i, float(case.grads[t][i])) for _, t, i in best], best
 
 
-def collected(case, parts, found_inf=0.0):
-    """The same by the kernels, of tensors first..last - 1 for each part."""
+def collected(case, parts, found_inf=0.0, room=None):
+    """The same by the kernels, of tensors first..last - 1 for each part.
+
+    `room`: entries that there is room for in the end; as many as in the beginning, if None.
+    """
     work, active = case.work, case.active
     case.bind(emulated_cuda)
     case.scan(emulated_cuda)
@@ -53,9 +58,14 @@ def collected(case, parts, found_inf=0.0):
             case.bound[first:last], work.tiles.of_tensors(first, last, slice(*tiles)),
             active.of_tensors(first, last), rule, first, most, held, work.scratch,
         )  # fmt: skip
-    grad = torch.full((most,), torch.nan)
-    emulated_cuda.collect_end(torch.tensor(found_inf), work.new, grad, held)
+    room = most if room is None else room
+    grad, new = torch.full((most,), torch.nan), work.new
+    new.tensor.fill_(-1), new.position.fill_(-1)
+    last = replace(new, tensor=new.tensor[:room], position=new.position[:room])
+    emulated_cuda.collect_end(torch.tensor(found_inf), last, grad[:room], held)
     assert (held[-64:] == 0x5A).all()
+    assert (torch.cat([new.tensor[room:], new.position[room:]]) == -1).all()
+    assert grad[room:].isnan().all()
     count = int(work.new.count)
     found = zip(
         work.new.tensor[:count].tolist(), work.new.position[:count].tolist(), grad.tolist(),
@@ -144,6 +154,17 @@ def test_no_quota_and_a_skipped_step():
     assert collected(case, BACKWARD) == []
     case = Case(SIZES, quota=5)
     assert collected(case, BACKWARD, found_inf=1.0) == []
+
+
+@pytest.mark.parametrize("room", [0, 1, 7])
+@pytest.mark.parametrize("exp", [0.0, 2.0])
+def test_less_room_in_the_end_than_in_the_beginning(exp, room):
+    """The best are left, as many as there is room for; nothing is written behind."""
+    case = Case(SIZES, exp=exp, quota=17, levels=9)
+    _, best = expected(case, range(len(SIZES)))
+    found = collected(case, BACKWARD, room=room)
+    assert int(case.work.new.count) == room
+    assert [entry[:2] for entry in found] == sorted(entry[1:] for entry in sorted(best)[:room])
 
 
 def test_launches_of_a_tensor():

@@ -208,7 +208,7 @@ def test_many_tiles_take_several_chunks():
 
 
 def selection(case):
-    """What follows the bins of the Selection that scratch memory begins with (csrc/cuda/select.h)."""
+    """Of csrc/cuda/select.h, which scratch memory begins with: what follows the bins."""
     return case.work.scratch[8 * 2048 : 8 * 2057]
 
 
