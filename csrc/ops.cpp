@@ -256,10 +256,15 @@ STABLE_TORCH_LIBRARY(sparse_optim, library) {
       "Tensor(c!) new_count, Tensor(d!) threshold, Tensor(e!) scratch) -> ()");
   // On CUDA alone.
   library.def(
+      "scan_one(Tensor grad, Tensor param, Tensor(a!) table, Tensor position, Tensor offsets, "
+      "int tile, Tensor(b!) tile_max, Tensor(c!) active_grad, Tensor(d!) norm, "
+      "Tensor(e!) found_inf, Tensor(f!) arrived, Tensor(g!) scratch) -> ()");
+  library.def(
       "collect_begin(Tensor targets, Tensor progress, int max_quota, Tensor(a!) collected) -> ()");
   library.def(
       "collect(Tensor bound, Tensor position, Tensor offsets, Tensor tile_offsets, "
-      "Tensor tile_max, Tensor param_bound, float exp, float eps, int tile, int first_tensor, "
+      "Tensor tile_max, Tensor param_bound, float exp, float eps, bool scored, int tile, "
+      "int first_tensor, "
       "int max_quota, Tensor(a!) collected, Tensor(b!) scratch) -> ()");
   library.def(
       "collect_end(Tensor found_inf, Tensor(a!) new_tensor, Tensor(b!) new_position, "

@@ -117,7 +117,7 @@ class Optimizer {
       const DeviceArray<int64_t> own(std::vector<int64_t>{0, tiles});
       const cuda::Pool part{table.get() + int64_t(t) * kColumns, own.get(), 1, tiles, kMaxTile};
       MUST(cuda::collect(part, position.get(), offsets.get() + t, tile_max.get() + first[t],
-                         nullptr, exp, 1.f, int64_t(t), most, collected.get(), scratch.get(),
+                         nullptr, exp, 1.f, false, int64_t(t), most, collected.get(), scratch.get(),
                          nullptr));
       MUST(cudaDeviceSynchronize());
     }

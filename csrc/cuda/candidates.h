@@ -46,19 +46,24 @@ __device__ inline int64_t take_slot(bool wants, unsigned long long* count, int64
 }
 
 // Collects the entries of a share of the tiles that reach the limit, in any order, and calls
-// note(key) for each, whether there was room for it or not.
+// note(key) for each, whether there was room for it or not. With `scored`, gradients are where the
+// pool has its parameters.
 template <class Importance, class Note>
 __device__ inline void collect(const Importance& importance, const Entries& entries,
-                               const int32_t* bound, int32_t limit, int64_t first_tensor,
-                               unsigned long long* count, const Candidates& out, Note&& note) {
+                               const int32_t* bound, int32_t limit, bool scored,
+                               int64_t first_tensor, unsigned long long* count,
+                               const Candidates& out, Note&& note) {
   __shared__ uint32_t marks[kWarps][kTileWords];
   for_each_reaching(bound, entries.pool.num_tiles, limit, [&](int64_t tile_index) {
     visit_tile_by_warp(entries, importance, tile_index, marks[warp()],
                        [&](const Tile& tile, int i, int32_t key, float grad) {
                          if (key >= limit) note(key);
                          const int64_t slot = take_slot(key >= limit, count, out.room);
-                         if (slot < out.room)
-                           out.store(slot, key, first_tensor + tile.tensor, tile.first + i, grad);
+                         if (slot >= out.room) return;
+                         const Row& row = tile.row;
+                         const int64_t position = tile.first + i;
+                         if (scored) grad = read(row.param_dtype, row.param, position);
+                         out.store(slot, key, first_tensor + tile.tensor, position, grad);
                        });
   });
 }

@@ -100,7 +100,7 @@ __device__ inline int64_t keep_best(const Collected& at, int64_t count) {
 // one block in several passes; returns how many there are then.
 template <class Importance>
 __device__ inline int64_t add_best(const ListedEntries<Importance>& listed, const int32_t* bound,
-                                   int64_t first_tensor, const CutScratch& work,
+                                   bool scored, int64_t first_tensor, const CutScratch& work,
                                    const NewEntries& found, const Collected& at, int64_t count) {
   const Pool& pool = listed.entries.pool;
   cut_in_block(listed, bound, pool.num_tiles, work, found, &at.state->threshold);
@@ -110,10 +110,11 @@ __device__ inline int64_t add_best(const ListedEntries<Importance>& listed, cons
     const int64_t tensor = found.tensor[q], position = found.position[q];
     const Row row = read_row(pool.table, tensor);
     const float grad = read(row.grad_dtype, row.grad, position);
-    const float param = kGradAlone<Importance> ? 0.f : read(row.param_dtype, row.param, position);
+    const bool reads_param = scored || !kGradAlone<Importance>;
+    const float param = reads_param ? read(row.param_dtype, row.param, position) : 0.f;
     at.key[count + q] = key_of(listed.importance, grad, param, tensor, position);
     at.place[count + q] = uint64_t(first_tensor + tensor) << 32 | uint64_t(position);
-    at.grad[count + q] = grad;
+    at.grad[count + q] = scored ? param : grad;
   }
   __syncthreads();
   return count + number;
@@ -122,19 +123,19 @@ __device__ inline int64_t add_best(const ListedEntries<Importance>& listed, cons
 // It needs more than 64 registers.
 template <class Importance>
 __global__ void __launch_bounds__(kThreads, kResident / 2)
-    collect_kernel(ListedEntries<Importance> listed, const int32_t* bound, int64_t first_tensor,
-                   CutScratch work, NewEntries found, Collected at) {
+    collect_kernel(ListedEntries<Importance> listed, const int32_t* bound, bool scored,
+                   int64_t first_tensor, CutScratch work, NewEntries found, Collected at) {
   Selection& selection = at.state->selection;
   if (selection.quota == 0) return;
   const int32_t limit = max(selection.limit, at.state->floor);
-  collect(listed.importance, listed.entries, bound, limit, first_tensor, &selection.num_candidates,
-          candidates_of(at), [](int32_t) {});
+  collect(listed.importance, listed.entries, bound, limit, scored, first_tensor,
+          &selection.num_candidates, candidates_of(at), [](int32_t) {});
   if (!is_last_block(&selection.arrived)) return;
   int64_t count = int64_t(__ldcg(&selection.num_candidates));
   if (count > kCollected) {
     if (threadIdx.x == 0) selection.limit = limit;
     __syncthreads();
-    count = add_best(listed, bound, first_tensor, work, found, at, at.state->before);
+    count = add_best(listed, bound, scored, first_tensor, work, found, at, at.state->before);
   }
   if (count > min(8 * selection.quota, kCollected / 2)) count = keep_best(at, count);
   if (threadIdx.x == 0) selection.num_candidates = at.state->before = count;
@@ -202,8 +203,8 @@ cudaError_t collect_begin(const CollectInput& in, int64_t max_quota, void* colle
 
 cudaError_t collect(const Pool& pool, const int32_t* position, const int64_t* offsets,
                     const int32_t* tile_max, const float* param_bound, double exp, float eps,
-                    int64_t first_tensor, int64_t max_quota, void* collected, void* scratch,
-                    cudaStream_t stream) {
+                    bool scored, int64_t first_tensor, int64_t max_quota, void* collected,
+                    void* scratch, cudaStream_t stream) {
   if (pool.num_tiles == 0 || max_quota == 0) return cudaSuccess;
   const Collected at = layout(collected);
   CutScratch work = cut_layout(scratch, pool.num_tiles);
@@ -229,8 +230,8 @@ cudaError_t collect(const Pool& pool, const int32_t* position, const int64_t* of
       select_kth(above, blocks, work.selection, 0, kFloorDigits, stream);
     }
     const ListedEntries<Importance> listed{importance, entries, work.list};
-    SPARSE_OPTIM_LAUNCH(collect_kernel, blocks, kThreads, stream, listed, bound, first_tensor, work,
-                        found, at);
+    SPARSE_OPTIM_LAUNCH(collect_kernel, blocks, kThreads, stream, listed, bound, scored,
+                        first_tensor, work, found, at);
   });
   return cudaGetLastError();
 }

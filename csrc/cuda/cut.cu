@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kThreads, kResident / 2)
   if (state.quota == 0) return;
   const Digit digit = digit_of(0);
   clear_bins(bins);
-  collect(reaching.importance, reaching.entries, reaching.bound, state.limit, 0,
+  collect(reaching.importance, reaching.entries, reaching.bound, state.limit, false, 0,
           &state.num_candidates, candidates_of(at),
           [&](int32_t key) { atomicAdd(&bins[digit.of(key)], 1u); });
   add_bins(bins, state);

@@ -117,7 +117,7 @@ def _mutates_only(*args: object) -> None:
 
 
 for _name in (
-    "bind", "bind_rows", "scan", "clip", "rank", "cut", "collect_begin", "collect", "collect_end",
-    "append", "update", "sampled_grad",
+    "bind", "bind_rows", "scan", "scan_one", "clip", "rank", "cut", "collect_begin", "collect",
+    "collect_end", "append", "update", "sampled_grad",
 ):  # fmt: skip
     torch.library.register_fake(f"sparse_optim::{_name}", _mutates_only)

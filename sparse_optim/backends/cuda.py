@@ -30,7 +30,7 @@ from sparse_optim.backends.operands import ActiveSet, NewEntries, Rule, Tiles
 
 __all__ = [
     "TILE", "append", "bind", "bind_rows", "clip", "collect", "collect_begin", "collect_end",
-    "collected_bytes", "cut", "max_collected_quota", "rank", "sampled_grad", "scan",
+    "collected_bytes", "cut", "max_collected_quota", "rank", "sampled_grad", "scan", "scan_one",
     "scratch_bytes", "update",
 ]  # fmt: skip
 
@@ -51,6 +51,30 @@ def scratch_bytes(num_tiles: int, capacity: int, max_quota: int) -> int:
     return int(_kernels.scratch_bytes(num_tiles, capacity, max_quota))
 
 
+def scan_one(
+    grad: Tensor,
+    param: Tensor,
+    table: Tensor,
+    tiles: Tiles,
+    active: ActiveSet,
+    norm: Tensor,
+    found_inf: Tensor,
+    arrived: Tensor,
+    scratch: Tensor,
+) -> None:
+    """`bind` and `scan` of one tensor, in one launch.
+
+    Args:
+        table: (1, 4), int64, its row. Mutated.
+        tiles, active, norm: of the tensor; norm is (1,).
+        arrived: as in `StepScalars`.
+    """
+    _ops.scan_one.default(
+        grad, param, table, active.position, active.offsets, tiles.size, tiles.max, active.grad,
+        norm, found_inf, arrived, scratch,
+    )  # fmt: skip
+
+
 # An exact running selection over gradients that come one at a time: on this backend alone, for
 # quotas of at most max_collected_quota(). See csrc/cuda/collect.cu.
 
@@ -65,6 +89,7 @@ def collect(
     tiles: Tiles,
     active: ActiveSet,
     rule: Rule,
+    scored: bool,
     first: int,
     max_quota: int,
     collected: Tensor,
@@ -74,10 +99,12 @@ def collect(
 
     Args:
         bound, tiles, active, rule, scratch: of these tensors, as in `reference.cut`; scanned.
+        scored: ranked by scores; in `bound` they take the place of gradients, and these that of
+            parameters.
     """
     _ops.collect.default(
         bound, active.position, active.offsets, tiles.offsets, tiles.max, tiles.param_bound,
-        rule.exp, rule.eps, tiles.size, first, max_quota, collected, scratch,
+        rule.exp, rule.eps, scored, tiles.size, first, max_quota, collected, scratch,
     )  # fmt: skip
 
 

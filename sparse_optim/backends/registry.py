@@ -79,8 +79,13 @@ class Collecting(Backend, Protocol):
     ) -> None: ...
 
     def collect(
-        self, bound: Any, tiles: Tiles, active: ActiveSet, rule: Rule, first: int, max_quota: int,
-        collected: Tensor, scratch: Tensor,
+        self, bound: Any, tiles: Tiles, active: ActiveSet, rule: Rule, scored: bool, first: int,
+        max_quota: int, collected: Tensor, scratch: Tensor,
+    ) -> None: ...  # fmt: skip
+
+    def scan_one(
+        self, grad: Tensor, param: Tensor, table: Tensor, tiles: Tiles, active: ActiveSet,
+        norm: Tensor, found_inf: Tensor, arrived: Tensor, scratch: Tensor,
     ) -> None: ...  # fmt: skip
 
     def collect_end(

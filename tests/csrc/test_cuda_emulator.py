@@ -68,6 +68,37 @@ def test_scan_equals_reference(dtypes, shift):
     check_scan(expected, actual)
 
 
+@pytest.mark.parametrize("dtypes", DTYPES, ids=len)
+def test_a_scan_of_one_tensor_is_that_of_all_in_one_launch(dtypes):
+    emulated_cuda.configure(multiprocessors=2, seed=5)
+    case = Case(EDGES, grad_dtypes=dtypes, param_dtypes=dtypes, shift=1, active=0.3)
+    case.grads[5][7] = math.inf
+    alone = case.copy()
+    case.bind(emulated_cuda)
+    case.scan(emulated_cuda)
+    work, scalars = alone.work, alone.work.scalars
+    firsts = work.tiles.offsets.tolist()
+    found = []
+    for index, (grad, param) in enumerate(zip(alone.grads, alone.params, strict=True)):
+        scalars.found_inf.zero_()
+        before = emulated_cuda.launches()
+        emulated_cuda.scan_one(
+            grad, param, work.table[index : index + 1],
+            work.tiles.of_tensors(index, index + 1, slice(*firsts[index : index + 2])),
+            alone.active.of_tensors(index, index + 1), work.norms[index : index + 1],
+            scalars.found_inf, scalars.arrived, work.scratch,
+        )  # fmt: skip
+        assert emulated_cuda.launches() - before == 1
+        assert scalars.arrived == 0
+        found.append(float(scalars.found_inf))
+        bound = emulated_cuda.bind([grad], [param], torch.zeros(1, 4, dtype=torch.int64))
+        assert torch.equal(work.table[index : index + 1], bound)
+    assert found == [0, 0, 0, 0, 0, 1, 0, 0]
+    scalars.found_inf.fill_(1.0)
+    check_exact(case, alone, "tile_max", "active_grad", "found_inf")
+    assert torch.equal(alone.work.norms, case.work.norms)
+
+
 def test_scan_reads_whole_tiles_of_4096():
     for dtype in (FLOAT, torch.bfloat16):
         case = Case([3 * 4096 + 7], tile=4096, grad_dtypes=(dtype,), shift=1, active=0.3)

@@ -138,6 +138,22 @@ def scan(bound, dense_grads, tiles, active, norms, found_inf, scratch) -> None:
         )  # fmt: skip
 
 
+def scan_one(grad, param, table, tiles, active, norm, found_inf, arrived, scratch) -> None:
+    row = [
+        grad.data_ptr(),
+        param.data_ptr(),
+        param.numel(),
+        DTYPES[grad.dtype],
+        DTYPES[param.dtype],
+    ]
+    with _Poisoned(scratch):
+        _call(
+            "scan_one", torch.tensor(row), table, ctypes.c_int64(tiles.max.numel()),
+            ctypes.c_int64(tiles.size), active.position, active.offsets, tiles.max, active.grad,
+            norm, found_inf, arrived, scratch,
+        )  # fmt: skip
+
+
 def clip(norms, grad_scale, max_grad_norm, grad_norm, grad_factor) -> None:
     _call(
         "clip", norms, ctypes.c_int64(norms.numel()), grad_scale, ctypes.c_double(max_grad_norm),
@@ -176,12 +192,13 @@ def collect_begin(active, targets, max_quota, collected) -> None:
     )  # fmt: skip
 
 
-def collect(bound, tiles, active, rule, first, max_quota, collected, scratch) -> None:
+def collect(bound, tiles, active, rule, scored, first, max_quota, collected, scratch) -> None:
     with _Poisoned(scratch):
         _call(
             "collect", _pool(bound, tiles), active.position, active.offsets, tiles.max,
             tiles.param_bound, ctypes.c_double(rule.exp), ctypes.c_double(rule.eps),
-            ctypes.c_int64(first), ctypes.c_int64(max_quota), collected, scratch,
+            ctypes.c_int(scored), ctypes.c_int64(first), ctypes.c_int64(max_quota), collected,
+            scratch,
         )  # fmt: skip
 
 
