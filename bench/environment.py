@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -18,6 +19,7 @@ from sparse_optim.experiments.machine import cpu_model
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 PREPARED = ROOT / ".gpu"  # what `bench.gpu_prepare` made for a machine without git and network
+CODE = (".py", ".cpp", ".cu", ".h")
 GENERATED = (":!bench/results", ":!README.md", ":!docs")  # do not affect what is measured
 
 
@@ -52,7 +54,8 @@ def _commit() -> tuple[str, bool]:
     if commit:
         return commit, bool(_changes())
     lines = _lines(str(PREPARED / "COMMIT"))
-    return "".join(lines[:1]), len(lines) > 1
+    commit, _, noted = "".join(lines[:1]).partition(" ")
+    return commit, bool(lines) and (len(lines) > 1 or noted != sources_digest())
 
 
 def _changes() -> str:
@@ -60,8 +63,24 @@ def _changes() -> str:
 
 
 def write_commit() -> None:
-    """Write the commit and the changes since to .gpu/COMMIT."""
-    (PREPARED / "COMMIT").write_text(f"{_git('rev-parse', 'HEAD')}\n{_changes()}")
+    """Write the commit, a digest of the sources and the changes since to .gpu/COMMIT."""
+    commit = f"{_git('rev-parse', 'HEAD')} {sources_digest()}"
+    (PREPARED / "COMMIT").write_text(f"{commit}\n{_changes()}")
+
+
+def sources_digest(root: Path = ROOT) -> str:
+    """Return a digest of what is measured: all code, by path and content."""
+    root = root.resolve()
+    files = [root / "setup.py", root / "pyproject.toml"]
+    for folder in ("bench", "csrc", "sparse_optim", "triton_kernels"):
+        files += (path for path in (root / folder).rglob("*") if path.suffix in CODE)
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        if path.resolve() != path:  # the Triton kernels are linked into the package
+            continue
+        digest.update(f"{path.relative_to(root)}\0".encode())
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def _git(*arguments: str) -> str:

@@ -3,7 +3,8 @@
 Needs nvcc, but no GPU. Fills the folder .gpu/, which git ignores and which has to travel with the
 checkout:
 
-    COMMIT            the commit and what has changed since, for a machine without git
+    COMMIT            the commit, a digest of the code and what has changed since, for a machine
+                      without git: what is edited later counts as changed, too
     _C*.abi3.so       the compiled backends, used if the build fails there
     kernels_alone     bench/kernels_alone.cu for the card
     whl/              wheels that you put there (`pip download --no-deps -d .gpu/whl torchao`) are

@@ -90,6 +90,22 @@ inline std::vector<Row> check_bind(const Place& place, const Tensors& grads, con
   return rows;
 }
 
+// A row on the CPU that `bind` or read_held (held.h) wrote.
+inline Row sealed_row(const Tensor& table, int64_t i, const char* name) {
+  STD_TORCH_CHECK(is_sealed(data<int64_t>(table) + i * kColumns), name, ": row ", i,
+                  " is not what bind wrote");
+  return read_row(data<int64_t>(table), i);
+}
+
+// All rows of a table on the CPU, for one of the same size.
+inline std::vector<Row> check_rows(const Tensor& rows, const Place& place, const Tensor& table) {
+  place.check(table, "table", ScalarType::Long);
+  Place{}.check(rows, "rows", ScalarType::Long, table.numel());
+  std::vector<Row> from;
+  for (int64_t i = 0; i < rows.numel() / kColumns; ++i) from.push_back(sealed_row(rows, i, "rows"));
+  return from;
+}
+
 // How many tensors the table has rows for.
 inline int64_t check_bound(const Place& place, const Tensor& table) {
   place.check(table, "bound", ScalarType::Long);

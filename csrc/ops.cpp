@@ -1,6 +1,6 @@
-// The operators torch.ops.sparse_optim.{bind, scan, clip, rank, cut, append, update, sampled_grad,
-// exchange}: schemas, argument checks, and the CPU kernels behind them. LibTorch stable ABI only.
-// What each does: sparse_optim/backends/reference.py.
+// The operators torch.ops.sparse_optim.{bind, bind_rows, scan, clip, rank, cut, append, update,
+// sampled_grad, exchange}: schemas, argument checks, and the CPU kernels behind them. LibTorch
+// stable ABI only. What each does: sparse_optim/backends/reference.py.
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
@@ -8,6 +8,7 @@
 #include "core/clip.h"
 #include "core/schedule.h"
 #include "cpu/kernels.h"
+#include "held.h"
 
 namespace sparse_optim {
 namespace {
@@ -27,13 +28,16 @@ void bind(Tensors grads, Tensors params, Tensor table) {
   }
 }
 
+void bind_rows(Tensor rows, Tensor table) {
+  check_rows(rows, kCpu, table);
+  std::copy_n(data<int64_t>(rows), rows.numel(), data<int64_t>(table));
+}
+
 std::vector<cpu::PoolTensor> pool_of(const Tensor& table) {
   const int64_t size = check_bound(kCpu, table);
   std::vector<cpu::PoolTensor> pool;
   for (int64_t i = 0; i < size; ++i) {
-    STD_TORCH_CHECK(is_sealed(data<int64_t>(table) + i * kColumns), "bound: row ", i,
-                    " is not what bind wrote");
-    const Row row = read_row(data<int64_t>(table), i);
+    const Row row = sealed_row(table, i, "bound");
     pool.push_back({row.grad, row.param, row.numel, 0, row.grad_dtype, row.param_dtype});
   }
   return pool;
@@ -193,7 +197,8 @@ void append(Tensor bound, Tensor new_tensor, Tensor new_position, Tensor new_cou
 
 void update(Tensor bound, Tensor position, Tensor offsets, Tensor active_grad, Tensor grad_factor,
             Tensor found_inf, Tensor hyper, Tensor group_index, std::string bias_correction,
-            Tensor exp_avg, Tensor exp_avg_sq, Tensor unmask_step, Tensor master, Tensor progress) {
+            Tensor exp_avg, Tensor exp_avg_sq, Tensor unmask_step, Tensor master, Tensor progress,
+            Tensor arrived) {
   const auto pool = pool_of(bound);
   const int64_t num_groups = check_update(kCpu, int64_t(pool.size()), bias_correction, grad_factor,
                                           found_inf, hyper, group_index);
@@ -241,6 +246,7 @@ void exchange(Tensor bound, Tensor position, Tensor offsets, Tensor value) {
 
 STABLE_TORCH_LIBRARY(sparse_optim, library) {
   library.def("bind(Tensor[] grads, Tensor[] params, Tensor(a!) table) -> ()");
+  library.def("bind_rows(Tensor rows, Tensor(a!) table) -> ()");
   library.def(
       "scan(Tensor bound, Tensor[] dense_grads, Tensor position, Tensor offsets, "
       "Tensor tile_offsets, int tile, Tensor(a!) tile_max, Tensor(b!) active_grad, "
@@ -259,10 +265,15 @@ STABLE_TORCH_LIBRARY(sparse_optim, library) {
       "Tensor(c!) new_count, Tensor(d!) threshold, Tensor(e!) scratch) -> ()");
   // On CUDA alone.
   library.def(
+      "scan_one(Tensor grad, Tensor param, Tensor(a!) table, Tensor position, Tensor offsets, "
+      "int tile, Tensor(b!) tile_max, Tensor(c!) active_grad, Tensor(d!) norm, "
+      "Tensor(e!) found_inf, Tensor(f!) arrived, Tensor(g!) scratch) -> ()");
+  library.def(
       "collect_begin(Tensor targets, Tensor progress, int max_quota, Tensor(a!) collected) -> ()");
   library.def(
       "collect(Tensor bound, Tensor position, Tensor offsets, Tensor tile_offsets, "
-      "Tensor tile_max, Tensor param_bound, float exp, float eps, int tile, int first_tensor, "
+      "Tensor tile_max, Tensor param_bound, float exp, float eps, bool scored, int tile, "
+      "int first_tensor, "
       "int max_quota, Tensor(a!) collected, Tensor(b!) scratch) -> ()");
   library.def(
       "collect_end(Tensor found_inf, Tensor(a!) new_tensor, Tensor(b!) new_position, "
@@ -276,7 +287,7 @@ STABLE_TORCH_LIBRARY(sparse_optim, library) {
       "update(Tensor bound, Tensor position, Tensor offsets, "
       "Tensor active_grad, Tensor grad_factor, Tensor found_inf, Tensor hyper, Tensor group_index, "
       "str bias_correction, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor unmask_step, "
-      "Tensor(d!) master, Tensor(e!) progress) -> ()");
+      "Tensor(d!) master, Tensor(e!) progress, Tensor(f!) arrived) -> ()");
   library.def(
       "sampled_grad(Tensor input, Tensor grad_output, Tensor position, bool transposed, "
       "Tensor(a!) out) -> ()");
@@ -285,6 +296,7 @@ STABLE_TORCH_LIBRARY(sparse_optim, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(sparse_optim, CPU, library) {
   library.impl("bind", TORCH_BOX(&bind));
+  library.impl("bind_rows", TORCH_BOX(&bind_rows));
   library.impl("scan", TORCH_BOX(&scan));
   library.impl("clip", TORCH_BOX(&clip));
   library.impl("rank", TORCH_BOX(&rank));
@@ -297,8 +309,13 @@ STABLE_TORCH_LIBRARY_IMPL(sparse_optim, CPU, library) {
 
 }  // namespace sparse_optim
 
+static PyMethodDef functions[] = {
+    {"layouts_of", sparse_optim::held::layouts_of, METH_VARARGS, nullptr},
+    {"read_held", sparse_optim::held::read_held, METH_VARARGS, nullptr},
+    {"versions_of", sparse_optim::held::versions_of, METH_VARARGS, nullptr},
+    {nullptr, nullptr, 0, nullptr}};
 static PyModuleDef module = {
-    PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+    PyModuleDef_HEAD_INIT, "_C", nullptr, -1, functions, nullptr, nullptr, nullptr, nullptr};
 extern "C" PyMODINIT_FUNC PyInit__C(void) {
   return PyModule_Create(&module);
 }

@@ -1,6 +1,6 @@
-// The CUDA kernels behind torch.ops.sparse_optim.{bind, scan, clip, rank, cut, collect_begin,
-// collect, collect_end, append, update, sampled_grad, exchange}, whose schemas csrc/ops.cpp
-// defines. LibTorch stable ABI only; compiles without nvcc.
+// The CUDA kernels behind torch.ops.sparse_optim.{bind, bind_rows, scan, scan_one, clip, rank, cut,
+// collect_begin, collect, collect_end, append, update, sampled_grad, exchange}, whose schemas
+// csrc/ops.cpp defines. LibTorch stable ABI only; compiles without nvcc.
 //
 // Nothing here reads a device tensor, so that no call waits for the device and a step can be
 // captured in a CUDA graph. Checks of contents (tile_offsets, offsets, group_index, new_count,
@@ -73,6 +73,12 @@ void bind(Tensors grads, Tensors params, Tensor table) {
   STD_CUDA_CHECK(cuda::write_table(rows, data<int64_t>(table), device.stream));
 }
 
+void bind_rows(Tensor rows, Tensor table) {
+  const Device device(table, "table");
+  const auto from = check_rows(rows, device.place, table);
+  STD_CUDA_CHECK(cuda::write_table(from, data<int64_t>(table), device.stream));
+}
+
 void scan(Tensor bound, Tensors dense_grads, Tensor position, Tensor offsets, Tensor tile_offsets,
           int64_t tile, Tensor tile_max, Tensor active_grad, Tensor norms, Tensor found_inf,
           Tensor scratch) {
@@ -87,6 +93,25 @@ void scan(Tensor bound, Tensors dense_grads, Tensor position, Tensor offsets, Te
                              data<float>(found_inf)};
   STD_CUDA_CHECK(cuda::scan(pool, dense, data<int32_t>(position), data<int64_t>(offsets), out, work,
                             device.stream));
+}
+
+void scan_one(Tensor grad, Tensor param, Tensor table, Tensor position, Tensor offsets,
+              int64_t tile, Tensor tile_max, Tensor active_grad, Tensor norm, Tensor found_inf,
+              Tensor arrived, Tensor scratch) {
+  const Device device(table, "table");
+  const Row row = check_bind(device.place, {grad}, {param}, table)[0];
+  STD_TORCH_CHECK(tile >= 1 && tile <= kMaxTile, "tile must be 1 to ", kMaxTile, ", got ", tile);
+  const int64_t num_tiles = (row.numel + tile - 1) / tile;
+  device.place.check(tile_max, "tile_max", ScalarType::Int, num_tiles);
+  check_positions(device.place, 1, position, offsets);
+  check_scan(device.place, position, active_grad, 1, norm, found_inf);
+  device.place.check(arrived, "arrived", ScalarType::Int, 1);
+  void* work = check_scratch(device, scratch, cuda::scan_scratch_bytes(num_tiles));
+  const cuda::ScanOutput out{data<int32_t>(tile_max), data<float>(active_grad), data<double>(norm),
+                             data<float>(found_inf)};
+  STD_CUDA_CHECK(cuda::scan_one(
+      row, data<int64_t>(table), num_tiles, tile, data<int32_t>(position), data<int64_t>(offsets),
+      out, reinterpret_cast<unsigned*>(data<int32_t>(arrived)), work, device.stream));
 }
 
 void clip(Tensor norms, Tensor grad_scale, double max_grad_norm, Tensor grad_norm,
@@ -149,8 +174,8 @@ void collect_begin(Tensor targets, Tensor progress, int64_t max_quota, Tensor co
 }
 
 void collect(Tensor bound, Tensor position, Tensor offsets, Tensor tile_offsets, Tensor tile_max,
-             Tensor param_bound, double exp, double eps, int64_t tile, int64_t first_tensor,
-             int64_t max_quota, Tensor collected, Tensor scratch) {
+             Tensor param_bound, double exp, double eps, bool scored, int64_t tile,
+             int64_t first_tensor, int64_t max_quota, Tensor collected, Tensor scratch) {
   const Device device(bound, "bound");
   const cuda::Pool pool = tiled_pool_of(device, bound, tile_offsets, tile, tile_max);
   check_positions(device.place, pool.num_tensors, position, offsets);
@@ -160,7 +185,7 @@ void collect(Tensor bound, Tensor position, Tensor offsets, Tensor tile_offsets,
   void* work = check_scratch(device, scratch, cuda::cut_scratch_bytes(pool.num_tiles));
   STD_CUDA_CHECK(cuda::collect(pool, data<int32_t>(position), data<int64_t>(offsets),
                                data<int32_t>(tile_max), data<float>(param_bound), exp, float(eps),
-                               first_tensor, max_quota, at, work, device.stream));
+                               scored, first_tensor, max_quota, at, work, device.stream));
 }
 
 void collect_end(Tensor found_inf, Tensor new_tensor, Tensor new_position, Tensor new_count,
@@ -190,9 +215,11 @@ void append(Tensor bound, Tensor new_tensor, Tensor new_position, Tensor new_cou
 
 void update(Tensor bound, Tensor position, Tensor offsets, Tensor active_grad, Tensor grad_factor,
             Tensor found_inf, Tensor hyper, Tensor group_index, std::string bias_correction,
-            Tensor exp_avg, Tensor exp_avg_sq, Tensor unmask_step, Tensor master, Tensor progress) {
+            Tensor exp_avg, Tensor exp_avg_sq, Tensor unmask_step, Tensor master, Tensor progress,
+            Tensor arrived) {
   const Device device(bound, "bound");
   const cuda::Pool pool = pool_of(device, bound);
+  device.place.check(arrived, "arrived", ScalarType::Int, 1);
   const int64_t num_groups = check_update(device.place, pool.num_tensors, bias_correction,
                                           grad_factor, found_inf, hyper, group_index);
   STD_TORCH_CHECK(num_groups <= cuda::kMaxGroups, "hyper has ", num_groups,
@@ -200,10 +227,11 @@ void update(Tensor bound, Tensor position, Tensor offsets, Tensor active_grad, T
                   " param groups: merge groups of equal options");
   const Active active = check_active(device.place, pool.num_tensors, position, exp_avg, exp_avg_sq,
                                      unmask_step, master, active_grad, offsets, progress);
-  STD_CUDA_CHECK(
-      cuda::update(pool, active, position.numel(), data<float>(grad_factor), data<float>(found_inf),
-                   reinterpret_cast<const Hyper*>(data<double>(hyper)), num_groups,
-                   data<int32_t>(group_index), bias_correction == "entry", device.stream));
+  STD_CUDA_CHECK(cuda::update(pool, active, position.numel(), data<float>(grad_factor),
+                              data<float>(found_inf),
+                              reinterpret_cast<const Hyper*>(data<double>(hyper)), num_groups,
+                              data<int32_t>(group_index), bias_correction == "entry",
+                              reinterpret_cast<unsigned*>(data<int32_t>(arrived)), device.stream));
 }
 
 void sampled_grad(Tensor input, Tensor grad_output, Tensor position, bool transposed, Tensor out) {
@@ -231,7 +259,9 @@ void exchange(Tensor bound, Tensor position, Tensor offsets, Tensor value) {
 
 STABLE_TORCH_LIBRARY_IMPL(sparse_optim, CUDA, library) {
   library.impl("bind", TORCH_BOX(&bind));
+  library.impl("bind_rows", TORCH_BOX(&bind_rows));
   library.impl("scan", TORCH_BOX(&scan));
+  library.impl("scan_one", TORCH_BOX(&scan_one));
   library.impl("clip", TORCH_BOX(&clip));
   library.impl("rank", TORCH_BOX(&rank));
   library.impl("cut", TORCH_BOX(&cut));

@@ -12,14 +12,15 @@ from .append import append, append_pieces
 from .clip import clip
 from .cut import cut, cut_pieces
 from .exchange import exchange
-from .launch import bind, total_bytes
+from .launch import bind, bind_rows, total_bytes
 from .rank import rank, rank_pieces
 from .sampled_grad import sampled_grad
 from .scan import scan, scan_pieces
 from .update import update
 
 __all__ = [
-    "TILE", "append", "bind", "clip", "cut", "exchange", "rank", "sampled_grad", "scan",
+    "TILE", "append", "bind", "bind_rows", "clip", "cut", "exchange", "rank", "sampled_grad",
+    "scan",
     "scratch_bytes", "update",
 ]  # fmt: skip
 

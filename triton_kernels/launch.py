@@ -42,7 +42,16 @@ def bind(grads: Sequence[Tensor], params: Sequence[Tensor], table: Tensor) -> Te
             compiled(grads, params, table)
             return table
     if rows := rows_of(grads, params, table):
-        _staged.setdefault(table, _Staging()).write(rows, table)
+        write(torch.tensor(rows, dtype=torch.int64), table)
+    return table
+
+
+def bind_rows(rows: Tensor, table: Tensor) -> Tensor:
+    """The same from rows that one call of C++ has read: (S, 4), int64, on the CPU."""
+    if compiled_bind(table.device.type) is not None:
+        torch.ops.sparse_optim.bind_rows.default(rows, table)
+    else:
+        write(rows, table)
     return table
 
 
@@ -57,6 +66,11 @@ def compiled_bind(device_type: str) -> Callable[..., object] | None:
     except ImportError:
         return None
     return torch.ops.sparse_optim.bind
+
+
+def write(rows: Tensor, table: Tensor) -> None:
+    """table <- rows, without waiting for the device."""
+    _staged.setdefault(table, _Staging()).write(rows, table)
 
 
 def rows_of(
@@ -99,20 +113,19 @@ class _Staging:
         self._spare: Tensor | None = None
         self._captured: list[Tensor] = []
 
-    def write(self, rows: list[tuple[int, ...]], table: Tensor) -> None:
+    def write(self, rows: Tensor, table: Tensor) -> None:
         """table <- rows"""
         if table.is_cuda and torch.cuda.is_current_stream_capturing():
             self._copy_in_graph(rows, table)
             return
-        staged = torch.tensor(rows, dtype=torch.int64, pin_memory=table.is_cuda)
-        table.copy_(staged, non_blocking=True)
+        table.copy_(rows.pin_memory() if table.is_cuda else rows, non_blocking=True)
         if table.is_cuda and self._spare is None:
             self._spare = torch.empty(table.shape, dtype=torch.int64, pin_memory=True)
 
-    def _copy_in_graph(self, rows: list[tuple[int, ...]], table: Tensor) -> None:
+    def _copy_in_graph(self, rows: Tensor, table: Tensor) -> None:
         if self._spare is None:
             raise RuntimeError("take a step between two captures of step() in CUDA graphs")
-        self._spare.copy_(torch.tensor(rows, dtype=torch.int64))
+        self._spare.copy_(rows)
         table.copy_(self._spare, non_blocking=True)
         self._captured.append(self._spare)
         self._spare = None

@@ -53,6 +53,7 @@ class Optimizer {
     norms = DeviceArray<double>(tensors);
     grad_norm = DeviceArray<double>(1);
     found_inf = DeviceArray<float>(std::vector<float>{0.f});
+    arrived = DeviceArray<unsigned>(std::vector<unsigned>{0});
     threshold = DeviceArray<float>(std::vector<float>{0.f});
     grad_factor = DeviceArray<float>(1);
     grad_scale = DeviceArray<float>(std::vector<float>{1.f});
@@ -83,7 +84,7 @@ class Optimizer {
   }
   void update(cudaStream_t stream) {
     MUST(cuda::update(pool, active(), capacity, grad_factor.get(), found_inf.get(), hyper.get(), 1,
-                      group_index.get(), true, stream));
+                      group_index.get(), true, arrived.get(), stream));
   }
   void step(double exp, cudaStream_t stream) {
     bind(stream), scan(stream), cut(exp, stream), append(stream), clip(stream), update(stream);
@@ -116,7 +117,7 @@ class Optimizer {
       const DeviceArray<int64_t> own(std::vector<int64_t>{0, tiles});
       const cuda::Pool part{table.get() + int64_t(t) * kColumns, own.get(), 1, tiles, kMaxTile};
       MUST(cuda::collect(part, position.get(), offsets.get() + t, tile_max.get() + first[t],
-                         nullptr, exp, 1.f, int64_t(t), most, collected.get(), scratch.get(),
+                         nullptr, exp, 1.f, false, int64_t(t), most, collected.get(), scratch.get(),
                          nullptr));
       MUST(cudaDeviceSynchronize());
     }
@@ -129,6 +130,7 @@ class Optimizer {
   std::vector<Row> rows;
   int64_t capacity, most, held;
   cuda::Pool pool;
+  DeviceArray<unsigned> arrived;
   DeviceArray<int64_t> table, tile_offsets, offsets, progress, targets, new_count;
   DeviceArray<int32_t> position, unmask_step, tile_max, new_tensor, new_position, group_index;
   DeviceArray<float> exp_avg, exp_avg_sq, master, active_grad, found_inf, threshold, grad_factor,

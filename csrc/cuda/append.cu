@@ -12,7 +12,7 @@
 // Bytes: 48 per active entry behind the first insertion, and 48 per entry saved: one in nine at a
 // quota of 466. Of B = 3.5e6, all moved: 187 MB. Predicted: bytes / bandwidth = 0.09 ms on A100
 // (2.0 TB/s), 0.24 on A6000 (0.77), 0.06 on H100 (3.35), 0.04 on H200 (4.8); twice that where all
-// are saved. Three launches, or seven.
+// are saved. Two launches, the last block of the second being the one that inserts; or seven.
 #include "cuda/device.h"
 
 namespace sparse_optim::cuda {
@@ -80,10 +80,8 @@ __global__ void __launch_bounds__(kThreads, kResident)
 // By runs of one entry a thread, from the right: all are read before any is written, and what is
 // written lies to the right of all that is still to be read.
 template <int kArrays>
-__global__ void __launch_bounds__(kThreads, kResident)
-    move_kernel(NewEntries found, const int64_t* progress, Words<kArrays> words, Scratch at) {
-  const Chunks chunks(found, progress);
-  if (chunks.count == 0) return;
+__device__ inline void move_entries(const Chunks& chunks, const Words<kArrays>& words,
+                                    const Scratch& at) {
   for (int64_t chunk = blockIdx.x; chunk < chunks.number(); chunk += gridDim.x) {
     const int64_t begin = chunk * kChunk, end = min(begin + kChunk, chunks.size);
     if (end <= at.place[0]) continue;
@@ -117,16 +115,45 @@ __device__ inline void insert(const Pool& pool, const NewEntries& found, const A
   if (active.master) active.master[to] = read(row.param_dtype, row.param, position);
 }
 
-// The last block adds up the counts, which the others read.
-__global__ void __launch_bounds__(kThreads, kResident)
-    insert_kernel(Pool pool, NewEntries found, Active active, Scratch at) {
-  const int64_t count = *found.count;
-  for (int64_t q = global_thread(); q < count; q += grid_threads())
+__device__ inline void insert_share(const Pool& pool, const NewEntries& found, const Active& active,
+                                    const Scratch& at, Share share) {
+  const int64_t count = *found.count, step = share.blocks * kThreads;
+  for (int64_t q = share.block * kThreads + threadIdx.x; q < count; q += step)
     insert(pool, found, active, q, at.place[q] + q);
-  if (!is_last_block(at.arrived)) return;
+}
+
+// By the last block: adds up the counts, which the others read.
+__device__ inline void count_new(const Pool& pool, const NewEntries& found, const Active& active) {
+  const int64_t count = *found.count;
   for (int64_t t = threadIdx.x; t < pool.num_tensors; t += kThreads)
     active.offsets[t + 1] += upper_bound(found.tensor, 0, count, t);
   if (threadIdx.x == 0) active.progress[1] += count;
+}
+
+template <int kArrays>
+__global__ void __launch_bounds__(kThreads, kResident)
+    move_kernel(NewEntries found, const int64_t* progress, Words<kArrays> words, Scratch at) {
+  const Chunks chunks(found, progress);
+  if (chunks.count) move_entries(chunks, words, at);
+}
+
+// New entries go where others have been moved from: few of them, by the last block.
+template <int kArrays>
+__global__ void __launch_bounds__(kThreads, kResident)
+    move_and_insert_kernel(Pool pool, NewEntries found, Active active, Words<kArrays> words,
+                           Scratch at) {
+  const Chunks chunks(found, active.progress);
+  if (chunks.count == 0) return;
+  move_entries(chunks, words, at);
+  if (!is_last_block(at.arrived)) return;
+  insert_share(pool, found, active, at, {0, 1});
+  count_new(pool, found, active);
+}
+
+__global__ void __launch_bounds__(kThreads, kResident)
+    insert_kernel(Pool pool, NewEntries found, Active active, Scratch at) {
+  insert_share(pool, found, active, at, Share::of_grid());
+  if (is_last_block(at.arrived)) count_new(pool, found, active);
 }
 
 template <class T>
@@ -135,14 +162,12 @@ int32_t* as_bits(T* values) {
 }
 
 template <int kArrays>
-void move(const NewEntries& found, const Active& active, int64_t capacity, bool is_first,
+void save(const NewEntries& found, const Active& active, int64_t capacity, bool is_first,
           const Words<kArrays>& words, const Scratch& at, cudaStream_t stream) {
   const int64_t by_chunk = grid_for(capacity, kChunk, kBlocksPerMultiprocessor);
   const int64_t by_new = grid_for(found.capacity, kThreads, kBlocksPerMultiprocessor);
   SPARSE_OPTIM_LAUNCH(save_kernel<kArrays>, std::max(by_chunk, by_new), kThreads, stream, found,
                       active.position, active.offsets, active.progress, is_first, words, at);
-  SPARSE_OPTIM_LAUNCH(move_kernel<kArrays>, by_chunk, kThreads, stream, found, active.progress,
-                      words, at);
 }
 
 // Whether hardly anything is saved, so that all arrays can be at once.
@@ -163,17 +188,24 @@ cudaError_t append(const Pool& pool, const NewEntries& found, const Active& acti
                    int64_t capacity, void* scratch, cudaStream_t stream) {
   if (capacity == 0 || found.capacity == 0) return cudaSuccess;
   const Scratch at = layout(scratch, found.capacity);
-  const int64_t by_new = grid_for(found.capacity, kThreads, kBlocksPerMultiprocessor);
+  const int64_t by_chunk = grid_for(capacity, kChunk, kBlocksPerMultiprocessor);
   int32_t* const arrays[] = {active.position,         active.unmask_step,
                              as_bits(active.exp_avg), as_bits(active.exp_avg_sq),
                              as_bits(active.grad),    as_bits(active.master)};
   if (saves_little(found.capacity)) {
     const Words<6> all{{arrays[0], arrays[1], arrays[2], arrays[3], arrays[4], arrays[5]}};
-    move(found, active, capacity, true, all, at, stream);
-  } else {
-    for (int a = 0; a < 6; a += 2)
-      move(found, active, capacity, a == 0, Words<2>{{arrays[a], arrays[a + 1]}}, at, stream);
+    save(found, active, capacity, true, all, at, stream);
+    SPARSE_OPTIM_LAUNCH(move_and_insert_kernel<6>, by_chunk, kThreads, stream, pool, found, active,
+                        all, at);
+    return cudaGetLastError();
   }
+  for (int a = 0; a < 6; a += 2) {
+    const Words<2> two{{arrays[a], arrays[a + 1]}};
+    save(found, active, capacity, a == 0, two, at, stream);
+    SPARSE_OPTIM_LAUNCH(move_kernel<2>, by_chunk, kThreads, stream, found, active.progress, two,
+                        at);
+  }
+  const int64_t by_new = grid_for(found.capacity, kThreads, kBlocksPerMultiprocessor);
   SPARSE_OPTIM_LAUNCH(insert_kernel, by_new, kThreads, stream, pool, found, active, at);
   return cudaGetLastError();
 }

@@ -83,61 +83,14 @@ struct EntriesAboveFloor {
   }
 };
 
-// Candidates that tie the limit, by what decides among them: the lower tensor, then the lower
-// position, as keys of which the largest belong.
-struct Tied {
-  const Candidates& all;
-  int64_t count;
-  int32_t limit;
-  int64_t tensor;  // < 0: ranks tensors; else the positions of this one
-
-  __device__ int32_t least(const Selection&) const { return 1; }
-  template <class Visit>
-  __device__ void visit(const Selection&, Share, Visit&& visit) const {
-    for (int64_t i = threadIdx.x; i < count; i += kThreads) {
-      if (all.key[i] != limit) continue;
-      const int64_t of_tensor = int64_t(all.place[i] >> 32);
-      if (tensor < 0) visit(INT32_MAX - int32_t(of_tensor));
-      else if (of_tensor == tensor) visit(INT32_MAX - int32_t(all.place[i] & 0xffffffffu));
-    }
-  }
-};
-
 // Drops all but the `quota` best of `count` candidates, by one block; returns how many are left.
 // Raises the floor.
 __device__ inline int64_t keep_best(const Collected& at, int64_t count) {
   Selection& selection = at.state->selection;
-  const Candidates all = candidates_of(at);
   if (count < selection.quota) return count;
-  select_kth_in_block(KeyArray{all.key, count}, selection);
+  select_kth_in_block(KeyArray{at.key, count}, selection);
   const int32_t limit = selection.limit;
-  __syncthreads();
-  if (threadIdx.x == 0) selection.wanted = selection.ties;
-  __syncthreads();
-  select_kth_in_block(Tied{all, count, limit, -1}, selection);
-  const int64_t last_tensor = INT32_MAX - selection.limit;
-  __syncthreads();
-  if (threadIdx.x == 0) selection.wanted = selection.ties;
-  __syncthreads();
-  select_kth_in_block(Tied{all, count, limit, last_tensor}, selection);
-  const uint64_t last = uint64_t(last_tensor) << 32 | uint64_t(INT32_MAX - selection.limit);
-  int64_t kept = 0;
-  for (int64_t first = 0; first < count; first += kThreads) {
-    const int64_t i = first + threadIdx.x;
-    const int32_t key = i < count ? all.key[i] : 0;
-    const uint64_t place = i < count ? all.place[i] : 0;
-    const float grad = i < count ? all.grad[i] : 0.f;
-    const bool belongs = key > limit || (key == limit && place <= last);
-    const Prefix prefix = block_prefix(belongs);  // its barriers: all have read
-    if (belongs) {
-      const int64_t to = kept + prefix.before;
-      all.key[to] = key;
-      all.place[to] = place;
-      all.grad[to] = grad;
-    }
-    kept += prefix.total;
-  }
-  __syncthreads();
+  const int64_t kept = drop_losers(candidates_of(at), count, selection);
   if (threadIdx.x == 0) at.state->floor = limit;
   __syncthreads();
   return kept;
@@ -147,7 +100,7 @@ __device__ inline int64_t keep_best(const Collected& at, int64_t count) {
 // one block in several passes; returns how many there are then.
 template <class Importance>
 __device__ inline int64_t add_best(const ListedEntries<Importance>& listed, const int32_t* bound,
-                                   int64_t first_tensor, const CutScratch& work,
+                                   bool scored, int64_t first_tensor, const CutScratch& work,
                                    const NewEntries& found, const Collected& at, int64_t count) {
   const Pool& pool = listed.entries.pool;
   cut_in_block(listed, bound, pool.num_tiles, work, found, &at.state->threshold);
@@ -157,10 +110,11 @@ __device__ inline int64_t add_best(const ListedEntries<Importance>& listed, cons
     const int64_t tensor = found.tensor[q], position = found.position[q];
     const Row row = read_row(pool.table, tensor);
     const float grad = read(row.grad_dtype, row.grad, position);
-    const float param = kGradAlone<Importance> ? 0.f : read(row.param_dtype, row.param, position);
+    const bool reads_param = scored || !kGradAlone<Importance>;
+    const float param = reads_param ? read(row.param_dtype, row.param, position) : 0.f;
     at.key[count + q] = key_of(listed.importance, grad, param, tensor, position);
     at.place[count + q] = uint64_t(first_tensor + tensor) << 32 | uint64_t(position);
-    at.grad[count + q] = grad;
+    at.grad[count + q] = scored ? param : grad;
   }
   __syncthreads();
   return count + number;
@@ -169,30 +123,32 @@ __device__ inline int64_t add_best(const ListedEntries<Importance>& listed, cons
 // It needs more than 64 registers.
 template <class Importance>
 __global__ void __launch_bounds__(kThreads, kResident / 2)
-    collect_kernel(ListedEntries<Importance> listed, const int32_t* bound, int64_t first_tensor,
-                   CutScratch work, NewEntries found, Collected at) {
+    collect_kernel(ListedEntries<Importance> listed, const int32_t* bound, bool scored,
+                   int64_t first_tensor, CutScratch work, NewEntries found, Collected at) {
   Selection& selection = at.state->selection;
   if (selection.quota == 0) return;
   const int32_t limit = max(selection.limit, at.state->floor);
-  collect(listed.importance, listed.entries, bound, limit, first_tensor, &selection.num_candidates,
-          candidates_of(at));
+  collect(listed.importance, listed.entries, bound, limit, scored, first_tensor,
+          &selection.num_candidates, candidates_of(at), [](int32_t) {});
   if (!is_last_block(&selection.arrived)) return;
   int64_t count = int64_t(__ldcg(&selection.num_candidates));
   if (count > kCollected) {
     if (threadIdx.x == 0) selection.limit = limit;
     __syncthreads();
-    count = add_best(listed, bound, first_tensor, work, found, at, at.state->before);
+    count = add_best(listed, bound, scored, first_tensor, work, found, at, at.state->before);
   }
   if (count > min(8 * selection.quota, kCollected / 2)) count = keep_best(at, count);
   if (threadIdx.x == 0) selection.num_candidates = at.state->before = count;
 }
 
-// Leaves the best, or none if the step is to be skipped.
+// Leaves the best, as many as there is room for, or none if the step is to be skipped.
 __global__ void __launch_bounds__(kThreads, kResident)
     finish_kernel(const float* found_inf, Collected at, NewEntries found, float* threshold) {
   Selection& selection = at.state->selection;
-  int64_t count = *found_inf != 0.f ? 0 : at.state->before;
-  if (count && selection.quota) count = keep_best(at, count);
+  if (threadIdx.x == 0) selection.quota = selection.wanted = min(selection.quota, found.capacity);
+  __syncthreads();
+  int64_t count = *found_inf != 0.f || selection.quota == 0 ? 0 : at.state->before;
+  if (count) count = keep_best(at, count);
   __shared__ int32_t least;
   if (threadIdx.x == 0) least = kInfinityBits;
   __syncthreads();
@@ -247,8 +203,8 @@ cudaError_t collect_begin(const CollectInput& in, int64_t max_quota, void* colle
 
 cudaError_t collect(const Pool& pool, const int32_t* position, const int64_t* offsets,
                     const int32_t* tile_max, const float* param_bound, double exp, float eps,
-                    int64_t first_tensor, int64_t max_quota, void* collected, void* scratch,
-                    cudaStream_t stream) {
+                    bool scored, int64_t first_tensor, int64_t max_quota, void* collected,
+                    void* scratch, cudaStream_t stream) {
   if (pool.num_tiles == 0 || max_quota == 0) return cudaSuccess;
   const Collected at = layout(collected);
   CutScratch work = cut_layout(scratch, pool.num_tiles);
@@ -268,14 +224,14 @@ cudaError_t collect(const Pool& pool, const int32_t* position, const int64_t* of
     }
     if (pool.num_tiles >= 2 * max_quota) {
       const int64_t by_key = grid_for(pool.num_tiles, kKeysPerBlock, kBlocksPerMultiprocessor);
-      select_kth(KeyArray{bound, pool.num_tiles}, by_key, work.selection, kFloorDigits, stream);
+      select_kth(KeyArray{bound, pool.num_tiles}, by_key, work.selection, 0, kFloorDigits, stream);
     } else {
       const EntriesAboveFloor<Importance> above{importance, entries, bound, &at.state->floor};
-      select_kth(above, blocks, work.selection, kFloorDigits, stream);
+      select_kth(above, blocks, work.selection, 0, kFloorDigits, stream);
     }
     const ListedEntries<Importance> listed{importance, entries, work.list};
-    SPARSE_OPTIM_LAUNCH(collect_kernel, blocks, kThreads, stream, listed, bound, first_tensor, work,
-                        found, at);
+    SPARSE_OPTIM_LAUNCH(collect_kernel, blocks, kThreads, stream, listed, bound, scored,
+                        first_tensor, work, found, at);
   });
   return cudaGetLastError();
 }

@@ -72,6 +72,12 @@ cudaError_t write_table(const std::vector<Row>& rows, int64_t* table, cudaStream
 cudaError_t scan(const Pool& pool, const std::vector<DenseGrad>& dense, const int32_t* position,
                  const int64_t* offsets, const ScanOutput& out, void* scratch, cudaStream_t stream);
 
+// The same of one tensor alone, in one launch, and its row, which is written to the table.
+// `arrived` counts blocks: 0 before and after.
+cudaError_t scan_one(const Row& row, int64_t* table, int64_t num_tiles, int64_t tile,
+                     const int32_t* position, const int64_t* offsets, const ScanOutput& out,
+                     unsigned* arrived, void* scratch, cudaStream_t stream);
+
 cudaError_t clip(const double* norms, int64_t num_norms, const float* grad_scale,
                  double max_grad_norm, double* grad_norm, float* grad_factor, cudaStream_t stream);
 
@@ -84,7 +90,8 @@ cudaError_t cut(const Pool& pool, const int32_t* position, const int64_t* offset
 
 // Entries that are collected tensor by tensor. `collected` holds them, collected_bytes() long;
 // quotas may be max_collected_quota() at most. tile_max and param_bound are of the pool given,
-// whose tensors are first_tensor, first_tensor + 1, ...
+// whose tensors are first_tensor, first_tensor + 1, ... With `scored`, the pool's gradients are
+// scores, and its parameters the gradients.
 struct CollectInput {
   const int64_t* targets;
   int64_t num_targets;
@@ -96,18 +103,19 @@ cudaError_t collect_begin(const CollectInput& in, int64_t max_quota, void* colle
                           cudaStream_t stream);
 cudaError_t collect(const Pool& pool, const int32_t* position, const int64_t* offsets,
                     const int32_t* tile_max, const float* param_bound, double exp, float eps,
-                    int64_t first_tensor, int64_t max_quota, void* collected, void* scratch,
-                    cudaStream_t stream);
+                    bool scored, int64_t first_tensor, int64_t max_quota, void* collected,
+                    void* scratch, cudaStream_t stream);
 cudaError_t collect_end(const float* found_inf, const NewEntries& found, float* threshold,
                         float* grad, void* collected, cudaStream_t stream);
 
 cudaError_t append(const Pool& pool, const NewEntries& found, const Active& active,
                    int64_t capacity, void* scratch, cudaStream_t stream);
 
+// `arrived`: as in scan_one.
 cudaError_t update(const Pool& pool, const Active& active, int64_t capacity,
                    const float* grad_factor, const float* found_inf, const Hyper* hyper,
                    int64_t num_groups, const int32_t* group_index, bool entry_age,
-                   cudaStream_t stream);
+                   unsigned* arrived, cudaStream_t stream);
 
 // position = outer column * inner.columns + inner column; entries elsewhere keep their value.
 // Scratch memory of any size will do; that of sampled_grad_scratch_bytes lets more chunks of tokens

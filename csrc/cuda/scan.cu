@@ -146,35 +146,37 @@ __device__ inline bool mark_active(const T* grad, const Tile& tile, const int32_
   return any;
 }
 
+struct ScanInput {
+  const int32_t* position;
+  const int64_t* offsets;
+};
+
 // Each block has a run of consecutive tiles, of which its warps take one each in turn: a warp needs
 // no barrier, and a block reads 128 KB of consecutive memory at a time.
 // The active entries of a tile are masked while it is read, so that no tile is read twice.
-__global__ void __launch_bounds__(kThreads, kResident)
-    scan_kernel(Pool pool, const int32_t* position, const int64_t* offsets, int32_t* tile_max,
-                float* active_grad, float* tile_squares, float* found_inf) {
+template <class Locate>
+__device__ inline void scan_share(int64_t num_tiles, Locate&& locate, const ScanInput& in,
+                                  const ScanOutput& out, float* tile_squares) {
   __shared__ uint32_t marks[kWarps][kBitmapWords];
-  const int64_t end = pool.num_tiles * (blockIdx.x + 1) / gridDim.x;
-  int64_t index = pool.num_tiles * blockIdx.x / gridDim.x + warp();
-  int64_t tensor = index < end ? tensor_of_tile(pool, index) : 0;
-  for (; index < end; index += kWarps) {
-    while (pool.tile_offsets[tensor + 1] <= index) ++tensor;
-    const Tile tile = locate_tile(pool, tensor, index);
+  const int64_t end = num_tiles * (blockIdx.x + 1) / gridDim.x;
+  for (int64_t index = num_tiles * blockIdx.x / gridDim.x + warp(); index < end; index += kWarps) {
+    const Tile tile = locate(index);
     Peak peak;
     if (tile.row.grad) {
       visit_dtype(tile.row.grad_dtype, tile.row.grad, [&](auto* grad) {
         const TileReader reader(grad + tile.first, tile.count);
         uint4 first[kLoads] = {};
         if (reader.has_all(lane())) reader.load(lane(), first);
-        if (mark_active(grad, tile, position, offsets, active_grad, marks[warp()]))
+        if (mark_active(grad, tile, in.position, in.offsets, out.active_grad, marks[warp()]))
           peak = reader.template peak<true>(first, marks[warp()]);
         else peak = reader.template peak<false>(first, nullptr);
       });
     }
     __syncwarp();  // the marks have been read
     if (lane() != 0) continue;
-    tile_max[index] = peak.frozen;
+    out.tile_max[index] = peak.frozen;
     tile_squares[index] = peak.squares;
-    if (peak.all >= kInfinityBits) *found_inf = 1.f;  // every writer writes the same
+    if (peak.all >= kInfinityBits) *out.found_inf = 1.f;  // every writer writes the same
   }
 }
 
@@ -183,8 +185,19 @@ template <class T>
 __device__ inline double norm_of(const T* squares, int64_t first, int64_t last) {
   double sum = 0.0;
 #pragma unroll 16
-  for (int64_t i = first + threadIdx.x; i < last; i += kThreads) sum += double(squares[i]);
+  for (int64_t i = first + threadIdx.x; i < last; i += kThreads) sum += double(__ldcg(&squares[i]));
   return sqrt(block_sum(sum));
+}
+
+__global__ void __launch_bounds__(kThreads, kResident)
+    scan_kernel(Pool pool, ScanInput in, ScanOutput out, float* tile_squares) {
+  int64_t tensor = -1;
+  auto locate = [&](int64_t index) {
+    if (tensor < 0) tensor = tensor_of_tile(pool, index);
+    while (pool.tile_offsets[tensor + 1] <= index) ++tensor;
+    return locate_tile(pool, tensor, index);
+  };
+  scan_share(pool.num_tiles, locate, in, out, tile_squares);
 }
 
 // One block a tensor: the partition is the tensor's own, whatever else is scanned with it. The
@@ -195,6 +208,31 @@ __global__ void __launch_bounds__(kThreads, kResident)
   const int64_t* first = pool.tile_offsets + blockIdx.x;
   const double norm = norm_of(tile_squares, first[0], first[1]);
   if (threadIdx.x == 0) norms[blockIdx.x] = norm;
+}
+
+// A row of the table that comes with the launch.
+struct PackedRow {
+  int64_t grad, param, numel, dtypes;
+};
+
+// One tensor alone, whose row is written, too; the last block adds up the norm.
+__global__ void __launch_bounds__(kThreads, kResident)
+    scan_one_kernel(Row row, PackedRow packed, int64_t* table, int64_t num_tiles, int64_t tile_size,
+                    ScanInput in, ScanOutput out, float* tile_squares, unsigned* arrived) {
+  if (global_thread() == 0) {
+    table[kGrad] = packed.grad;
+    table[kParam] = packed.param;
+    table[kNumel] = packed.numel;
+    table[kDTypes] = packed.dtypes;
+  }
+  auto locate = [&](int64_t index) {
+    const int64_t first = index * tile_size, left = row.numel - first;
+    return Tile{row, 0, first, int(left < tile_size ? left : tile_size)};
+  };
+  scan_share(num_tiles, locate, in, out, tile_squares);
+  if (!is_last_block(arrived)) return;
+  const double norm = norm_of(tile_squares, 0, num_tiles);
+  if (threadIdx.x == 0) *out.norms = norm;
 }
 
 // Gradients trained densely, handed over by value. Blocks first_block[g] on read gradient g; how
@@ -283,14 +321,28 @@ cudaError_t scan(const Pool& pool, const std::vector<DenseGrad>& dense, const in
   const Scratch at = layout(scratch);
   if (pool.num_tiles) {
     const int64_t blocks = grid_for(pool.num_tiles, kWarps, kBlocksPerMultiprocessor);
-    SPARSE_OPTIM_LAUNCH(scan_kernel, blocks, kThreads, stream, pool, position, offsets,
-                        out.tile_max, out.active_grad, at.tile_squares, out.found_inf);
+    const ScanInput in{position, offsets};
+    SPARSE_OPTIM_LAUNCH(scan_kernel, blocks, kThreads, stream, pool, in, out, at.tile_squares);
   }
   if (pool.num_tensors) {
     SPARSE_OPTIM_LAUNCH(norms_kernel, pool.num_tensors, kThreads, stream, pool, at.tile_squares,
                         out.norms);
   }
   scan_dense(dense, at.block_squares, out.norms + pool.num_tensors, out.found_inf, stream);
+  return cudaGetLastError();
+}
+
+cudaError_t scan_one(const Row& row, int64_t* table, int64_t num_tiles, int64_t tile,
+                     const int32_t* position, const int64_t* offsets, const ScanOutput& out,
+                     unsigned* arrived, void* scratch, cudaStream_t stream) {
+  const int64_t blocks =
+      std::max<int64_t>(1, grid_for(num_tiles, kWarps, kBlocksPerMultiprocessor));
+  int64_t values[kColumns];
+  write_row(values, row);
+  const PackedRow packed{values[kGrad], values[kParam], values[kNumel], values[kDTypes]};
+  const ScanInput in{position, offsets};
+  SPARSE_OPTIM_LAUNCH(scan_one_kernel, blocks, kThreads, stream, row, packed, table, num_tiles,
+                      tile, in, out, layout(scratch).tile_squares, arrived);
   return cudaGetLastError();
 }
 

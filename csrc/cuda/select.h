@@ -17,6 +17,8 @@ namespace sparse_optim::cuda {
 
 struct Digit {
   int shift, bits;
+
+  SPARSE_OPTIM_INLINE int of(int32_t key) const { return (key >> shift) & ((1 << bits) - 1); }
 };
 constexpr int kAllDigits = 3, kFloorDigits = 2;
 
@@ -37,6 +39,7 @@ struct Selection {
   int64_t ties;                       // result: how many of the keys equal to `limit` belong
   int64_t num_listed;                 // tiles that `compact` listed
   unsigned long long num_candidates;  // entries that `collect_kernel` found
+  unsigned long long num_tied;        // entries that tie the limit, of `collect_again_kernel`
   int32_t prefix;
   int32_t limit;      // result: the k-th largest key; the least that counts, if fewer than k do
   int32_t exhausted;  // fewer than k
@@ -83,6 +86,17 @@ __device__ inline void finish_selection(Selection& state, int32_t least) {
   state.exhausted = 0;
 }
 
+// Every thread of the block calls these.
+__device__ inline void clear_bins(unsigned (&bins)[kBins]) {
+  for (int b = int(threadIdx.x); b < kBins; b += kThreads) bins[b] = 0;
+  __syncthreads();
+}
+__device__ inline void add_bins(const unsigned (&bins)[kBins], Selection& state) {
+  __syncthreads();
+  for (int b = int(threadIdx.x); b < kBins; b += kThreads)
+    if (bins[b]) atomicAdd(&state.bins[b], static_cast<unsigned long long>(bins[b]));
+}
+
 // Counts one digit of a share of the keys of a source. Source: wanted(state) tells whether anything
 // is to be done, visit(state, share, f) calls f(key) for each, least(state) is what a key must
 // reach to count. Every thread of the block calls it.
@@ -90,17 +104,14 @@ template <class Source>
 __device__ inline void count_digit(const Source& source, Selection& state, Share share, Digit digit,
                                    int32_t least) {
   __shared__ unsigned bins[kBins];
-  for (int b = int(threadIdx.x); b < kBins; b += kThreads) bins[b] = 0;
-  __syncthreads();
+  clear_bins(bins);
   const int32_t prefix = state.prefix;
   const int above = digit.shift + digit.bits;
   source.visit(state, share, [&](int32_t key) {
     if (key < least || (key ^ prefix) >> above) return;
-    atomicAdd(&bins[(key >> digit.shift) & ((1 << digit.bits) - 1)], 1u);
+    atomicAdd(&bins[digit.of(key)], 1u);
   });
-  __syncthreads();
-  for (int b = int(threadIdx.x); b < kBins; b += kThreads)
-    if (bins[b]) atomicAdd(&state.bins[b], static_cast<unsigned long long>(bins[b]));
+  add_bins(bins, state);
 }
 
 template <class Source>
@@ -116,20 +127,21 @@ __global__ void __launch_bounds__(kThreads, kResident)
   if (threadIdx.x == 0 && is_last) finish_selection(state, least);
 }
 
+// Digits first, ..., num_digits - 1; those before have been taken.
 template <class Source>
-void select_kth(const Source& source, int64_t blocks, Selection* state, int num_digits,
+void select_kth(const Source& source, int64_t blocks, Selection* state, int first, int num_digits,
                 cudaStream_t stream) {
-  for (int d = 0; d < num_digits; ++d)
+  for (int d = first; d < num_digits; ++d)
     SPARSE_OPTIM_LAUNCH(digit_kernel, blocks, kThreads, stream, source, state, digit_of(d),
                         d == num_digits - 1);
 }
 
 // The same by one block, all of whose threads call it.
 template <class Source>
-__device__ inline void select_kth_in_block(const Source& source, Selection& state) {
+__device__ inline void select_kth_in_block(const Source& source, Selection& state, int first = 0) {
   const int32_t least = source.least(state);
 #pragma unroll 1
-  for (int d = 0; d < kAllDigits; ++d) {
+  for (int d = first; d < kAllDigits; ++d) {
     const Digit digit = digit_of(d);
     if (!state.exhausted) count_digit(source, state, {0, 1}, digit, least);
     __syncthreads();

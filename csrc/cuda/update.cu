@@ -42,31 +42,28 @@ __device__ inline void update_entry(const Row& row, const Active& active, int64_
   });
 }
 
-// kGroups: how many groups shared memory has room for; a few take next to none of it.
+// kGroups: how many groups shared memory has room for; a few take next to none of it. The last
+// block counts the step, which the others read.
 template <int kGroups>
 __global__ void __launch_bounds__(kThreads, kResident)
     update_kernel(Pool pool, Active active, const float* grad_factor, const float* found_inf,
                   const Hyper* hyper, int64_t num_groups, const int32_t* group_index,
-                  bool entry_age) {
+                  bool entry_age, unsigned* arrived) {
   __shared__ Group groups[kGroups];
-  if (*found_inf != 0.f) return;
+  const bool skipped = *found_inf != 0.f;
   for (int g = int(threadIdx.x); g < num_groups; g += kThreads)
     groups[g] = {AdamW(hyper[g], *grad_factor), float(hyper[g].lr), log(hyper[g].beta1),
                  log(hyper[g].beta2)};
   __syncthreads();
   const int64_t step = active.progress[0] + 1, size = active.progress[1];
-  for (int64_t i = global_thread(); i < size; i += grid_threads()) {
+  for (int64_t i = global_thread(); i < size && !skipped; i += grid_threads()) {
     const int64_t tensor = upper_bound(active.offsets, 0, pool.num_tensors + 1, i) - 1;
     const Row row = read_row(pool.table, tensor);
     if (!row.grad) continue;
     const int64_t age = entry_age ? step - active.unmask_step[i] + 1 : step;
     update_entry(row, active, i, groups[group_index[tensor]], float(age));
   }
-}
-
-// A separate launch: the blocks of update_kernel read the count.
-__global__ void count_step_kernel(const float* found_inf, int64_t* progress) {
-  ++progress[*found_inf != 0.f ? 2 : 0];
+  if (is_last_block(arrived) && threadIdx.x == 0) ++active.progress[skipped ? 2 : 0];
 }
 
 }  // namespace
@@ -74,14 +71,12 @@ __global__ void count_step_kernel(const float* found_inf, int64_t* progress) {
 cudaError_t update(const Pool& pool, const Active& active, int64_t capacity,
                    const float* grad_factor, const float* found_inf, const Hyper* hyper,
                    int64_t num_groups, const int32_t* group_index, bool entry_age,
-                   cudaStream_t stream) {
-  const int64_t blocks = grid_for(capacity, kThreads, kBlocksPerMultiprocessor);
-  if (blocks) {
-    auto* kernel = num_groups <= kFewGroups ? update_kernel<kFewGroups> : update_kernel<kMaxGroups>;
-    SPARSE_OPTIM_LAUNCH(kernel, blocks, kThreads, stream, pool, active, grad_factor, found_inf,
-                        hyper, num_groups, group_index, entry_age);
-  }
-  SPARSE_OPTIM_LAUNCH(count_step_kernel, 1, 1, stream, found_inf, active.progress);
+                   unsigned* arrived, cudaStream_t stream) {
+  const int64_t blocks =
+      std::max<int64_t>(1, grid_for(capacity, kThreads, kBlocksPerMultiprocessor));
+  auto* kernel = num_groups <= kFewGroups ? update_kernel<kFewGroups> : update_kernel<kMaxGroups>;
+  SPARSE_OPTIM_LAUNCH(kernel, blocks, kThreads, stream, pool, active, grad_factor, found_inf, hyper,
+                      num_groups, group_index, entry_age, arrived);
   return cudaGetLastError();
 }
 

@@ -42,6 +42,26 @@ struct ListedEntries {
   }
 };
 
+// The entries of the tiles whose bound reaches the limit, as a source of keys; the grid shares
+// these tiles.
+template <class Importance>
+struct ReachingEntries {
+  Importance importance;
+  Entries entries;
+  const int32_t* bound;
+
+  __device__ bool wanted(const Selection& state) const { return state.passes != 0; }
+  __device__ int32_t least(const Selection& state) const { return state.limit; }
+  template <class Visit>
+  __device__ void visit(const Selection& state, Share, Visit&& visit) const {
+    __shared__ uint32_t marks[kWarps][kTileWords];
+    for_each_reaching(bound, entries.pool.num_tiles, state.limit, [&](int64_t tile_index) {
+      visit_tile_by_warp(entries, importance, tile_index, marks[warp()],
+                         [&](const Tile&, int, int32_t key, float) { visit(key); });
+    });
+  }
+};
+
 // Counts the winners of a share of the listed tiles, and finds the least of them.
 template <class Importance>
 __device__ inline void count_winners(const ListedEntries<Importance>& listed, const CutScratch& at,

@@ -34,6 +34,12 @@ def bind(grads: Sequence[Tensor], params: Sequence[Tensor], table: Tensor) -> Te
     return table
 
 
+def bind_rows(rows: Tensor, table: Tensor) -> Tensor:
+    """The same from rows that `held` has read: (S, 4), int64, on the CPU."""
+    _ops.bind_rows.default(rows, table)
+    return table
+
+
 def scan(
     bound: Tensor,
     dense_grads: Sequence[Tensor],
@@ -94,7 +100,7 @@ def update(
     _ops.update.default(
         bound, active.position, active.offsets, active.grad, scalars.grad_factor,
         scalars.found_inf, scalars.hyper, scalars.group_index, bias_correction, active.exp_avg,
-        active.exp_avg_sq, active.unmask_step, active.master, active.progress,
+        active.exp_avg_sq, active.unmask_step, active.master, active.progress, scalars.arrived,
     )  # fmt: skip
 
 
@@ -112,7 +118,7 @@ def _mutates_only(*args: object) -> None:
 
 
 for _name in (
-    "bind", "scan", "clip", "rank", "cut", "collect_begin", "collect", "collect_end", "append",
-    "update", "sampled_grad", "exchange",
+    "bind", "bind_rows", "scan", "scan_one", "clip", "rank", "cut", "collect_begin", "collect",
+    "collect_end", "append", "update", "sampled_grad", "exchange",
 ):  # fmt: skip
     torch.library.register_fake(f"sparse_optim::{_name}", _mutates_only)

@@ -18,6 +18,7 @@ from torch import Tensor
 from sparse_optim.backends.cpp import (
     append,
     bind,
+    bind_rows,
     clip,
     cut,
     exchange,
@@ -29,9 +30,9 @@ from sparse_optim.backends.cpp import (
 from sparse_optim.backends.operands import ActiveSet, NewEntries, Rule, Tiles
 
 __all__ = [
-    "TILE", "append", "bind", "clip", "collect", "collect_begin", "collect_end", "collected_bytes",
-    "cut", "exchange", "max_collected_quota", "rank", "sampled_grad", "scan", "scratch_bytes",
-    "update",
+    "TILE", "append", "bind", "bind_rows", "clip", "collect", "collect_begin", "collect_end",
+    "collected_bytes", "cut", "exchange", "max_collected_quota", "rank", "sampled_grad", "scan",
+    "scan_one", "scratch_bytes", "update",
 ]  # fmt: skip
 
 # The operators are those of `cpp`; this registers their CUDA kernels.
@@ -51,6 +52,30 @@ def scratch_bytes(num_tiles: int, capacity: int, max_quota: int) -> int:
     return int(_kernels.scratch_bytes(num_tiles, capacity, max_quota))
 
 
+def scan_one(
+    grad: Tensor,
+    param: Tensor,
+    table: Tensor,
+    tiles: Tiles,
+    active: ActiveSet,
+    norm: Tensor,
+    found_inf: Tensor,
+    arrived: Tensor,
+    scratch: Tensor,
+) -> None:
+    """`bind` and `scan` of one tensor, in one launch.
+
+    Args:
+        table: (1, 4), int64, its row. Mutated.
+        tiles, active, norm: of the tensor; norm is (1,).
+        arrived: as in `StepScalars`.
+    """
+    _ops.scan_one.default(
+        grad, param, table, active.position, active.offsets, tiles.size, tiles.max, active.grad,
+        norm, found_inf, arrived, scratch,
+    )  # fmt: skip
+
+
 # An exact running selection over gradients that come one at a time: on this backend alone, for
 # quotas of at most max_collected_quota(). See csrc/cuda/collect.cu.
 
@@ -65,6 +90,7 @@ def collect(
     tiles: Tiles,
     active: ActiveSet,
     rule: Rule,
+    scored: bool,
     first: int,
     max_quota: int,
     collected: Tensor,
@@ -74,10 +100,12 @@ def collect(
 
     Args:
         bound, tiles, active, rule, scratch: of these tensors, as in `reference.cut`; scanned.
+        scored: ranked by scores; in `bound` they take the place of gradients, and these that of
+            parameters.
     """
     _ops.collect.default(
         bound, active.position, active.offsets, tiles.offsets, tiles.max, tiles.param_bound,
-        rule.exp, rule.eps, tiles.size, first, max_quota, collected, scratch,
+        rule.exp, rule.eps, scored, tiles.size, first, max_quota, collected, scratch,
     )  # fmt: skip
 
 

@@ -209,6 +209,7 @@ class StepScalars:
         grad_factor: (), float32, what `update` multiplies gradients by.
         hyper: (num_groups, 6), float64: lr, beta1, beta2, eps, weight_decay, sign of the gradient.
         group_index: (S,), int32, row of `hyper` of each tensor.
+        arrived: (), int32, blocks of a kernel that are done; 0 between kernels.
     """
 
     grad_scale: Tensor
@@ -217,6 +218,7 @@ class StepScalars:
     grad_factor: Tensor
     hyper: Tensor
     group_index: Tensor
+    arrived: Tensor
 
     @staticmethod
     def empty(group_index: Sequence[int], num_groups: int, device: torch.device) -> StepScalars:
@@ -228,6 +230,7 @@ class StepScalars:
             grad_factor=torch.ones((), dtype=torch.float32, device=device),
             hyper=torch.zeros(num_groups, 6, dtype=torch.float64, device=device),
             group_index=torch.tensor(group_index, dtype=torch.int32, device=device),
+            arrived=torch.zeros((), dtype=torch.int32, device=device),
         )
 
 

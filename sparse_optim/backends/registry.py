@@ -60,6 +60,12 @@ class Backend(Protocol):
     def exchange(self, bound: Any, position: Tensor, offsets: Tensor, value: Tensor) -> None: ...
 
 
+class BindingRows(Backend, Protocol):
+    """A backend whose table takes rows that `backends.held` has read. Optional."""
+
+    def bind_rows(self, rows: Tensor, table: Tensor) -> Any: ...
+
+
 class Collecting(Backend, Protocol):
     """A backend that can rank gradients one at a time, as they come in the backward pass.
 
@@ -75,8 +81,13 @@ class Collecting(Backend, Protocol):
     ) -> None: ...
 
     def collect(
-        self, bound: Any, tiles: Tiles, active: ActiveSet, rule: Rule, first: int, max_quota: int,
-        collected: Tensor, scratch: Tensor,
+        self, bound: Any, tiles: Tiles, active: ActiveSet, rule: Rule, scored: bool, first: int,
+        max_quota: int, collected: Tensor, scratch: Tensor,
+    ) -> None: ...  # fmt: skip
+
+    def scan_one(
+        self, grad: Tensor, param: Tensor, table: Tensor, tiles: Tiles, active: ActiveSet,
+        norm: Tensor, found_inf: Tensor, arrived: Tensor, scratch: Tensor,
     ) -> None: ...  # fmt: skip
 
     def collect_end(

@@ -1,7 +1,8 @@
 """The best frozen entries among the gradients seen so far in a step, kept by the backend.
 
 In place of `Candidates` where the backend offers it (CUDA) and the quota is small: three launches a
-tensor, four unless exp = 0, instead of some forty. Same entries, same order, same threshold.
+tensor, four unless exp = 0 or scores rank it, instead of some forty. Same entries, same order, same
+threshold.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from sparse_optim.engine.engine import Engine
 
 
 def can_collect(engine: Engine) -> bool:
-    """Whether the backend ranks gradients one at a time for this engine's rule and quota."""
-    if engine.ranking.scored or not hasattr(engine.ops, "collect"):
+    """Whether the backend ranks gradients one at a time for this engine's quota."""
+    if not hasattr(engine.ops, "collect"):
         return False
     ops = cast(Collecting, engine.ops)
     return engine.work.new.position.numel() <= ops.max_collected_quota()
@@ -71,12 +72,13 @@ class Collected:
     ) -> None:
         """Let the entries of consecutive tensors compete; see `Candidates`.
 
-        Their gradients are bound in the engine's table.
+        Their gradients are bound in the engine's table, or scores and gradients in that of scores.
         """
-        work = self._engine.work
+        work, ranking, scored = self._engine.work, self._engine.ranking, scores is not None
+        table = ranking.table if scored else work.table
         self._any = True
         self._ops.collect(
-            work.table[first : first + len(grads)], tiles, active, self._engine.ranking.rule, first,
+            table[first : first + len(grads)], tiles, active, ranking.rule, scored, first,
             self._max_quota, self._collected, work.scratch,
         )  # fmt: skip
 

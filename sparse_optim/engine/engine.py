@@ -213,7 +213,8 @@ class Engine:
         known = partial(is_complete, method, self.budget)
         self.completion = Completion(known, pool.device.type, known(counts))
         self.known_hyper: Rows = []
-        self._versions = self._read_versions()
+        self._own_writes = 0  # by which this engine's steps have raised all versions
+        self._versions: Sequence[int | None] = self._read_versions()
         self._reread = True  # the next step looks at every parameter
         self._stepped = False  # only what is written after a step is written by others
         self._written = False
@@ -239,7 +240,7 @@ class Engine:
 
     def bind(self, dense: Sequence[Tensor]) -> Gradients:
         """The gradients in `.grad`, checked; see `Source`."""
-        bound, grads = bind_gradients(self.ops.bind, self.pool, self.work.table)
+        bound, grads = bind_gradients(self.ops, self.pool, self.work.table)
         return Gradients(bound, grads, dense)
 
     def bind_stand_ins(self, present: Sequence[bool], dense: Sequence[Tensor]) -> Gradients:
@@ -307,7 +308,7 @@ class Engine:
         self.ops.update(grads.bound, self.active, self.work.scalars, self.method.bias_correction)
         # Operations write behind autograd's back: bump the versions that it checks, by one each.
         torch.autograd.graph.increment_version(self.pool.params)
-        self._versions = [version + 1 for version in self._versions]
+        self._own_writes += 1
         self._surely_empty, self._stepped = False, True
         self.calls += 1
         self.completion.note(self.progress)
@@ -434,11 +435,11 @@ class Engine:
         return self.written_by_others
 
     def _has_foreign(self, written: Iterable[int]) -> bool:
-        known = (self._versions[index] >= 0 for index in written)
+        known = (self._versions[index] is not None for index in written)
         return self._written or (self._stepped and any(known))
 
     def _read_versions(self) -> list[int]:
-        return self.pool.versions
+        return self.pool.versions(self._own_writes)
 
     def _written_since(self, versions: list[int]) -> list[int]:
         """The parameters that are not of the version that was seen last."""
@@ -544,7 +545,8 @@ class Engine:
         engine.work.new.threshold.copy_(self.work.new.threshold)
         engine.work.scalars.grad_norm.copy_(self.work.scalars.grad_norm)
         new = len(engine.pool.params) - len(self.pool.params)  # of them no step is known
-        engine._versions = self._versions + [-1] * new
+        engine._own_writes = self._own_writes
+        engine._versions = [*self._versions, *[None] * new]
         engine._stepped, engine._written = self._stepped, self._written
         return engine
 

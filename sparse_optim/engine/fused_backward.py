@@ -21,12 +21,14 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from sparse_optim.backends.operands import ActiveSet, Tiles
+from sparse_optim.backends.registry import Collecting
 from sparse_optim.engine.candidates import Candidates
 from sparse_optim.engine.collected import Collected, can_collect
 from sparse_optim.engine.engine import Engine
@@ -286,12 +288,15 @@ class FusedBackward:
             raise nothing_came("fuse_backward")
 
     def _scan(self, part: _Part, grad: Tensor) -> None:
-        ops = self._engine.ops
+        ops, work = self._engine.ops, self._engine.work
+        if hasattr(ops, "scan_one"):
+            cast(Collecting, ops).scan_one(
+                grad, part.param, part.table, part.tiles, part.active, part.norm, self._found_inf,
+                work.scalars.arrived, work.scratch,
+            )  # fmt: skip
+            return
         bound = ops.bind([grad], [part.param], part.table)
-        ops.scan(
-            bound, [], part.tiles, part.active, part.norm, self._found_inf,
-            self._engine.work.scratch,
-        )  # fmt: skip
+        ops.scan(bound, [], part.tiles, part.active, part.norm, self._found_inf, work.scratch)
 
     def _rank_waiting(self) -> None:
         """Rank small gradients together, as far as they are neighbours in the pool."""
@@ -316,7 +321,8 @@ class FusedBackward:
             noise = ranking.rule.noise
             if noise.numel():
                 scores = perturbed(scores, noise, first)
-            bound = engine.ops.bind(scores, params, ranking.table[first:last])
+            # In place of parameters, which nobody reads here, gradients: `Collected` keeps them.
+            bound = engine.ops.bind(scores, grads, ranking.table[first:last])
             engine.ops.rank(bound, tiles, active, noise[:0], work.scratch)
         self._candidates.take(first, grads, scores, tiles, active, self._found_inf)
 

@@ -9,6 +9,7 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from itertools import chain
 from threading import Lock
 from typing import Any
 
@@ -358,8 +359,9 @@ class MaskedAdamW(torch.optim.Optimizer):
         if self._left_out is not None:
             self._left_out.begin_step(engine, self._sampled)
         grads = source.bind(readable_gradients(self._dense.params, self._dense.names))
-        self._watch.note(grads.any)
-        if not grads.any:
+        has_gradients = grads.any
+        self._watch.note(has_gradients)
+        if not has_gradients:
             source.discard()
             return
         # Nothing has moved if this, or what selects entries below, fails for want of memory.
@@ -412,9 +414,12 @@ class MaskedAdamW(torch.optim.Optimizer):
         Raises:
             RuntimeError: it holds other parameters for another reason.
         """
-        held = self._list_params()
-        if len(held) == len(self._listed) and all(map(operator.is_, held, self._listed)):
+        listed = self._listed
+        now = chain.from_iterable(group["params"] for group in self.param_groups)
+        number = sum(len(group["params"]) for group in self.param_groups)
+        if number == len(listed) and all(map(operator.is_, now, listed)):
             return
+        held = self._list_params()
         same_shapes = [param.shape for param in held] == [param.shape for param in self._listed]
         were, are = ([is_sharded(param) for param in some] for some in (self._listed, held))
         if self._engine.calls or any(were) or not all(are) or not same_shapes:

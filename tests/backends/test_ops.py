@@ -68,7 +68,7 @@ def test_mutation_is_declared_to_autograd():
             "progress", "scratch",
         },
         # and the parameters, whose addresses are in the table
-        "update": {"exp_avg", "exp_avg_sq", "master", "progress"},
+        "update": {"exp_avg", "exp_avg_sq", "master", "progress", "arrived"},
     }  # fmt: skip
 
 

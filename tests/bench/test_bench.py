@@ -15,6 +15,7 @@ from bench import (
     backward,
     curvature,
     goals,
+    host,
     memory,
     models,
     pictures,
@@ -374,3 +375,10 @@ def test_whole_steps_are_measured_and_shown(tmp_path):
     assert bars == {name: spent[kind] for kind, name in whole_step.SHOWN.items()}
     assert f"{spent['every=16'] / spent['LoRA']:.2f}" in whole_step.headline(tmp_path)[1]
     assert spent["every=16"] == pytest.approx((spent["loud"] + 15 * spent["quiet"]) / 16)
+
+
+def test_the_time_of_the_host_is_that_of_whole_steps():
+    spent = host.timed(rounds=2)
+    assert list(spent) == ["in one call", "one by one"]
+    assert all(len(each) == 2 and min(each) > 0 for each in spent.values())
+    assert host.NAME not in sys.modules

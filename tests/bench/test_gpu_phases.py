@@ -318,10 +318,33 @@ def test_without_git_the_commit_comes_from_a_file(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", "")
     assert environment._git("rev-parse", "HEAD") == ""
     assert environment._commit() == by_git
-    (tmp_path / "COMMIT").write_text("abc\n M file.py")
+    (tmp_path / "COMMIT").write_text(f"abc {environment.sources_digest()}\n M file.py")
+    assert environment._commit() == ("abc", True)
+    (tmp_path / "COMMIT").write_text(f"abc {environment.sources_digest()}\n")
+    assert environment._commit() == ("abc", False)
+    monkeypatch.setattr(environment, "sources_digest", lambda: "of other sources")
     assert environment._commit() == ("abc", True)
     (tmp_path / "COMMIT").unlink()
     assert environment._commit() == ("", False)
+
+
+def test_the_digest_of_the_sources_is_of_all_code_and_of_nothing_else(tmp_path):
+    for name in ("setup.py", "pyproject.toml", "csrc/a.cu", "sparse_optim/b.py", "bench/c.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "triton_kernels").mkdir()
+    digests = {before := environment.sources_digest(tmp_path)}
+    (tmp_path / "sparse_optim" / "triton_kernels").symlink_to(tmp_path / "triton_kernels")
+    (tmp_path / "bench" / "results.json").write_text("{}")
+    assert environment.sources_digest(tmp_path) == before
+    for name in ("pyproject.toml", "csrc/a.cu", "sparse_optim/b.py"):
+        (tmp_path / name).write_text("edited")
+        digests.add(environment.sources_digest(tmp_path))
+    (tmp_path / "bench" / "c.py").rename(tmp_path / "bench" / "d.py")
+    digests.add(environment.sources_digest(tmp_path))
+    (tmp_path / "triton_kernels" / "e.py").write_text("new")
+    digests.add(environment.sources_digest(tmp_path))
+    assert len(digests) == 6
 
 
 # Measuring

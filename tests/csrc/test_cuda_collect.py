@@ -10,6 +10,8 @@ Faults planted by hand, one at a time, and what caught them:
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import emulated_cuda
 import pytest
 import torch
@@ -24,8 +26,11 @@ def _device(cuda_emulator):
     emulated_cuda.configure(multiprocessors=2, seed=0)
 
 
-def expected(case, order):
-    """(tensor, position, gradient) of the best frozen entries by a stable full sort."""
+def expected(case, order, scored=False):
+    """(tensor, position, gradient) of the best frozen entries by a stable full sort.
+
+    `scored`: the case's gradients are scores, and its parameters gradients.
+    """
     entries = []
     for tensor in order:
         grad, param = case.grads[tensor], case.params[tensor]
@@ -36,11 +41,15 @@ def expected(case, order):
         values[case.active.position[first:last].long()] = 0
         entries += [(-value, tensor, i) for i, value in enumerate(values.tolist()) if value > 0]
     best = sorted(sorted(entries)[: int(case.targets[-1]) - case.num_active], key=lambda e: e[1:])
-    return [(t, i, float(case.grads[t][i])) for _, t, i in best], best
+    grads = case.params if scored else case.grads
+    return [(t, i, float(grads[t][i])) for _, t, i in best], best
 
 
-def collected(case, parts, found_inf=0.0):
-    """The same by the kernels, of tensors first..last - 1 for each part."""
+def collected(case, parts, found_inf=0.0, room=None, scored=False):
+    """The same by the kernels, of tensors first..last - 1 for each part.
+
+    `room`: entries that there is room for in the end; as many as in the beginning, if None.
+    """
     work, active = case.work, case.active
     case.bind(emulated_cuda)
     case.scan(emulated_cuda)
@@ -51,11 +60,16 @@ def collected(case, parts, found_inf=0.0):
         tiles = work.tiles.offsets[[first, last]].tolist()
         emulated_cuda.collect(
             case.bound[first:last], work.tiles.of_tensors(first, last, slice(*tiles)),
-            active.of_tensors(first, last), rule, first, most, held, work.scratch,
+            active.of_tensors(first, last), rule, scored, first, most, held, work.scratch,
         )  # fmt: skip
-    grad = torch.full((most,), torch.nan)
-    emulated_cuda.collect_end(torch.tensor(found_inf), work.new, grad, held)
+    room = most if room is None else room
+    grad, new = torch.full((most,), torch.nan), work.new
+    new.tensor.fill_(-1), new.position.fill_(-1)
+    last = replace(new, tensor=new.tensor[:room], position=new.position[:room])
+    emulated_cuda.collect_end(torch.tensor(found_inf), last, grad[:room], held)
     assert (held[-64:] == 0x5A).all()
+    assert (torch.cat([new.tensor[room:], new.position[room:]]) == -1).all()
+    assert grad[room:].isnan().all()
     count = int(work.new.count)
     found = zip(
         work.new.tensor[:count].tolist(), work.new.position[:count].tolist(), grad.tolist(),
@@ -64,10 +78,10 @@ def collected(case, parts, found_inf=0.0):
     return list(found)
 
 
-def check(case, parts):
+def check(case, parts, scored=False):
     order = [tensor for first, last in parts for tensor in range(first, last)]
-    want, best = expected(case, order)
-    assert collected(case, parts) == want
+    want, best = expected(case, order, scored)
+    assert collected(case, parts, scored=scored) == want
     if best:
         assert float(case.work.new.threshold) == pytest.approx(-max(best)[0], rel=1e-6)
 
@@ -144,6 +158,27 @@ def test_no_quota_and_a_skipped_step():
     assert collected(case, BACKWARD) == []
     case = Case(SIZES, quota=5)
     assert collected(case, BACKWARD, found_inf=1.0) == []
+
+
+@pytest.mark.parametrize("levels", [None, 2])
+def test_entries_ranked_by_scores_keep_their_gradients(levels):
+    """With room for all that reach the limit in a call, and without."""
+    case = Case(
+        SIZES, quota=13, levels=levels, grad_dtypes=(FLOAT, torch.bfloat16),
+        param_dtypes=(torch.bfloat16, FLOAT),
+    )  # fmt: skip
+    check(case, TOGETHER, scored=True)
+
+
+@pytest.mark.parametrize("room", [0, 1, 7])
+@pytest.mark.parametrize("exp", [0.0, 2.0])
+def test_less_room_in_the_end_than_in_the_beginning(exp, room):
+    """The best are left, as many as there is room for; nothing is written behind."""
+    case = Case(SIZES, exp=exp, quota=17, levels=9)
+    _, best = expected(case, range(len(SIZES)))
+    found = collected(case, BACKWARD, room=room)
+    assert int(case.work.new.count) == room
+    assert [entry[:2] for entry in found] == sorted(entry[1:] for entry in sorted(best)[:room])
 
 
 def test_launches_of_a_tensor():

@@ -68,6 +68,37 @@ def test_scan_equals_reference(dtypes, shift):
     check_scan(expected, actual)
 
 
+@pytest.mark.parametrize("dtypes", DTYPES, ids=len)
+def test_a_scan_of_one_tensor_is_that_of_all_in_one_launch(dtypes):
+    emulated_cuda.configure(multiprocessors=2, seed=5)
+    case = Case(EDGES, grad_dtypes=dtypes, param_dtypes=dtypes, shift=1, active=0.3)
+    case.grads[5][7] = math.inf
+    alone = case.copy()
+    case.bind(emulated_cuda)
+    case.scan(emulated_cuda)
+    work, scalars = alone.work, alone.work.scalars
+    firsts = work.tiles.offsets.tolist()
+    found = []
+    for index, (grad, param) in enumerate(zip(alone.grads, alone.params, strict=True)):
+        scalars.found_inf.zero_()
+        before = emulated_cuda.launches()
+        emulated_cuda.scan_one(
+            grad, param, work.table[index : index + 1],
+            work.tiles.of_tensors(index, index + 1, slice(*firsts[index : index + 2])),
+            alone.active.of_tensors(index, index + 1), work.norms[index : index + 1],
+            scalars.found_inf, scalars.arrived, work.scratch,
+        )  # fmt: skip
+        assert emulated_cuda.launches() - before == 1
+        assert scalars.arrived == 0
+        found.append(float(scalars.found_inf))
+        bound = emulated_cuda.bind([grad], [param], torch.zeros(1, 4, dtype=torch.int64))
+        assert torch.equal(work.table[index : index + 1], bound)
+    assert found == [0, 0, 0, 0, 0, 1, 0, 0]
+    scalars.found_inf.fill_(1.0)
+    check_exact(case, alone, "tile_max", "active_grad", "found_inf")
+    assert torch.equal(alone.work.norms, case.work.norms)
+
+
 def test_scan_reads_whole_tiles_of_4096():
     for dtype in (FLOAT, torch.bfloat16):
         case = Case([3 * 4096 + 7], tile=4096, grad_dtypes=(dtype,), shift=1, active=0.3)
@@ -207,9 +238,19 @@ def test_many_tiles_take_several_chunks():
     check_cut(*run_both(case, "scan", "cut"))
 
 
+def selection(case):
+    """Of csrc/cuda/select.h, which scratch memory begins with: what follows the bins."""
+    return case.work.scratch[8 * 2048 : 8 * 2057]
+
+
 def candidates(case):
-    """`num_candidates` of the Selection that scratch memory begins with (csrc/cuda/select.h)."""
-    return int(case.work.scratch[: 8 * 2053].view(torch.int64)[2048 + 4])
+    """`num_candidates`: of the second collection, above the limit, if there was one."""
+    return int(selection(case).view(torch.int64)[4])
+
+
+def collected_again(case):
+    """`passes`: there was no room for all candidates."""
+    return bool(selection(case).view(torch.int32)[16])
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -237,6 +278,7 @@ def test_few_candidates_of_many_tiles(exp, seed):
     )  # fmt: skip
     expected, actual = run_both(case, "scan", "cut")
     assert 0 < candidates(actual) <= 160 or exp != 0 or seed == 2
+    assert not collected_again(actual) or exp != 0 or seed == 2
     check_cut(expected, actual)
 
 
@@ -263,20 +305,56 @@ def test_more_candidates_than_there_is_room_for(exp, levels):
     for param in case.params:
         param.fill_(0.5)
     expected, actual = run_both(case, "scan", "cut")
-    assert candidates(actual) == 0
+    assert collected_again(actual)
     check_cut(expected, actual)
 
 
-@pytest.mark.parametrize(("exp", "most"), [(0.0, 21), (2.0, 25)])
+@pytest.mark.parametrize("exp", [0.0, 2.0, -1.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_winners_crowd_into_a_few_tiles(exp, seed):
+    """As where gradients of some rows are far larger: no two tie."""
+    emulated_cuda.configure(multiprocessors=1 + seed, seed=seed)
+    case = Case([3, 16 * TILE + 5, 24 * TILE], exp=exp, quota=(7, 13, 20)[seed], seed=seed)
+    for param in case.params:
+        param.fill_(0.5)
+    case.grads[1][TILE : 4 * TILE] *= 1e3
+    case.grads[2][TILE // 2 : TILE] *= 1e3
+    expected, actual = run_both(case, "scan", "cut")
+    assert collected_again(actual)
+    assert candidates(actual) == case.work.new.position.numel() - 1
+    check_cut(expected, actual)
+
+
+@pytest.mark.parametrize("exp", [0.0, 1.0])
+@pytest.mark.parametrize("quota", [5, 11, 20])
+@pytest.mark.parametrize("tied", [40, 400])
+def test_ties_among_winners_that_crowd_into_a_few_tiles(exp, quota, tied):
+    """There is room for 40 that tie, and none for 400; the others that win come anywhere."""
+    emulated_cuda.configure(multiprocessors=2, seed=quota + tied)
+    case = Case([7, 30 * TILE, 20 * TILE + 3], exp=exp, quota=quota, seed=quota)
+    for grad, param in zip(case.grads, case.params, strict=True):
+        grad.clamp_(-3, 3)
+        param.fill_(0.5)
+    flat = torch.randperm(30 * TILE, generator=case.generator)
+    case.grads[1][flat[:tied]] = 7.5
+    case.grads[1][torch.arange(200) + 3 * TILE] *= 2.0
+    case.grads[2][-3:] = torch.tensor([9.0, 7.5, 8.0])
+    case.grads[0][5] = 8.5
+    expected, actual = run_both(case, "scan", "cut")
+    check_cut(expected, actual)
+    assert collected_again(actual) == (tied == 400)
+
+
+@pytest.mark.parametrize(("exp", "most"), [(0.0, 14), (2.0, 18)])
 def test_launches_of_a_step(exp, most):
-    """Seven return at once."""
+    """Three return at once, unless there are more candidates than room."""
     case = Case([15 * TILE, 7, 30 * TILE], exp=exp, quota=9)
     before = emulated_cuda.launches()
     case.bind(emulated_cuda)
     for step in (case.scan, case.cut, case.append, case.update):
         step(emulated_cuda)
     assert case.work.new.count == 9
-    assert emulated_cuda.launches() - before <= most
+    assert emulated_cuda.launches() - before == most
 
 
 def test_cut_of_a_general_exponent_by_the_same_pow():

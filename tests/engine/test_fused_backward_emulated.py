@@ -56,12 +56,13 @@ def test_same_run_with_a_dense_head():
     assert fused.grad_norm > 0.01
 
 
-@pytest.mark.parametrize(("exp", "each"), [(0.0, 6), (2.0, 7)])
-def test_launches_of_a_backward_pass(exp, each):
-    """Of a large tensor: its row, scan, norm, and three or four to rank it."""
+@pytest.mark.parametrize(("importance", "each"), [(D3(), 4), (D3(exp=2.0), 5), (Random(3), 6)])
+def test_launches_of_a_backward_pass(importance, each):
+    """Of a large tensor: the scan, and three or four to rank it; two more for scores, not counting
+    those that compute them."""
     params = [torch.nn.Parameter(torch.randn(40, 40)) for _ in range(6)]
     optimizer = MaskedAdamW(
-        params, importance=D3(exp=exp), selection=Increment(90, total_steps=9), backend="emulated",
+        params, importance=importance, selection=Increment(90, total_steps=9), backend="emulated",
         fuse_backward=True, max_grad_norm=1.0,
     )  # fmt: skip
     sum((param.sin() * index).sum() for index, param in enumerate(params)).backward()

@@ -112,9 +112,20 @@ def bind(grads: Sequence[Tensor], params: Sequence[Tensor], table: Tensor) -> Te
         ]
         for grad, param in zip(grads, params, strict=True)
     ]  # fmt: skip
-    packed = torch.tensor(rows, dtype=torch.int64)
-    _call("write_table", packed, ctypes.c_int64(len(rows)), table)
+    _write_table(torch.tensor(rows, dtype=torch.int64), table)
     return table
+
+
+def bind_rows(rows: Tensor, table: Tensor) -> Tensor:
+    packed = torch.empty(len(rows), 5, dtype=torch.int64)
+    packed[:, :3] = rows[:, :3]
+    packed[:, 3], packed[:, 4] = rows[:, 3] >> 8 & 0xFF, rows[:, 3] & 0xFF
+    _write_table(packed, table)
+    return table
+
+
+def _write_table(packed: Tensor, table: Tensor) -> None:
+    _call("write_table", packed, ctypes.c_int64(len(packed)), table)
 
 
 def scan(bound, dense_grads, tiles, active, norms, found_inf, scratch) -> None:
@@ -124,6 +135,22 @@ def scan(bound, dense_grads, tiles, active, norms, found_inf, scratch) -> None:
             "scan", _pool(bound, tiles), torch.tensor(rows, dtype=torch.int64),
             ctypes.c_int64(len(rows)), active.position, active.offsets, tiles.max, active.grad,
             norms, found_inf, scratch,
+        )  # fmt: skip
+
+
+def scan_one(grad, param, table, tiles, active, norm, found_inf, arrived, scratch) -> None:
+    row = [
+        grad.data_ptr(),
+        param.data_ptr(),
+        param.numel(),
+        DTYPES[grad.dtype],
+        DTYPES[param.dtype],
+    ]
+    with _Poisoned(scratch):
+        _call(
+            "scan_one", torch.tensor(row), table, ctypes.c_int64(tiles.max.numel()),
+            ctypes.c_int64(tiles.size), active.position, active.offsets, tiles.max, active.grad,
+            norm, found_inf, arrived, scratch,
         )  # fmt: skip
 
 
@@ -165,12 +192,13 @@ def collect_begin(active, targets, max_quota, collected) -> None:
     )  # fmt: skip
 
 
-def collect(bound, tiles, active, rule, first, max_quota, collected, scratch) -> None:
+def collect(bound, tiles, active, rule, scored, first, max_quota, collected, scratch) -> None:
     with _Poisoned(scratch):
         _call(
             "collect", _pool(bound, tiles), active.position, active.offsets, tiles.max,
             tiles.param_bound, ctypes.c_double(rule.exp), ctypes.c_double(rule.eps),
-            ctypes.c_int64(first), ctypes.c_int64(max_quota), collected, scratch,
+            ctypes.c_int(scored), ctypes.c_int64(first), ctypes.c_int64(max_quota), collected,
+            scratch,
         )  # fmt: skip
 
 
@@ -195,7 +223,7 @@ def update(bound, active, scalars, bias_correction) -> None:
         "update", _pool(bound), _active(active), ctypes.c_int64(active.position.numel()),
         scalars.grad_factor, scalars.found_inf, scalars.hyper,
         ctypes.c_int64(scalars.hyper.shape[0]), scalars.group_index,
-        ctypes.c_int(bias_correction == "entry"),
+        ctypes.c_int(bias_correction == "entry"), scalars.arrived,
     )  # fmt: skip
 
 

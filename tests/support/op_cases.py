@@ -52,6 +52,7 @@ BUFFERS = {
     "grad_factor": "work.scalars.grad_factor",
     "hyper": "work.scalars.hyper",
     "group_index": "work.scalars.group_index",
+    "arrived": "work.scalars.arrived",
     "norms": "work.norms",
     "table": "work.table",
     "scratch": "work.scratch",

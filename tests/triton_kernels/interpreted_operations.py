@@ -47,6 +47,7 @@ from triton_cases import BF16, F16, F32, STEP, TILE, assert_bits, make_case
 
 from sparse_optim import D3, IncrementalMaskedAdamW
 from sparse_optim.backends import reference, registry
+from sparse_optim.backends.held import Held
 from sparse_optim.backends.targets import formula
 from sparse_optim.engine import self_check
 
@@ -395,6 +396,20 @@ def test_the_compiled_bind_refuses_in_the_same_words() -> None:
     test_bind_refuses_what_kernels_cannot_read()
 
 
+def test_rows_that_were_read_in_one_call_are_those_of_bind() -> None:
+    pytest.importorskip("sparse_optim.backends.cpp", reason="the extension is not built")
+    params = [torch.nn.Parameter(torch.ones(5)), torch.nn.Parameter(torch.ones(2, 3).bfloat16())]
+    params[1].grad = torch.ones(2, 3).bfloat16()
+    rows, grads = Held(params).read()
+    table, expected = torch.zeros(2, 2, 4, dtype=torch.int64)
+    kernels.bind_rows(rows, table)
+    kernels.bind(grads, params, expected)
+    assert torch.equal(table[:, :3], expected[:, :3])
+    assert torch.equal(table[:, 3] & 0xFFFF, expected[:, 3])
+    rows.zero_()
+    assert table.any()  # a copy
+
+
 def test_the_compiled_bind_is_of_a_gpu_alone() -> None:
     launch = importlib.import_module("sparse_optim.triton_kernels.launch")
     assert launch.compiled_bind("cpu") is None
@@ -430,12 +445,12 @@ class FakeTable:
 def test_a_graph_reads_a_block_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     work = importlib.import_module("sparse_optim.triton_kernels.launch")
     capturing = False
-    for name in ("tensor", "empty"):  # nothing can be pinned without a GPU
-        make = getattr(torch, name)
-        monkeypatch.setattr(torch, name, lambda *a, make=make, pin_memory=False, **k: make(*a, **k))
+    make = torch.empty  # nothing can be pinned without a GPU
+    monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **k: make(*a, **k))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     staging, table = work._Staging(), FakeTable()
-    first, second = [(1, 2, 3, 4)], [(5, 6, 7, 8)]
+    first, second = torch.tensor([[1, 2, 3, 4]]), torch.tensor([[5, 6, 7, 8]])
     capturing = True
     with pytest.raises(RuntimeError, match="take a step between two captures"):
         staging.write(first, table)

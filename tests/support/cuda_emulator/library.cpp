@@ -42,6 +42,16 @@ int scan(Pool pool, const int64_t* dense, int64_t num_dense, const int32_t* posi
                     scratch, nullptr);
 }
 
+// row: as in write_table.
+int scan_one(const int64_t* row, int64_t* table, int64_t num_tiles, int64_t tile,
+             const int32_t* position, const int64_t* offsets, int32_t* tile_max, float* active_grad,
+             double* norm, float* found_inf, unsigned* arrived, void* scratch) {
+  const Row packed{reinterpret_cast<const void*>(row[0]), reinterpret_cast<void*>(row[1]), row[2],
+                   DType(row[3]), DType(row[4])};
+  return cuda::scan_one(packed, table, num_tiles, tile, position, offsets,
+                        {tile_max, active_grad, norm, found_inf}, arrived, scratch, nullptr);
+}
+
 int clip(const double* norms, int64_t num_norms, const float* grad_scale, double max_grad_norm,
          double* grad_norm, float* grad_factor) {
   return cuda::clip(norms, num_norms, grad_scale, max_grad_norm, grad_norm, grad_factor, nullptr);
@@ -77,9 +87,9 @@ int collect_begin(const int64_t* targets, int64_t num_targets, const int64_t* pr
 }
 
 int collect(Pool pool, const int32_t* position, const int64_t* offsets, const int32_t* tile_max,
-            const float* param_bound, double exp, double eps, int64_t first_tensor,
+            const float* param_bound, double exp, double eps, int scored, int64_t first_tensor,
             int64_t max_quota, void* collected, void* scratch) {
-  return cuda::collect(pool, position, offsets, tile_max, param_bound, exp, float(eps),
+  return cuda::collect(pool, position, offsets, tile_max, param_bound, exp, float(eps), scored != 0,
                        first_tensor, max_quota, collected, scratch, nullptr);
 }
 
@@ -98,10 +108,10 @@ int append(Pool pool, int32_t* new_tensor, int32_t* new_position, int64_t* new_c
 
 int update(Pool pool, Active active, int64_t capacity, const float* grad_factor,
            const float* found_inf, const double* hyper, int64_t num_groups,
-           const int32_t* group_index, int entry_age) {
+           const int32_t* group_index, int entry_age, unsigned* arrived) {
   return cuda::update(pool, active, capacity, grad_factor, found_inf,
                       reinterpret_cast<const Hyper*>(hyper), num_groups, group_index,
-                      entry_age != 0, nullptr);
+                      entry_age != 0, arrived, nullptr);
 }
 
 int64_t sampled_grad_scratch_bytes(int64_t tokens, int64_t count) {
