@@ -4,8 +4,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from sparse_optim.delta._combine import (
     Chooser,
@@ -18,10 +17,11 @@ from sparse_optim.delta._combine import (
     rounded,
 )
 from sparse_optim.delta._format import content_fingerprint
+from sparse_optim.delta._joined import split
 from sparse_optim.delta._shared import Base, Shared, share
 from sparse_optim.delta._tensors import bits
 from sparse_optim.delta._types import Delta, DeltaError, SparseValues
-from sparse_optim.delta._vectors import Floats, Vectors, vectors_of
+from sparse_optim.delta._vectors import Floats, Vectors, as_floats, vectors_of
 
 
 def merge_deltas(
@@ -215,24 +215,21 @@ def _merged(
 
 def _changed(vectors: Vectors, result: Floats, store_original: bool) -> dict[str, SparseValues]:
     """The entries of `result`, (u,), that differ from the base, by parameter."""
-    value, original = rounded(result, vectors.dtype), rounded(vectors.base, vectors.dtype)
-    index = (bits(value) != bits(original)).nonzero().view(-1)
-    value, original, position = value[index], original[index], vectors.position[index.numpy()]
-    sparse = {}
-    for name, start, part in vectors.parts(position):
-        if not _all_finite(value[part]):
-            raise DeltaError(f"{name!r}: the result overflows {value.dtype}: use smaller weights")
-        sparse[name] = SparseValues(
-            shape=vectors.layouts[name].shape,
-            dtype=vectors.dtype,
-            position=torch.from_numpy(position[part] - start),
-            value=value[part],
-            original=original[part] if store_original else None,
-        )
-    return sparse
-
-
-def _all_finite(value: Tensor) -> bool:
-    """Whether no value is infinite; none is NaN."""
-    wide = value if value.itemsize > 1 else value.float()
-    return not value.numel() or all(map(math.isfinite, map(float, wide.aminmax())))
+    wide = rounded(result, vectors.dtype)
+    value, original = bits(wide).numpy(), bits(rounded(vectors.base, vectors.dtype)).numpy()
+    index = np.flatnonzero(value != original)
+    position = vectors.position[index]
+    counts = np.diff(position.searchsorted(vectors.starts))
+    infinite = np.flatnonzero(~np.isfinite(as_floats([wide])[index]))
+    if infinite.size:
+        name = list(vectors.layouts)[int(counts.cumsum().searchsorted(infinite[0], side="right"))]
+        raise DeltaError(f"{name!r}: the result overflows {wide.dtype}: use smaller weights")
+    columns = [value[index], *([original[index]] if store_original else ())]
+    parts = split(
+        list(vectors.layouts.values()),
+        counts.tolist(),
+        position - vectors.starts[:-1].repeat(counts),
+        columns,
+        (vectors.dtype, False, store_original),
+    )
+    return dict(zip(vectors.layouts, parts, strict=True))

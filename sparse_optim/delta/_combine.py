@@ -22,7 +22,7 @@ import xxhash
 from torch import Tensor
 
 from sparse_optim.delta._types import DeltaError
-from sparse_optim.delta._vectors import Floats, Integers, Mask, Vectors
+from sparse_optim.delta._vectors import ONE_THREAD, Floats, Integers, Mask, Vectors
 
 METHODS = ("sum", "ties", "dare", "dare-ties")
 
@@ -177,7 +177,11 @@ def rounded(value: Floats, dtype: torch.dtype) -> Tensor:
     inexact value goes towards zero and gets an odd last bit, which the second step cannot mistake
     for a tie (Boldo and Melquiond 2008, doi:10.1109/TC.2007.70819).
     """
-    exact = torch.from_numpy(value)
+    pieces = [_rounded(piece, dtype) for piece in torch.from_numpy(value).split(ONE_THREAD)]
+    return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+
+
+def _rounded(exact: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype.itemsize >= torch.float32.itemsize:
         return exact.to(dtype)
     nearest = exact.float()

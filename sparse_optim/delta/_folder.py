@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sparse_optim.delta._apply import merge
+from sparse_optim.delta._apply import check_base
 from sparse_optim.delta._fingerprint import fingerprint
 from sparse_optim.delta._format import write_safetensors
 from sparse_optim.delta._names import Naming, match_names, renamed, untied
@@ -109,7 +109,7 @@ def merge_folder(
 ) -> MergedFolder:
     """Write base + delta as a full model folder: same shards, all other files copied.
 
-    Memory holds one shard at a time, and copies of its changed tensors.
+    Memory holds one shard at a time, as pages of its file.
 
     Names may differ by wrappers and by one prefix: `_names.match_names`. A tied weight that the
     base's files hold twice is changed in both places. config.json is copied from the base: a delta
@@ -165,17 +165,11 @@ def _merge_shard(
         tensors = {names[name]: tensor for name, tensor in load_file(source).items()}
     here = {name for name, file in where.items() if file == target.name}
     sparse = {name: values for name, values in delta.sparse.items() if name in here}
-    part = replace(
-        delta,
-        sparse=sparse,
-        fingerprints={name: delta.fingerprints[name] for name in sparse},
-        dense={name: tensor for name, tensor in delta.dense.items() if name in here},
-        dense_original={},
-    )
-    merged = merge(part, tensors)
+    check_base(tensors, delta, sparse)
+    tensors |= {name: tensor for name, tensor in delta.dense.items() if name in here}
     with open(target, "xb") as file:
-        write_safetensors(file, merged, {"format": "pt"})
-    return sum(tensor.nbytes for tensor in merged.values())
+        write_safetensors(file, tensors, {"format": "pt"}, changes=sparse)
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 @contextmanager

@@ -22,11 +22,12 @@ The same delta always gives the same bytes.
 import json
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
@@ -34,7 +35,7 @@ from torch import Tensor
 
 from sparse_optim.delta._fingerprint import raw_bytes
 from sparse_optim.delta._packing import pack, unpack
-from sparse_optim.delta._tensors import DTYPE_CODES, DTYPES
+from sparse_optim.delta._tensors import DTYPE_CODES, DTYPES, bits
 from sparse_optim.delta._types import Delta, DeltaError, SparseValues, check_shape
 from sparse_optim.files import replacing
 
@@ -42,6 +43,7 @@ FORMAT = "sparse_optim.delta"
 FORMAT_VERSIONS = ("1", "2", "3")
 # Reading a header takes up to 60 times its bytes; 20,000 tensors with all columns take 12 MB.
 MAX_HEADER_BYTES = 16 << 20
+CHANGED_BYTES = 1 << 20  # of a piece that is copied and changed; a multiple of every dtype's width
 # Looked at only where the header length, which has the same place, is impossible.
 _PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
@@ -114,11 +116,16 @@ def write_safetensors(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
     max_header_bytes: int = 100_000_000,  # the safetensors library's own limit
+    changes: Mapping[str, SparseValues] | None = None,
 ) -> None:
     """Write a safetensors file, tensor by tensor, always in the same byte order.
 
     (safetensors' own writer puts the metadata in random order and makes the file readable by its
     owner alone.) Wide dtypes come first, so that every tensor is aligned.
+
+    Args:
+        changes: entries of some of the tensors that get other values in the file; the tensors stay
+            as they are, and no copy of one is made.
     """
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
@@ -143,8 +150,22 @@ def write_safetensors(
         )
     file.write(struct.pack("<Q", len(text)) + text)
     for name in order:
-        for piece in raw_bytes(tensors[name]):
+        values, tensor = (changes or {}).get(name), tensors[name]
+        for piece in raw_bytes(tensor) if values is None else _changed(tensor, values):
             file.write(piece)
+
+
+def _changed(tensor: Tensor, values: SparseValues) -> Iterator[memoryview]:
+    """The bytes of a tensor with other values at some positions, in pieces."""
+    width = tensor.dtype.itemsize
+    position, value = values.position.numpy(), bits(values.value).numpy()
+    start = 0  # entries before the piece
+    for piece in raw_bytes(tensor, CHANGED_BYTES):
+        entries = np.frombuffer(piece, dtype=value.dtype).copy()
+        part = slice(*position.searchsorted([start, start + entries.size]))
+        entries[position[part] - start] = value[part]
+        start += len(piece) // width
+        yield entries.data
 
 
 def _columns(delta: Delta) -> dict[str, Tensor]:

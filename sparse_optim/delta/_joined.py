@@ -85,7 +85,8 @@ class Joined:
     def take(self, index: Integers) -> list[SparseValues]:
         """The entries at `index`, (k,) ascending, by parameter."""
         columns = [column[index] for column in self.columns]
-        return split(self.parts, self.counts(index), self.position[index], columns)
+        layout = layout_of(self.parts[0])
+        return split(self.parts, self.counts(index), self.position[index], columns, layout)
 
     def counts(self, index: Integers) -> list[int]:
         """How many of the entries at `index`, (k,) ascending, each parameter has."""
@@ -105,16 +106,18 @@ def split(
     counts: list[int],
     position: Integers,
     columns: Sequence[Array],
+    layout: Layout,
 ) -> list[SparseValues]:
     """Entries of several parameters, one after the other, as values of each.
 
     Args:
-        parts: the parameters, of one layout.
+        parts: the parameters, of one dtype.
         counts: entries of each.
         position: (n,), int64; ascending in each parameter.
         columns: (n,) each, as of `Joined`.
+        layout: of the result.
     """
-    dtype, has_steps, has_originals = layout_of(parts[0])
+    dtype, has_steps, has_originals = layout
     dtypes = [dtype, *[torch.int32] * has_steps, *[dtype] * has_originals]
     pieces = [
         torch.from_numpy(column).view(of).split(counts)

@@ -216,4 +216,5 @@ def _overlaid(names: Sequence[str], parent: Delta, increment: Delta) -> list[Spa
     added = np.diff(new.ends, prepend=0).tolist()
     counts = [a + b for a, b in zip(before.counts(index), added, strict=True)]
     columns = [merged(*pair) for pair in zip(before.columns, new.columns, strict=True)]
-    return split(new.parts, counts, merged(before.position, new.position), columns)
+    position = merged(before.position, new.position)
+    return split(new.parts, counts, position, columns, layout_of(new.parts[0]))

@@ -27,6 +27,9 @@ Mask = NDArray[np.bool_]
 # Entries of all deltas together: enough that calls cost little beside the work, few enough that
 # the arrays stay in the cache and their memory is used again.
 GROUP_ENTRIES = 1 << 16
+# Entries on which torch works in one thread. Longer arrays are taken in pieces: threads that wait
+# for each other made a merge ten times as long on a busy machine.
+ONE_THREAD = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -108,20 +111,20 @@ def _vectors(shared: Shared, layouts: dict[str, SparseValues]) -> Vectors:
     position, slots = _union(
         [_joined([part.position.numpy() + at for at, part in parts]) for parts in present]
     )
-    values = tuple(_wide([part.value for _, part in parts]) for parts in present)
+    values = tuple(as_floats([part.value for _, part in parts]) for parts in present)
     vectors = Vectors(layouts, starts, position, np.zeros(position.size), slots, values)
     if shared.base is not None:
         vectors.base[:] = _base_values(shared.base, vectors)
     else:
         for slot, parts in zip(slots, present, strict=True):  # None only without entries
             originals = [part.original for _, part in parts if part.original is not None]
-            vectors.base[slot] = _wide(originals)
+            vectors.base[slot] = as_floats(originals)
     _check_finite(vectors)
     return vectors
 
 
 def _base_values(tensors: Tensors, vectors: Vectors) -> Floats:
-    return _wide(
+    return as_floats(
         [
             gather(tensors[name], torch.from_numpy(vectors.position[part] - start))
             for name, start, part in vectors.parts(vectors.position)
@@ -150,12 +153,10 @@ def _joined(arrays: Sequence[Integers]) -> Integers:
     return np.concatenate([np.empty(0, dtype=np.int64), *arrays])
 
 
-def _wide(tensors: Sequence[Tensor]) -> Floats:
+def as_floats(tensors: Sequence[Tensor]) -> Floats:
     """The values of floating-point tensors as one float64 array, exactly."""
-    if not tensors:
-        return np.zeros(0)
-    array: Floats = torch.cat(list(tensors)).double().numpy()
-    return array
+    pieces = (piece for tensor in tensors for piece in tensor.split(ONE_THREAD))
+    return np.concatenate([np.zeros(0), *(piece.double().numpy() for piece in pieces)])
 
 
 def _check_finite(vectors: Vectors) -> None:

@@ -33,6 +33,7 @@ PIECE_BYTES = 1 << 24
 FREE = frozenset(
     {
         *("output", "resume", "overwrite", "verify", "save_model", "report_to", "metric"),
+        "store_steps",
         *("eval_every", "log_every", "save_every", "eval_batch_size", "eval_split"),
         *("max_eval_examples", "threads", "cpu", "backend", "gradient_checkpointing"),
         *("save_total_limit", "push_to_hub", "num_beams"),

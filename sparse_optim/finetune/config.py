@@ -282,6 +282,11 @@ class FinetuneConfig:
         "id3: also save the model at each of N equal parts of the budget, to series/, with its "
         "--metric.",
     )
+    store_steps: bool = _results(
+        True,
+        "Store in the delta at which step each entry was unmasked, 4 bytes an entry; without, no "
+        "prefix of the budget can be taken from it.",
+    )
     save_model: bool = _results(False, "Also write the whole trained model.")
     push_to_hub: str | None = _results(None, "Upload the results to this repository: USER/NAME.")
     report_to: str = _results(

@@ -220,7 +220,8 @@ def write_results(config: FinetuneConfig, inputs: Inputs, trained: Trained) -> F
     with replaced_results(config.output) as folder:
         delta_path = folder / DELTA_FILE
         describe = partial(describe_delta, config=config, spec=trained.spec)
-        save_delta(describe(trained.trainer.delta()), delta_path)
+        delta = describe(trained.trainer.delta())
+        save_delta(delta, delta_path, unmask_steps=config.store_steps)
         metrics = trained.metrics | {"delta_bytes": delta_path.stat().st_size, "verified": None}
         if trained.trainer.series is not None:
             members = trained.trainer.series.members

@@ -37,7 +37,7 @@ torch.set_num_threads(1)
 folder, step = Path(sys.argv[1]), sys.argv[2]
 deltas = [load_delta(folder / f"{name}.safetensors") for name in "ab"]
 done, seen, before = threading.Event(), [], resident()
-thread = threading.Thread(target=watch)
+thread = threading.Thread(target=watch, daemon=True)  # an error ends the program
 thread.start()
 if step == "deltas":
     save_delta(merge_deltas(deltas, folder / "base", method="ties"), folder / "merged.safetensors")
@@ -76,11 +76,10 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("step", "least", "most"), [("deltas", 0, 1.5), ("folder", 1, 2.5), ("all", 15, 25)]
+    ("step", "least", "most"), [("deltas", 0, 1.5), ("folder", 0.5, 1.5), ("all", 15, 25)]
 )
 def test_the_peak_is_about_one_shard(folder, step, least, most):
-    """Of ten. Writing a folder also holds the new values of the shard's changed tensors, and
-    loading everything those of all."""
+    """Of ten. Loading everything also holds the new values of all changed tensors."""
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(folder), step],
         capture_output=True,

@@ -362,10 +362,10 @@ def test_results_that_cannot_be_written_are_written_elsewhere(folders, tmp_path,
     monkeypatch.setattr(job.tempfile, "gettempdir", lambda: str(tmp_path))
     real = job.save_delta
 
-    def full(delta, path: Path) -> None:
+    def full(delta, path: Path, **options: bool) -> None:
         if path.is_relative_to(tmp_path / "out"):
             raise kind("No space left on device")
-        real(delta, path)
+        real(delta, path, **options)
 
     monkeypatch.setattr(job, "save_delta", full)
     with pytest.raises(FinetuneError, match=r"No space left.*the results are in .*sparse-optim-"):

@@ -117,6 +117,23 @@ def test_a_seed_gives_the_same_run_again(folders, tmp_path):
     assert deltas[0] == deltas[1] != deltas[2]
 
 
+def test_steps_are_left_out_of_the_delta(folders, tmp_path):
+    """The rest of it is the same."""
+    deltas = []
+    for store in (True, False):
+        output = tmp_path / str(store)
+        result = run(config(folders, output, "encoder", "sequence", store_steps=store))
+        assert result.metrics["verified"] is True
+        deltas.append(load_delta(output / "delta.safetensors"))
+    stored, bare = deltas
+    assert stored.nbytes == bare.nbytes + 4 * stored.num_entries
+    assert bare.sparse.keys() == stored.sparse.keys()
+    for name, values in bare.sparse.items():
+        assert values.unmask_step is None
+        assert torch.equal(values.position, stored.sparse[name].position)
+        assert torch.equal(values.value, stored.sparse[name].value)
+
+
 def test_the_saved_model_loads_with_transformers_and_equals_the_trained_one(folders, tmp_path):
     output = tmp_path / "out"
     result = run(config(folders, output, "encoder", "token", save_model=True))
