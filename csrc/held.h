@@ -1,8 +1,8 @@
 // The parameters of a pool and the gradients that they hold, looked at by one call of Python.
 //
 // Handing two lists of 291 tensors to an operator takes longer than all else that the host does in
-// a step. Here tensors are looked at through DLPack's table of C functions, which torch offers to
-// extensions from 2.10 on (`Tensor.__dlpack_c_exchange_api__`); the structs are DLPack's.
+// a step. Here tensors are looked at through DLPack's table of C functions, which torch 2.11 and
+// newer offer (`Tensor.__dlpack_c_exchange_api__`); the structs are DLPack's.
 #pragma once
 #include <Python.h>
 
