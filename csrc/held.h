@@ -1,8 +1,8 @@
 // The parameters of a pool and the gradients that they hold, looked at by one call of Python.
 //
 // Handing two lists of 291 tensors to an operator takes longer than all else that the host does in
-// a step. Here tensors are looked at through DLPack's table of C functions, which torch offers to
-// extensions from 2.10 on (`Tensor.__dlpack_c_exchange_api__`); the structs are DLPack's.
+// a step. Here tensors are looked at through DLPack's table of C functions, which torch 2.11 and
+// newer offer (`Tensor.__dlpack_c_exchange_api__`); the structs are DLPack's.
 #pragma once
 #include <Python.h>
 
@@ -167,18 +167,33 @@ inline bool read_row_of(PyObject* param_object, PyObject* grad_object,
   return true;
 }
 
-// read_held(params, layouts, rows): writes the rows of `bind` for the parameters and the gradients
-// that they hold. Returns the gradients, None where one is missing, and how many are; or None, if a
-// parameter is not what `layouts` says or a gradient cannot be read as it is.
+// The gradient that a parameter holds; if `present` is a list, the parameter itself where it says
+// so, as a stand-in, else None. A new reference; null where there is no such attribute.
+inline PyObject* grad_of(PyObject* param, PyObject* present, Py_ssize_t i) {
+  if (present == Py_None) return PyObject_GetAttr(param, known().grad);
+  PyObject* there = PyList_GetItem(present, i);
+  PyObject* grad = there == Py_True ? param : Py_None;
+  if (!there) return nullptr;
+  Py_INCREF(grad);
+  return grad;
+}
+
+// read_held(params, layouts, rows, present): writes the rows of `bind` for the parameters and their
+// gradients (see grad_of). Returns the gradients, None where one is missing, and how many are; or
+// None, if a parameter is not what `layouts` says or a gradient cannot be read as it is.
 inline PyObject* read_held(PyObject*, PyObject* arguments) {
-  PyObject *params, *expected, *table;
-  if (!PyArg_ParseTuple(arguments, "O!SO", &PyTuple_Type, &params, &expected, &table))
+  PyObject *params, *expected, *table, *present;
+  if (!PyArg_ParseTuple(arguments, "O!SOO", &PyTuple_Type, &params, &expected, &table, &present))
     return nullptr;
   const Py_ssize_t size = PyTuple_Size(params);
   DLTensor rows;
   if (!known().exchange || !view(table, &rows) || !is_compact(rows) || rows.device.type != 1 ||
       rows.dtype.code != 0 || rows.dtype.bits != 64 || numel_of(rows) != size * kColumns) {
     PyErr_SetString(PyExc_ValueError, "rows must be int64 of shape (S, 4) on the CPU");
+    return nullptr;
+  }
+  if (present != Py_None && (!PyList_Check(present) || PyList_Size(present) != size)) {
+    PyErr_SetString(PyExc_ValueError, "present must be a list of a bool for each parameter");
     return nullptr;
   }
   PyObject* grads = PyList_New(size);
@@ -188,7 +203,7 @@ inline PyObject* read_held(PyObject*, PyObject* arguments) {
   layouts.reserve(size_t(PyBytes_Size(expected)) / sizeof(int64_t));
   for (Py_ssize_t i = 0; i < size; ++i) {
     PyObject* param = PyTuple_GetItem(params, i);
-    PyObject* grad = PyObject_GetAttr(param, known().grad);
+    PyObject* grad = grad_of(param, present, i);
     if (!grad) PyErr_Clear();
     if (grad) PyList_SetItem(grads, i, grad);  // owns it
     missing += grad == Py_None;

@@ -33,8 +33,10 @@ class Held:
         self._layouts = None if compiled is None else compiled.layouts_of(self._params)
         self._rows = torch.zeros(len(self._params), 4, dtype=torch.int64)
 
-    def read(self) -> tuple[Tensor, list[Tensor]] | None:
+    def read(self, present: list[bool] | None = None) -> tuple[Tensor, list[Tensor]] | None:
         """Rows of the parameters and their gradients, and these, empty where one is missing.
+
+        `present` says which parameters stand for gradients of their own, in place of `.grad`.
 
         None where something is to be looked at more closely: a parameter has changed, a gradient
         does not fit or is not contiguous, a tensor is of a class that torch dispatches to, or the
@@ -42,7 +44,7 @@ class Held:
         """
         if self._layouts is None:
             return None
-        read = _compiled().read_held(self._params, self._layouts, self._rows)
+        read = _compiled().read_held(self._params, self._layouts, self._rows, present)
         if read is None:
             return None
         grads, missing = read

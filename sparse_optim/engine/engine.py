@@ -42,7 +42,7 @@ from sparse_optim.backends.operands import (
 from sparse_optim.backends.registry import Backend, load
 from sparse_optim.backends.targets import ahead, budget_of, total_steps
 from sparse_optim.engine.completion import Completion
-from sparse_optim.engine.pool import Gradients, Pool, bind_gradients
+from sparse_optim.engine.pool import Gradients, Pool, bind_gradients, bind_stand_ins
 from sparse_optim.engine.ranking import Ranking, noise_seed, scores_of, warn_of_scores
 from sparse_optim.engine.scalars import Rows, hyper_rows, write_hyper, write_scalar
 from sparse_optim.engine.touched import Touched
@@ -250,12 +250,8 @@ class Engine:
             present: of each tensor; the parameter itself then stands for its gradient.
             dense: gradients of the dense parameters.
         """
-        params = self.pool.local
-        grads = [
-            param.detach() if there else param.new_empty(0)
-            for param, there in zip(params, present, strict=True)
-        ]
-        return Gradients(self.ops.bind(grads, params, self.work.table), grads, dense)
+        bound, grads = bind_stand_ins(self.ops, self.pool, self.work.table, present)
+        return Gradients(bound, grads, dense)
 
     def begin(
         self,

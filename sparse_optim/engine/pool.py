@@ -283,6 +283,23 @@ def bind_gradients(ops: Backend, pool: Pool, table: Tensor) -> tuple[Any, list[T
     return ops.bind(grads, pool.local, table), grads
 
 
+def bind_stand_ins(
+    ops: Backend, pool: Pool, table: Tensor, present: Sequence[bool]
+) -> tuple[Any, list[Tensor]]:
+    """The same with the parameters themselves in place of the gradients that are present."""
+    if pool.shards is None and hasattr(ops, "bind_rows"):
+        read = pool.held.read([bool(there) for there in present])
+        if read is not None:
+            rows, grads = read
+            return cast(BindingRows, ops).bind_rows(rows, table), grads
+    params = pool.local
+    grads = [
+        param.detach() if there else param.new_empty(0)
+        for param, there in zip(params, present, strict=True)
+    ]
+    return ops.bind(grads, params, table), grads
+
+
 def readable_gradients(params: Sequence[Tensor], names: Sequence[str]) -> list[Tensor]:
     """The gradients of `params`, contiguous; an empty tensor where there is none. Of sharded
     parameters, those of this process's shards.

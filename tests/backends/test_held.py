@@ -195,6 +195,21 @@ def test_opcheck() -> None:
     assert [bool(arg.alias_info) for arg in operator._schema.arguments] == [False, True]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_parameters_stand_for_gradients(dtype: torch.dtype) -> None:
+    params = some(dtype)
+    params[3].requires_grad_(False)
+    present = [True, False, True, True, False]
+    rows, grads = Held(params).read(present)
+    standing = [
+        p.detach() if there else p.new_empty(0) for p, there in zip(params, present, strict=True)
+    ]
+    assert torch.equal(rows, bound(params, standing))
+    assert [g.data_ptr() for g in grads] == [g.data_ptr() for g in standing]
+    with pytest.raises(ValueError, match="present must be a list of a bool for each"):
+        Held(params).read(present[:4])
+
+
 def test_versions_are_those_that_autograd_counts() -> None:
     params = tuple(some())
     with torch.no_grad():

@@ -23,8 +23,18 @@ followed):
     infinity not counted as non-finite                scan_finds_non_finite_gradients
     second launch of the table at the first's place   many_tensors_fill_the_table
     count of arrived blocks not reset                 all cut tests
-    one candidate too many that ties                  ties_among_few_candidates
-    no barrier before the count of candidates is reset  more_candidates_than_there_is_room_for
+    surplus candidates that tie kept                  a crash
+    a candidate's first digit not counted             few_candidates_of_many_tiles
+    candidates sorted in ascending runs alone         few_candidates_of_many_tiles
+    count of the first collection kept                winners_crowd_into_a_few_tiles and others
+    ties among those above in the second collection   winners_crowd_into_a_few_tiles and others
+    no barrier before those that tie are moved        ties_among_winners_that_crowd_into_a_few_tiles
+    first that tie: warps, or lanes, not in order     more_candidates_than_there_is_room_for
+    no barrier before tiles with ties are opened      more_candidates_than_there_is_room_for
+    new entries written before all others have moved  append_keeps_the_order
+    new entries not counted                           append_keeps_the_order, active_at_tile_edges
+    a skipped step updates                            skipped_step_moves_nothing
+    norm of one tensor added up by every block        a_scan_of_one_tensor_is_that_of_all
     first entries of a chunk not saved                append_keeps_the_order
     no barrier between reading and writing a run      append_keeps_the_order, whole_step
     new entries behind the last one not written       append_keeps_the_order
