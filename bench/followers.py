@@ -226,6 +226,8 @@ def follow_folder(plan: Plan, name: str) -> None:
     """Follow by the folder."""
     receiver, report = joined(plan, name)
     folder = PatchFolder(plan.folder / "patches")
+    while not folder.path.is_dir():
+        time.sleep(0.02)
     while True:
         before = receiver.version
         try:

@@ -98,9 +98,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     before = answer(served, tokenizer, args.ask)
     version = folder.follow(receiver)  # a copy of the base catches up
-    sizes = [path.stat().st_size for path in folder.path.glob("*.patch.safetensors")]
+    newest = max(folder.path.glob("*.safetensors"))
     print(
-        f"version {version} in {args.weights}; the last one takes {sizes[-1] / 1e6:.2f} MB; "
+        f"version {version} is {newest}, {newest.stat().st_size / 1e6:.2f} MB; "
         f"{args.ask!r} was answered {before!r}, now {answer(served, tokenizer, args.ask)!r}."
     )
 

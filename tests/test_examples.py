@@ -187,7 +187,7 @@ def test_trls_trainer_saves_deltas_with_its_checkpoints(decoder, tmp_path, capsy
 def test_grpo_publishes_and_a_copy_follows(decoder, capsys):
     pytest.importorskip("trl", reason="needs trl, of the extra 'dev'")
     printed = run("trl_grpo", capsys, "--model", decoder, "--steps", 3, "--weights", "weights")
-    assert "version 3 in weights; the last one takes " in printed
+    assert "version 3 is weights/000000003.patch.safetensors, " in printed
     assert "'What is a lake?' was answered " in printed
     receiver = WeightReceiver(AutoModelForCausalLM.from_pretrained(decoder))
     assert PatchFolder("weights").follow(receiver) == 3

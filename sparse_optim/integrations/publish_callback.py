@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from sparse_optim.delta._tensors import Model
 from sparse_optim.integrations.unwrap import unwrap
 from sparse_optim.optim.masked_adamw import MaskedAdamW
 from sparse_optim.publish import PatchFolder, WeightPublisher
@@ -24,7 +25,7 @@ class PublishCallback(TrainerCallback):
     Args:
         folder: that receivers read; its path, or a PatchFolder with settings of its own.
         every: updates between versions, >= 1. The last update of a run is always published.
-        key, dtype: as in `WeightPublisher`.
+        key, dtype, base: as in `WeightPublisher`; a run with `dtype` that is resumed needs `base`.
 
     Raises:
         ValueError: `every` is below 1.
@@ -42,11 +43,13 @@ class PublishCallback(TrainerCallback):
         every: int = 1,
         key: bytes | None = None,
         dtype: torch.dtype | None = None,
+        base: Model | None = None,
     ) -> None:
         if every < 1:
             raise ValueError(f"every: expected at least 1, got {every}")
         self.folder = folder if isinstance(folder, PatchFolder) else PatchFolder(folder)
-        self._every, self._key, self._dtype = every, key, dtype
+        self._every = every
+        self._options: dict[str, Any] = {"key": key, "dtype": dtype, "base": base}
         self._publisher: WeightPublisher | None = None
         self._optimizer: MaskedAdamW | None = None
         self._published = -1  # the update of the last version
@@ -72,8 +75,9 @@ class PublishCallback(TrainerCallback):
                 f"got {type(optimizer).__name__}"
             )
         self._publisher = WeightPublisher(
-            self._optimizer, model, key=self._key, version=self.folder.newest, dtype=self._dtype
+            self._optimizer, model, version=self.folder.newest, **self._options
         )
+        self._published = -1
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -85,8 +89,12 @@ class PublishCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Publish the last update, if it is not there."""
-        if state.global_step != self._published:
+        """Publish the last update, if it is not there; with `load_best_model_at_end` the best."""
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            assert self._optimizer is not None
+            self._optimizer.refresh()  # weights of an earlier step of this run are back
+            self._publish(state)
+        elif state.global_step != self._published:
             self._publish(state)
 
     def _publish(self, state: TrainerState) -> None:

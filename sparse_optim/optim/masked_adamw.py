@@ -734,19 +734,22 @@ class MaskedAdamW(torch.optim.Optimizer):
         Raises:
             ValueError: a parameter has no name, or is not the model's.
         """
+        self._take_over()
         pool, prints = self._engine.pool, self._base.values
         if not self._base.final:  # until the first step, other weights may be loaded
             prints = hasher_of(pool).fingerprints(pool.params, range(len(pool.params)))
         return layout_of(pool, self._dense, self.param_groups, prints, model)
 
     def moved(self) -> Moved:
-        """The entries of ranked groups that may have moved so far, and their values. O(B).
+        """The entries of ranked groups that may have moved so far, and their values.
 
-        With sharded parameters all processes call it, and each gets the entries of all.
+        O(B); with `Repeat` and `Stochastic`, a bit for each entry of the model is read, too. With
+        sharded parameters all processes call it, and each gets the entries of all.
 
         Raises:
             RuntimeError: as `delta`.
         """
+        self._take_over()
         self._check_unwritten()
         self._engine.pool.check_unchanged()
         return moved_entries(self._engine)

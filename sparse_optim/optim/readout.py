@@ -48,6 +48,7 @@ class Layout:
         names, params: of the pool, live.
         fingerprints: of the base's tensors, one for each.
         dense: parameters trained densely and buffers that training may move, live.
+        fixed: the model's other parameters and saved buffers, live.
         tied: further names of tensors.
     """
 
@@ -55,6 +56,7 @@ class Layout:
     params: tuple[Tensor, ...]
     fingerprints: tuple[str, ...]
     dense: Mapping[str, Tensor]
+    fixed: Mapping[str, Tensor]
     tied: Mapping[str, str]
 
 
@@ -82,6 +84,7 @@ def layout_of(
         pool.params,
         tuple(fingerprints),
         whole,
+        _fixed_tensors(model, {*of_pool, *whole}),
         _tied_names(model, names, {*of_pool, *whole}),
     )
 
@@ -179,6 +182,20 @@ def _moving_buffers(model: torch.nn.Module | None) -> dict[str, Tensor]:
         if plain[name] in saved
         and (buffer.is_floating_point() or buffer.nbytes <= MAX_COUNTER_BYTES)
     }
+
+
+def _fixed_tensors(model: torch.nn.Module | None, moving: Collection[str]) -> dict[str, Tensor]:
+    """What a state dict holds beside the tensors that move, each under its first name."""
+    if model is None:
+        return {}
+    tensors, found = model.state_dict(keep_vars=True), {}
+    seen = {id(tensors[name]) for name, plain in plain_names(tensors).items() if plain in moving}
+    for name, plain in plain_names(tensors).items():
+        tensor = tensors[name]
+        if isinstance(tensor, Tensor) and id(tensor) not in seen:
+            seen.add(id(tensor))
+            found[plain] = tensor
+    return found
 
 
 def _plain_of(model: torch.nn.Module) -> dict[str, str]:

@@ -12,19 +12,20 @@ MAX_KEY_BYTES = hashlib.blake2b.MAX_KEY_SIZE
 
 
 def digest_of(whole: Patch, key: bytes | None) -> str:
-    """Of a whole patch, 32 hex digits: xxh3_128, or with a key blake2b, which nobody else can make.
+    """The digest that a whole patch should have, 32 hex digits.
 
-    Its own `digest` is not looked at.
+    xxh3_128, which detects accidents; with a key blake2b, which cannot be forged without it.
     """
     state = xxhash.xxh3_128() if key is None else hashlib.blake2b(key=key, digest_size=16)
-    state.update(f"{whole.parent}/{whole.version}/".encode())
+    state.update(f"{whole.run}/{whole.version}/{whole.full_manifest.text}/".encode())
     for part in (whole.new, whole.position, whole.value, whole.dense):
         state.update(part.numpy().data)
     return state.hexdigest()
 
 
 def check_key(key: bytes | None) -> bytes | None:
-    """The key; ValueError if it is none."""
+    """Return the key; raise ValueError for what cannot be one."""
     if key is not None and not (isinstance(key, bytes) and 0 < len(key) <= MAX_KEY_BYTES):
-        raise ValueError(f"key: expected 1 to {MAX_KEY_BYTES} bytes, got {type(key).__name__}")
+        got = f"{len(key)} bytes" if isinstance(key, bytes) else type(key).__name__
+        raise ValueError(f"key: expected 1 to {MAX_KEY_BYTES} bytes, got {got}")
     return key

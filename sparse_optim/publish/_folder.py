@@ -22,8 +22,8 @@ class PatchFolder:
     000000012.whole.safetensors the same version for a receiver of any age.
 
     Args:
-        path: of the folder; made where it is missing.
-        whole_every: a whole patch beside every so many increments.
+        path: of the folder; `publish` makes it. One publisher writes it at a time.
+        whole_every: increments between whole patches.
         keep: whole patches to keep, with the increments after the oldest. A receiver that is
             further behind goes on from the newest whole one.
 
@@ -49,7 +49,6 @@ class PatchFolder:
                 f"whole_every and keep: expected at least 1, got {whole_every} and {keep}"
             )
         self.path, self._whole_every, self._keep = Path(path), whole_every, keep
-        self.path.mkdir(parents=True, exist_ok=True)
 
     @property
     def newest(self) -> int:
@@ -60,10 +59,12 @@ class PatchFolder:
         """Write the next version, and remove those that nobody needs any more; its number.
 
         Raises:
-            ValueError: the folder has a version that the publisher does not know: build it with
-                `version=folder.newest`. Or as `WeightPublisher.patch`.
+            ValueError: the folder has a version that the publisher does not know, of another
+                publisher or an earlier part of the run: build it with `version=folder.newest`. Or
+                as `WeightPublisher.patch`.
             OSError: the folder is full or not writable.
         """
+        self.path.mkdir(parents=True, exist_ok=True)
         newest = self.newest
         if publisher.version < newest:
             raise ValueError(
@@ -87,21 +88,39 @@ class PatchFolder:
     def follow(self, receiver: WeightReceiver) -> int:
         """Bring a receiver to the newest version in the folder; its version then.
 
+        To stay at an earlier version after `receiver.rollback()`, do not call this until the next.
+
         Raises:
-            PatchError: a file is damaged, or nothing here leads on from the receiver's version. The
-                receiver holds the last version that was whole.
+            PatchError: the folder is missing, files are damaged, or nothing here leads on from the
+                receiver's version. The receiver holds the last version that it reached.
         """
+        if not self.path.is_dir():
+            raise PatchError(f"{self.path} is not a folder (yet): is this what the trainer writes?")
         while (newest := self.newest) > receiver.version:
-            following = receiver.version + 1
             try:
-                if not self._give(receiver, following, "patch"):
-                    raise MissingVersionError(f"{self.path} has no version {following}")
-            except MissingVersionError:
-                wholes = [each for each in self._versions("whole") if each > receiver.version]
-                there = bool(wholes) and self._give(receiver, max(wholes), "whole")
-                if not there and self.newest == newest:
+                self._advance(receiver)
+            except PatchError:
+                if self.newest == newest:  # else files have come and gone meanwhile
                     raise
         return receiver.version
+
+    def _advance(self, receiver: WeightReceiver) -> None:
+        """Give a receiver its next version, or a whole one, the newest that is in order."""
+        following = receiver.version + 1
+        error: PatchError = MissingVersionError(f"{self.path} has no version {following}")
+        try:
+            if self._give(receiver, following, "patch"):
+                return
+        except PatchError as refused:
+            error = refused
+        for version in sorted(self._versions("whole"), reverse=True):
+            if version > receiver.version:
+                try:
+                    if self._give(receiver, version, "whole"):
+                        return
+                except PatchError as refused:
+                    error = refused
+        raise error
 
     def _give(self, receiver: WeightReceiver, version: int, kind: str) -> bool:
         """False where the file is not there (any more)."""
@@ -128,5 +147,6 @@ class PatchFolder:
         return self.path / f"{version:09d}.{kind}.safetensors"
 
     def _versions(self, kind: str) -> list[int]:
-        found = (_NAME.fullmatch(path.name) for path in self.path.iterdir())
+        paths = self.path.iterdir() if self.path.is_dir() else ()
+        found = (_NAME.fullmatch(path.name) for path in paths)
         return [int(match[1]) for match in found if match and match[2] == kind]

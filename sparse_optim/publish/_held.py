@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ class Held:
     Attributes:
         located: where the tensor lies.
         position: (n,), int32, of the version's entries.
-        places: of each target, where these entries lie in memory.
+        places: of each target, the offsets of these entries in memory.
         original: (n,), the base's values of these entries.
     """
 
@@ -51,10 +51,10 @@ class Held:
 
         Args:
             position: (n,), int32, of its entries.
-            fresh: (n,), bool, which of them this version has not; None where it has others, too.
+            fresh: (n,), bool, which of them are new; None if old ones may be missing.
         """
         if torch.equal(position, self.position):
-            return self
+            return replace(self, position=position)  # a view of the old one would keep all of it
         if fresh is None:
             at = torch.searchsorted(self.position, position)
             known = at < self.position.numel()
@@ -69,27 +69,30 @@ class Held:
         places = [target.places(position) for target in self.located.targets]
         return Held(self.located, position, places, original.view(self.original.dtype))
 
-    def anew(self, views: Views, value: Tensor) -> Held:
-        """The same in what the model holds now.
-
-        Raises:
-            PatchError: that is not the base with `value` at the entries.
-        """
-        located = self.located.anew(views)
-        places = [target.places(self.position) for target in located.targets]
-        for target, at in zip(located.targets, places, strict=True):
+    def check(self, value: Tensor) -> None:
+        """Raise PatchError unless the model holds the base with `value` at the entries."""
+        for target, at in zip(self.located.targets, self.places, strict=True):
             base = Target(target.view.clone(memory_format=torch.contiguous_format))
             base.write(base.places(self.position), self.original)
             if (
                 not same_bits(target.read(at), value)
-                or fingerprint(base.view) != located.spec.fingerprint
+                or fingerprint(base.view) != self.located.spec.fingerprint
             ):
-                raise PatchError(written(located.spec.name))
-        return Held(located, self.position, places, self.original)
+                raise PatchError(outside_write(self.located.spec.name))
+
+    def found_again(self, views: Views, value: Tensor) -> Held:
+        """The same tensor in the memory that the model has now; raises as `check`."""
+        located = self.located.anew(views)
+        places = [target.places(self.position) for target in located.targets]
+        held = replace(self, located=located, places=places)
+        held.check(value)
+        return held
 
 
-def written(name: str) -> str:
+def outside_write(name: str) -> str:
+    """The message for a tensor that other code has changed."""
     return (
         f"other code has changed {name!r} since the last version (training, load_state_dict, a "
-        "delta): undo that first, or load the base again and build a new WeightReceiver"
+        "delta; buffers move in training mode: call model.eval()): undo that, or load the base "
+        "again and build a new WeightReceiver"
     )

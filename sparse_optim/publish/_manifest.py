@@ -15,7 +15,8 @@ from sparse_optim.delta._tensors import DTYPE_CODES, DTYPES
 from sparse_optim.delta._types import check_shape
 from sparse_optim.errors import SparseOptimError
 
-MAX_NUMEL = 2**31  # positions are int32
+MAX_NUMEL = 2**31  # of a tensor of which entries are sent: positions are int32
+MAX_TENSORS = 100_000  # read in about two seconds
 
 
 class PatchError(SparseOptimError):
@@ -28,7 +29,7 @@ class TensorSpec:
 
     Attributes:
         name, shape, dtype: of the tensor.
-        fingerprint: of the base's values; "" of a tensor that is always sent whole.
+        fingerprint: of the base's values; "" of a tensor that is sent whole with each version.
     """
 
     name: str
@@ -54,52 +55,57 @@ class Manifest:
     Attributes:
         sparse: tensors of which entries are sent.
         dense: tensors that are sent whole with each version.
+        fixed: the model's other tensors, which a receiver's model must hold, too.
         tied: further names of tensors.
-        digest: hash of all that.
+        text: all that as JSON; equal manifests have equal texts.
+        digest: hash of the text.
     """
 
     sparse: tuple[TensorSpec, ...]
     dense: tuple[TensorSpec, ...]
+    fixed: tuple[TensorSpec, ...]
     tied: Mapping[str, str]
+    text: str = field(init=False, repr=False)
     digest: str = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "digest", xxhash.xxh3_128_hexdigest(self.text().encode()))
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of each tensor by name, tied names included."""
-        shapes = {spec.name: spec.shape for spec in (*self.sparse, *self.dense)}
-        return shapes | {alias: shapes[name] for alias, name in self.tied.items()}
-
-    def text(self) -> str:
-        """As JSON; equal manifests give equal texts."""
         rows = [
             [
                 [spec.name, list(spec.shape), DTYPE_CODES[spec.dtype], spec.fingerprint]
                 for spec in part
             ]
-            for part in (self.sparse, self.dense)
+            for part in (self.sparse, self.dense, self.fixed)
         ]
-        return json.dumps([*rows, dict(self.tied)], separators=(",", ":"), sort_keys=True)
+        text = json.dumps([*rows, dict(self.tied)], separators=(",", ":"), sort_keys=True)
+        object.__setattr__(self, "text", text)
+        object.__setattr__(self, "digest", xxhash.xxh3_128_hexdigest(text.encode()))
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each tensor by name, tied names included."""
+        shapes = {spec.name: spec.shape for spec in (*self.sparse, *self.dense, *self.fixed)}
+        return shapes | {alias: shapes[name] for alias, name in self.tied.items()}
 
     @staticmethod
     def parse(text: str) -> Manifest:
-        """Read what `text` wrote.
+        """Read a manifest's text.
 
         Raises:
-            PatchError: it is no such text.
+            PatchError: it is no such text, or names too many tensors.
         """
         try:
-            sparse, dense, tied = json.loads(text)
+            sparse, dense, fixed, tied = json.loads(text)
+            if sum(map(len, (sparse, dense, fixed, tied))) > MAX_TENSORS:
+                raise ValueError(f"more than {MAX_TENSORS} tensors")
             manifest = Manifest(
                 tuple(_spec(row, fingerprint=True) for row in sparse),
                 tuple(_spec(row, fingerprint=False) for row in dense),
+                tuple(_spec(row, fingerprint=True) for row in fixed),
                 {str(alias): str(name) for alias, name in tied.items()},
             )
         except (ValueError, TypeError, AttributeError, RecursionError, DeltaError) as error:
             raise PatchError(f"its list of tensors is damaged ({str(error)[:200]})") from error
-        names = [spec.name for spec in (*manifest.sparse, *manifest.dense)]
+        names = [spec.name for spec in (*manifest.sparse, *manifest.dense, *manifest.fixed)]
         if len({*names, *manifest.tied}) != len(names) + len(manifest.tied):
             raise PatchError("its list of tensors names one twice")
         if not {*manifest.tied.values()} <= {*names}:
@@ -118,6 +124,6 @@ def _spec(row: Any, fingerprint: bool) -> TensorSpec:
     if not isinstance(shape, list) or any(type(size) is not int for size in shape):
         raise ValueError(f"{name[:80]!r} has shape {str(shape)[:80]}")
     spec = TensorSpec(name, check_shape(shape), DTYPES[code], text)
-    if spec.numel > MAX_NUMEL and fingerprint:
+    if spec.numel > MAX_NUMEL:
         raise ValueError(f"{name[:80]!r} has {spec.numel} entries, at most {MAX_NUMEL}")
     return spec

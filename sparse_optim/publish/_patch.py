@@ -7,9 +7,9 @@ Tensors:
     value       (bytes,) uint8, the values of all entries, new ones in their places
     dense       (bytes,) uint8, the dense tensors whole
 
-Metadata: `format`, `format_version`, `version`, `digest` (of the version), `parent` (digest of the
-version before), and in a whole patch, whose parent is the base, `manifest`. That makes two bytes an
-entry in bfloat16, and four more for a new one.
+Metadata: `format`, `format_version`, `run`, `version`, `digest` (of the version), `parent` (digest
+of the version before), and in a whole patch, whose parent is the base, `manifest`. That makes two
+bytes an entry in bfloat16, and four more for a new one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from sparse_optim.delta._format import write_safetensors
 from sparse_optim.publish._manifest import Manifest, PatchError
 
 FORMAT, FORMAT_VERSION = "sparse_optim.patch", "1"
-MAX_HEADER_BYTES = 16 << 20
+MAX_HEADER_BYTES, MAX_DIGITS, MAX_RUN_LETTERS = 16 << 20, 18, 200
 _TENSORS = {"new": torch.int32, "position": torch.int32, "value": torch.uint8, "dense": torch.uint8}
 _CODES = {"I32": torch.int32, "U8": torch.uint8}
 
@@ -59,13 +59,15 @@ class Patch:
     """What a receiver writes to get from one version to the next.
 
     Attributes:
-        version: that it makes, from 1.
+        run: name of the run that published it.
+        version: the number of the version that it makes, from 1.
         digest: of that version; see `WeightReceiver.digest`.
         parent: digest of the version that it builds on; of the manifest in a whole patch.
         new, position, value, dense: tensors, see the format of the file.
         manifest: in a whole patch, which builds on the base.
     """
 
+    run: str
     version: int
     digest: str
     parent: str
@@ -85,8 +87,12 @@ class Patch:
         return sum(getattr(self, name).nbytes for name in _TENSORS)
 
     @property
-    def layout(self) -> Manifest:
-        """The manifest of a whole patch; PatchError if it is an increment."""
+    def full_manifest(self) -> Manifest:
+        """The manifest of a whole patch.
+
+        Raises:
+            PatchError: it is an increment.
+        """
         if self.manifest is None:
             raise PatchError("an increment has no positions of older entries: take a whole patch")
         return self.manifest
@@ -100,7 +106,7 @@ class Patch:
         Raises:
             PatchError: it is an increment, which has values without positions.
         """
-        manifest = self.layout
+        manifest = self.full_manifest
         pieces = self.position.split(self.new.tolist())
         for spec, position, value in zip(manifest.sparse, pieces, self.values(), strict=True):
             if position.numel():
@@ -115,7 +121,7 @@ class Patch:
         Raises:
             PatchError: it is an increment, or there are more or fewer bytes than entries.
         """
-        manifest, counts = self.layout, self.new.tolist()
+        manifest, counts = self.full_manifest, self.new.tolist()
         if len(counts) != len(manifest.sparse):
             raise PatchError(f"expected {len(manifest.sparse)} sparse tensors, got {len(counts)}")
         sizes = [
@@ -127,7 +133,7 @@ class Patch:
 
     def wholes(self) -> list[Tensor]:
         """Of a whole patch, the dense tensors; raises as `values`."""
-        manifest = self.layout
+        manifest = self.full_manifest
         pieces = _split(self.dense, [spec.nbytes for spec in manifest.dense], "whole tensors")
         return [
             _typed(piece, spec.dtype).view(spec.shape)
@@ -139,23 +145,25 @@ class Patch:
         metadata = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
+            "run": self.run,
             "version": str(self.version),
             "digest": self.digest,
             "parent": self.parent,
         }
         if self.manifest is not None:
-            metadata["manifest"] = self.manifest.text()
+            metadata["manifest"] = self.manifest.text
         file = io.BytesIO()
         write_safetensors(file, {name: getattr(self, name) for name in _TENSORS}, metadata)
         return file.getvalue()
 
     @staticmethod
-    def from_bytes(data: bytes) -> Patch:
-        """Read a file; its digest is checked where it is staged.
+    def from_bytes(data: bytes | bytearray | memoryview) -> Patch:
+        """Read a file. Whether its digest is right, `WeightReceiver.stage` finds out.
 
         Raises:
             PatchError: it is cut, damaged, or of another kind or version.
         """
+        data = bytes(data)
         metadata = _metadata(data)
         try:
             found = dict(deserialize(data))  # type: ignore[no-untyped-call]
@@ -164,15 +172,18 @@ class Patch:
         if found.keys() != _TENSORS.keys():
             raise PatchError(f"expected the tensors {sorted(_TENSORS)}, got {sorted(found)[:8]}")
         tensors = {name: _tensor(name, found[name]) for name in _TENSORS}
-        version = metadata.get("version", "")
-        if not version.isdecimal() or not version.isascii() or not 0 < len(version) < 19:
+        run, version = metadata.get("run", ""), metadata.get("version", "")
+        if not version.isdecimal() or not version.isascii() or len(version) > MAX_DIGITS:
             raise PatchError(f"its version is {version[:80]!r}, expected a number")
+        if not 0 < len(run) <= MAX_RUN_LETTERS or not run.isprintable():
+            raise PatchError(f"its run is {run[:80]!r}, expected a name")
         for name in ("digest", "parent"):
             digest = metadata.get(name, "")
             if len(digest) != 32 or not {*digest} <= {*"0123456789abcdef"}:
                 raise PatchError(f"its {name} is {digest[:80]!r}, expected 32 hex digits")
         manifest = metadata.get("manifest")
         patch = Patch(
+            run=run,
             version=int(version),
             digest=metadata["digest"],
             parent=metadata["parent"],
@@ -181,8 +192,6 @@ class Patch:
         )
         if bool((patch.new < 0).any()) or int(patch.new.sum()) != patch.position.numel():
             raise PatchError("the numbers of new entries do not fit their positions")
-        if patch.manifest and patch.parent != patch.manifest.digest:
-            raise PatchError("it is whole, but does not build on its base")
         return patch
 
 

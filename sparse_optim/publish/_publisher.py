@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -16,8 +17,11 @@ from sparse_optim.optim.readout import Layout, Moved
 from sparse_optim.optim.whole import whole_of
 from sparse_optim.publish._digest import check_key, digest_of
 from sparse_optim.publish._manifest import Manifest, TensorSpec
-from sparse_optim.publish._patch import Patch
+from sparse_optim.publish._patch import MAX_DIGITS, Patch
 from sparse_optim.publish._stage import entry_keys
+
+MAX_VERSION = 10**MAX_DIGITS - 1
+Mark = tuple[Tensor, torch.dtype, torch.Size]
 
 
 class WeightPublisher:
@@ -28,17 +32,23 @@ class WeightPublisher:
     whole tensors of groups with unmask="all" and of moving buffers. Holds the newest version on
     the host, six bytes an active entry.
 
+    With `Repeat` and `Stochastic`, whose entries come and go, a patch has all that were ever
+    active, and takes the time to read a bit for each entry of the model.
+
     Args:
         optimizer: with sharded parameters, all processes call `patch` together.
-        model: gives names and buffers, as in `MaskedAdamW.delta`.
-        key: a secret of 1 to 64 bytes that the receivers share. Without it a receiver detects
-            accidents; with it also patches that someone else has made.
-        version: of the last patch that an earlier process published, so that numbers go on.
+        model: gives names and moving buffers, as in `MaskedAdamW.delta`. Receivers then check that
+            theirs holds the same in all other tensors, too; without it, only in those trained.
+        run: name of the run, the same in all parts of a resumed one; a random one if None.
+        key: a secret of 1 to 64 bytes that this run and its receivers share. Without one a receiver
+            detects accidents; with one, also patches that someone else has made.
+        version: of the last patch that an earlier part of the run published; numbers go on.
         dtype: of the receivers' weights, where it is not the trainer's: values are rounded to it.
-        base: the base's tensors by name; with `dtype` a run that has taken steps needs them.
+        base: the base's tensors by name; needed with `dtype` once the optimizer has taken a step.
 
     Raises:
-        ValueError: the key, version or dtype is none.
+        TypeError: `optimizer` is not one of this package.
+        ValueError: `key`, `version`, `dtype` or `base` is not as described.
 
     Examples:
         ```python
@@ -54,23 +64,31 @@ class WeightPublisher:
         optimizer: MaskedAdamW,
         model: nn.Module | None = None,
         *,
+        run: str | None = None,
         key: bytes | None = None,
         version: int = 0,
         dtype: torch.dtype | None = None,
         base: Model | None = None,
     ) -> None:
+        if not isinstance(optimizer, MaskedAdamW):
+            raise TypeError(
+                f"optimizer: expected MaskedAdamW or IncrementalMaskedAdamW, got "
+                f"{type(optimizer).__name__} (accelerate's wrapper has it as .optimizer)"
+            )
         if dtype is not None and not (dtype.is_floating_point and dtype in DTYPE_CODES):
             raise ValueError(f"dtype: expected a floating-point dtype, got {dtype}")
-        if version < 0:
-            raise ValueError(f"version: expected at least 0, got {version}")
+        if not 0 <= version < MAX_VERSION:
+            raise ValueError(f"version: expected 0 to {MAX_VERSION - 1}, got {version}")
         self._optimizer, self._model, self._key = optimizer, model, check_key(key)
-        self._dtype, self._base, self._first = dtype, base, version
-        self._described: tuple[Layout, Manifest, list[Tensor]] | None = None
+        self._dtype, self._first, self._run = dtype, version, run or secrets.token_hex(8)
+        self._rounded: dict[str, tuple[str, str]] = {}  # fingerprints of the base, and rounded
+        # Names and manifest, and the tensors that they are of.
+        self._described: tuple[Layout, Manifest, list[Mark]] | None = None
         # The newest version as a whole patch, and the optimizer's steps until then. One attribute,
         # since a thread that serves `whole` may read it while `patch` runs.
         self._newest: tuple[Patch, int] | None = None
         if dtype is not None:
-            self._describe(optimizer.moved().step)
+            self._round(optimizer.layout(model), optimizer.moved().step, base)
 
     @property
     def version(self) -> int:
@@ -90,6 +108,7 @@ class WeightPublisher:
         layout, manifest = self._describe(moved.step)
         position = moved.position.to("cpu", copy=True)
         whole = Patch(
+            run=self._run,
             version=self.version + 1,
             digest="",
             parent=manifest.digest,
@@ -127,56 +146,76 @@ class WeightPublisher:
         return self._newest[0]
 
     def _describe(self, step: int) -> tuple[Layout, Manifest]:
-        """Names and manifest, made anew where tensors have joined or were replaced."""
+        """Names and manifest, made anew where tensors have joined, changed or were replaced."""
         tensors = [param for group in self._optimizer.param_groups for param in group["params"]]
         tensors += () if self._model is None else self._model.buffers()
+        marks = [(tensor, tensor.dtype, tensor.shape) for tensor in tensors]
         known = self._described
-        if known is None or [*map(id, tensors)] != [*map(id, known[2])]:
+        if known is None or not _same(marks, known[2]):
             layout = self._optimizer.layout(self._model)
-            same = known is not None and _same(layout, known[0])
-            manifest = known[1] if known and same else self._manifest(layout, step)
+            known = layout, self._manifest(layout), marks
             # Before the first step, other weights may still be loaded.
-            self._described = known = layout, manifest, tensors if step else []
+            self._described = known if step else None
         return known[0], known[1]
 
-    def _manifest(self, layout: Layout, step: int) -> Manifest:
-        prints = layout.fingerprints if self._dtype is None else self._rounded_base(layout, step)
+    def _manifest(self, layout: Layout) -> Manifest:
+        prints = [*layout.fingerprints]
+        if self._dtype is not None:
+            for index, name in enumerate(layout.names):
+                before, rounded = self._rounded.get(name, ("", ""))
+                if before != prints[index]:
+                    raise ValueError(
+                        f"dtype: {name!r} has joined or was loaded since the publisher was built: "
+                        "build it after that, with base= if the optimizer has taken steps"
+                    )
+                prints[index] = rounded
         rows = zip(layout.names, layout.params, prints, strict=True)
         return Manifest(
             tuple(self._spec(name, param, text) for name, param, text in rows),
             tuple(self._spec(name, tensor) for name, tensor in layout.dense.items()),
+            tuple(
+                self._spec(name, tensor, self._fingerprint(tensor))
+                for name, tensor in layout.fixed.items()
+            ),
             layout.tied,
         )
 
     def _spec(self, name: str, tensor: Tensor, text: str = "") -> TensorSpec:
         dtype = self._dtype if self._dtype and tensor.is_floating_point() else tensor.dtype
+        if dtype not in DTYPE_CODES:
+            raise ValueError(f"{name!r} is {dtype}, which no patch can hold")
         return TensorSpec(name, tuple(tensor.shape), dtype, text)
 
-    def _rounded_base(self, layout: Layout, step: int) -> tuple[str, ...]:
-        """Fingerprints of the base in the receivers' dtype."""
-        if self._base is not None:
-            base = plain_tensors(self._base)
-            missing = [name for name in layout.names if name not in base]
-            if missing:
-                raise ValueError(f"base: it has no {missing[0]!r}: give the model before training")
-            tensors = [base[name] for name in layout.names]
-            wrong = [
-                name
-                for name, tensor, text in zip(
-                    layout.names, tensors, layout.fingerprints, strict=True
-                )
-                if fingerprint(tensor) != text
-            ]
-            if wrong:
-                raise ValueError(f"base: {wrong[0]!r} is not what training began with")
-        elif step:
+    def _fingerprint(self, tensor: Tensor) -> str:
+        """Of a tensor in the receivers' dtype."""
+        whole = whole_of(tensor).detach()
+        return fingerprint(_in_dtype(whole, self._dtype))
+
+    def _round(self, layout: Layout, step: int, base: Model | None) -> None:
+        """Take the fingerprints of the base in the receivers' dtype."""
+        given = None if base is None else plain_tensors(base)
+        if given is None and step:
             raise ValueError(
                 "dtype: the optimizer has taken steps, so the model no longer holds the base: "
                 "give base=, or build the publisher before the first step"
             )
-        else:
-            tensors = list(layout.params)
-        return tuple(fingerprint(whole_of(tensor).to(self._dtype)) for tensor in tensors)
+        for name, param, text in zip(layout.names, layout.params, layout.fingerprints, strict=True):
+            if given is not None and name not in given:
+                raise ValueError(f"base: it has no {name!r}: give the model before training")
+            tensor = param if given is None else given[name]
+            if given is not None and fingerprint(tensor) != text:
+                raise ValueError(f"base: {name!r} is not what training began with")
+            self._rounded[name] = text, self._fingerprint(tensor)
+
+
+def _same(some: list[Mark], others: list[Mark]) -> bool:
+    return len(some) == len(others) and all(
+        one[0] is other[0] and one[1:] == other[1:] for one, other in zip(some, others, strict=True)
+    )
+
+
+def _in_dtype(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
 
 
 def _bytes(tensors: Sequence[Tensor], dtype: torch.dtype | None) -> Tensor:
@@ -184,7 +223,7 @@ def _bytes(tensors: Sequence[Tensor], dtype: torch.dtype | None) -> Tensor:
     if not tensors:
         return torch.empty(0, dtype=torch.uint8)
     if dtype is not None:
-        tensors = [each.to(dtype) if each.is_floating_point() else each for each in tensors]
+        tensors = [_in_dtype(each, dtype) for each in tensors]
     if len({each.dtype for each in tensors}) > 1:
         tensors = [bytes_of(each) for each in tensors]
     flat = [each if each.dim() == 1 else each.reshape(-1) for each in tensors]
@@ -203,14 +242,3 @@ def _new_entries(last: Patch, step: int, whole: Patch, moved: Moved) -> Tensor |
     known = whole.position if not places.numel() else whole.position[~fresh]
     same = torch.equal(whole.new - counts, last.new) and torch.equal(known, last.position)
     return places if same else None
-
-
-def _same(one: Layout, other: Layout) -> bool:
-    """Whether two layouts have the same manifest."""
-    shapes = [{name: each.shape for name, each in it.dense.items()} for it in (one, other)]
-    return (
-        one.names == other.names
-        and one.fingerprints == other.fingerprints
-        and one.tied == other.tied
-        and shapes[0] == shapes[1]
-    )

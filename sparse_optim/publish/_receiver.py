@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from threading import RLock
 
 from torch import Tensor, nn
@@ -9,34 +10,39 @@ from torch import Tensor, nn
 from sparse_optim.delta._tensors import host_copy, same_bits
 from sparse_optim.delta._types import plain_tensors
 from sparse_optim.publish._digest import check_key
-from sparse_optim.publish._held import Held, written
+from sparse_optim.publish._held import Held, outside_write
 from sparse_optim.publish._manifest import PatchError
 from sparse_optim.publish._patch import MissingVersionError, Patch
 from sparse_optim.publish._stage import base_of, check_whole, grown
-from sparse_optim.publish._targets import Located, Views
+from sparse_optim.publish._targets import Located, Views, check_disjoint
 
 
 class WeightReceiver:
     """Keeps the weights of a model equal to a publisher's, version by version.
 
-    Every patch is checked in full before the first write: its chain, positions, and digest. A write
-    that fails is undone. So the model holds the base or exactly one version. Holds about 24 bytes
-    an entry in bfloat16.
+    Every patch is checked in full before the first write: its chain, positions and digest. A write
+    that fails is undone. So the model holds the base or exactly one version, bit for bit.
 
-    Threads may share it. Hold `lock` while you compute, if another thread receives.
+    What other code writes is noticed at the next patch if torch counts it (`tensor._version`);
+    writes through `.data`, or to tensors of inference mode, are found by `verify` alone.
+
+    Holds about 26 bytes an entry in bfloat16. Threads may share it: hold `lock` while you compute,
+    if another thread receives.
 
     Args:
-        model: with the base's values: a module, or a mapping of the checkpoint's names to tensors
-            or views of any strides (see `runtime_views`), several for one name if it has copies.
+        model: that holds the base: a module; or a mapping of the checkpoint's names to tensors or
+            views of any strides (see `runtime_views`), several for one name if the model has
+            copies; or a function that returns such a mapping, called for each patch.
         key: the publisher's.
 
     Attributes:
         version: that the model holds; 0 is the base.
-        digest: of the version; equal to the publisher's if and only if the weights are.
+        digest: of the version, the same in all models that hold it; "" of the base.
         lock: held while the model is written.
 
     Raises:
-        ValueError: the key is none.
+        TypeError: `model` is none of these.
+        ValueError: `key` is not 1 to 64 bytes.
 
     Examples:
         ```python
@@ -48,7 +54,14 @@ class WeightReceiver:
         ```
     """
 
-    def __init__(self, model: nn.Module | Views, *, key: bytes | None = None) -> None:
+    def __init__(
+        self, model: nn.Module | Views | Callable[[], Views], *, key: bytes | None = None
+    ) -> None:
+        if not (isinstance(model, Mapping) or callable(model)):
+            raise TypeError(
+                f"model: expected a module, a mapping of tensors, or a function that returns one, "
+                f"got {type(model).__name__}"
+            )
         self.lock = RLock()
         self._model, self._key = model, check_key(key)
         self._now: Patch | None = None  # the version, as a whole patch; None before the first one
@@ -88,12 +101,15 @@ class WeightReceiver:
         with self.lock:
             self._staged = None
             patch = patch if isinstance(patch, Patch) else Patch.from_bytes(patch)
-            if patch.version < self.version or patch.digest == self.digest:
+            if self._now is not None and patch.version <= self.version:
+                same_run = patch.run == self._now.run
+                if not same_run or (patch.version == self.version and patch.digest != self.digest):
+                    raise PatchError(
+                        f"version {patch.version} of run {patch.run!r}, but the model holds "
+                        f"{self.version} of run {self._now.run!r}: reset() first, or publish with "
+                        "WeightPublisher(version=...) if one goes on from the other"
+                    )
                 return False
-            if patch.version == self.version:
-                raise PatchError(
-                    f"version {patch.version} of another run than the model's: reset() first"
-                )
             if patch.manifest is not None:
                 whole, fresh = patch, None
             elif self._now is None or patch.parent != self._now.digest:
@@ -119,16 +135,18 @@ class WeightReceiver:
             if self._staged is None:
                 raise ValueError("nothing is staged: stage(patch) first")
             (whole, fresh), self._staged = self._staged, None
-            if self._now is None:
-                self._join(whole)
-            elif self._now.parent != whole.parent:
-                self._replace(whole)
             before = self._now
-            self._move(whole, fresh)
-            self._before = before if before and before.version else None
+            if before is not None and before.parent != whole.parent:
+                self._exchange(whole)
+            else:
+                if before is None:
+                    self._join(whole)
+                self._move(whole, fresh)
+            same_tensors = before is not None and before.parent == whole.parent
+            self._before = before if before and before.version and same_tensors else None
 
     def rollback(self) -> None:
-        """Put the version back that the last `commit` replaced.
+        """Go back to the version before the last `commit`.
 
         Raises:
             ValueError: there is none: only one step back is kept.
@@ -138,7 +156,7 @@ class WeightReceiver:
             if self._before is None:
                 raise ValueError("no earlier version is kept: reset() puts the base back")
             self._move(self._before)
-            self._before = None
+            self._before = self._staged = None
 
     def reset(self) -> None:
         """Put the base back. The next patch must be whole.
@@ -153,7 +171,7 @@ class WeightReceiver:
             self._sparse, self._dense = [], []
 
     def verify(self) -> None:
-        """Read what was written, O(B).
+        """Read all tensors of the run and compare them with base and version.
 
         Raises:
             PatchError: the model does not hold the version.
@@ -163,13 +181,9 @@ class WeightReceiver:
                 return
             self._check_unwritten()
             for held, value in zip(self._sparse, self._now.values(), strict=True):
-                for target, places in zip(held.located.targets, held.places, strict=True):
-                    if not same_bits(target.read(places), value):
-                        raise PatchError(written(held.located.spec.name))
+                held.check(value)
             for (located, _), wholes in zip(self._dense, self._wholes(self._now), strict=True):
-                for target, whole in zip(located.targets, wholes, strict=True):
-                    if not same_bits(target.view.cpu(), whole):
-                        raise PatchError(written(located.spec.name))
+                _check_dense(located, wholes)
 
     def whole(self) -> Patch:
         """The version as a whole patch, for other receivers: what `WeightPublisher.whole` gives.
@@ -183,11 +197,13 @@ class WeightReceiver:
             return self._now
 
     def _views(self) -> Views:
-        return plain_tensors(self._model) if isinstance(self._model, nn.Module) else self._model
+        if isinstance(self._model, nn.Module):
+            return plain_tensors(self._model)
+        return self._model if isinstance(self._model, Mapping) else self._model()
 
     def _join(self, whole: Patch) -> None:
         """Find a run's tensors in the model, which holds the base, and check that it does."""
-        views, manifest = self._views(), whole.layout
+        views, manifest = self._views(), whole.full_manifest
         names: dict[str, list[str]] = {}
         for alias, name in manifest.tied.items():
             names.setdefault(name, [name]).append(alias)
@@ -195,22 +211,27 @@ class WeightReceiver:
             [Located(spec, names.get(spec.name, [spec.name]), views) for spec in part]
             for part in (manifest.sparse, manifest.dense)
         )
+        check_disjoint([*sparse, *dense])
+        for spec in manifest.fixed:
+            if spec.name in views:
+                Held.base(Located(spec, [spec.name], views))
         self._sparse = [Held.base(located) for located in sparse]
         self._dense = [
             (located, [host_copy(target.view) for target in located.targets]) for located in dense
         ]
         self._now, self._before = base_of(whole), None
 
-    def _replace(self, whole: Patch) -> None:
-        """Go back to the base and on from there with other tensors."""
+    def _exchange(self, whole: Patch) -> None:
+        """Go back to the base, and on from there to a version with other tensors."""
         assert self._now is not None
         now, before = self._now, self._before
         self._move(base_of(now))
-        sparse, dense, base = self._sparse, self._dense, self._now
+        base = self._sparse, self._dense, self._now
         try:
             self._join(whole)
+            self._move(whole)
         except BaseException:
-            self._sparse, self._dense, self._now = sparse, dense, base
+            self._sparse, self._dense, self._now = base
             self._move(now)
             self._before = before
             raise
@@ -234,18 +255,19 @@ class WeightReceiver:
         ]
         try:
             self._write(before, after, whole, keep_all=fresh is not None)
+            self._sparse, self._now = after, whole
+            self._note()
         except BaseException:  # also an interrupt: never leave half a version
             self._write(after, before, now, keep_all=False)
+            self._sparse, self._now = before, now
             self._note()
             raise
-        self._sparse, self._now = after, whole
-        self._note()
 
     def _write(self, old: list[Held], new: list[Held], whole: Patch, *, keep_all: bool) -> None:
         """Write a version over another one; `keep_all`: it has all entries of that one."""
         for before, after, value in zip(old, new, whole.values(), strict=True):
             for number, target in enumerate(after.located.targets):
-                if not keep_all and after is not before:
+                if not keep_all and after.places is not before.places:
                     target.write(before.places[number], before.original)
                 target.write(after.places[number], value)
         for (located, _), wholes in zip(self._dense, self._wholes(whole), strict=True):
@@ -275,14 +297,22 @@ class WeightReceiver:
         """
         views, now = self._views(), self._now
         assert now is not None
+        values: list[Tensor] = []
         for index, held in enumerate(self._sparse):
             if not held.located.is_noted(views):
-                self._sparse[index] = held.anew(views, now.values()[index])
+                values = values or now.values()
+                self._sparse[index] = held.found_again(views, values[index])
+        wholes = self._wholes(now)
         for index, (old, originals) in enumerate(self._dense):
             if not old.is_noted(views):
-                located, wholes = old.anew(views), self._wholes(now)[index]
-                found = [target.view.cpu() for target in located.targets]
-                if len(found) != len(wholes) or not all(map(same_bits, found, wholes)):
-                    raise PatchError(written(located.spec.name))
+                located = old.anew(views)
+                _check_dense(located, wholes[index])
                 self._dense[index] = located, originals
         return now
+
+
+def _check_dense(located: Located, wholes: list[Tensor]) -> None:
+    """Raise PatchError unless the targets of a dense tensor hold these."""
+    found = [target.view.cpu() for target in located.targets]
+    if len(found) != len(wholes) or not all(map(same_bits, found, wholes)):
+        raise PatchError(outside_write(located.spec.name))

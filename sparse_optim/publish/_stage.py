@@ -15,9 +15,11 @@ from sparse_optim.publish._patch import Patch
 
 def check_whole(whole: Patch, key: bytes | None) -> None:
     """Raise PatchError unless a whole patch holds what its manifest and digest say."""
+    if whole.parent != whole.full_manifest.digest:
+        raise PatchError("it is whole, but does not build on its own base")
     whole.values(), whole.wholes()  # they check the numbers of bytes
     keys = entry_keys(whole)
-    sizes = torch.tensor([spec.numel for spec in whole.layout.sparse], dtype=torch.int64)
+    sizes = torch.tensor([spec.numel for spec in whole.full_manifest.sparse], dtype=torch.int64)
     beyond = (whole.position < 0) | (whole.position >= sizes.repeat_interleave(whole.new))
     if bool(beyond.any()) or bool((keys.diff() <= 0).any()):
         raise PatchError("positions that come twice, in another order, or beyond their tensor")
@@ -29,26 +31,30 @@ def check_whole(whole: Patch, key: bytes | None) -> None:
 
 
 def grown(before: Patch, patch: Patch) -> tuple[Patch, Tensor]:
-    """The version after an increment, not yet checked; which of its entries are new, (n,) bool.
+    """Add an increment to a version.
+
+    Returns:
+        the next version, not yet checked, and which of its entries are new, (n,) bool.
 
     Raises:
-        PatchError: the increment has other tensors.
+        PatchError: the increment has other tensors, or positions that are there already.
     """
     if patch.new.numel() != before.new.numel():
         raise PatchError(f"expected {before.new.numel()} sparse tensors, got {patch.new.numel()}")
-    before_keys, keys = entry_keys(before), entry_keys(patch)
-    at = torch.searchsorted(before_keys, keys)
-    inside = at < before_keys.numel()
-    if bool((keys.diff() <= 0).any()) or bool((before_keys[at[inside]] == keys[inside]).any()):
-        raise PatchError("new positions that come twice, in another order, or are there already")
-    counts = before.new + patch.new
-    fresh = torch.zeros(int(counts.sum(dtype=torch.int64)), dtype=torch.bool)
-    fresh[at + torch.arange(at.numel())] = True
-    position = torch.empty(fresh.numel(), dtype=torch.int32)
-    position[fresh], position[~fresh] = patch.position, before.position
+    counts, position = before.new + patch.new, before.position
+    fresh = torch.zeros(position.numel() + patch.position.numel(), dtype=torch.bool)
+    if patch.position.numel():
+        before_keys, keys = entry_keys(before), entry_keys(patch)
+        at = torch.searchsorted(before_keys, keys)
+        inside = at < before_keys.numel()
+        if bool((keys.diff() <= 0).any()) or bool((before_keys[at[inside]] == keys[inside]).any()):
+            raise PatchError("new positions that come twice, in another order, or are there")
+        fresh[at + torch.arange(at.numel())] = True
+        position = torch.empty(fresh.numel(), dtype=torch.int32)
+        position[fresh], position[~fresh] = patch.position, before.position
     following = replace(
         before,
-        version=patch.version, digest=patch.digest, new=counts, position=position,
+        run=patch.run, version=patch.version, digest=patch.digest, new=counts, position=position,
         value=patch.value, dense=patch.dense,
     )  # fmt: skip
     return following, fresh

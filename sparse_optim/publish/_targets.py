@@ -2,7 +2,7 @@
 
 A tensor of the checkpoint is a view of the model's memory: a parameter itself, some rows of a fused
 one, a transposed one, every third block of an interleaved one. Entry i of the checkpoint's tensor
-(C order) is entry i of the view (C order), and its place in memory follows from the strides.
+(C order) is entry i of the view (C order), and its offset in memory follows from the strides.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sparse_optim.delta._types import plain_tensors
 from sparse_optim.publish._manifest import PatchError, TensorSpec
 
 Views = Mapping[str, Tensor | Sequence[Tensor]]
-Mark = tuple[int, int, int]  # of a tensor: object, address, version
+Mark = tuple[int, tuple[int, ...], torch.dtype, int]  # of a view: address, strides, dtype, version
 
 
 class Target:
@@ -28,10 +28,11 @@ class Target:
     """
 
     def __init__(self, view: Tensor) -> None:
-        self.view = view.detach()
-        ends = zip(view.shape, view.stride(), strict=True)
-        span = sum((size - 1) * stride for size, stride in ends) + 1 if view.numel() else 0
-        self._memory = bits(self.view).as_strided((span,), (1,))
+        with torch.inference_mode(False):  # or only code in inference mode could write the view
+            self.view = view.detach()
+            ends = zip(view.shape, view.stride(), strict=True)
+            span = sum((size - 1) * stride for size, stride in ends) + 1 if view.numel() else 0
+            self.memory = bits(self.view).as_strided((span,), (1,))
 
     def places(self, position: Tensor) -> Tensor:
         """Where the entries at flat positions, (n,) int32, lie in memory: (n,), int64."""
@@ -46,11 +47,11 @@ class Target:
 
     def read(self, places: Tensor) -> Tensor:
         """The values there, on the host."""
-        return self._memory.gather(0, places).cpu().view(self.view.dtype)
+        return self.memory.gather(0, places).cpu().view(self.view.dtype)
 
     def write(self, places: Tensor, value: Tensor) -> None:
         """Write values; `view._version` moves."""
-        self._memory.scatter_(0, places, bits(value).to(self.view.device))
+        self.memory.scatter_(0, places, bits(value).to(self.view.device))
 
     def write_whole(self, value: Tensor) -> None:
         """Write every entry."""
@@ -96,12 +97,17 @@ class Located:
         self._marks = self._found(views)
 
     def is_noted(self, views: Views) -> bool:
-        """Whether nobody has written, replaced or moved the tensors since."""
+        """Whether the tensors are the same memory, not written since in a way that torch counts."""
         return self._marks == self._found(views)
 
     def _found(self, views: Views) -> list[Mark]:
         return [
-            (id(view), view.data_ptr(), 0 if view.is_inference() else view._version)
+            (
+                view.data_ptr(),
+                view.stride(),
+                view.dtype,
+                0 if view.is_inference() else view._version,
+            )
             for view in _given(self._names, views)
         ]
 
@@ -109,6 +115,43 @@ class Located:
 def _given(names: Sequence[str], views: Views) -> list[Tensor]:
     given = [views.get(name, ()) for name in names]
     return [each for some in given for each in ((some,) if isinstance(some, Tensor) else some)]
+
+
+def check_disjoint(located: Sequence[Located]) -> None:
+    """Raise PatchError if two entries of a run's tensors lie in one place of the model's memory."""
+    targets = [
+        (target.memory.data_ptr(), target, each.spec.name)
+        for each in located
+        for target in each.targets
+        if target.memory.numel()
+    ]
+    targets.sort(key=lambda entry: entry[0])
+    while targets:
+        first, target, _ = targets[0]
+        end, count = first + target.memory.nbytes, 1
+        while count < len(targets) and targets[count][0] < end:
+            end = max(end, targets[count][0] + targets[count][1].memory.nbytes)
+            count += 1
+        if count > 1 or not target.view.is_contiguous():
+            _check_group(targets[:count], first, end)
+        targets = targets[count:]
+
+
+def _check_group(targets: list[tuple[int, Target, str]], first: int, end: int) -> None:
+    """Mark the entries of tensors that lie between two addresses, one tensor after the other."""
+    width = targets[0][1].view.itemsize
+    taken = torch.zeros((end - first) // width, dtype=torch.bool)
+    for address, target, name in targets:
+        offset, odd = divmod(address - first, width)
+        view = taken.as_strided(target.view.shape, target.view.stride(), offset)
+        before = int(taken.sum())
+        shared = bool(odd) or target.view.itemsize != width or bool(view.any())
+        view.fill_(True)
+        if shared or int(taken.sum()) != before + view.numel():
+            raise PatchError(
+                f"{name!r} shares memory with another tensor of the run, or with itself, in this "
+                "model only: untie the weights, or mend the views"
+            )
 
 
 def runtime_views(
@@ -124,35 +167,43 @@ def runtime_views(
 
     Args:
         model: that serves: a module, or its tensors by name.
-        shapes: of the checkpoint's tensors, `patch.manifest.shapes` of a whole patch.
+        shapes: of all tensors of the checkpoint by name: `manifest.shapes` of a whole patch that
+            was published with `model`.
         packed: name of a fused module -> names of its parts, whose rows follow one another: as
             vLLM's `packed_modules_mapping`, {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}.
         transposed: names of modules, fused ones by their fused name, whose weights the model holds
             transposed, such as GPT-2's Conv1D.
 
     Returns:
-        A view for each name that the model has; give it to `WeightReceiver`.
+        A view for each name that the model has. Views do not follow a model that moves: give
+        `WeightReceiver` a function that makes them, `lambda: runtime_views(model, shapes, packed)`.
 
     Raises:
-        ValueError: a fused tensor has other rows than its parts.
+        ValueError: a fused tensor has other rows than its parts, or the shape of a part is missing.
     """
     tensors, views = plain_tensors(model), {}
     fused_of = {part: fused for fused, parts in (packed or {}).items() for part in parts}
     for name, shape in shapes.items():
         pieces = name.split(".")
         part = next((piece for piece in pieces if piece in fused_of), "")
-        source, first = name, 0
+        source = name
         if name not in tensors and part:
             source = _with(pieces, part, fused_of[part])
             beside = [_with(pieces, part, each) for each in (packed or {})[fused_of[part]]]
-            rows = [shapes[each][0] if each in shapes else 0 for each in beside]
-            first = sum(rows[: beside.index(name)])
         if source not in tensors:
             continue
         whole = tensors[source].detach()
         if any(piece in transposed for piece in source.split(".")):
             whole = whole.t()
         if source != name:
+            missing = [each for each in beside if not shapes.get(each)]
+            if missing:
+                raise ValueError(
+                    f"shapes: {missing[0]!r}, a part of {source!r}, has none or is a scalar: give "
+                    "the shapes of all tensors of the checkpoint"
+                )
+            rows = [shapes[each][0] for each in beside]
+            first = sum(rows[: beside.index(name)])
             if whole.shape[0] != sum(rows):
                 raise ValueError(
                     f"packed: {source!r} has {whole.shape[0]} rows, its parts {rows} together "

@@ -19,7 +19,9 @@ def test_receivers_follow_from_wherever_they_are(tmp_path: Path):
     run, folder = Run(), PatchFolder(tmp_path / "weights", whole_every=3, keep=2)
     assert folder.newest == 0
     near, far = WeightReceiver(Net()), WeightReceiver(Net())
-    assert folder.follow(near) == 0
+    with pytest.raises(PatchError, match="is not a folder"):
+        folder.follow(near)
+    assert not folder.path.exists()
     for version in range(1, 11):
         run.step()
         assert folder.publish(run.publisher) == folder.newest == version
@@ -67,6 +69,41 @@ def test_a_damaged_or_missing_file(tmp_path: Path):
         folder.follow(receiver)
     (tmp_path / "notes.txt").write_text("files of others are left alone")
     assert folder.newest == 6
+
+
+def test_other_ways_around_a_damaged_file(tmp_path: Path):
+    run, folder = Run(), PatchFolder(tmp_path, whole_every=2, keep=3)
+    receiver = WeightReceiver(Net())
+    for version in range(1, 6):
+        run.step()
+        folder.publish(run.publisher)
+        if version == 2:
+            folder.follow(receiver)
+    (tmp_path / "000000003.patch.safetensors").write_bytes(b"damaged")
+    assert folder.follow(receiver) == 5  # by version 5, whole
+    assert_same(receiver._model, run.net)
+    (tmp_path / "000000005.whole.safetensors").write_bytes(b"damaged")
+    late = WeightReceiver(Net())
+    assert folder.follow(late) == 5  # by version 3, whole, and the increments after it
+    assert late.digest == receiver.digest
+
+
+def test_files_that_vanish_while_someone_follows(tmp_path: Path, monkeypatch):
+    """Between the list and the reading; a newer version is there then."""
+    run, folder = Run(), PatchFolder(tmp_path, whole_every=1, keep=1)
+    run.step()
+    folder.publish(run.publisher)
+    receiver, read = WeightReceiver(Net()), Path.read_bytes
+
+    def reads(path: Path) -> bytes:
+        if path.name == "000000001.whole.safetensors":
+            run.step()
+            folder.publish(run.publisher)  # removes version 1
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", reads)
+    assert folder.follow(receiver) == 2
+    assert_same(receiver._model, run.net)
 
 
 def test_a_version_that_could_not_be_written_is_made_up_for(tmp_path: Path, monkeypatch):

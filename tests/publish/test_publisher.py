@@ -10,7 +10,7 @@ import torch
 from publish_cases import STEPS, Net, Run, assert_same, states
 
 from sparse_optim import D3, Increment, Random, Repeat, Snip, Static, Stochastic
-from sparse_optim.publish import Patch, PatchError, WeightPublisher, WeightReceiver
+from sparse_optim.publish import Patch, PatchError, WeightPublisher, WeightReceiver, _publisher
 
 METHODS: dict[str, dict[str, Any]] = {
     "d3": {},
@@ -157,6 +157,58 @@ def test_a_replaced_buffer_is_published():
     assert torch.equal(net.norm.running_mean, torch.full((8,), 3.0))
 
 
+def test_a_buffer_of_another_dtype_is_published():
+    run, net = Run(), Net()
+    receiver = WeightReceiver(net)
+    receiver.receive(run.next())
+    run.net.norm.running_mean = run.net.norm.running_mean.half()
+    patch = run.publisher.patch()
+    assert patch.manifest is not None
+    with pytest.raises(PatchError, match=r"dtype=torch.float32"):
+        receiver.receive(patch)
+    assert receiver.version == 1
+    receiver.verify()
+    run.net.norm.running_var = run.net.norm.running_var.double()
+    run.net.head.half()
+    patch = run.publisher.patch()
+    head, mean, variance, batches = 2 * (27 + 3), 2 * 8, 8 * 8, 8
+    assert patch.dense.numel() == head + mean + variance + batches
+    run.net.norm.running_mean = torch.zeros(8, dtype=torch.complex128)
+    with pytest.raises(
+        ValueError, match=r"'norm.running_mean' is torch.complex128, which no patch"
+    ):
+        run.publisher.patch()
+
+
+def test_tensors_that_nobody_trains_are_compared():
+    """They are part of what the publisher says its weights are."""
+    run, frozen = Run(), torch.linspace(0, 1, 7)
+    for net in (run.net, other := Net(), same := Net(), without := Net()):
+        if net is not without:
+            net.register_parameter("extra", torch.nn.Parameter(frozen.clone()))
+            net.register_buffer("table", torch.arange(5000))
+    other.table[0] = 7
+    patch = run.next()
+    assert {spec.name for spec in patch.full_manifest.fixed} == {"extra", "table"}
+    for net in (same, without):  # what a model does not have need not be right
+        assert WeightReceiver(net).receive(patch)
+        assert_same({n: t for n, t in states(run.net).items() if n in states(net)}, net)
+    with pytest.raises(PatchError, match="'table' is not that of the publisher's base"):
+        WeightReceiver(other).receive(patch)
+    nameless = WeightPublisher(run.optimizer)
+    assert nameless.patch().full_manifest.fixed == ()
+
+
+def test_gathering_reads_no_more_than_the_entries(monkeypatch):
+    """Nothing is hashed, and names are not looked up, once the run is under way."""
+    run = Run()
+    run.next()
+    run.next()
+    monkeypatch.setattr(_publisher, "fingerprint", lambda _: pytest.fail("hashed a tensor"))
+    monkeypatch.setattr(run.optimizer, "layout", lambda _: pytest.fail("looked up names"))
+    run.next()
+
+
 def test_weights_that_other_code_wrote_are_not_published():
     run = Run()
     run.next()
@@ -179,13 +231,19 @@ def test_published_versions_do_not_change_with_the_run():
     assert whole.to_bytes() == data
 
 
+def test_a_publisher_needs_our_optimizer():
+    net = Net()
+    with pytest.raises(TypeError, match=r"optimizer: expected MaskedAdamW .* got AdamW"):
+        WeightPublisher(torch.optim.AdamW(net.parameters()), net)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"key": b""}, "key: expected 1 to 64 bytes, got bytes"),
+        ({"key": b""}, "key: expected 1 to 64 bytes, got 0 bytes"),
         ({"key": "secret"}, "key: expected 1 to 64 bytes, got str"),
         ({"dtype": torch.int8}, "dtype: expected a floating-point dtype"),
-        ({"version": -1}, "version: expected at least 0"),
+        ({"version": -1}, "version: expected 0 to 999"),
     ],
 )
 def test_what_is_refused(options: dict[str, Any], message: str):
@@ -213,7 +271,7 @@ def test_entries_are_those_that_changed():
         assert base[name].shape == full_shape
         flat = base[name].view(-1)
         flat[indices.long()] = values
-    for alias, name in run.publisher.whole().layout.tied.items():
+    for alias, name in run.publisher.whole().full_manifest.tied.items():
         base[alias] = base[name]
     assert_same(base, run.net)
     with pytest.raises(PatchError, match="take a whole patch"):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import json
+import sys
 import threading
 from dataclasses import replace
 from typing import Any
@@ -19,6 +22,7 @@ from sparse_optim.publish import (
     Patch,
     PatchError,
     WeightReceiver,
+    _held,
     _targets,
 )
 
@@ -86,6 +90,44 @@ def test_rollback_and_reset(published):
         receiver.whole()
     assert receiver.receive(wholes[2])
     assert_same(net, weights[2])
+
+
+def test_rollback_and_reset_forget_what_was_staged(published):
+    patches, wholes, weights = published
+    net = Net()
+    receiver = WeightReceiver(net)
+    receiver.receive(patches[1])
+    receiver.receive(patches[2])
+    for undo in (receiver.rollback, receiver.reset):
+        receiver.stage(wholes[4])
+        undo()
+        with pytest.raises(ValueError, match="nothing is staged"):
+            receiver.commit()
+    assert_same(net, weights[0])
+    with pytest.raises(ValueError, match="no earlier version is kept"):
+        receiver.rollback()
+
+
+def test_another_run_with_lower_numbers_is_an_error(published):
+    _, wholes, weights = published
+    net = Net()
+    receiver = WeightReceiver(net)
+    receiver.receive(wholes[3])
+    other = Run()
+    for data in (other.next().to_bytes(), other.next().to_bytes()):
+        with pytest.raises(PatchError, match=r"but the model holds 3 of run .*: reset\(\) first"):
+            receiver.receive(data)
+    assert_same(net, weights[3])
+    later = Run(publisher={"version": 3})  # says that it goes on
+    receiver.receive(later.next())
+    assert_same(net, later.net)
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
+def test_bytes_of_any_kind(published, kind):
+    net = Net()
+    assert WeightReceiver(net).receive(kind(published[0][1]))
+    assert_same(net, published[2][1])
 
 
 def test_a_receiver_passes_its_version_on(published):
@@ -212,12 +254,62 @@ def test_no_position_leads_out_of_a_tensor(positions: list[int]):
         ({"value": torch.zeros(3, dtype=torch.uint8)}, "bytes of values of entries, got 3"),
         ({"dense": torch.zeros(3, dtype=torch.uint8)}, "bytes of whole tensors, got 3"),
         ({"new": torch.zeros(3, dtype=torch.int32)}, "expected 2 sparse tensors, got 3"),
+        ({"parent": "0" * 32}, "does not build on its own base"),
     ],
 )
 def test_numbers_that_do_not_fit(change: dict[str, Any], message: str):
     patch = signed(replace(whole_patch(1, BASE, {}), **change))
     with pytest.raises(PatchError, match=message):
         WeightReceiver(states(BASE)).receive(patch)
+
+
+def test_an_increment_of_other_tensors():
+    receiver = WeightReceiver(states(BASE))
+    first = whole_patch(1, BASE, {"a": change([1])})
+    receiver.receive(first)
+    new = torch.zeros(3, dtype=torch.int32)
+    with pytest.raises(PatchError, match="expected 2 sparse tensors, got 3"):
+        receiver.receive(replace(first, version=2, parent=first.digest, new=new, manifest=None))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": "2"}, "a patch of format '2', this sparse_optim reads '1'"),
+        ({"format": "sparse_optim.delta"}, "a safetensors file, but no patch"),
+        ({"version": "-1"}, "its version is '-1', expected a number"),
+        ({"version": "9" * 19}, "expected a number"),
+        ({"version": ""}, "expected a number"),
+        ({"run": ""}, "its run is '', expected a name"),
+        ({"digest": "x"}, "its digest is 'x', expected 32 hex digits"),
+        ({"parent": "0" * 31}, "expected 32 hex digits"),
+        ({"manifest": "{}"}, "its list of tensors is damaged"),
+        ({"manifest": "[" * 100_000}, "its list of tensors is damaged"),
+        ({"manifest": '[[],[],[],{"a":"b"}]'}, "ties a name to one that is not there"),
+        ({"manifest": '[[["a",[2],"F32","x"],["a",[2],"F32","x"]],[],[],{}]'}, "names one twice"),
+        ({"manifest": '[[["a",[2],"F32",""]],[],[],{}]'}, "has fingerprint ''"),
+        ({"manifest": '[[["a",[2147483649],"F32","x"]],[],[],{}]'}, "2147483649 entries"),
+        ({"manifest": '[[["a",[2.5],"F32","x"]],[],[],{}]'}, "has shape"),
+        ({"manifest": '[[["a",[2],"F31","x"]],[],[],{}]'}, "dtype 'F31' is unknown"),
+        ({"manifest": "[[" + ",".join("0" * 100_001) + "],[],[],{}]"}, "more than 100000 tensors"),
+    ],
+    ids=str,
+)
+def test_headers_that_are_no_patch(published, change: dict[str, str], message: str):
+    data = published[1][1]
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header["__metadata__"] |= change
+    text = json.dumps(header).encode()
+    with pytest.raises(PatchError, match=message):
+        Patch.from_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
+
+
+def test_negative_numbers_of_new_entries(published):
+    patch = whole_patch(1, BASE, {"a": change([1])})
+    new = torch.tensor([2, -1], dtype=torch.int32)
+    with pytest.raises(PatchError, match="numbers of new entries do not fit"):
+        Patch.from_bytes(replace(patch, new=new).to_bytes())
 
 
 def test_a_model_that_does_not_fit(published):
@@ -241,12 +333,14 @@ def test_a_model_that_does_not_fit(published):
 
 
 def test_outside_writes_are_noticed(published):
-    patches, _, weights = published
+    patches, wholes, weights = published
     net = Net()
     receiver = WeightReceiver(net)
     receiver.receive(patches[1])
-    position = Patch.from_bytes(published[1][1]).position
-    for name, place in (("words.weight", int(position[0])), ("body.weight", 63), ("head.bias", 0)):
+    active = {name: index for name, index, *_ in Patch.from_bytes(wholes[1]).entries()}
+    inside = int(active["body.weight"][0])
+    outside = next(at for at in range(64) if at not in active["body.weight"])
+    for name, place in (("body.weight", inside), ("body.weight", outside), ("head.bias", 0)):
         before = states(net)
         with torch.no_grad():
             dict(net.named_parameters())[name].view(-1)[place] += 1
@@ -259,6 +353,84 @@ def test_outside_writes_are_noticed(published):
     assert receiver.version == 1
     assert receiver.receive(patches[2])  # undone: it goes on
     assert_same(net, weights[2])
+
+
+def test_writes_that_torch_does_not_count_are_found_by_verify(published):
+    patches, wholes, _ = published
+    net = Net()
+    receiver = WeightReceiver(net)
+    receiver.receive(patches[1])
+    index = Patch.from_bytes(wholes[1]).entries().__next__().indices
+    for name, place in (("body.weight", int(index[0])), ("body.bias", 0), ("head.bias", 1)):
+        tensor = net.get_parameter(name).data.view(-1)
+        kept = float(tensor[place])
+        tensor[place] += 1
+        with pytest.raises(PatchError, match=f"other code has changed '{name}'"):
+            receiver.verify()
+        tensor[place] = kept
+    receiver.verify()
+
+
+def test_a_patch_costs_its_entries(published, monkeypatch):
+    """After the first one, no tensor is hashed."""
+    patches, _, weights = published
+    net = Net()
+    receiver = WeightReceiver(net)
+    receiver.receive(patches[1])
+    monkeypatch.setattr(_held, "fingerprint", lambda _: pytest.fail("hashed a tensor"))
+    receiver.receive(patches[2])
+    receiver.rollback()
+    receiver.receive(patches[2])
+    assert_same(net, weights[2])
+
+
+def test_memory_an_entry(published):
+    """Versions that are gone leave nothing behind: one tensor after another gets its entries."""
+    tensors = {f"layer{number}": torch.zeros(400) for number in range(20)}
+    receiver = WeightReceiver(tensors)
+    changes: dict[str, Any] = {}
+    base = {name: tensor.clone() for name, tensor in tensors.items()}
+    for version, name in enumerate(tensors, start=1):
+        changes[name] = change(list(range(0, 400, 2)))
+        receiver.receive(whole_patch(version, base, changes))
+    storages = {
+        held.position.untyped_storage().data_ptr(): held.position.untyped_storage().nbytes()
+        for held in receiver._sparse
+    }
+    assert sum(storages.values()) == 4 * 20 * 200
+
+
+def test_two_tensors_in_one_place(published):
+    """A model that ties what the run trains apart, and views that overlap."""
+    memory = torch.zeros(9)
+    base = {"a": torch.zeros(3), "b": torch.zeros(3)}
+    patch = whole_patch(1, base, {"a": change([1]), "b": change([2], 5.0)})
+    for views in (
+        {"a": memory[:3], "b": memory[:3]},
+        {"a": memory[:3], "b": memory[2:5]},
+        {"a": memory[:5:2], "b": memory[4:9:2]},
+    ):
+        with pytest.raises(PatchError, match="shares memory with another tensor of the run"):
+            WeightReceiver(views).receive(patch)
+        assert not memory.any()
+    square = whole_patch(1, {"a": torch.zeros(3, 3)}, {"a": change([1])})
+    with pytest.raises(PatchError, match="'a' shares memory with another tensor of the run, or"):
+        WeightReceiver({"a": memory.as_strided((3, 3), (1, 1))}).receive(square)
+    assert WeightReceiver({"a": memory[:5:2], "b": memory[1:6:2]}).receive(patch)  # by turns
+    assert memory.tolist() == [0, 0, 7, 0, 0, 5, 0, 0, 0]
+
+
+def test_views_are_made_anew_for_a_model_that_moves(published):
+    patches, _, weights = published
+    net = Net()
+    receiver = WeightReceiver(lambda: {n: t.detach() for n, t in net.state_dict().items()})
+    receiver.receive(patches[1])
+    for param in net.parameters():
+        param.data = param.data.clone()
+    receiver.receive(patches[2])
+    assert_same(net, weights[2])
+    with pytest.raises(TypeError, match="model: expected a module, a mapping of tensors, or"):
+        WeightReceiver("a folder")
 
 
 def test_a_model_may_move_and_be_rebuilt(published):
@@ -327,7 +499,76 @@ def test_a_write_that_fails_is_undone(published, error: type[BaseException], mon
     assert_same(net, weights[3])
 
 
-def test_other_tensors_come_or_the_old_ones_stay(published, monkeypatch):
+@pytest.mark.parametrize("number", range(1, 12))
+def test_a_write_that_fails_after_other_tensors_came_is_undone(published, number, monkeypatch):
+    patches, _, weights = published
+    net = Net()
+    receiver = WeightReceiver(net)
+    receiver.receive(patches[1])
+    receiver.receive(patches[2])
+    few = {"body.bias": weights[0]["body.bias"], "words.weight": weights[0]["words.weight"]}
+    other = whole_patch(9, few, {"body.bias": change([1]), "words.weight": change([3])})
+    write, left = _targets.Target.write, [number]
+
+    def fails(*arguments: Any) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise RuntimeError("planted")
+        write(*arguments)
+
+    monkeypatch.setattr(_targets.Target, "write", fails)
+    try:
+        receiver.receive(other)
+    except RuntimeError:
+        assert receiver.version == 2
+        assert_same(net, weights[2])
+        receiver.verify()
+        receiver.rollback()
+        assert_same(net, weights[1])
+    else:
+        assert left[0] > 0  # there were fewer writes
+        assert receiver.version == 9
+
+
+def test_interrupts_at_every_line(published):
+    """The model holds a whole version, and the receiver knows which."""
+    patches, _, weights = published
+    code = {
+        function.__code__
+        for function in vars(WeightReceiver).values()
+        if hasattr(function, "__code__")
+    }
+    for number in itertools.count(1):
+        net, left = Net(), number
+        receiver = WeightReceiver(net)
+        receiver.receive(patches[1])
+
+        def tracer(frame, event, _):
+            nonlocal left
+            if event == "line":
+                left -= 1
+                if left == 0:
+                    raise KeyboardInterrupt
+            return tracer if frame.f_code in code else None
+
+        before = sys.gettrace()
+        sys.settrace(tracer)
+        try:
+            receiver.receive(patches[2])
+            receiver.reset()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(before)
+        assert_same(net, weights[receiver.version])
+        receiver.verify()
+        if left > 0:
+            assert receiver.version == 0
+            break
+    assert number > 50
+
+
+def test_other_tensors_come_or_the_old_ones_stay(published):
     """A whole patch with another manifest goes over the base, or nothing changes."""
     patches, _, weights = published
     net = Net()
@@ -346,7 +587,7 @@ def test_other_tensors_come_or_the_old_ones_stay(published, monkeypatch):
     expected = states(weights[0])
     expected["body.bias"][1] = 7.0
     assert_same(net, expected)
-    with pytest.raises(PatchError, match="version 9 of another run"):
+    with pytest.raises(PatchError, match="version 9 of run 'by hand', but the model holds 9"):
         receiver.receive(whole_patch(9, few, {"body.bias": change([2])}))
     receiver.reset()
     assert_same(net, weights[0])
@@ -380,6 +621,19 @@ def test_threads_see_whole_versions(published):
     for reader in readers:
         reader.join()
     assert not faults
+
+
+def test_in_and_out_of_inference_mode(published):
+    patches, _, weights = published
+    net = Net()
+    receiver = WeightReceiver(net)
+    with torch.inference_mode():
+        receiver.receive(patches[1])
+    receiver.receive(patches[2])
+    with torch.inference_mode():
+        receiver.receive(patches[3])
+    assert_same(net, weights[3])
+    receiver.verify()
 
 
 def test_inference_tensors(published):

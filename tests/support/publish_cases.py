@@ -106,11 +106,13 @@ def whole_patch(
             for name, tensor in base.items()
         ),
         (),
+        (),
         {},
     )
     empty = torch.empty(0, dtype=torch.int64)
     given = [changes.get(name, (empty, base[name].new_empty(0))) for name in base]
     patch = Patch(
+        run="by hand",
         version=version,
         digest="",
         parent=manifest.digest,

@@ -483,7 +483,10 @@ def published() -> None:
         net, single, served = Net(), Net(), Net()
         by_fsdp(mesh)(net)
         optimizer, oracle = optimizer_of(net, dense=dense), optimizer_of(single, dense=dense)
-        ours, theirs = WeightPublisher(optimizer, net), WeightPublisher(oracle, single)
+        ours, theirs = (
+            WeightPublisher(each, model, run="one")
+            for each, model in ((optimizer, net), (oracle, single))
+        )
         receiver = WeightReceiver(served)
         for step in range(STEPS):
             make_up(net, step)
