@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # Light to dark: matplotlib's YlGnBu, as in the pictures; letters are white on the dark ones.
 SHADES = ("#edf8b1", "#c7e9b4", "#7fcdbb", "#41b6c4", "#1d91c0", "#225ea8", "#0c2c84")
 DARK = 4
-WORD = 10  # characters of a heading's line
+WORD = 12  # characters of a heading's line
 NUMBER = 5  # characters of a cell
 NAMES = 48  # characters of a line of a tensor's name
 PIECES = re.compile(r"(?<=_)|(?<=[a-z])(?=[A-Z])")  # a long word may be broken here

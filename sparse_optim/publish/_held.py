@@ -46,22 +46,22 @@ class Held:
         places = [none.to(target.view.device) for target in located.targets]
         return Held(located, none.int(), places, torch.empty(0, dtype=located.spec.dtype))
 
-    def at(self, position: Tensor, fresh: Tensor | None) -> Held:
+    def at(self, position: Tensor, is_new: Tensor | None) -> Held:
         """At another version, of which nothing is written yet.
 
         Args:
             position: (n,), int32, of its entries.
-            fresh: (n,), bool, which of them are new; None if old ones may be missing.
+            is_new: (n,), bool, which of them are new; None if old ones may be missing.
         """
         if torch.equal(position, self.position):
             return replace(self, position=position)  # a view of the old one would keep all of it
-        if fresh is None:
+        if is_new is None:
             at = torch.searchsorted(self.position, position)
             known = at < self.position.numel()
             known[known.clone()] = self.position[at[known]] == position[known]
             kept = bits(self.original)[at[known]]
         else:
-            known, kept = ~fresh, bits(self.original)
+            known, kept = ~is_new, bits(self.original)
         original = bits(self.original.new_empty(position.numel()))
         original[known] = kept
         target = self.located.targets[0]

@@ -123,14 +123,14 @@ class WeightPublisher:
         if before is None or before[0].parent != whole.parent:
             return whole
         last, step = before
-        fresh = _new_entries(last, step, whole, moved)
-        if fresh is None:
+        added = _new_entries(last, step, whole, moved)
+        if added is None:
             return whole
         return replace(
             whole,
             parent=last.digest,
-            new=torch.searchsorted(fresh, torch.tensor(moved.offsets)).diff().int(),
-            position=position[fresh],
+            new=torch.searchsorted(added, torch.tensor(moved.offsets)).diff().int(),
+            position=position[added],
             manifest=None,
         )
 
@@ -234,11 +234,11 @@ def _new_entries(last: Patch, step: int, whole: Patch, moved: Moved) -> Tensor |
     """Places of the entries that the last version, of `step`, did not have, (k,) int64, ascending;
     None if it had others, too."""
     if moved.unmask_step is not None:
-        fresh = moved.unmask_step.cpu() > step
+        is_new = moved.unmask_step.cpu() > step
     else:
-        fresh = ~torch.isin(entry_keys(whole), entry_keys(last), assume_unique=True)
-    places = fresh.nonzero().view(-1)
+        is_new = ~torch.isin(entry_keys(whole), entry_keys(last), assume_unique=True)
+    places = is_new.nonzero().view(-1)
     counts = torch.searchsorted(places, torch.tensor(moved.offsets)).diff()
-    known = whole.position if not places.numel() else whole.position[~fresh]
+    known = whole.position if not places.numel() else whole.position[~is_new]
     same = torch.equal(whole.new - counts, last.new) and torch.equal(known, last.position)
     return places if same else None

@@ -13,7 +13,7 @@ from sparse_optim.publish._digest import check_key
 from sparse_optim.publish._held import Held, outside_write
 from sparse_optim.publish._manifest import PatchError
 from sparse_optim.publish._patch import MissingVersionError, Patch
-from sparse_optim.publish._stage import base_of, check_whole, grown
+from sparse_optim.publish._stage import apply_increment, base_of, check_whole
 from sparse_optim.publish._targets import Located, Views, check_disjoint
 
 
@@ -111,16 +111,16 @@ class WeightReceiver:
                     )
                 return False
             if patch.manifest is not None:
-                whole, fresh = patch, None
+                whole, is_new = patch, None
             elif self._now is None or patch.parent != self._now.digest:
                 raise MissingVersionError(
                     f"version {patch.version} builds on one that the model does not hold (it has "
                     f"{self.version}): give it a whole patch, WeightPublisher.whole()"
                 )
             else:
-                whole, fresh = grown(self._now, patch)
+                whole, is_new = apply_increment(self._now, patch)
             check_whole(whole, self._key)
-            self._staged = whole, fresh
+            self._staged = whole, is_new
             return True
 
     def commit(self) -> None:
@@ -134,14 +134,14 @@ class WeightReceiver:
         with self.lock:
             if self._staged is None:
                 raise ValueError("nothing is staged: stage(patch) first")
-            (whole, fresh), self._staged = self._staged, None
+            (whole, is_new), self._staged = self._staged, None
             before = self._now
             if before is not None and before.parent != whole.parent:
                 self._exchange(whole)
             else:
                 if before is None:
                     self._join(whole)
-                self._move(whole, fresh)
+                self._move(whole, is_new)
             same_tensors = before is not None and before.parent == whole.parent
             self._before = before if before and before.version and same_tensors else None
 
@@ -236,11 +236,11 @@ class WeightReceiver:
             self._before = before
             raise
 
-    def _move(self, whole: Patch, fresh: Tensor | None = None) -> None:
+    def _move(self, whole: Patch, is_new: Tensor | None = None) -> None:
         """Bring the model from the version that it holds to another one.
 
         Args:
-            fresh: (n,), bool, which of its entries are new; None where others may be gone.
+            is_new: (n,), bool, which of its entries are new; None where others may be gone.
         """
         now = self._check_unwritten()
         before, counts = self._sparse, whole.new.tolist()
@@ -249,12 +249,12 @@ class WeightReceiver:
             for held, position, new in zip(
                 before,
                 whole.position.split(counts),
-                (None for _ in counts) if fresh is None else fresh.split(counts),
+                (None for _ in counts) if is_new is None else is_new.split(counts),
                 strict=True,
             )
         ]
         try:
-            self._write(before, after, whole, keep_all=fresh is not None)
+            self._write(before, after, whole, keep_all=is_new is not None)
             self._sparse, self._now = after, whole
             self._note()
         except BaseException:  # also an interrupt: never leave half a version

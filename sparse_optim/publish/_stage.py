@@ -30,7 +30,7 @@ def check_whole(whole: Patch, key: bytes | None) -> None:
         )
 
 
-def grown(before: Patch, patch: Patch) -> tuple[Patch, Tensor]:
+def apply_increment(before: Patch, patch: Patch) -> tuple[Patch, Tensor]:
     """Add an increment to a version.
 
     Returns:
@@ -42,22 +42,22 @@ def grown(before: Patch, patch: Patch) -> tuple[Patch, Tensor]:
     if patch.new.numel() != before.new.numel():
         raise PatchError(f"expected {before.new.numel()} sparse tensors, got {patch.new.numel()}")
     counts, position = before.new + patch.new, before.position
-    fresh = torch.zeros(position.numel() + patch.position.numel(), dtype=torch.bool)
+    is_new = torch.zeros(position.numel() + patch.position.numel(), dtype=torch.bool)
     if patch.position.numel():
         before_keys, keys = entry_keys(before), entry_keys(patch)
         at = torch.searchsorted(before_keys, keys)
         inside = at < before_keys.numel()
         if bool((keys.diff() <= 0).any()) or bool((before_keys[at[inside]] == keys[inside]).any()):
             raise PatchError("new positions that come twice, in another order, or are there")
-        fresh[at + torch.arange(at.numel())] = True
-        position = torch.empty(fresh.numel(), dtype=torch.int32)
-        position[fresh], position[~fresh] = patch.position, before.position
+        is_new[at + torch.arange(at.numel())] = True
+        position = torch.empty(is_new.numel(), dtype=torch.int32)
+        position[is_new], position[~is_new] = patch.position, before.position
     following = replace(
         before,
         run=patch.run, version=patch.version, digest=patch.digest, new=counts, position=position,
         value=patch.value, dense=patch.dense,
     )  # fmt: skip
-    return following, fresh
+    return following, is_new
 
 
 def base_of(whole: Patch) -> Patch:
