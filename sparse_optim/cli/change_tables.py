@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # Light to dark: matplotlib's YlGnBu, as in the pictures; letters are white on the dark ones.
 SHADES = ("#edf8b1", "#c7e9b4", "#7fcdbb", "#41b6c4", "#1d91c0", "#225ea8", "#0c2c84")
 DARK = 4
-WORD = 12  # characters of a heading's line
+WORDS = (13, 10)  # characters of a heading's line, where the map fits the terminal, and where not
 NUMBER = 5  # characters of a cell
 NAMES = 48  # characters of a line of a tensor's name
 PIECES = re.compile(r"(?<=_)|(?<=[a-z])(?=[A-Z])")  # a long word may be broken here
@@ -142,13 +142,16 @@ def map_tables(found: ChangeMap, heat: Heat, width: int) -> Iterator[RenderableT
     }
     shown = [module for module in found.modules if sums[module].entries]
     short = short_names(found.modules)
-    headings = {module: fold_heading(short[module]) for module in shown}
     labels = [".".join(map(str, layer)) for layer in found.layers]
     first = max(map(len, ("layer", *labels)))
+    for word in WORDS:
+        headings = {module: fold_heading(short[module], word) for module in shown}
+        chunks = list(_chunks(headings, width - first - NUMBER - 1)) or [[]]
+        if len(chunks) == 1:
+            break
     title = plain(found.stack)
     title.stylize("bold")
     title.append(f": {heat.title}", "not bold")
-    chunks = list(_chunks(headings, width - first - NUMBER - 1)) or [[]]
     for number, chunk in enumerate(chunks):
         last = number == len(chunks) - 1
         yield Text("\n") + title if number == 0 else Text("")
@@ -190,18 +193,20 @@ def others_table(changes: Mapping[str, Change], heat: Heat, every: bool) -> Tabl
     return table
 
 
-def fold_heading(name: str) -> list[str]:
-    """The lines of a module's name above its column, none longer than WORD.
+def fold_heading(name: str, most: int) -> list[str]:
+    """The lines of a module's name above its column, none longer than `most`.
 
     Examples:
-        >>> fold_heading("attention.output.dense"), fold_heading("layer.1.EncDecAttention.q")
-        (['attention.', 'output.', 'dense'], ['layer.1.', 'EncDec', 'Attention.', 'q'])
+        >>> fold_heading("attention.output.dense", 10)
+        ['attention.', 'output.', 'dense']
+        >>> fold_heading("layer.1.EncDecAttention.q", 10)
+        ['layer.1.', 'EncDec', 'Attention.', 'q']
     """
     lines = [""]
     for part in re.split(r"(?<=\.)", name):
-        for piece in [part] if len(part) <= WORD else PIECES.split(part):
-            short = piece if len(piece) <= WORD else f"{piece[: WORD - 1]}…"
-            if lines[-1] and len(lines[-1] + short) > WORD:
+        for piece in [part] if len(part) <= most else PIECES.split(part):
+            short = piece if len(piece) <= most else f"{piece[: most - 1]}…"
+            if lines[-1] and len(lines[-1] + short) > most:
                 lines.append("")
             lines[-1] += short
     return lines
