@@ -126,15 +126,16 @@ def check_disjoint(located: Sequence[Located]) -> None:
         if target.memory.numel()
     ]
     targets.sort(key=lambda entry: entry[0])
-    while targets:
-        first, target, _ = targets[0]
-        end, count = first + target.memory.nbytes, 1
-        while count < len(targets) and targets[count][0] < end:
-            end = max(end, targets[count][0] + targets[count][1].memory.nbytes)
-            count += 1
-        if count > 1 or not target.view.is_contiguous():
-            _check_group(targets[:count], first, end)
-        targets = targets[count:]
+    index = 0
+    while index < len(targets):
+        (first, target, _), beyond = targets[index], index + 1
+        end = first + target.memory.nbytes
+        while beyond < len(targets) and targets[beyond][0] < end:
+            end = max(end, targets[beyond][0] + targets[beyond][1].memory.nbytes)
+            beyond += 1
+        if beyond > index + 1 or not target.view.is_contiguous():
+            _check_group(targets[index:beyond], first, end)
+        index = beyond
 
 
 def _check_group(targets: list[tuple[int, Target, str]], first: int, end: int) -> None:

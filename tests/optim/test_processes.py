@@ -65,6 +65,7 @@ run(selection=Repeat(20))
 run(bias_correction="global")
 run(backend="reference")
 run(uneven=True)
+dist.barrier()
 dist.destroy_process_group()
 print("equal")
 """
