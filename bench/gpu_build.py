@@ -48,7 +48,9 @@ def extension() -> None:
     if list(PREPARED.glob("_C*.so")):
         for library in PACKAGE.glob("_C*.so"):
             library.unlink()
-    subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=ROOT, check=True)
+    line = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    if code := subprocess.run(line, cwd=ROOT, check=False).returncode:
+        sys.exit(code)  # what it printed last is the reason
 
 
 def library() -> None:

@@ -53,7 +53,8 @@ def command(phase: Phase, records: Path, is_dry: bool) -> Command:
         return f"{need}, the GPU has {there / 1e9:.0f}"
     if phase.kind in COMMANDS:
         return COMMANDS[phase.kind](phase, is_dry)
-    return [sys.executable, "-m", "bench.gpu_phases", phase.name, str(records)]
+    dry = ["--dry-run"] if is_dry else []
+    return [sys.executable, "-m", "bench.gpu_phases", phase.name, str(records), *dry]
 
 
 def _build(phase: Phase, is_dry: bool) -> Command:

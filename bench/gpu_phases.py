@@ -1,7 +1,7 @@
-"""Measure one phase of a GPU report: python -m bench.gpu_phases NAME FILE
+"""Measure one phase of a GPU report: python -m bench.gpu_phases NAME FILE [--dry-run]
 
-Writes one record a line to FILE, as soon as it is available. Without a GPU the phase is measured as
-in a dry run: on the CPU, with a tiny model.
+Writes one record a line to FILE, as soon as it is available. --dry-run measures on the CPU, with a
+tiny model. Without it a GPU is needed: one that is lost during a report must not pass for measured.
 """
 
 from __future__ import annotations
@@ -174,10 +174,13 @@ def freeze_modules() -> None:
 
 def main() -> None:
     """Measure one phase; write each record to the file as soon as it is available."""
-    name, path = sys.argv[1:]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name, path, *options = sys.argv[1:]
+    is_dry = options == ["--dry-run"]
+    if not is_dry and not torch.cuda.is_available():
+        sys.exit("torch sees no CUDA device")
+    device = torch.device("cpu" if is_dry else "cuda")
     (phase,) = (phase for phase in PHASES if phase.name == name)
-    if device.type == "cpu":
+    if is_dry:
         phase = dry(phase)
     cell = phase.cell
     labels = {"kind": phase.kind, "phase": phase.name} | (

@@ -164,16 +164,22 @@ def run_phase(
         report["seconds"] = round(time.monotonic() - start, 1)
         text = log.read_text(errors="replace")
         found = records.read_text().splitlines(keepends=True) if records.exists() else []
-    report["output"] = ends(text, OUTPUT_CHARACTERS)
-    if phase.kind in SUMMARISED:
-        report["summary"] = next(iter(text.splitlines()[::-1]), "")[:160]
-    report["status"] = _interpreted(phase, report["status"], text)
     # A stopped process may leave half a line.
-    return report, [json.loads(line) for line in found if line.endswith("\n")], text
+    measured = [json.loads(line) for line in found if line.endswith("\n")]
+    report["output"] = ends(text, OUTPUT_CHARACTERS)
+    report["status"] = _interpreted(phase, report["status"], text, measured)
+    if phase.kind in SUMMARISED or report["status"].startswith("failed with"):
+        report["summary"] = next(filter(str.strip, text.splitlines()[::-1]), "")[:160]
+    return report, measured, text
 
 
-def _interpreted(phase: Phase, status: str, text: str) -> str:
-    """Return the status of a phase, in the light of what it printed."""
+def _interpreted(phase: Phase, status: str, text: str, records: list[Any]) -> str:
+    """Return the status of a phase, in the light of what it printed and recorded."""
+    if status == "ok" and records:
+        if all("absent" in record for record in records):
+            return f"left out: {records[0]['absent']}"
+        if all({"absent", "failed"} & record.keys() for record in records):
+            return f"failed: {next(each['failed'] for each in records if 'failed' in each)}"
     by_sanitizer = status.endswith(f"status {gpu_commands.SANITIZER_ERRORS}")
     if phase.kind.startswith("sanitizer") and by_sanitizer:
         return f"failed: {phase.which} reported errors"

@@ -3,7 +3,9 @@
 //   grad_norm   = sqrt(sum of norms^2) / grad_scale
 //   grad_factor = min(1, max_grad_norm / (grad_norm + 1e-6)) / grad_scale
 //
-// Bytes: 8 a gradient. One block, which adds in the same order in every run and on every device.
+// Bytes: 8 a gradient, 2 KB of 291. Predicted: bytes / bandwidth = a nanosecond or two on A100,
+// A6000, H100 and H200, so that its launch is all it takes. One block, which adds in the same order
+// in every run and on every device.
 #include "core/clip.h"
 #include "cuda/device.h"
 

@@ -19,11 +19,13 @@
 //   shared memory and L1: 4 wavefronts for 32 products                                 8 ms
 //   instructions: 15 for 32 products                                                   7 ms
 //
-// (The last two count a pass over all entries of a block for each tile of 4096 columns, 2048 of
-// float32: 1.4 on average.) So 15 to 20 ms if these overlap in part, against 90 ms for the dense
-// products, which are faster from a density of some 0.3% on. Not taken: inner read entry by entry
-// (32 bytes a product, 460 GB, 90 ms); both matrices transposed in memory first (20 GB read and 20
-// written, then 3 to 4 bytes a product, 25 ms, and scratch memory of their size).
+// H200 has the same chip. By multiprocessors times clock, A100 (108 at 1.41 GHz) and A6000 (84 at
+// 1.8) take 1.5 times as long. (The last two rows count a pass over all entries of a block for each
+// tile of 4096 columns, 2048 of float32: 1.4 on average.) So 15 to 20 ms if these overlap in part,
+// against 90 ms for the dense products, which are faster from a density of some 0.3% on. Not taken:
+// inner read entry by entry (32 bytes a product, 460 GB, 90 ms); both matrices transposed in memory
+// first (20 GB read and 20 written, then 3 to 4 bytes a product, 25 ms, and scratch memory of their
+// size).
 //
 // An entry's sum runs over four tokens, by fused multiply-adds, then over the fours of a chunk,
 // over 16 chunks, and over these, each in turn and from zero, as long sums of float32 lose digits.

@@ -101,6 +101,26 @@ def test_an_interrupted_report_ends_its_phases(tmp_path, monkeypatch):
     assert not report._processes._running
 
 
+@pytest.mark.parametrize(
+    ("records", "status"),
+    [
+        ('{"failed": "no driver"}', "failed: no driver"),
+        ('{"absent": "no module"}', "left out: no module"),
+        ('{"failed": "no driver"}\\n{"us": [1]}', "ok"),
+    ],
+)
+def test_a_phase_that_measures_nothing_is_not_ok(monkeypatch, records, status):
+    programs(monkeypatch, {"a": f"import sys; open(sys.argv[1], 'w').write('{records}\\n')"})
+    assert gpu_runner.run_phase(Phase("a", "steps", 20), 60, is_dry=True)[0]["status"] == status
+
+
+def test_without_its_gpu_a_phase_fails_instead_of_measuring_the_cpu(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["gpu_phases", "bandwidth", str(tmp_path / "records")])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit, match="no CUDA device"):
+        gpu_phases.main()
+
+
 def test_records_of_a_phase_that_dies_are_kept(monkeypatch):
     """All but half a line."""
     lines = '{"us": [1]}\\n{"us": [2'
@@ -175,7 +195,7 @@ def test_commands_of_the_phases(monkeypatch):
                 assert line[line.index("-k") + 1] == phase.which
                 assert ("--dry-gpu" in line) == is_dry
             if phase.kind in gpu_phases.MEASURE:
-                assert line[-2:] == [phase.name, "out"]
+                assert line[3:] == [phase.name, "out", *(["--dry-run"] if is_dry else [])]
                 assert phase.cell is None or phase.cell.model in shapes.MODELS
             else:
                 assert phase.kind in gpu_commands.COMMANDS
