@@ -4,8 +4,8 @@
     grad_factor <- min(1, max_grad_norm / (grad_norm + 1e-6)) / grad_scale
 
 Bytes: 8 a gradient, by one program; 2 KB of 291. Predicted: bytes / bandwidth = a nanosecond or two
-on A100, A6000, H100 and H200, so that its launch is all it takes. Rounded otherwise than in the reference: the sum in another
-order, max_grad_norm to float32, as Triton passes numbers.
+on A100, A6000, H100 and H200, so that its launch is all it takes. Rounded otherwise than in the
+reference: the sum in another order, max_grad_norm to float32, as Triton passes numbers.
 Not run on a GPU yet: compiled ahead of time and interpreted.
 """
 

@@ -3,10 +3,10 @@
     tile_max[j] <- max over frozen entries of tile j of the bits of |score| (/ sqrt(E))
 
 Bytes: one read of the scores, about 16 per tile. 7B (N = 6.74e9) with scores in float32: 27 GB.
-Predicted: bytes / bandwidth = 13 ms on A100 (2.0 TB/s), 35 ms on A6000 (0.768), 8.0 ms on H100 (3.35),
-5.6 ms on H200 (4.8); half of that in bfloat16. With noise, arithmetic comes on top: ten rounds of
-Philox for four entries, a logarithm, a root and two divisions for each. Bitwise equal to the
-reference.
+Predicted: bytes / bandwidth = 13 ms on A100 (2.0 TB/s), 35 ms on A6000 (0.768), 8.0 ms on H100
+(3.35), 5.6 ms on H200 (4.8); half of that in bfloat16. With noise, arithmetic comes on top: ten
+rounds of Philox for four entries, a logarithm, a root and two divisions for each. Bitwise equal to
+the reference.
 Not run on a GPU yet: compiled ahead of time and interpreted.
 """
 

@@ -11,8 +11,8 @@ Bytes: both matrices read and written once by the transpose, then 2 values per e
 which consecutive entries of a row share one. Predicted, not measured, for 3.5M entries of a 7B
 model in bfloat16 and 4096 tokens: 41 GB by the transposes and 29 to 57 GB through L2, on an H100 25
 ms against 90 ms for the dense products; the CUDA kernel needs no transposed copy. Bytes / bandwidth
-of the transposes alone: 20 ms on A100 (2.0 TB/s), 53 on A6000 (0.768), 12 on H100 (3.35), 8.5 on H200
-(4.8).
+of the transposes alone: 20 ms on A100 (2.0 TB/s), 53 on A6000 (0.768), 12 on H100 (3.35), 8.5 on
+H200 (4.8).
 
 Not bitwise equal to the reference: each of TOKENS lanes sums every TOKENS-th token in turn, then
 the lanes are added in pairs. The order does not depend on the layout or on tokens of zero gradient
