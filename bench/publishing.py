@@ -10,7 +10,7 @@ On a model in bfloat16 with random gradients, after a step each, in one process:
     receive         WeightReceiver.receive: read, check, write
     dense copy      all weights written over those of another model
 
-Times are those of runs whose budget is spent, in all but the last row, where a twentieth of it is
+Times are those of runs whose budget is spent, in all but the last two rows, where a part of it is
 unmasked in each step. Bytes are the mean of thirty versions from the first step on, of which twenty
 unmask; a snapshot scheme is counted with the whole model as its first version and before every
 tenth, by which late and damaged receivers find a start.
@@ -115,7 +115,7 @@ def count_bytes(model: str, share: float) -> dict[str, float]:
 
 def measure_times(model: str, share: float, rounds: int) -> dict[str, float]:
     """Median milliseconds of each subject."""
-    spent, growing = Scene(model, share, 1), Scene(model, share, 4 * (rounds + 4))
+    spent, growing = Scene(model, share, 1), Scene(model, share, UNMASKING * 10)
     served = {name: param.detach().clone() for name, param in spent.net.named_parameters()}
     receiver, source = WeightReceiver(served), WeightPublisher(spent.optimizer)
     publisher, further = WeightPublisher(spent.optimizer), WeightPublisher(growing.optimizer)
@@ -136,7 +136,7 @@ def measure_times(model: str, share: float, rounds: int) -> dict[str, float]:
             lambda: further.patch().to_bytes(),
             prepare=growing.step,
         ),
-        Subject({"name": "gather with new entries"}, growing.gather),
+        Subject({"name": "gather with new entries"}, growing.gather, prepare=growing.step),
     ]
     records = interleave(subjects, rounds, warmup=2)
     return {each["name"]: statistics.median(each["us"]) / 1e3 for each in records}
