@@ -1,6 +1,7 @@
 """Time and bytes of publishing weights: python -m bench.publishing
 
-On a model in bfloat16 with random gradients, after a step each, in one process:
+On a model in bfloat16 with random gradients, after a step each, in one process of one thread (of
+two, the other takes milliseconds to wake up in whichever operation is the first to use it):
 
     patch           WeightPublisher.patch, with its file
     gather          the values of the active entries out of the model by torch alone: the limit
@@ -149,6 +150,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--write", action="store_true", help="record under bench/results")
     options = parser.parse_args()
+    torch.set_num_threads(1)
     conditions, found = Conditions.begin(), {}
     for share in (0.001, 0.01):
         times = measure_times(options.model, share, options.rounds)
