@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -127,6 +128,12 @@ def whole_patch(
 
 def signed(patch: Patch, key: bytes | None = None) -> Patch:
     """A whole patch with the digest of its contents."""
-    from dataclasses import replace
-
     return replace(patch, digest=digest_of(patch, key))
+
+
+BASE = {"a": torch.zeros(3, 4), "b": torch.ones(5)}
+
+
+def change(positions: list[int], value: float = 7.0) -> tuple[Tensor, Tensor]:
+    """The same value at some positions."""
+    return torch.tensor(positions), torch.full((len(positions),), value)
