@@ -72,6 +72,7 @@ def test_trackers_get_the_metrics_and_checkpoints_a_delta(tmp_path):
 RANK = """
 import sys, torch
 from pathlib import Path
+from processes import leave_group
 from tiny_trainer import arguments, trainer_of
 from sparse_optim.integrations.callback import SelectiveCallback
 from sparse_optim.integrations.from_arguments import from_arguments
@@ -84,8 +85,7 @@ SelectiveCallback().attach(trainer)
 trainer.train()
 weights = torch.cat([param.detach().flatten() for param in trainer.model.parameters()])
 print("found", args.world_size, trainer.raw_optimizer.metrics()["active"], weights.sum().item())
-torch.distributed.barrier()  # the first process keeps the store of all: it must not end first
-torch.distributed.destroy_process_group()
+leave_group()
 """
 
 

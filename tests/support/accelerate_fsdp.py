@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from processes import leave_group
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -85,7 +86,7 @@ def main() -> None:
     for got, want in zip(weights(net), expected, strict=True):
         assert torch.equal(got, want)
     save_delta(optimizer.optimizer.delta(net), folder / f"resumed{accelerator.process_index}")
-    accelerator.end_training()
+    leave_group()
 
 
 if __name__ == "__main__":

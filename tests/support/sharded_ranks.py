@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate.utils.fsdp_utils import fsdp2_switch_optimizer_parameters
+from processes import leave_group
 from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -560,7 +561,7 @@ def main() -> None:
         part(*[folder] * (part in (methods, layouts, resume)))
         dist.barrier()
         sys.stdout.write(f"{part.__name__}\n")
-    dist.destroy_process_group()
+    leave_group()
 
 
 PARTS = (
