@@ -27,7 +27,8 @@ from sparse_optim.delta._folder import MergedFolder, folder_tensors, merge_folde
 from sparse_optim.delta._format import content_fingerprint, load_delta, save_delta
 from sparse_optim.delta._series import Overlap, compose, increment, overlap
 from sparse_optim.delta._switch import DeltaSwitcher
-from sparse_optim.delta._types import Delta, DeltaError, SparseValues
+from sparse_optim.delta._types import Delta
+from sparse_optim.delta._values import DeltaError, SparseValues
 
 __all__ = [
     "Agreement",

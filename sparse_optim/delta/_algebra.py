@@ -20,7 +20,8 @@ from sparse_optim.delta._format import content_fingerprint
 from sparse_optim.delta._joined import split
 from sparse_optim.delta._shared import Base, Shared, share
 from sparse_optim.delta._tensors import bits
-from sparse_optim.delta._types import Delta, DeltaError, SparseValues
+from sparse_optim.delta._types import Delta
+from sparse_optim.delta._values import DeltaError, SparseValues
 from sparse_optim.delta._vectors import Floats, Vectors, as_floats, vectors_of
 
 

@@ -28,7 +28,8 @@ from sparse_optim.delta._tensors import (
     scatter_,
     storage_key,
 )
-from sparse_optim.delta._types import Delta, DeltaError
+from sparse_optim.delta._types import Delta
+from sparse_optim.delta._values import DeltaError
 from sparse_optim.warn import warn_user
 
 _Arguments = ParamSpec("_Arguments")

@@ -21,7 +21,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from sparse_optim.delta._types import DeltaError
+from sparse_optim.delta._values import DeltaError
 from sparse_optim.delta._vectors import ONE_THREAD, Floats, Integers, Mask, Vectors
 
 METHODS = ("sum", "ties", "dare", "dare-ties")

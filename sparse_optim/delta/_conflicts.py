@@ -10,7 +10,8 @@ import torch
 
 from sparse_optim.delta._series import check_same_layout, require_whole
 from sparse_optim.delta._shared import Base, share
-from sparse_optim.delta._types import Delta, DeltaError
+from sparse_optim.delta._types import Delta
+from sparse_optim.delta._values import DeltaError
 from sparse_optim.delta._vectors import Floats, Vectors, vectors_of
 
 

@@ -21,7 +21,8 @@ from sparse_optim.delta._apply import check_base
 from sparse_optim.delta._fingerprint import fingerprint
 from sparse_optim.delta._format import write_safetensors
 from sparse_optim.delta._names import Naming, match_names, renamed, untied
-from sparse_optim.delta._types import Delta, DeltaError
+from sparse_optim.delta._types import Delta
+from sparse_optim.delta._values import DeltaError
 from sparse_optim.files import replacing
 
 WEIGHTS = "model.safetensors"

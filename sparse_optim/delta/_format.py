@@ -36,7 +36,8 @@ from torch import Tensor
 from sparse_optim.delta._fingerprint import raw_bytes
 from sparse_optim.delta._packing import pack, unpack
 from sparse_optim.delta._tensors import DTYPE_CODES, DTYPES, bits
-from sparse_optim.delta._types import Delta, DeltaError, SparseValues, check_shape
+from sparse_optim.delta._types import Delta
+from sparse_optim.delta._values import DeltaError, SparseValues, check_shape
 from sparse_optim.files import replacing
 
 FORMAT = "sparse_optim.delta"

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from sparse_optim.delta._tensors import bits
-from sparse_optim.delta._types import MAX_NUMEL, SparseValues, unchecked
+from sparse_optim.delta._values import MAX_NUMEL, SparseValues, unchecked
 
 Array = NDArray[Any]
 Integers = NDArray[np.int64]

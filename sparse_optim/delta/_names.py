@@ -12,7 +12,8 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
-from sparse_optim.delta._types import Delta, DeltaError
+from sparse_optim.delta._types import Delta
+from sparse_optim.delta._values import DeltaError
 from sparse_optim.delta._wrappers import plain_names
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from sparse_optim.delta._joined import Joined, groups
-from sparse_optim.delta._types import SparseValues
+from sparse_optim.delta._values import SparseValues
 
 
 def first_entries(sparse: Mapping[str, SparseValues], budget: int) -> dict[str, SparseValues]:

@@ -20,7 +20,8 @@ from sparse_optim.delta._joined import (
     starts_of,
 )
 from sparse_optim.delta._tensors import bits
-from sparse_optim.delta._types import Delta, DeltaError, SparseValues, unchecked
+from sparse_optim.delta._types import Delta
+from sparse_optim.delta._values import DeltaError, SparseValues, unchecked
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from sparse_optim.delta._fingerprint import fingerprint
 from sparse_optim.delta._folder import FolderTensors
 from sparse_optim.delta._names import Naming, match_names, renamed, untied
 from sparse_optim.delta._tensors import Model, Tensors, named_tensors, same_bits
-from sparse_optim.delta._types import Delta, DeltaError, SparseValues, changed_entries
+from sparse_optim.delta._types import Delta, changed_entries
+from sparse_optim.delta._values import DeltaError, SparseValues
 
 Base = Model | str | os.PathLike[str]
 

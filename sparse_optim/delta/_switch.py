@@ -18,7 +18,8 @@ from sparse_optim.delta._apply import Write, apply_delta, one_thread_at_a_time
 from sparse_optim.delta._exchange import Exchange
 from sparse_optim.delta._fingerprint import fingerprint
 from sparse_optim.delta._tensors import Model, Tensors, gather, named_tensors, same_bits, scatter_
-from sparse_optim.delta._types import Delta, DeltaError
+from sparse_optim.delta._types import Delta
+from sparse_optim.delta._values import DeltaError
 from sparse_optim.warn import warn_user
 
 Mark = tuple[int, int, int]  # of a tensor: object, address, version

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sparse_optim.delta._shared import Shared
 from sparse_optim.delta._tensors import Tensors, gather
-from sparse_optim.delta._types import DeltaError, SparseValues
+from sparse_optim.delta._values import DeltaError, SparseValues
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]

@@ -12,7 +12,7 @@ import xxhash
 
 from sparse_optim.delta import DeltaError
 from sparse_optim.delta._tensors import DTYPE_CODES, DTYPES
-from sparse_optim.delta._types import check_shape
+from sparse_optim.delta._values import check_shape
 from sparse_optim.errors import SparseOptimError
 
 MAX_NUMEL = 2**31  # of a tensor of which entries are sent: positions are int32
