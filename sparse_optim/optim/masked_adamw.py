@@ -6,7 +6,7 @@ import logging
 import operator
 import weakref
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import chain
@@ -726,7 +726,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         self._check_unwritten()
         if finished:
             self._check_length()
-        return delta_of(self._engine, self._dense, self.param_groups, self._base.values, model)
+        return delta_of(self._engine, self._layout(model, self._base.values))
 
     def layout(self, model: torch.nn.Module | None = None) -> Layout:
         """The tensors that `moved` and `delta` speak of, by name; see `delta` for `model`.
@@ -738,7 +738,10 @@ class MaskedAdamW(torch.optim.Optimizer):
         pool, prints = self._engine.pool, self._base.values
         if not self._base.final:  # until the first step, other weights may be loaded
             prints = hasher_of(pool).fingerprints(pool.params, range(len(pool.params)))
-        return layout_of(pool, self._dense, self.param_groups, prints, model)
+        return self._layout(model, prints)
+
+    def _layout(self, model: torch.nn.Module | None, fingerprints: Sequence[str]) -> Layout:
+        return layout_of(self._engine.pool, self._dense, self.param_groups, fingerprints, model)
 
     def moved(self) -> Moved:
         """The entries of ranked groups that may have moved so far, and their values.

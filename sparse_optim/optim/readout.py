@@ -89,23 +89,8 @@ def layout_of(
     )
 
 
-def delta_of(
-    engine: Engine,
-    dense: DenseParams,
-    param_groups: Sequence[Mapping[str, Any]],
-    fingerprints: Sequence[str],
-    model: torch.nn.Module | None,
-) -> Delta:
-    """Collect the active entries of the pool, and dense parameters and the model's buffers whole.
-
-    Args:
-        fingerprints: of the base's tensors, one for each tensor of the pool.
-        model: gives names, tied names and buffers.
-
-    Raises:
-        ValueError: a parameter has no name, or is not the model's.
-    """
-    layout = layout_of(engine.pool, dense, param_groups, fingerprints, model)
+def delta_of(engine: Engine, layout: Layout) -> Delta:
+    """Collect the active entries of the pool, dense parameters and moving buffers."""
     engine.pool.check_unchanged()
     sparse, of_base = {}, {}
     moved = moved_entries(engine)

@@ -4,7 +4,7 @@ The optimizer knows which entries have moved since the base, so a patch needs no
 and no comparison: it holds the values of the active entries, and the positions of new ones.
 
     trainer     WeightPublisher.patch()    the next version, O(B)
-                WeightPublisher.whole()    the same version for a receiver of any age, O(B)
+                WeightPublisher.whole()    the same version for any receiver, O(B)
     server      WeightReceiver.receive()   check, then write; rollback() and reset() undo it
     between     bytes over any connection, or a PatchFolder
 """
