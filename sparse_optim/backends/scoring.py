@@ -47,7 +47,8 @@ def importance(grad: Tensor, param: Tensor, exp: float, eps: float) -> Tensor:
             return magnitude * base
         case -0.5:
             return magnitude * _sqrt(base)
-    return magnitude / base.pow(exp)
+    # In float64, and rounded: the float32 `pow` of torch depends on where in a vector a number is.
+    return magnitude / base.double().pow(exp).float()
 
 
 def step_quota(targets: Tensor, progress: Tensor, max_quota: int) -> Tensor:

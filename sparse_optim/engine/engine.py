@@ -42,6 +42,7 @@ from sparse_optim.backends.operands import (
 from sparse_optim.backends.registry import Backend, load
 from sparse_optim.backends.targets import ahead, budget_of, total_steps
 from sparse_optim.engine.completion import Completion
+from sparse_optim.engine.exact_norms import exact_norms
 from sparse_optim.engine.pool import Gradients, Pool, bind_gradients, bind_stand_ins
 from sparse_optim.engine.ranking import Ranking, noise_seed, scores_of, warn_of_scores
 from sparse_optim.engine.scalars import Rows, hyper_rows, write_hyper, write_scalar
@@ -65,12 +66,14 @@ class Method:
         bias_correction: "entry" or "global"; see `reference.update`.
         norm: "all" takes the global norm of every gradient; "active" of what moves in this step
             (the masked gradient of Equation 3), once this step's entries have joined.
+        shard_invariant: whether the norm has the same bits however parameters are sharded.
     """
 
     importance: Importance
     selection: Selection
     bias_correction: BiasCorrection = "entry"
     norm: Norm = "all"
+    shard_invariant: bool = False
 
     @cached_property
     def traits(self) -> Traits:
@@ -324,6 +327,7 @@ class Engine:
             grads.bound, grads.dense, work.tiles, self.active, work.norms, work.scalars.found_inf,
             work.scratch,
         )  # fmt: skip
+        self.settle_norms(work.norms, [*grads.pool, *grads.dense])
 
     def cut(self, grads: Gradients) -> None:
         """`reference.cut` over the whole pool, or what is needed to rank by dense scores.
@@ -375,6 +379,17 @@ class Engine:
             self.active.of_tensors(0, 0), work.norms[first:], work.scalars.found_inf,
             work.scratch,
         )  # fmt: skip
+        self.settle_norms(work.norms[first:], [*ours, *dense])
+
+    def settle_norms(self, norms: Tensor, tensors: Sequence[Tensor]) -> None:
+        """Put exact norms in place of those of a scan, where shards are to have the same.
+
+        Args:
+            norms: (n,), float64. Mutated.
+            tensors: n, whose norms they are.
+        """
+        if tensors and self.method.shard_invariant:
+            norms.copy_(exact_norms(tensors))
 
     def segment(self, index: int) -> slice:
         """Where the active entries of a tensor are; waits for the device after a loud step."""

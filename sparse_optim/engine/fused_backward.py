@@ -222,6 +222,7 @@ class FusedBackward:
             nothing, grads.dense, work.tiles.of_tensors(0, 0, slice(0, 0)), active.of_tensors(0, 0),
             work.norms[len(self._parts) :], self._found_inf, work.scratch,
         )  # fmt: skip
+        engine.settle_norms(work.norms[len(self._parts) :], grads.dense)
         found_inf.copy_(torch.maximum(found_inf, self._found_inf))
         grad = self._candidates.winners(found_inf)
         if engine.ranking.scored and self._ranks and not bool(found_inf):
@@ -294,9 +295,10 @@ class FusedBackward:
                 grad, part.param, part.table, part.tiles, part.active, part.norm, self._found_inf,
                 work.scalars.arrived, work.scratch,
             )  # fmt: skip
-            return
-        bound = ops.bind([grad], [part.param], part.table)
-        ops.scan(bound, [], part.tiles, part.active, part.norm, self._found_inf, work.scratch)
+        else:
+            bound = ops.bind([grad], [part.param], part.table)
+            ops.scan(bound, [], part.tiles, part.active, part.norm, self._found_inf, work.scratch)
+        self._engine.settle_norms(part.norm, [grad])
 
     def _rank_waiting(self) -> None:
         """Rank small gradients together, as far as they are neighbours in the pool."""

@@ -23,6 +23,7 @@ from sparse_optim.backends import scoring
 from sparse_optim.backends.operands import ENTRY_FIELDS, ActiveSet, Rule, max_quota, num_bytes
 from sparse_optim.backends.reference import importance_of_word, rank_words
 from sparse_optim.engine.engine import Engine, Method
+from sparse_optim.engine.exact_norms import exact_norms
 from sparse_optim.engine.kth_largest import kth_largest
 from sparse_optim.engine.pool import Gradients, Pool
 from sparse_optim.engine.ranking import NOISE_ENTRIES, scores_of, warn_of_scores
@@ -88,13 +89,15 @@ class ShardedEngine(Engine):
             method.selection,
             method.bias_correction,
             method.norm,
+            method.shard_invariant,
             backend,
         ]
         shards.check_agreed(
             digest_of(choices),
             pool.device,
-            "importance, selection, norm, bias_correction or backend",
+            "importance, selection, norm, shard_invariant, bias_correction or backend",
         )
+        self._counted = shards.owned  # norms that are this process's to count
         self._compared = False  # what may differ from step to step
         self._max_quota = max_quota(self.targets, self.budget, method.selection.every)
         quota = self.work.new.position.numel()
@@ -144,26 +147,27 @@ class ShardedEngine(Engine):
         grads = super().bind(dense)
         return replace(grads, given=any(p.grad is not None for p in self.shards.params))
 
-    def scan(self, grads: Gradients) -> None:
-        """`reference.scan` over this process's shards; norms are those of whole tensors."""
-        super().scan(grads)
-        self.shards.add_norms(self.work.norms, self.work.scalars.found_inf, self.shards.owned)
-
     def measure(self, dense: Sequence[Tensor]) -> None:
         """See `Engine`; of the active entries and dense gradients of all processes."""
         active, last = self.active, len(self.pool.params) - 1
-        counted = self.shards.owned.clone()
         if last >= 0:
             entries = torch.arange(active.grad.numel(), device=active.grad.device)
             tensor = torch.searchsorted(active.offsets[1:], entries, right=True).clamp(max=last)
             counted_grad = torch.where(self._owned[tensor], active.grad, 0.0)
             self.active = replace(active, grad=counted_grad)
-            counted[last] = True  # the norm of all active entries
+            self._counted = self._counted.clone()
+            self._counted[last] = True  # the norm of all active entries
         try:
             super().measure(dense)
         finally:
-            self.active = active
-        self.shards.add_norms(self.work.norms, self.work.scalars.found_inf, counted)
+            self.active, self._counted = active, self.shards.owned
+
+    def settle_norms(self, norms: Tensor, tensors: Sequence[Tensor]) -> None:
+        """Put the norms of whole tensors in place of those of shards; see `Engine`."""
+        shards, counted = self.shards, self._counted[-norms.numel() :]
+        shards.add_norms(norms, self.work.scalars.found_inf, counted)
+        if self.method.shard_invariant:
+            norms.copy_(exact_norms(tensors, shards, counted))
 
     def cut(self, grads: Gradients) -> None:
         """`reference.cut` over the whole pool; `work.new` takes what this process holds of it."""

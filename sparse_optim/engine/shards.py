@@ -130,6 +130,12 @@ class Shards:
         if self.size > 1:
             torch.distributed.all_reduce(numbers, group=self.group)
 
+    def greatest(self, numbers: Tensor) -> None:
+        """Put the largest of all processes in place of the numbers."""
+        if self.size > 1:
+            greatest = torch.distributed.ReduceOp.MAX
+            torch.distributed.all_reduce(numbers, op=greatest, group=self.group)
+
     def add_norms(self, norms: Tensor, found_inf: Tensor, counted: Tensor) -> None:
         """Put the norms of whole tensors in place of those of shards.
 

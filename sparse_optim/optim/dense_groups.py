@@ -21,6 +21,7 @@ class DensePart:
     Attributes:
         gradients: with their parameters' strides.
         scaled: memory for the clipped gradients; empty where nothing scales them.
+        fused: whether torch's fused kernel takes the step.
     """
 
     group: dict[str, Any]
@@ -28,10 +29,14 @@ class DensePart:
     gradients: list[Tensor]
     scaled: list[Tensor]
     states: list[dict[str, Tensor]]
+    fused: bool
 
 
 def plan_dense_step(
-    optimizer: torch.optim.Optimizer, grads: Sequence[Tensor], is_scaled: bool
+    optimizer: torch.optim.Optimizer,
+    grads: Sequence[Tensor],
+    is_scaled: bool,
+    shard_invariant: bool,
 ) -> list[DensePart]:
     """Allocate what a step on the groups with unmask="all" needs; no parameter or moment moves.
 
@@ -39,6 +44,9 @@ def plan_dense_step(
         optimizer: whose `param_groups` and `state` are used as torch.optim.AdamW uses them.
         grads: gradients of those parameters in order; an empty one skips its parameter.
         is_scaled: whether a factor will multiply the gradients.
+        shard_invariant: whether shards are to be rounded as whole tensors are. On CPUs the fused
+            kernel rounds the last entries of a tensor otherwise than those before: another one
+            then takes the step, which needs some memory of its own.
 
     Raises:
         RuntimeError: a parameter no longer fits its moments: the kernel would write beyond it.
@@ -61,7 +69,8 @@ def plan_dense_step(
             _laid_out_as(param, grad) for param, (_, grad) in zip(params, pairs, strict=True)
         ]
         scaled = [torch.empty_like(grad) for grad in gradients] if is_scaled else []
-        parts.append(DensePart(group, params, gradients, scaled, states))
+        fused = not (shard_invariant and params[0].device.type == "cpu")
+        parts.append(DensePart(group, params, gradients, scaled, states, fused))
     return parts
 
 
@@ -74,6 +83,8 @@ def take_dense_step(parts: Sequence[DensePart], grad_factor: Tensor, found_inf: 
         found_inf: (), float32; 1 skips the step.
     """
     for part in parts:
+        if not part.fused and bool(found_inf):
+            continue
         if part.scaled:
             torch._foreach_copy_(part.scaled, part.gradients)
             torch._foreach_mul_(part.scaled, grad_factor)
@@ -85,8 +96,9 @@ def take_dense_step(parts: Sequence[DensePart], grad_factor: Tensor, found_inf: 
             [state["exp_avg_sq"] for state in part.states],
             [],
             [state["step"] for state in part.states],
-            fused=True,
-            found_inf=found_inf,
+            fused=part.fused,
+            foreach=not part.fused,
+            found_inf=found_inf if part.fused else None,
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],

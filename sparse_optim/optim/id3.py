@@ -42,7 +42,7 @@ class IncrementalMaskedAdamW(MaskedAdamW):
             `sampled_backward=True` 16, or fewer so that at least four steps unmask something.
         max_grad_norm, norm, bias_correction, backend, maximize: as in `MaskedAdamW`.
         foreach, capturable, differentiable, fused, fuse_backward: as in `MaskedAdamW`.
-        model, sampled_backward: as in `MaskedAdamW`.
+        model, sampled_backward, shard_invariant: as in `MaskedAdamW`.
 
     Examples:
         >>> import torch
@@ -87,6 +87,7 @@ class IncrementalMaskedAdamW(MaskedAdamW):
         fuse_backward: bool = False,
         model: nn.Module | None = None,
         sampled_backward: bool = False,
+        shard_invariant: bool = False,
     ) -> None:
         if unmask_steps is None:
             unmask_steps = UNMASK_SHARE if isinstance(schedule, (Uniform, Linear)) else 1.0
@@ -113,4 +114,5 @@ class IncrementalMaskedAdamW(MaskedAdamW):
             fuse_backward=fuse_backward,
             model=model,
             sampled_backward=sampled_backward,
+            shard_invariant=shard_invariant,
         )

@@ -118,6 +118,9 @@ class MaskedAdamW(torch.optim.Optimizer):
             processes, first call init_process_group(), then build the optimizer, then
             DistributedDataParallel(model): it leaves the gradients of these weights to `step()`,
             which averages those of active entries alone in such steps.
+        shard_invariant: with clipping and in dense groups, too, any number of processes that share
+            sharded parameters gives the same bits as one process; without, the same up to rounding.
+            Set it in all runs to be compared. Costs about ten more passes over the gradients.
 
     Raises:
         ValueError, TypeError: names the argument or parameter, what arrived and what to do.
@@ -158,6 +161,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         fuse_backward: bool = False,
         model: torch.nn.Module | None = None,
         sampled_backward: bool = False,
+        shard_invariant: bool = False,
     ) -> None:
         check_method(importance, selection, bias_correction)
         check_not_in_zero()
@@ -180,8 +184,9 @@ class MaskedAdamW(torch.optim.Optimizer):
         self._base = BaseFingerprints().extended(pool.params, hasher_of(pool))
         self._given_norm = norm
         method = Method(
-            importance, selection, bias_correction, resolve_norm(norm, sampled_backward)
-        )
+            importance, selection, bias_correction, resolve_norm(norm, sampled_backward),
+            shard_invariant,
+        )  # fmt: skip
         self._model = None if model is None else weakref.ref(model)
         self._engine = engine_for(pool, method, selection.targets(budget), chosen)
         self._watch = GradientWatch()
@@ -232,6 +237,11 @@ class MaskedAdamW(torch.optim.Optimizer):
     def norm(self) -> Norm:
         """What the global norm is taken of."""
         return self._engine.method.norm
+
+    @property
+    def shard_invariant(self) -> bool:
+        """Whether the results have the same bits however parameters are sharded."""
+        return self._engine.method.shard_invariant
 
     @property
     def fuse_backward(self) -> bool:
@@ -365,7 +375,9 @@ class MaskedAdamW(torch.optim.Optimizer):
             source.discard()
             return
         # Nothing has moved if this, or what selects entries below, fails for want of memory.
-        dense = plan_dense_step(self, grads.dense, self._scales_gradients)
+        dense = plan_dense_step(
+            self, grads.dense, self._scales_gradients, engine.method.shard_invariant
+        )
         self._base.finalize(engine.pool.params)
         engine.begin(self.param_groups, self._given("grad_scale"), self._given("found_inf"))
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,36 @@ def test_two_processes_train_and_one_writes_and_prints(tmp_path: Path):
     assert {"rng_state_0.pth", "rng_state_1.pth", "manifest.json", "best.safetensors"} <= files
     manifest = tmp_path / "out" / "checkpoints" / "checkpoint-4" / "manifest.json"
     assert "rng_state_1.pth" in json.loads(manifest.read_text())["files"]
+
+
+@pytest.mark.slow
+def test_torchrun_and_accelerate_launch_give_the_same_files(tmp_path: Path):
+    """accelerate starts several CPU processes with --multi_gpu alone; without, it needs MPI."""
+    folders, launchers = make_folders(tmp_path / "tiny"), Path(sys.executable).parent
+    starts = {
+        "torchrun": ["--standalone", "--nproc_per_node", "2"],
+        "accelerate": [
+            *("launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
+            *("--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"),
+        ],
+    }
+    for launcher, options in starts.items():
+        ended = subprocess.run(
+            [
+                *(launchers / launcher, *options, "-m", "sparse_optim", "finetune", "--cpu"),
+                *("-m", folders["encoder"], "-d", folders["sequence"], "-o", tmp_path / launcher),
+                *("--steps", "4", "--batch-size", "4", "--max-length", "16", "--budget", "500"),
+                *("--threads", "1"),
+            ],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert ended.returncode == 0, ended.stderr
+        assert ended.stdout.count("4 steps of 8 examples on cpu (2 processes)") == 1
+    ours, theirs = (tmp_path / launcher for launcher in starts)
+    assert {path.name for path in ours.iterdir()} == {path.name for path in theirs.iterdir()}
+    first, second = (folder / "delta.safetensors" for folder in (ours, theirs))
+    assert first.read_bytes() == second.read_bytes()
 
 
 def test_an_error_is_printed_once(tmp_path: Path):
