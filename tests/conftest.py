@@ -3,10 +3,11 @@
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import hypothesis
 import pytest
+from _pytest.doctest import DoctestModule
 from filelock import FileLock
 
 # Workers of pytest-xdist share the cores; so do the processes that tests start.
@@ -27,6 +28,14 @@ def _reference_backend_is_no_surprise() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         choose.choose("auto", torch.device("cpu"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collect_file() -> Generator[None, list[pytest.Collector], list[pytest.Collector]]:
+    """Tests hold no examples: of a module that cannot be imported, --doctest-modules would make a
+    skipped test here, and hide the error."""
+    found = yield
+    return [each for each in found if not isinstance(each, DoctestModule)]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
