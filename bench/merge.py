@@ -1,14 +1,15 @@
 """Merge deltas, beside merging the checkpoints that they stand for.
 
-    python -m bench.merge                 # MiniLM, 1% of the entries, two deltas
-    python -m bench.merge --write         # also records bench/results/cpu-merge-<date>.json
+    python -m bench.merge                 # BERT-base, 0.1% of the entries, two deltas
+    python -m bench.merge --write         # also records bench/results/cpu-merge-MODEL-SHARE-<date>
 
 Both do the same arithmetic. `memory` merges what is loaded: state dicts, tensor by tensor, in
 float32; or deltas, with the base's values from the base (whose fingerprints are checked) or from
-the deltas' own originals. `files` reads and writes safetensors as well: base and checkpoints in, a
-checkpoint out; or a base folder and delta files in, a delta file out. The files are in the page
-cache, and a delta file is synced to disk. Merges of deltas are timed first: what checkpoints leave
-behind in the allocator would slow them down, and a merge of deltas is a process without any.
+the deltas' own originals. (Loading a delta hashes its content, which a merge records.) `files`
+reads and writes safetensors as well: base and checkpoints in, a checkpoint out; or a base folder
+and delta files in, a delta file out. The files are in the page cache, and a delta file is synced to
+disk. Merges of deltas are timed first: what checkpoints leave behind in the allocator would slow
+them down, and a merge of deltas is a process without any.
 
 TIES and DARE on checkpoints: the entries to keep are a share of all entries that differ from the
 base, found by one `torch.topk` (or drawn) over the whole task vector, as for the deltas.
@@ -117,6 +118,7 @@ def measure(model: str, share: float, count: int, rounds: int) -> dict[str, Any]
         for at, (delta, state) in enumerate(zip(deltas, tuned, strict=True)):
             save_delta(delta, folder / f"delta-{at}.safetensors")
             save_file(state, folder / f"tuned-{at}.safetensors")
+        deltas = [load_delta(folder / f"delta-{at}.safetensors") for at in range(count)]
         calls: dict[str, Callable[[], object]] = {}
         for method, settings in SETTINGS.items():
             ours = partial(merge_deltas, deltas, method=method, **settings)
@@ -179,8 +181,8 @@ def report(data: dict[str, Any]) -> str:
 def main() -> None:
     """Measure, print the table, and record it if asked to."""
     parser = console.parser("merge", __doc__)
-    parser.add_argument("--model", default="MiniLM", choices=list(MODELS), help="shapes to use")
-    parser.add_argument("--share", type=float, default=0.01, help="changed entries of each delta")
+    parser.add_argument("--model", default="BERT-base", choices=list(MODELS), help="shapes to use")
+    parser.add_argument("--share", type=float, default=0.001, help="changed entries of each delta")
     parser.add_argument("--deltas", type=int, default=2, help="how many to merge")
     parser.add_argument("--rounds", type=int, default=5, help="timed calls of each subject")
     parser.add_argument("--write", action="store_true", help="record under bench/results")
@@ -188,7 +190,8 @@ def main() -> None:
     result = measure(options.model, options.share, options.deltas, options.rounds)
     print(report(result))
     if options.write:
-        path = RESULTS / f"cpu-merge-{date.today()}.json"
+        name = f"cpu-merge-{options.model}-{options.share:g}-{date.today()}.json"
+        path = RESULTS / name
         path.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -23,8 +23,9 @@ from sparse_optim.delta._conflicts import (
     compare_deltas,
     conflicts,
 )
+from sparse_optim.delta._content import content_fingerprint
 from sparse_optim.delta._folder import MergedFolder, folder_tensors, merge_folder
-from sparse_optim.delta._format import content_fingerprint, load_delta, save_delta
+from sparse_optim.delta._format import load_delta, save_delta
 from sparse_optim.delta._series import Overlap, compose, increment, overlap
 from sparse_optim.delta._switch import DeltaSwitcher
 from sparse_optim.delta._types import Delta

@@ -16,7 +16,7 @@ from sparse_optim.delta._combine import (
     part_of,
     rounded,
 )
-from sparse_optim.delta._format import content_fingerprint
+from sparse_optim.delta._content import known_fingerprint
 from sparse_optim.delta._joined import split
 from sparse_optim.delta._shared import Base, Shared, share
 from sparse_optim.delta._tensors import bits
@@ -80,7 +80,7 @@ def merge_deltas(
     scales = _checked_weights(weights, len(deltas))
     if dense is not None and not 0 <= dense < len(deltas):
         raise DeltaError(f"dense: expected an index below {len(deltas)}, got {dense}")
-    prints = [content_fingerprint(delta) for delta in deltas]
+    prints = [known_fingerprint(delta) for delta in deltas]
     order = sorted(range(len(deltas)), key=lambda at: (prints[at], scales[at]))
     labels = {f"deltas[{at}]": deltas[at] for at in order}
     shared = share(labels, base, None if dense is None else f"deltas[{dense}]")
@@ -132,7 +132,7 @@ def unmerge(merged: Delta, delta: Delta, rest: Sequence[Delta], base: Base | Non
     weights: dict[str, list[float]] = {}
     for entry in _inputs(record):
         weights.setdefault(entry["fingerprint"], []).append(entry["weight"])
-    out, kept = content_fingerprint(delta), [content_fingerprint(each) for each in rest]
+    out, kept = known_fingerprint(delta), [known_fingerprint(each) for each in rest]
     if len(set(weights.get(out, ()))) > 1:
         raise DeltaError("delta: it was merged twice, with two weights: merge the others again")
     found = []

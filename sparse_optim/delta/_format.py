@@ -29,10 +29,15 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sparse_optim.delta._content import (
+    columns_of,
+    content_fingerprint,
+    description_of,
+    note_fingerprint,
+)
 from sparse_optim.delta._fingerprint import raw_bytes
 from sparse_optim.delta._packing import pack, unpack
 from sparse_optim.delta._tensors import DTYPE_CODES, DTYPES, bits
@@ -72,7 +77,7 @@ def save_delta(
         if not unmask_steps:
             bare = {name: replace(each, unmask_step=None) for name, each in delta.sparse.items()}
             delta = replace(delta, sparse=bare)
-        columns = _packed(delta) if packed else _columns(delta)
+        columns = _packed(delta) if packed else columns_of(delta)
         write_safetensors(file, columns, _metadata(delta, packed), MAX_HEADER_BYTES)
 
 
@@ -97,19 +102,6 @@ def load_delta(path: str | os.PathLike[str]) -> Delta:
         raise DeltaError(f"{path}: its metadata is nested too deep") from error
     except OSError as error:
         raise DeltaError(f"{path}: cannot be read ({error.strerror or error})") from error
-
-
-def content_fingerprint(delta: Delta) -> str:
-    """xxh3_128 over everything that a delta holds, as 32 hex digits. Equal if and only if
-    (collisions apart) names, order, method and every bit are equal."""
-    state = xxhash.xxh3_128()
-    for key, tensor in _columns(delta).items():
-        entry = [key, DTYPE_CODES[tensor.dtype], list(tensor.shape)]
-        state.update(json.dumps(entry).encode())
-        for piece in raw_bytes(tensor):
-            state.update(piece)
-    state.update(json.dumps(_description(delta), sort_keys=True).encode())
-    return state.hexdigest()
 
 
 def write_safetensors(
@@ -169,52 +161,16 @@ def _changed(tensor: Tensor, values: SparseValues) -> Iterator[memoryview]:
         yield entries.data
 
 
-def _columns(delta: Delta) -> dict[str, Tensor]:
-    columns: dict[str, Tensor] = {}
-    for name, values in delta.sparse.items():
-        columns[f"position/{name}"] = values.position.to(values.position_dtype)
-        columns[f"value/{name}"] = values.value
-        if values.unmask_step is not None:
-            columns[f"unmask_step/{name}"] = values.unmask_step
-        if values.original is not None:
-            columns[f"original/{name}"] = values.original
-        if name in delta.removed:
-            columns[f"removed/{name}"] = delta.removed[name].to(values.position_dtype)
-    for name, tensor in delta.dense.items():
-        columns[f"dense/{name}"] = tensor
-        if name in delta.dense_original:
-            columns[f"dense_original/{name}"] = delta.dense_original[name]
-    return columns
-
-
 def _packed(delta: Delta) -> dict[str, Tensor]:
-    columns = _columns(delta)
+    columns = columns_of(delta)
     for name, values in delta.sparse.items():
         del columns[f"position/{name}"]
         columns[f"low/{name}"], columns[f"high/{name}"] = pack(values.position, values.numel)
     return columns
 
 
-def _description(delta: Delta) -> dict[str, Any]:
-    described = {
-        "method": delta.method,
-        "sparse": [
-            {
-                "name": name,
-                "shape": list(values.shape),
-                "dtype": DTYPE_CODES[values.dtype],
-                "fingerprint": delta.fingerprints[name],
-            }
-            for name, values in delta.sparse.items()
-        ],
-        "dense": list(delta.dense),
-        "parent": delta.parent,
-    }
-    return described | {"tied": dict(delta.tied)} if delta.tied else described
-
-
 def _metadata(delta: Delta, packed: bool) -> dict[str, str]:
-    description = _description(delta)
+    description = description_of(delta)
     parent = description.pop("parent")
     version = FORMAT_VERSIONS[2 if packed else 1 if delta.tied else 0]
     metadata = {"format": FORMAT, "format_version": version}
@@ -325,8 +281,10 @@ def _parse(metadata: Mapping[str, str], tensors: dict[str, Tensor]) -> Delta:
         removed=removed,
         tied=_json(metadata, "tied", dict) if "tied" in metadata else {},
     )
-    if metadata.get("content") != content_fingerprint(delta):
+    content = content_fingerprint(delta)
+    if metadata.get("content") != content:
         raise DeltaError("damaged: its contents do not match their hash: copy it again")
+    note_fingerprint(delta, content)
     return delta
 
 

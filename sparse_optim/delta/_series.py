@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparse_optim.delta._format import content_fingerprint
+from sparse_optim.delta._content import known_fingerprint
 from sparse_optim.delta._joined import (
     Array,
     Integers,
@@ -78,7 +78,7 @@ def increment(delta: Delta, parent: Delta) -> Delta:
         index = np.flatnonzero(gone)
         pieces = torch.from_numpy(then.position[index]).split(then.counts(index))
         removed |= {name: piece for name, piece in zip(names, pieces, strict=True) if len(piece)}
-    return unchecked(delta, sparse=changed, removed=removed, parent=content_fingerprint(parent))
+    return unchecked(delta, sparse=changed, removed=removed, parent=known_fingerprint(parent))
 
 
 def compose(parent: Delta, increment: Delta) -> Delta:
@@ -90,7 +90,7 @@ def compose(parent: Delta, increment: Delta) -> Delta:
     require_whole(parent=parent)
     if increment.parent is None:
         raise DeltaError("increment: expected an increment, got a whole delta: apply it as it is")
-    found = content_fingerprint(parent)
+    found = known_fingerprint(parent)
     if found != increment.parent:
         raise DeltaError(
             f"parent: the increment was made over delta {increment.parent}, got {found}"

@@ -1,6 +1,7 @@
 """The changes of a fine-tuning in memory: tensors only, no optimizer, no model, no file."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -28,19 +29,12 @@ from sparse_optim.delta._values import (
 )
 from sparse_optim.delta._wrappers import plain_names
 
-FINGERPRINT_DIGITS = 32
+_FINGERPRINT = re.compile("[0-9a-f]{32}")
 
 
 def _check_fingerprint(label: str, text: object) -> None:
-    digits = "0123456789abcdef"
-    if not (
-        isinstance(text, str)
-        and len(text) == FINGERPRINT_DIGITS
-        and all(digit in digits for digit in text)
-    ):
-        raise DeltaError(
-            f"{label}: expected {FINGERPRINT_DIGITS} lower-case hex digits, got {str(text)[:80]!r}"
-        )
+    if not isinstance(text, str) or not _FINGERPRINT.fullmatch(text):
+        raise DeltaError(f"{label}: expected 32 lower-case hex digits, got {str(text)[:80]!r}")
 
 
 def _check_name(name: object) -> None:

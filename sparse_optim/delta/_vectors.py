@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sparse_optim.delta._shared import Shared
-from sparse_optim.delta._tensors import Tensors, gather
+from sparse_optim.delta._tensors import Tensors, bits, gather
 from sparse_optim.delta._values import DeltaError, SparseValues
 
 Floats = NDArray[np.float64]
@@ -155,8 +155,10 @@ def _joined(arrays: Sequence[Integers]) -> Integers:
 
 def as_floats(tensors: Sequence[Tensor]) -> Floats:
     """The values of floating-point tensors as one float64 array, exactly."""
-    pieces = (piece for tensor in tensors for piece in tensor.split(ONE_THREAD))
-    return np.concatenate([np.zeros(0), *(piece.double().numpy() for piece in pieces)])
+    if not tensors:
+        return np.zeros(0)
+    joined = torch.cat([bits(tensor) for tensor in tensors]).view(tensors[0].dtype)
+    return np.concatenate([piece.double().numpy() for piece in joined.split(ONE_THREAD)])
 
 
 def _check_finite(vectors: Vectors) -> None:
