@@ -1,7 +1,8 @@
 """Build what a GPU report needs, without pip: python -m bench.gpu_build COMMAND
 
     extension   compile the package in place, for the card at hand
-    library     import the CUDA backend; if that fails, take the libraries in .gpu/ and try again
+    library     import the CUDA backend; if that fails, take the libraries in .gpu/ and try again;
+                with --cpu the C++ backend alone
     alone       compile bench/kernels_alone.cu, unless .gpu/ has it from the same sources
     emulated    compile it for the emulator of tests/support/cuda_emulator
 
@@ -30,6 +31,7 @@ IMPORT = (
     "import sparse_optim.backends.cpp, sparse_optim.backends.cuda as cuda; "
     "print('the CUDA backend can be imported:', cuda.scratch_bytes(1, 1, 1), 'bytes of scratch')"
 )
+IMPORT_CPU = "import sparse_optim.backends.cpp; print('the C++ backend can be imported')"
 
 
 def link_triton_kernels() -> None:
@@ -44,29 +46,35 @@ def nvcc() -> str | None:
 
 
 def extension() -> None:
-    """Compile the package in place; libraries of older sources go first if others are prepared."""
-    if list(PREPARED.glob("_C*.so")):
+    """Compile the package in place; if that fails, prepared libraries take the place of older
+    ones."""
+    prepared = list(PREPARED.glob("_C*.so"))
+    if prepared:
         for library in PACKAGE.glob("_C*.so"):
             library.unlink()
     line = [sys.executable, "setup.py", "build_ext", "--inplace"]
     if code := subprocess.run(line, cwd=ROOT, check=False).returncode:
+        for each in prepared:
+            shutil.copy2(each, PACKAGE)
         sys.exit(code)  # what it printed last is the reason
 
 
-def library() -> None:
-    """Import the CUDA backend, compiled here or elsewhere; raise an error if neither works."""
-    if _imports():
+def library(cpu: bool) -> None:
+    """Import the CUDA backend, or with `cpu` the C++ backend, compiled here or elsewhere; exit with
+    an error if neither works."""
+    if _imports(cpu):
         return
-    prepared = list(PREPARED.glob("_C*.so"))
+    prepared = list(PREPARED.glob("_C.*so" if cpu else "_C*.so"))
     print(f"take {len(prepared)} libraries from {PREPARED.name}/", flush=True)
     for each in prepared:
         shutil.copy2(each, PACKAGE)
-    if not _imports():
-        sys.exit("the CUDA backend cannot be imported")
+    if not _imports(cpu):
+        sys.exit(f"the {'C++' if cpu else 'CUDA'} backend cannot be imported")
 
 
-def _imports() -> bool:
-    return subprocess.run([sys.executable, "-c", IMPORT], cwd=ROOT, check=False).returncode == 0
+def _imports(cpu: bool) -> bool:
+    line = [sys.executable, "-c", IMPORT_CPU if cpu else IMPORT]
+    return subprocess.run(line, cwd=ROOT, check=False).returncode == 0
 
 
 def alone(arch: str) -> None:
@@ -133,13 +141,16 @@ def unpack_wheels(target: Path) -> Path | None:
 
 def main() -> None:
     """Run one of the commands."""
-    commands = {"extension": extension, "library": library, "emulated": emulated}
+    commands = {"extension": extension, "emulated": emulated}
     parser = console.parser("gpu_build", __doc__)
-    parser.add_argument("command", choices=(*commands, "alone"))
+    parser.add_argument("command", choices=(*commands, "library", "alone"))
     parser.add_argument("--arch", default="9.0", help="compute capability (default: 9.0)")
+    parser.add_argument("--cpu", action="store_true", help="library: without the CUDA backend")
     arguments = parser.parse_args()
     if arguments.command == "alone":
         alone(arguments.arch)
+    elif arguments.command == "library":
+        library(arguments.cpu)
     else:
         commands[arguments.command]()
 

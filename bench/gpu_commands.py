@@ -58,11 +58,9 @@ def command(phase: Phase, records: Path, is_dry: bool) -> Command:
 
 
 def _build(phase: Phase, is_dry: bool) -> Command:
-    """Build the extension and then import it; a dry run takes the one that is there."""
-    if is_dry:
-        return [sys.executable, "-c", "import sparse_optim.backends.cpp"]
-    what = {"build": "extension", "library": "library"}[phase.kind]
-    return [sys.executable, "-m", "bench.gpu_build", what]
+    """Build the extension and then import it; a dry run imports the one that is there."""
+    what = {"build": ["extension"], "library": ["library"]}[phase.kind]
+    return [sys.executable, "-m", "bench.gpu_build", *(["library", "--cpu"] if is_dry else what)]
 
 
 def _compile(phase: Phase, is_dry: bool) -> Command:

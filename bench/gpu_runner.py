@@ -29,6 +29,7 @@ from bench import console, environment, gpu_build, gpu_commands, gpu_goals
 from bench.gpu_commands import card
 from bench.gpu_plan import PHASES, Phase, dry, select
 from bench.gpu_report import results_name, short_table
+from sparse_optim.files import replacing
 
 SCHEMA = 1
 LEAST_S = 10  # no phase starts with less time left than this
@@ -135,12 +136,28 @@ class Report:
         with self._lock:
             self.data["phases"].append({**report, "began": round(begin, 1)})
             self.data["records"] += records
-            self.path.write_text(json.dumps(self.data, separators=(",", ":")) + "\n")
+            write(self.path, self.data)
             with self.path.with_suffix(".log").open("a") as log:
                 log.write(f"=== {status_line(report)}\n{ends(text, LOG_CHARACTERS)}\n")
-            print(status_line(report), flush=True)
+            say(status_line(report))
             if failed(report):
-                print(report["output"], flush=True)
+                say(report["output"])
+
+
+def write(path: Path, data: dict[str, Any]) -> None:
+    """Write a results file, all or nothing."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(data, separators=(",", ":")) + "\n")
+
+
+def say(text: str) -> None:
+    """Print a text; whoever no longer listens (`| head`) does not end the run."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def run_phase(
@@ -234,7 +251,7 @@ def default_path(name: str, is_dry: bool) -> Path:
     them), a dry run to the folder for temporary files.
     """
     folder = os.environ.get(RESULTS_FOLDER) or (tempfile.gettempdir() if is_dry else "")
-    if name == WHOLE and not folder:
+    if name == WHOLE and not folder:  # a GPU is there
         return environment.RESULTS / results_name(card()["gpu"])
     parent = Path(folder) if folder else environment.PREPARED
     parent.mkdir(parents=True, exist_ok=True)
@@ -279,6 +296,9 @@ def report(
     elif not torch.cuda.is_available():
         build = f"torch {torch.__version__} is built without CUDA (another: make PYTHON=...)"
         obstacle = "torch sees no CUDA device here" if torch.version.cuda else build
+        if os.environ.get(RESULTS_FOLDER):
+            path = arguments.out or default_path(name, is_dry=False)
+            write(path, {"schema": SCHEMA, **environment.describe(), "obstacle": obstacle})
         sys.exit(f"{obstacle}; --dry-run tries the report on the CPU")
     else:
         gpu_build.link_triton_kernels()
@@ -287,5 +307,5 @@ def report(
     text = f"{short_table(data)}\n\n{gpu_goals.check(data)}\n\n{status_table(data)}\n"
     with path.with_suffix(".log").open("a") as log:
         log.write(text)
-    print(f"\n{text}\nwritten: {path}")
+    say(f"\n{text}\nwritten: {path}")
     sys.exit(any(map(failed, data["phases"])))

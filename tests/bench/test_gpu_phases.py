@@ -265,6 +265,20 @@ def test_where_results_go(monkeypatch, tmp_path):
     assert gpu_runner.default_path("gpu-first", True) == tmp_path / "out" / "gpu-first.json"
 
 
+def test_a_reader_that_has_gone_does_not_end_the_run(tmp_path):
+    """As `| head` goes; results are still written."""
+    first = [sys.executable, "-m", "bench.gpu_second", "--dry-run", "--only", "in 40 GiB"]
+    running = subprocess.Popen(
+        first, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={"CUDA_VISIBLE_DEVICES": "", "PATH": "", "OUT": str(tmp_path)},
+    )  # fmt: skip
+    with running:
+        running.stdout.close()
+        assert running.stderr.read() == ""
+    assert running.returncode == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"gpu-second.json", "gpu-second.log"}
+
+
 # What is built, and what was built before
 
 
@@ -281,23 +295,35 @@ def test_a_failed_build_falls_back_on_the_prepared_library(folders, monkeypatch)
     prepared, package = folders
     (prepared / "_C_cuda.abi3.so").write_text("prepared")
     (package / "_C_cuda.abi3.so").write_text("of older sources")
+    there = []
 
-    def fails(command: list[str], **_: object) -> None:
-        raise subprocess.CalledProcessError(1, command)
+    def fails(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        there.append(list(package.iterdir()))
+        return subprocess.CompletedProcess(command, 3)
 
     monkeypatch.setattr(gpu_build.subprocess, "run", fails)
-    with pytest.raises(subprocess.CalledProcessError):
+    with pytest.raises(SystemExit) as ended:
         gpu_build.extension()
-    assert not list(package.iterdir())
-    monkeypatch.setattr(gpu_build, "_imports", lambda: bool(list(package.iterdir())))
-    gpu_build.library()
+    assert ended.value.code == 3
+    assert there == [[]]  # the linker, too, finds nothing of older sources
     assert (package / "_C_cuda.abi3.so").read_text() == "prepared"
 
 
+@pytest.mark.parametrize(("cpu", "taken"), [(False, {"_C", "_C_cuda"}), (True, {"_C"})])
+def test_a_library_that_is_not_there_is_taken_from_those_prepared(folders, monkeypatch, cpu, taken):
+    """Also where a build was stopped, or there was none, as in a dry run on a fresh checkout."""
+    prepared, package = folders
+    for name in ("_C", "_C_cuda"):
+        (prepared / f"{name}.abi3.so").write_text("prepared")
+    monkeypatch.setattr(gpu_build, "_imports", lambda cpu: bool(list(package.iterdir())))
+    gpu_build.library(cpu)
+    assert {path.name.partition(".")[0] for path in package.iterdir()} == taken
+
+
 def test_without_a_library_that_can_be_imported_the_phase_fails(folders, monkeypatch):
-    monkeypatch.setattr(gpu_build, "_imports", lambda: False)
-    with pytest.raises(SystemExit, match="cannot be imported"):
-        gpu_build.library()
+    monkeypatch.setattr(gpu_build, "_imports", lambda cpu: False)
+    with pytest.raises(SystemExit, match="the CUDA backend cannot be imported"):
+        gpu_build.library(cpu=False)
 
 
 def test_the_program_without_torch_is_compiled_once(folders, monkeypatch):
@@ -446,11 +472,13 @@ def test_packages_that_did_not_come_are_asked_for_again(tmp_path, set_up, done):
     assert "-m bench.gpu --only ncu" in made.stdout
 
 
-def test_without_a_gpu_the_report_says_what_to_do():
+def test_without_a_gpu_the_report_says_what_to_do(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "bench.gpu"], cwd=ROOT, capture_output=True, text=True, check=False,
-        env={"CUDA_VISIBLE_DEVICES": "", "PATH": ""},
+        [sys.executable, "-m", "bench.gpu_first"], cwd=ROOT, capture_output=True, text=True,
+        check=False, env={"CUDA_VISIBLE_DEVICES": "", "PATH": "", "OUT": str(tmp_path)},
     )  # fmt: skip
+    (written,) = tmp_path.iterdir()
+    assert json.loads(written.read_text())["obstacle"] in done.stderr
     assert done.returncode == 1
     assert ("sees no CUDA device" in done.stderr) == bool(torch.version.cuda)
     assert ("built without CUDA" in done.stderr) != bool(torch.version.cuda)
