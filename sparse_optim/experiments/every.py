@@ -18,8 +18,8 @@ ID3 = Row("id3", LRS, BUDGET, settings={"unmask_share": 0.5})
 
 EVERY = Experiment(
     name="every",
-    title="ID3 that unmasks at every so many-th step alone: MiniLM (22.7M), test sets",
-    about="ID3 that unmasks at every 4th, 16th or 64th step alone, on MiniLM.",
+    title="ID3 that unmasks only at every N-th step: MiniLM (22.7M), test sets",
+    about="ID3 that unmasks only at every 4th, 16th or 64th step, on MiniLM.",
     model=MODEL,
     blocks=(
         Block(
