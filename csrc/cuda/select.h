@@ -30,12 +30,13 @@ constexpr int kBins = 1 << 11;
 // Keys of an array that a block counts at least: setting up its bins costs as much.
 constexpr int64_t kKeysPerBlock = 4096;
 
-// Lives on the device; prepare_kernel of cut.cu or begin_kernel of collect.cu starts it. Between
+// Lives on the device; prepare_kernel of cut.cu or a begin_kernel of `collect` starts it. Between
 // selections bins and `arrived` are 0, and `wanted` is the quota.
 struct Selection {
   unsigned long long bins[kBins];
   int64_t quota;
   int64_t wanted;                     // of the keys that agree with `prefix`, how many belong
+  int64_t within;                     // keys in the bin of the last digit that was taken
   int64_t ties;                       // result: how many of the keys equal to `limit` belong
   int64_t num_listed;                 // tiles that `compact` listed
   unsigned long long num_candidates;  // entries that `collect_kernel` found
@@ -72,6 +73,7 @@ __device__ inline void take_digit(Selection& state, Digit digit) {
       found = true;
       state.prefix |= int32_t(first - i) << digit.shift;
       state.wanted = wanted - above;
+      state.within = count;
     }
     if (!found) above += count;
   }
