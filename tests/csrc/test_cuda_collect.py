@@ -48,14 +48,17 @@ def expected(case, order, scored=False):
     return [(t, i, float(grads[t][i])) for _, t, i in best], best
 
 
-def collected(case, parts, found_inf=0.0, room=None, scored=False):
+def collected(case, parts, found_inf=0.0, room=None, scored=False, scanned=None):
     """The same by the kernels, of tensors first..last - 1 for each part.
 
     `room`: entries that there is room for in the end; as many as in the beginning, if None.
+    `scanned`: called after the scan.
     """
     work, active = case.work, case.active
     case.bind(emulated_cuda)
     case.scan(emulated_cuda)
+    if scanned is not None:
+        scanned()
     most, rule = work.new.position.numel(), Rule(case.exp, 1e-3, torch.zeros(0))
     held = torch.full((emulated_cuda.collected_bytes(most) + 64,), 0x5A, dtype=torch.uint8)
     emulated_cuda.collect_begin(active, case.targets, most, held)
@@ -172,6 +175,24 @@ def test_more_entries_in_a_call_than_there_is_room_for(quota):
     case.grads[0][TILE : 5 * TILE] = 1.0 + torch.rand(4 * TILE)
     case.grads[1][:500] = 1.0 + torch.rand(500)
     check(case, [(2, 3), (0, 1), (1, 2)])
+
+
+@pytest.mark.parametrize("quota", [60, 200])
+@pytest.mark.parametrize("exp", [0.0, 1.0])
+def test_tiles_below_the_floor_are_not_read(exp, quota):
+    """Of a large quota, which raises the floor in the first part."""
+    case = Case([1500, 900, 1500, 900], exp=exp, quota=quota, active=0.0, spread=0.0)
+    for param in case.params:
+        param.fill_(0.5)
+    case.grads[1].mul_(1e-6)
+    case.grads[3].mul_(1e-6)
+    want, _ = expected(case, range(4))
+
+    def change():
+        case.grads[1].fill_(100.0)
+        case.grads[3].fill_(100.0)
+
+    assert collected(case, [(0, 1), (1, 2), (2, 3), (3, 4)], scanned=change) == want
 
 
 @pytest.mark.parametrize("most", [5, 50])
