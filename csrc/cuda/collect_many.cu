@@ -177,7 +177,8 @@ __global__ void __launch_bounds__(kThreads, kResident / 2)
   if (!is_last_block(&state.selection.arrived)) return;
   take_rank_digit(state, digit);
   if (!is_last) return;
-  while (state.selecting && state.reaching > state.room) {
+  // Should other code change a gradient meanwhile, no digit may be enough.
+  while (state.selecting && state.reaching > state.room && !digit.is_last()) {
     digit = digit_after(digit);
     count_rank_digit(source, state, {0, 1}, digit);
     take_rank_digit(state, digit);
@@ -227,16 +228,17 @@ __global__ void __launch_bounds__(kThreads, kResident / 2)
   int32_t least = kInfinityBits;
   source.visit(Share::of_grid(), cut.key, [&](int32_t key, uint64_t place, auto&& grad) {
     const bool stays = key != 0 && cut.admits(key, place);
-    if (stays) least = min(least, key);
-    if (stays) atomicAdd(&bins[digit_of(0).of(key)], 1u);
     const int64_t slot = take_slot(stays, &selection.num_candidates, out.room);
-    if (slot < out.room) out.store(slot, key, place >> 32, place & 0xffffffffu, grad());
+    if (slot >= out.room) return;
+    out.store(slot, key, place >> 32, place & 0xffffffffu, grad());
+    atomicAdd(&bins[digit_of(0).of(key)], 1u);
+    least = min(least, key);
   });
   least = __reduce_min_sync(kAllLanes, least);
   if (lane() == 0) atomicMin(&selection.least, least);
   add_bins(bins, selection);
   if (!is_last_block(&selection.arrived) || threadIdx.x != 0) return;
-  state.kept = int64_t(__ldcg(&selection.num_candidates));
+  selection.num_candidates = state.kept = min(int64_t(__ldcg(&selection.num_candidates)), out.room);
   state.half = 1 - state.half;
   state.moving = 0;
   if (!state.floor.admits(cut.key, cut.place)) return;

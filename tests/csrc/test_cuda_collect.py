@@ -48,11 +48,11 @@ def expected(case, order, scored=False):
     return [(t, i, float(grads[t][i])) for _, t, i in best], best
 
 
-def collected(case, parts, found_inf=0.0, room=None, scored=False, scanned=None):
+def collected(case, parts, found_inf=0.0, room=None, scored=False, scanned=None, number=0):
     """The same by the kernels, of tensors first..last - 1 for each part.
 
     `room`: entries that there is room for in the end; as many as in the beginning, if None.
-    `scanned`: called after the scan.
+    `scanned`: called after the scan. `number`: of the first tensor in the pool.
     """
     work, active = case.work, case.active
     case.bind(emulated_cuda)
@@ -66,7 +66,8 @@ def collected(case, parts, found_inf=0.0, room=None, scored=False, scanned=None)
         tiles = work.tiles.offsets[[first, last]].tolist()
         emulated_cuda.collect(
             case.bound[first:last], work.tiles.of_tensors(first, last, slice(*tiles)),
-            active.of_tensors(first, last), rule, scored, first, most, held, work.scratch,
+            active.of_tensors(first, last), rule, scored, number + first, most, held,
+            work.scratch,
         )  # fmt: skip
     room = most if room is None else room
     grad, new = torch.full((most,), torch.nan), work.new
@@ -193,6 +194,17 @@ def test_tiles_below_the_floor_are_not_read(exp, quota):
         case.grads[3].fill_(100.0)
 
     assert collected(case, [(0, 1), (1, 2), (2, 3), (3, 4)], scanned=change) == want
+
+
+@pytest.mark.parametrize("quota", [13, 60, 400])
+@pytest.mark.parametrize("levels", [1, None])
+def test_tensors_of_large_numbers(levels, quota):
+    """Places then take more than 64 bits, with the keys."""
+    case = Case(SIZES, quota=quota, levels=levels)
+    want, _ = expected(case, range(len(SIZES)))
+    number = 2**31 - 1 - len(SIZES)
+    found = collected(case, BACKWARD, number=number)
+    assert found == [(number + tensor, *rest) for tensor, *rest in want]
 
 
 @pytest.mark.parametrize("most", [5, 50])
