@@ -36,7 +36,6 @@ struct Selection {
   unsigned long long bins[kBins];
   int64_t quota;
   int64_t wanted;                     // of the keys that agree with `prefix`, how many belong
-  int64_t within;                     // keys in the bin of the last digit that was taken
   int64_t ties;                       // result: how many of the keys equal to `limit` belong
   int64_t num_listed;                 // tiles that `compact` listed
   unsigned long long num_candidates;  // entries that `collect_kernel` found
@@ -47,6 +46,7 @@ struct Selection {
   int32_t least;      // least key among the new entries
   int32_t passes;     // winners are found in several passes over the listed tiles
   unsigned arrived;   // blocks of the running kernel
+  int64_t within;     // keys in the bin of the last digit that was taken
 };
 
 // Finds the bin of the wanted-th largest and moves on to it; by one whole block.
