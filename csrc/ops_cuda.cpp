@@ -158,9 +158,8 @@ void cut(Tensor bound, Tensor position, Tensor offsets, Tensor tile_offsets, Ten
 }
 
 void* check_collected(const Device& device, const Tensor& collected, int64_t max_quota) {
-  device.place.check(collected, "collected", ScalarType::Byte, cuda::collected_bytes());
-  STD_TORCH_CHECK(max_quota >= 0 && max_quota <= cuda::max_collected_quota(),
-                  "max_quota must be 0 to ", cuda::max_collected_quota(), ", got ", max_quota);
+  STD_TORCH_CHECK(max_quota >= 0, "max_quota must not be negative, got ", max_quota);
+  device.place.check(collected, "collected", ScalarType::Byte, cuda::collected_bytes(max_quota));
   return data<uint8_t>(collected);
 }
 
@@ -197,7 +196,7 @@ void collect_end(Tensor found_inf, Tensor new_tensor, Tensor new_position, Tenso
   device.place.check(grad, "grad", ScalarType::Float, found.capacity);
   void* at = check_collected(device, collected, found.capacity);
   STD_CUDA_CHECK(cuda::collect_end(data<float>(found_inf), found, data<float>(threshold),
-                                   data<float>(grad), at, device.stream));
+                                   data<float>(grad), found.capacity, at, device.stream));
 }
 
 void append(Tensor bound, Tensor new_tensor, Tensor new_position, Tensor new_count, Tensor position,
@@ -283,19 +282,16 @@ static PyObject* scratch_bytes(PyObject*, PyObject* arguments) {
   return PyLong_FromLongLong(sparse_optim::cuda::scratch_bytes(num_tiles, capacity, max_quota));
 }
 
-// collected_bytes(): how long `collected` must be. max_collected_quota(): of collect_begin.
-static PyObject* collected_bytes(PyObject*, PyObject*) {
-  return PyLong_FromLongLong(sparse_optim::cuda::collected_bytes());
-}
-static PyObject* max_collected_quota(PyObject*, PyObject*) {
-  return PyLong_FromLongLong(sparse_optim::cuda::max_collected_quota());
+// collected_bytes(max_quota): how long `collected` must be.
+static PyObject* collected_bytes(PyObject*, PyObject* arguments) {
+  long long max_quota;
+  if (!PyArg_ParseTuple(arguments, "L", &max_quota)) return nullptr;
+  return PyLong_FromLongLong(sparse_optim::cuda::collected_bytes(max_quota));
 }
 
-static PyMethodDef functions[] = {
-    {"scratch_bytes", scratch_bytes, METH_VARARGS, nullptr},
-    {"collected_bytes", collected_bytes, METH_NOARGS, nullptr},
-    {"max_collected_quota", max_collected_quota, METH_NOARGS, nullptr},
-    {nullptr, nullptr, 0, nullptr}};
+static PyMethodDef functions[] = {{"scratch_bytes", scratch_bytes, METH_VARARGS, nullptr},
+                                  {"collected_bytes", collected_bytes, METH_VARARGS, nullptr},
+                                  {nullptr, nullptr, 0, nullptr}};
 static PyModuleDef module = {
     PyModuleDef_HEAD_INIT, "_C_cuda", nullptr, -1, functions, nullptr, nullptr, nullptr, nullptr};
 extern "C" PyMODINIT_FUNC PyInit__C_cuda(void) {

@@ -99,15 +99,10 @@ class Optimizer {
     for (size_t i = 0; i < count; ++i) found.push_back({tensor[i], at[i]});
     return found;
   }
-  // What `cut` would unmask next, of gradients that come one at a time, the last first. Larger
-  // quotas than these kernels take are left to `cut`.
+  // What `cut` would unmask next, of gradients that come one at a time, the last first.
   std::vector<Entry> collect(double exp) {
     bind(nullptr), scan(nullptr);
-    if (most > cuda::max_collected_quota()) {
-      cut(exp, nullptr);
-      return last_new();
-    }
-    DeviceArray<char> collected(size_t(cuda::collected_bytes()));
+    DeviceArray<char> collected(size_t(cuda::collected_bytes(most)));
     DeviceArray<float> grad{size_t(most)};
     const std::vector<int64_t> first = tile_offsets.download();
     MUST(cuda::collect_begin({targets.get(), int64_t(targets.size()), progress.get()}, most,
@@ -121,8 +116,8 @@ class Optimizer {
                          nullptr));
       MUST(cudaDeviceSynchronize());
     }
-    MUST(cuda::collect_end(found_inf.get(), found(), threshold.get(), grad.get(), collected.get(),
-                           nullptr));
+    MUST(cuda::collect_end(found_inf.get(), found(), threshold.get(), grad.get(), most,
+                           collected.get(), nullptr));
     MUST(cudaDeviceSynchronize());
     return last_new();
   }

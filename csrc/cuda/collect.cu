@@ -10,7 +10,8 @@
 // to finish then drops all but the best, ties to the lower global index, and the floor is the least
 // of them: entries below it cannot win. Where a call has more entries above the limit than there is
 // room for, as where 100,000 entries tie, its last block finds the call's own best by itself, in
-// several passes over the tiles (winners.h): slow, some 10 ms by an estimate.
+// several passes over the tiles (winners.h): slow, some 10 ms by an estimate. So for quotas of at
+// most 4,096; the candidates of larger ones are kept by the whole grid (collect_many.cu).
 //
 // Bytes: 4 per tile three times; tiles that reach the limit once (unless exp = 0 twice, with their
 // parameters; two times more where tiles are few). All of 7B in bfloat16 at exp = 0 (1.65e6 tiles,
@@ -21,6 +22,7 @@
 #include "core/schedule.h"
 #include "cuda/candidates.h"
 #include "cuda/collect.h"
+#include "cuda/collect_many.h"
 #include "cuda/exponents.h"
 
 namespace sparse_optim::cuda {
@@ -189,17 +191,18 @@ Collected layout(void* buffer) {
 
 }  // namespace
 
-int64_t collected_bytes() {
+int64_t collected_bytes(int64_t max_quota) {
+  if (!few_candidates(max_quota)) return many_collected_bytes(max_quota);
   return int64_t(sizeof(CollectState)) +
          kCollected * int64_t(sizeof(uint64_t) + sizeof(int32_t) + sizeof(float));
 }
 
-int64_t max_collected_quota() {
-  return kCandidates / 8;
-}
-
 cudaError_t collect_begin(const CollectInput& in, int64_t max_quota, void* collected,
                           cudaStream_t stream) {
+  if (!few_candidates(max_quota)) {
+    collect_many_begin(in, max_quota, collected, stream);
+    return cudaGetLastError();
+  }
   SPARSE_OPTIM_LAUNCH(begin_kernel, 1, kThreads, stream, in, max_quota, layout(collected));
   return cudaGetLastError();
 }
@@ -209,6 +212,12 @@ cudaError_t collect(const Pool& pool, const int32_t* position, const int64_t* of
                     bool scored, int64_t first_tensor, int64_t max_quota, void* collected,
                     void* scratch, cudaStream_t stream) {
   if (pool.num_tiles == 0 || max_quota == 0) return cudaSuccess;
+  const Entries entries{pool, position, offsets};
+  if (!few_candidates(max_quota)) {
+    const CollectCall call{entries, tile_max, param_bound, exp, eps, scored, first_tensor};
+    collect_many(call, max_quota, collected, stream);
+    return cudaGetLastError();
+  }
   const Collected at = layout(collected);
   CutScratch work = cut_layout(scratch, pool.num_tiles);
   work.selection = &at.state->selection;
@@ -216,7 +225,6 @@ cudaError_t collect(const Pool& pool, const int32_t* position, const int64_t* of
   int32_t* const tensor = reinterpret_cast<int32_t*>(work.place);
   const NewEntries found{tensor, tensor + kCandidates, &at.state->found, max_quota};
   const int64_t blocks = grid_for(pool.num_tiles, kWarps, kBlocksPerMultiprocessor);
-  const Entries entries{pool, position, offsets};
   visit_exponent(exp, eps, [&](auto importance) {
     using Importance = decltype(importance);
     const int32_t* bound = tile_max;
@@ -240,7 +248,11 @@ cudaError_t collect(const Pool& pool, const int32_t* position, const int64_t* of
 }
 
 cudaError_t collect_end(const float* found_inf, const NewEntries& found, float* threshold,
-                        float* grad, void* collected, cudaStream_t stream) {
+                        float* grad, int64_t max_quota, void* collected, cudaStream_t stream) {
+  if (!few_candidates(max_quota)) {
+    collect_many_end(found_inf, found, threshold, grad, max_quota, collected, stream);
+    return cudaGetLastError();
+  }
   const Collected at = layout(collected);
   SPARSE_OPTIM_LAUNCH(finish_kernel, 1, kThreads, stream, found_inf, at, found, threshold);
   if (found.capacity) {

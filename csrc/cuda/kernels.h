@@ -88,17 +88,16 @@ cudaError_t cut(const Pool& pool, const int32_t* position, const int64_t* offset
                 const CutInput& in, const NewEntries& found, float* threshold, void* scratch,
                 cudaStream_t stream);
 
-// Entries that are collected tensor by tensor. `collected` holds them, collected_bytes() long;
-// quotas may be max_collected_quota() at most. tile_max and param_bound are of the pool given,
-// whose tensors are first_tensor, first_tensor + 1, ... With `scored`, the pool's gradients are
-// scores, and its parameters the gradients.
+// Entries that are collected tensor by tensor. `collected` holds them, collected_bytes(max_quota)
+// long; max_quota is the same in all calls, and found.capacity at most as much. tile_max and
+// param_bound are of the pool given, whose tensors are first_tensor, first_tensor + 1, ... With
+// `scored`, the pool's gradients are scores, and its parameters the gradients.
 struct CollectInput {
   const int64_t* targets;
   int64_t num_targets;
   const int64_t* progress;
 };
-int64_t collected_bytes();
-int64_t max_collected_quota();
+int64_t collected_bytes(int64_t max_quota);
 cudaError_t collect_begin(const CollectInput& in, int64_t max_quota, void* collected,
                           cudaStream_t stream);
 cudaError_t collect(const Pool& pool, const int32_t* position, const int64_t* offsets,
@@ -106,7 +105,7 @@ cudaError_t collect(const Pool& pool, const int32_t* position, const int64_t* of
                     bool scored, int64_t first_tensor, int64_t max_quota, void* collected,
                     void* scratch, cudaStream_t stream);
 cudaError_t collect_end(const float* found_inf, const NewEntries& found, float* threshold,
-                        float* grad, void* collected, cudaStream_t stream);
+                        float* grad, int64_t max_quota, void* collected, cudaStream_t stream);
 
 cudaError_t append(const Pool& pool, const NewEntries& found, const Active& active,
                    int64_t capacity, void* scratch, cudaStream_t stream);

@@ -127,19 +127,24 @@ __device__ inline void visit_tile_by_warp(const Entries& entries, const Importan
   }
 }
 
-// Calls open(tile index) for every tile whose bound reaches the limit, by the warps of the grid.
-// The 32 tiles that a warp looks at lie far apart, as those that reach it lie close together.
-template <class Open>
-__device__ inline void for_each_reaching(const int32_t* bound, int64_t num_tiles, int32_t limit,
-                                         Open&& open) {
-  const int64_t warps = int64_t(gridDim.x) * kWarps;
-  for (int64_t first = int64_t(blockIdx.x) * kWarps + warp(); first < num_tiles;
-       first += warps * kWarp) {
+// Calls open(tile index) for every tile whose bound[tile index] reaches the limit, by the warps of
+// a share's blocks. The 32 tiles that a warp looks at lie far apart, as those that reach it lie
+// close together.
+template <class Bounds, class Open>
+__device__ inline void for_each_reaching(const Bounds& bound, int64_t num_tiles, int32_t limit,
+                                         Open&& open, Share share) {
+  const int64_t warps = share.blocks * kWarps;
+  for (int64_t first = share.block * kWarps + warp(); first < num_tiles; first += warps * kWarp) {
     const int64_t mine = first + lane() * warps;
     const bool reaches = mine < num_tiles && bound[mine] >= limit;
     for (unsigned left = __ballot_sync(kAllLanes, reaches); left; left &= left - 1)
       open(first + (__ffs(int(left)) - 1) * warps);
   }
+}
+template <class Bounds, class Open>
+__device__ inline void for_each_reaching(const Bounds& bound, int64_t num_tiles, int32_t limit,
+                                         Open&& open) {
+  for_each_reaching(bound, num_tiles, limit, open, Share::of_grid());
 }
 
 }  // namespace sparse_optim::cuda

@@ -30,7 +30,7 @@ constexpr int kBins = 1 << 11;
 // Keys of an array that a block counts at least: setting up its bins costs as much.
 constexpr int64_t kKeysPerBlock = 4096;
 
-// Lives on the device; prepare_kernel of cut.cu or begin_kernel of collect.cu starts it. Between
+// Lives on the device; prepare_kernel of cut.cu or a begin_kernel of `collect` starts it. Between
 // selections bins and `arrived` are 0, and `wanted` is the quota.
 struct Selection {
   unsigned long long bins[kBins];
@@ -46,6 +46,7 @@ struct Selection {
   int32_t least;      // least key among the new entries
   int32_t passes;     // winners are found in several passes over the listed tiles
   unsigned arrived;   // blocks of the running kernel
+  int64_t within;     // keys in the bin of the last digit that was taken
 };
 
 // Finds the bin of the wanted-th largest and moves on to it; by one whole block.
@@ -72,6 +73,7 @@ __device__ inline void take_digit(Selection& state, Digit digit) {
       found = true;
       state.prefix |= int32_t(first - i) << digit.shift;
       state.wanted = wanted - above;
+      state.within = count;
     }
     if (!found) above += count;
   }

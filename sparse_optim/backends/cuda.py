@@ -31,8 +31,8 @@ from sparse_optim.backends.operands import ActiveSet, NewEntries, Rule, Tiles
 
 __all__ = [
     "TILE", "append", "bind", "bind_rows", "clip", "collect", "collect_begin", "collect_end",
-    "collected_bytes", "cut", "exchange", "max_collected_quota", "rank", "sampled_grad", "scan",
-    "scan_one", "scratch_bytes", "update",
+    "collected_bytes", "cut", "exchange", "rank", "sampled_grad", "scan", "scan_one",
+    "scratch_bytes", "update",
 ]  # fmt: skip
 
 # The operators are those of `cpp`; this registers their CUDA kernels.
@@ -76,12 +76,17 @@ def scan_one(
     )  # fmt: skip
 
 
-# An exact running selection over gradients that come one at a time: on this backend alone, for
-# quotas of at most max_collected_quota(). See csrc/cuda/collect.cu.
+# An exact running selection over gradients that come one at a time. See csrc/cuda/collect.cu.
+
+
+def collected_bytes(max_quota: int) -> int:
+    """Bytes of a step's candidates: 2 MB, and for quotas above 4,096 64 per entry of the largest
+    quota, where that is more."""
+    return int(_kernels.collected_bytes(max_quota))
 
 
 def collect_begin(active: ActiveSet, targets: Tensor, max_quota: int, collected: Tensor) -> None:
-    """Start a step's selection in `collected`, (collected_bytes(),), uint8."""
+    """Start a step's selection in `collected`, (collected_bytes(max_quota),), uint8."""
     _ops.collect_begin.default(targets, active.progress, max_quota, collected)
 
 
@@ -113,12 +118,9 @@ def collect_end(found_inf: Tensor, new: NewEntries, grad: Tensor, collected: Ten
     """Write the step's new entries, as `reference.cut` does, and their gradients.
 
     Args:
+        new: with room for max_quota entries, as in `collect_begin`.
         grad: (max_quota,), float32. Mutated.
     """
     _ops.collect_end.default(
         found_inf, new.tensor, new.position, new.count, new.threshold, grad, collected
     )
-
-
-collected_bytes = _kernels.collected_bytes
-max_collected_quota = _kernels.max_collected_quota

@@ -1,8 +1,7 @@
 """The best frozen entries among the gradients seen so far in a step, kept by the backend.
 
-In place of `Candidates` where the backend offers it (CUDA) and the quota is small: three launches a
-tensor, four unless exp = 0 or scores rank it, instead of some forty. Same entries, same order, same
-threshold.
+In place of `Candidates` where the backend offers it (CUDA): three to six launches a tensor, instead
+of some forty. Same entries, same order, same threshold.
 """
 
 from __future__ import annotations
@@ -19,11 +18,8 @@ from sparse_optim.engine.engine import Engine
 
 
 def can_collect(engine: Engine) -> bool:
-    """Whether the backend ranks gradients one at a time for this engine's quota."""
-    if not hasattr(engine.ops, "collect"):
-        return False
-    ops = cast(Collecting, engine.ops)
-    return engine.work.new.position.numel() <= ops.max_collected_quota()
+    """Whether the backend ranks gradients one at a time."""
+    return hasattr(engine.ops, "collect")
 
 
 class Collected:
@@ -41,7 +37,8 @@ class Collected:
         device = engine.pool.device
         self._max_quota = engine.work.new.position.numel()
         self._grad = torch.zeros(self._max_quota, dtype=torch.float32, device=device)
-        self._collected = torch.zeros(self._ops.collected_bytes(), dtype=torch.uint8, device=device)
+        size = self._ops.collected_bytes(self._max_quota)
+        self._collected = torch.zeros(size, dtype=torch.uint8, device=device)
         self._any = False
 
     def begin(self) -> None:

@@ -81,7 +81,7 @@ def load(library: Path) -> None:
     _library = ctypes.CDLL(str(library))
     for sizes in (
         _library.scratch_bytes, _library.sampled_grad_scratch_bytes, _library.launches,
-        _library.collected_bytes, _library.max_collected_quota,
+        _library.collected_bytes,
     ):  # fmt: skip
         sizes.restype = ctypes.c_int64
 
@@ -175,14 +175,9 @@ def cut(bound, tiles, active, rule, targets, found_inf, new, scratch) -> None:
         )  # fmt: skip
 
 
-def collected_bytes() -> int:
+def collected_bytes(max_quota: int) -> int:
     assert _library is not None
-    return int(_library.collected_bytes())
-
-
-def max_collected_quota() -> int:
-    assert _library is not None
-    return int(_library.max_collected_quota())
+    return int(_library.collected_bytes(ctypes.c_int64(max_quota)))
 
 
 def collect_begin(active, targets, max_quota, collected) -> None:
@@ -202,10 +197,12 @@ def collect(bound, tiles, active, rule, scored, first, max_quota, collected, scr
         )  # fmt: skip
 
 
-def collect_end(found_inf, new, grad, collected) -> None:
+def collect_end(found_inf, new, grad, collected, max_quota=None) -> None:
+    """`max_quota`: that of the beginning, if there is less room now."""
+    room = new.position.numel()
     _call(
-        "collect_end", found_inf, new.tensor, new.position, new.count,
-        ctypes.c_int64(new.position.numel()), new.threshold, grad, collected,
+        "collect_end", found_inf, new.tensor, new.position, new.count, ctypes.c_int64(room),
+        new.threshold, grad, ctypes.c_int64(room if max_quota is None else max_quota), collected,
     )  # fmt: skip
 
 

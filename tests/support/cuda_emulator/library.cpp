@@ -73,12 +73,8 @@ int cut(Pool pool, const int32_t* position, const int64_t* offsets, const int32_
       {new_tensor, new_position, new_count, max_quota}, threshold, scratch, nullptr);
 }
 
-int64_t collected_bytes() {
-  return cuda::collected_bytes();
-}
-
-int64_t max_collected_quota() {
-  return cuda::max_collected_quota();
+int64_t collected_bytes(int64_t max_quota) {
+  return cuda::collected_bytes(max_quota);
 }
 
 int collect_begin(const int64_t* targets, int64_t num_targets, const int64_t* progress,
@@ -94,10 +90,10 @@ int collect(Pool pool, const int32_t* position, const int64_t* offsets, const in
 }
 
 int collect_end(const float* found_inf, int32_t* new_tensor, int32_t* new_position,
-                int64_t* new_count, int64_t max_quota, float* threshold, float* grad,
+                int64_t* new_count, int64_t room, float* threshold, float* grad, int64_t max_quota,
                 void* collected) {
-  return cuda::collect_end(found_inf, {new_tensor, new_position, new_count, max_quota}, threshold,
-                           grad, collected, nullptr);
+  return cuda::collect_end(found_inf, {new_tensor, new_position, new_count, room}, threshold, grad,
+                           max_quota, collected, nullptr);
 }
 
 int append(Pool pool, int32_t* new_tensor, int32_t* new_position, int64_t* new_count,
