@@ -76,12 +76,17 @@ def scan_one(
     )  # fmt: skip
 
 
-# An exact running selection over gradients that come one at a time: on this backend alone, for
-# quotas of at most max_collected_quota(). See csrc/cuda/collect.cu.
+# An exact running selection over gradients that come one at a time, for quotas of at most
+# max_collected_quota(). See csrc/cuda/collect.cu.
+
+
+def collected_bytes(max_quota: int) -> int:
+    """Bytes of `collected`."""
+    return int(_kernels.collected_bytes())
 
 
 def collect_begin(active: ActiveSet, targets: Tensor, max_quota: int, collected: Tensor) -> None:
-    """Start a step's selection in `collected`, (collected_bytes(),), uint8."""
+    """Start a step's selection in `collected`, (collected_bytes(max_quota),), uint8."""
     _ops.collect_begin.default(targets, active.progress, max_quota, collected)
 
 
@@ -120,5 +125,4 @@ def collect_end(found_inf: Tensor, new: NewEntries, grad: Tensor, collected: Ten
     )
 
 
-collected_bytes = _kernels.collected_bytes
 max_collected_quota = _kernels.max_collected_quota

@@ -72,9 +72,7 @@ class Collecting(Backend, Protocol):
     Optional; `backends.cuda` says what its functions do.
     """
 
-    def collected_bytes(self) -> int: ...
-
-    def max_collected_quota(self) -> int: ...
+    def collected_bytes(self, max_quota: int) -> int: ...
 
     def collect_begin(
         self, active: ActiveSet, targets: Tensor, max_quota: int, collected: Tensor

@@ -1,8 +1,7 @@
 """The best frozen entries among the gradients seen so far in a step, kept by the backend.
 
-In place of `Candidates` where the backend offers it (CUDA) and the quota is small: three launches a
-tensor, four unless exp = 0 or scores rank it, instead of some forty. Same entries, same order, same
-threshold.
+In place of `Candidates` where the backend offers it (Triton; CUDA for small quotas): three launches
+a tensor or four, instead of some forty. Same entries, same order, same threshold.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ def can_collect(engine: Engine) -> bool:
     """Whether the backend ranks gradients one at a time for this engine's quota."""
     if not hasattr(engine.ops, "collect"):
         return False
-    ops = cast(Collecting, engine.ops)
-    return engine.work.new.position.numel() <= ops.max_collected_quota()
+    most = getattr(engine.ops, "max_collected_quota", None)  # any quota, where there is none
+    return most is None or engine.work.new.position.numel() <= most()
 
 
 class Collected:
@@ -41,7 +40,8 @@ class Collected:
         device = engine.pool.device
         self._max_quota = engine.work.new.position.numel()
         self._grad = torch.zeros(self._max_quota, dtype=torch.float32, device=device)
-        self._collected = torch.zeros(self._ops.collected_bytes(), dtype=torch.uint8, device=device)
+        size = self._ops.collected_bytes(self._max_quota)
+        self._collected = torch.zeros(size, dtype=torch.uint8, device=device)
         self._any = False
 
     def begin(self) -> None:

@@ -55,8 +55,8 @@ def collected(case, parts, found_inf=0.0, room=None, scored=False):
     work, active = case.work, case.active
     case.bind(emulated_cuda)
     case.scan(emulated_cuda)
-    held = torch.full((emulated_cuda.collected_bytes() + 64,), 0x5A, dtype=torch.uint8)
     most, rule = work.new.position.numel(), Rule(case.exp, 1e-3, torch.zeros(0))
+    held = torch.full((emulated_cuda.collected_bytes(most) + 64,), 0x5A, dtype=torch.uint8)
     emulated_cuda.collect_begin(active, case.targets, most, held)
     for first, last in parts:
         tiles = work.tiles.offsets[[first, last]].tolist()

@@ -175,7 +175,7 @@ def cut(bound, tiles, active, rule, targets, found_inf, new, scratch) -> None:
         )  # fmt: skip
 
 
-def collected_bytes() -> int:
+def collected_bytes(max_quota: int) -> int:
     assert _library is not None
     return int(_library.collected_bytes())
 
