@@ -123,16 +123,16 @@ def settle_kernel(
         return
     count = tl.load(state_ptr + COUNT)
     if count > room:
-        before = tl.load(state_ptr + BEFORE)
-        tl.store(state_ptr + COUNT, before)
+        tl.debug_barrier()  # all threads have read the count, and are here
+        tl.store(state_ptr + COUNT, tl.load(state_ptr + BEFORE))
         add_best(
             table_ptr, position_ptr, tile_offsets_ptr, tile_tensor_ptr, tile_start_ptr, bound_ptr,
             num_tiles, limit_of(state_ptr, histogram_ptr, quota, BINS), quota, first_tensor, room,
             state_ptr, place_ptr, key_ptr, grad_ptr, digits_ptr, eps, EXP, SCORED, TILE, DIGIT_BINS,
         )  # fmt: skip
-        count = before + quota
+        tl.debug_barrier()  # all threads have written candidates, and counted them
+        count = tl.load(state_ptr + COUNT, cache_modifier=FROM_L2)
     if count > tl.minimum(8 * quota, room // 2):
-        tl.debug_barrier()  # candidates that other threads have just written
         count, least = keep_best(
             place_ptr, key_ptr, grad_ptr, digits_ptr, count, quota, DIGIT_BINS, SELECT
         )

@@ -1,7 +1,7 @@
 """The best frozen entries among the gradients seen so far in a step, kept by the backend.
 
 In place of `Candidates` where the backend offers it (Triton; CUDA for small quotas): three launches
-a tensor or four, instead of some forty. Same entries, same order, same threshold.
+a tensor or four, instead of thirty to fifty. Same entries, same order, same threshold.
 """
 
 from __future__ import annotations

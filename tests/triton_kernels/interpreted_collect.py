@@ -84,11 +84,17 @@ def expected(case: Case, scored: bool = False) -> tuple[list[Entry], float]:
 
 
 def collected(
-    case: Case, parts: Parts, scored: bool = False, found_inf: float = 0.0, room: int | None = None
+    case: Case,
+    parts: Parts,
+    scored: bool = False,
+    found_inf: float = 0.0,
+    room: int | None = None,
+    counts: list[int] | None = None,
 ) -> tuple[list[Entry], float]:
     """The same by the kernels, of tensors first to last - 1 for each part.
 
     `room`: entries that there is room for in the end; as many as in the beginning, if None.
+    `counts`: gets how many candidates there are after each part.
     """
     case = case.run(kernels, "scan")
     work, active, rule = case.work, case.active, Rule(case.exp, case.eps, torch.zeros(0))
@@ -104,6 +110,8 @@ def collected(
             bound[first:last], work.tiles.of_tensors(first, last, tiles),
             active.of_tensors(first, last), rule, scored, first, most, held, work.scratch,
         )  # fmt: skip
+        if counts is not None:
+            counts.append(int(held.view(torch.int64)[candidate_list.COUNT.value]))
     room = most if room is None else room
     new, grad = work.new, torch.full((most,), torch.nan)
     new.tensor.fill_(-1), new.position.fill_(-1), new.threshold.zero_()
@@ -196,6 +204,17 @@ def test_room_is_made_many_times(counted: dict[str, int]) -> None:
     check(case, [(index, index + 1) for index in reversed(range(20))])
     assert counted["keep_best"] > 5
     assert counted["add_best"] == 0
+
+
+def test_what_is_below_the_floor_is_not_collected() -> None:
+    """Else the result would be the same, later."""
+    case = make_case((60,) * 4, quota=5, num_active=0)
+    for grad in case.grads[:3]:
+        grad.mul_(1e-3)
+    counts: list[int] = []
+    parts = [(index, index + 1) for index in reversed(range(4))]
+    assert collected(case, parts, counts=counts) == expected(case)
+    assert counts[1:] == [5] * 3
 
 
 def test_fewer_entries_than_the_quota() -> None:
