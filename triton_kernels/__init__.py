@@ -9,7 +9,9 @@ Installed as `sparse_optim.triton_kernels`: the top-level name belongs to Triton
 """
 
 from .append import append, append_pieces
+from .candidate_list import collected_bytes
 from .clip import clip
+from .collect import collect, collect_begin, collect_end, collect_pieces
 from .cut import cut, cut_pieces
 from .exchange import exchange
 from .launch import bind, bind_rows, total_bytes
@@ -19,9 +21,9 @@ from .scan import scan, scan_pieces
 from .update import update
 
 __all__ = [
-    "TILE", "append", "bind", "bind_rows", "clip", "cut", "exchange", "rank", "sampled_grad",
-    "scan",
-    "scratch_bytes", "update",
+    "TILE", "append", "bind", "bind_rows", "clip", "collect", "collect_begin", "collect_end",
+    "collected_bytes", "cut", "exchange", "rank", "sampled_grad", "scan", "scratch_bytes",
+    "update",
 ]  # fmt: skip
 
 # 16 KB of float32: enough work for a program to hide its searches, and 2048 programs for eight
@@ -36,6 +38,6 @@ def scratch_bytes(num_tiles: int, capacity: int, max_quota: int) -> int:
     """
     pieces = (
         scan_pieces(num_tiles), rank_pieces(num_tiles), cut_pieces(num_tiles),
-        append_pieces(capacity, max_quota),
+        collect_pieces(num_tiles), append_pieces(capacity, max_quota),
     )  # fmt: skip
     return max(total_bytes(each) for each in pieces)

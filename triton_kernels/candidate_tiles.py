@@ -39,6 +39,9 @@ BINS = 4096
 # Eight entries of a tile a thread: with sixteen, the kernels that write and sample had a stack.
 OPEN_WARPS = 16
 
+# Of loads, unless told otherwise.
+ANY_CACHE = tl.constexpr("")
+
 # Places in `state`, int64, which `cut` continues.
 QUOTA = tl.constexpr(0)
 LISTED = tl.constexpr(1)
@@ -46,10 +49,10 @@ FLOOR = tl.constexpr(2)
 
 
 @triton.jit
-def find_bin(histogram_ptr, wanted, BINS: tl.constexpr):
+def find_bin(histogram_ptr, wanted, BINS: tl.constexpr, CACHE: tl.constexpr = ANY_CACHE):
     """The bin of the wanted-th largest (-1 if there are fewer); how many greater bins hold."""
     bins = tl.arange(0, BINS)
-    counts = tl.load(histogram_ptr + bins).to(tl.int64)
+    counts = tl.load(histogram_ptr + bins, cache_modifier=CACHE).to(tl.int64)
     reaching = tl.sum(counts, axis=0) - tl.cumsum(counts, axis=0) + counts
     found = tl.sum((reaching >= wanted).to(tl.int32), axis=0) - 1
     above = tl.sum(tl.where(bins > found, counts, 0), axis=0)

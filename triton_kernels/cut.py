@@ -77,10 +77,8 @@ def cut_pieces(num_tiles: int) -> Pieces:
 
 
 @triton.jit
-def plan(
-    targets_ptr, progress_ptr, found_inf_ptr, new_count_ptr, state_ptr, num_targets, max_quota
-):
-    """state[QUOTA] <- min(target(min(step + 1, T)) - active, max_quota), 0 if found_inf
+def quota_of(targets_ptr, progress_ptr, num_targets, max_quota):
+    """min(target(min(step + 1, T)) - active, max_quota), at least 0
 
     num_targets is negative for a formula; see sparse_optim.backends.targets.
     """
@@ -100,7 +98,15 @@ def plan(
             gained = tl.where(power == 2, gain * u * (2 * n - u) // (n * n), gain * u // n)
             target = tl.where(u >= 0, tl.load(targets_ptr + 4 * piece + 1) + gained, target)
     missing = target - tl.load(progress_ptr + 1)
-    quota = tl.minimum(tl.maximum(missing, 0), max_quota)
+    return tl.minimum(tl.maximum(missing, 0), max_quota)
+
+
+@triton.jit
+def plan(
+    targets_ptr, progress_ptr, found_inf_ptr, new_count_ptr, state_ptr, num_targets, max_quota
+):
+    """state[QUOTA] <- the quota of the step, 0 if found_inf"""
+    quota = quota_of(targets_ptr, progress_ptr, num_targets, max_quota)
     quota = tl.where(tl.load(found_inf_ptr) != 0.0, 0, quota)
     tl.store(state_ptr + QUOTA, quota)
     tl.store(state_ptr + PREFIX, 0)

@@ -69,7 +69,7 @@ class BindingRows(Backend, Protocol):
 class Collecting(Backend, Protocol):
     """A backend that can rank gradients one at a time, as they come in the backward pass.
 
-    Optional; `backends.cuda` says what its functions do.
+    Optional, `scan_one` also by itself; `backends.cuda` says what its functions do.
     """
 
     def collected_bytes(self, max_quota: int) -> int: ...

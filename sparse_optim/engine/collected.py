@@ -1,7 +1,7 @@
 """The best frozen entries among the gradients seen so far in a step, kept by the backend.
 
-In place of `Candidates` where the backend offers it (CUDA): three to six launches a tensor, instead
-of some forty. Same entries, same order, same threshold.
+In place of `Candidates` where the backend offers it (CUDA, Triton): three to six launches a tensor,
+instead of thirty to fifty. Same entries, same order, same threshold.
 """
 
 from __future__ import annotations

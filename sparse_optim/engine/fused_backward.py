@@ -2,7 +2,7 @@
 
     hook       scan: tile maxima, gradients of active entries, norm of the tensor, non-finite test
                its best frozen entries join the candidates (large tensors at once, small ones
-               together, once they are BATCH_BYTES): by `cut`, or by `collect` on CUDA
+               together, once they are BATCH_BYTES): by `cut`, or by `collect` on GPUs
                param.grad <- None
     step()     the best of the candidates; append; clip; update
 

@@ -27,6 +27,8 @@ EXACT_EXPS = (-1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
 GENERAL_EXPS = (-0.3, 1.7)  # through pow
 # Arguments whose dtype is the caller's.
 ANY_DTYPE = ("grad_ptr", "matrix_ptr", "outer_ptr", "inner_ptr")
+# Of tensors with three tiles between them: entries are counted in parts of tiles, or one by one.
+QUOTAS = (50, 500)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -109,12 +111,16 @@ def launches_of_optimizers() -> dict[str, Launch]:
         warnings.filterwarnings("ignore", message="Scores.* scores every entry 0")
         for exp in EXACT_EXPS + GENERAL_EXPS:
             take_step(importance=D3(exp=exp, eps=1e-3))
+            take_fused_step(importance=D3(exp=exp, eps=1e-3))
         for dtype, bias_correction in itertools.product(DTYPES, ("entry", "global")):
             take_step(dtype, bias_correction=bias_correction, max_grad_norm=1.0)
         take_step(selection=Increment(90, total_steps=10))  # an odd part of `append`'s scratch
         scores = Scores({"body": torch.ones(3000), "more": torch.ones(5000)})
         take_step(importance=scores)
         take_step(importance=scores, selection=Stochastic(100))
+        take_fused_step(importance=scores)
+        for exp, quota in itertools.product((0.0, 1.7), QUOTAS):
+            take_fused_step(importance=D3(exp=exp), selection=Increment(quota, total_steps=1))
         for dtype, transposed in itertools.product(DTYPES, (False, True)):
             sample(torch.zeros(300, 20, dtype=dtype), torch.zeros(300, 40, dtype=dtype), transposed)
         sample(torch.zeros(20, 300).t(), torch.zeros(300, 40, dtype=torch.bfloat16), False)
@@ -137,6 +143,18 @@ def swap_entries() -> None:
     bound = ops.bind([param[:0] for param in params], params, table)
     position, value = (torch.zeros(7, dtype=torch.int32) for _ in range(2))
     ops.exchange(bound, position, torch.tensor([0, 3, 7]), value)
+
+
+def take_fused_step(**options: Any) -> None:
+    """One step whose gradients are ranked in the backward pass: of 3000 entries and of 5000."""
+    params = {"body": torch.nn.Parameter(torch.zeros(3000)),
+              "more": torch.nn.Parameter(torch.zeros(5000))}  # fmt: skip
+    options = {"importance": D3(), "selection": Increment(1, total_steps=1), **options}
+    optimizer = MaskedAdamW(
+        params.items(), lr=1e-3, backend="triton", max_grad_norm=1.0, fuse_backward=True, **options
+    )
+    sum(param.sum() for param in params.values()).backward()
+    optimizer.step()
 
 
 def take_step(dtype: torch.dtype = torch.float32, **options: Any) -> None:

@@ -129,7 +129,8 @@ def test_kernel_spills_nothing(name: str, architecture: int) -> None:
 @pytest.mark.parametrize("name", GENERAL)
 def test_keys_are_worked_out_once(name: str) -> None:
     """Not once in the layout of the loads and again in that of the stores: see `load_lanes`."""
-    assert compiled(name, 90).asm["ttgir"].count("math.log ") == 1
+    bounds = int(VARIANTS[name].kernel.__name__ == "group_maxima_kernel")  # of a tile, a scalar
+    assert compiled(name, 90).asm["ttgir"].count("math.log ") == 1 + bounds
 
 
 @pytest.mark.parametrize("name", SAMPLED)

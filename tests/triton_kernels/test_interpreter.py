@@ -19,7 +19,7 @@ require("triton")
     "cases",
     [
         "interpreted_operations.py", "interpreted_backward.py", "interpreted_norm.py",
-        "interpreted_sampled.py", "interpreted_exchange.py",
+        "interpreted_sampled.py", "interpreted_exchange.py", "interpreted_collect.py",
     ],
 )  # fmt: skip
 def test_interpreted_kernels(cases: str) -> None:
