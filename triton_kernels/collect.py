@@ -28,7 +28,7 @@ dropped. Each program also reads 16 KB of the histogram, from L2.
 
 7B in bfloat16 at exp = 0, k = 466 (291 tensors, 1.65e6 tiles, some 5,000 opened): 74 MB in a
 backward pass. Predicted: bytes / bandwidth = 37 us on A100 (2.0 TB/s), 96 us on A6000 (0.768), 22
-us on H100 (3.35), 15 us on H200 (4.8); launches take longer, 777 of 259 calls.
+us on H100 (3.35), 15 us on H200 (4.8); launches take longer, 810 of 259 calls.
 Not run on a GPU yet: compiled ahead of time and interpreted.
 """
 

@@ -17,7 +17,7 @@ Faults planted by hand, one at a time, and what caught them:
     groups counted twice                           best_of_all_parts, 9 in all
     exp < 0 without param_bound                    best_of_all_parts, 4 in all
     more entries than there is room for unnoticed  ties_go_to_the_lower, 14 in all
-    those that found room before that kept, too    crowded_calls
+    those that found room before that kept, too    crowded_calls[0.01]
     crowded call: entries at its limit left out    ties_go_to_the_lower, 7 in all
     crowded call: last entry that ties dropped     ties_go_to_the_lower
     crowded call: ties counted anew in each tile   ties_go_to_the_lower
