@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import count
+from itertools import chain, count
 from typing import Any, Literal, Protocol
 
 import torch
@@ -327,7 +327,7 @@ class Engine:
             grads.bound, grads.dense, work.tiles, self.active, work.norms, work.scalars.found_inf,
             work.scratch,
         )  # fmt: skip
-        self.settle_norms(work.norms, [*grads.pool, *grads.dense])
+        self.settle_norms(work.norms, grads.pool, grads.dense)
 
     def cut(self, grads: Gradients) -> None:
         """`reference.cut` over the whole pool, or what is needed to rank by dense scores.
@@ -379,17 +379,17 @@ class Engine:
             self.active.of_tensors(0, 0), work.norms[first:], work.scalars.found_inf,
             work.scratch,
         )  # fmt: skip
-        self.settle_norms(work.norms[first:], [*ours, *dense])
+        self.settle_norms(work.norms[first:], ours, dense)
 
-    def settle_norms(self, norms: Tensor, tensors: Sequence[Tensor]) -> None:
+    def settle_norms(self, norms: Tensor, *tensors: Sequence[Tensor]) -> None:
         """Put exact norms in place of those of a scan, where shards are to have the same.
 
         Args:
             norms: (n,), float64. Mutated.
-            tensors: n, whose norms they are.
+            tensors: n in all, whose norms they are.
         """
-        if tensors and self.method.shard_invariant:
-            norms.copy_(exact_norms(tensors))
+        if norms.numel() and self.method.shard_invariant:
+            norms.copy_(exact_norms(list(chain(*tensors))))
 
     def segment(self, index: int) -> slice:
         """Where the active entries of a tensor are; waits for the device after a loud step."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -162,12 +163,12 @@ class ShardedEngine(Engine):
         finally:
             self.active, self._counted = active, self.shards.owned
 
-    def settle_norms(self, norms: Tensor, tensors: Sequence[Tensor]) -> None:
+    def settle_norms(self, norms: Tensor, *tensors: Sequence[Tensor]) -> None:
         """Put the norms of whole tensors in place of those of shards; see `Engine`."""
         shards, counted = self.shards, self._counted[-norms.numel() :]
         shards.add_norms(norms, self.work.scalars.found_inf, counted)
         if self.method.shard_invariant:
-            norms.copy_(exact_norms(tensors, shards, counted))
+            norms.copy_(exact_norms(list(chain(*tensors)), shards, counted))
 
     def cut(self, grads: Gradients) -> None:
         """`reference.cut` over the whole pool; `work.new` takes what this process holds of it."""
