@@ -21,13 +21,14 @@ def whole_steps(phase: Phase, device: torch.device) -> Records:
     """Measure training steps of one kind, on a transformer of the cell's size."""
     assert phase.cell is not None
     kind, cell = phase.which, phase.cell
+    name = phase.name.removeprefix("training ")
     absent = gpu_subjects.absent_kinds()
     if kind in absent:
-        yield {"name": kind, "absent": absent[kind]}
+        yield {"name": name, "absent": absent[kind]}
         return
-    row = _attempt(lambda: training.measure(cell.model, kind, budget=cell.budget))
+    row = _attempt(lambda: training.measure(cell.model, kind, budget=cell.budget, quota=cell.quota))
     row.pop("kind", None)
-    yield {"name": kind, **row, **_dtype(cell.model)}
+    yield {"name": name, "quota": cell.quota, **row, **_dtype(cell.model)}
 
 
 def capped(phase: Phase, device: torch.device) -> Records:

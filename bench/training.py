@@ -59,14 +59,15 @@ def of_model(
 
 
 def measure(
-    name: str, kind: str, snapshots: Path | None = None, budget: int = backward.BUDGET
-) -> dict[str, Any]:
+    name: str, kind: str, snapshots: Path | None = None, budget: int = backward.BUDGET,
+    quota: int = backward.QUOTA,
+) -> dict[str, Any]:  # fmt: skip
     """Measure one model with one kind of optimizer, in this process."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = MODELS[name].build(device)
     if snapshots is not None and device.type == "cuda":
         torch.cuda.memory._record_memory_history()
-    under = backward.training(name, kind, model, budget)
+    under = backward.training(name, kind, model, budget, quota)
     under.step()  # allocates dense AdamW's state
     params = list(model.parameters())
     row = {

@@ -81,17 +81,17 @@ def test_a_training_step_that_cannot_be_measured_says_why(monkeypatch, error):
         raise error
 
     monkeypatch.setattr(training, "measure", measure)
-    phase = gpu_plan.Phase("a", "training", 60, gpu_plan.TINY, "AdamW")
+    phase = gpu_plan.Phase("training a", "training", 60, gpu_plan.TINY, "AdamW")
     (row,) = gpu_training.whole_steps(phase, torch.device("cpu"))
     reason = "no kernel" if error.args else "out of memory"
-    assert row == {"name": "AdamW", "failed": reason, "dtype": "fp32"}
+    assert row == {"name": "a", "quota": 32, "failed": reason, "dtype": "fp32"}
 
 
 def test_an_8_bit_optimizer_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr(gpu_subjects, "absent_kinds", lambda: {"torchao 8-bit": "no module"})
     phase = gpu_plan.Phase("a", "training", 60, gpu_plan.TINY, "torchao 8-bit")
     rows = list(gpu_training.whole_steps(phase, torch.device("cpu")))
-    assert rows == [{"name": "torchao 8-bit", "absent": "no module"}]
+    assert rows == [{"name": "a", "absent": "no module"}]
 
 
 def test_the_peak_in_a_smaller_card_stands_beside_the_estimate(monkeypatch):
