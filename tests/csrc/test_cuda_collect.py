@@ -23,7 +23,7 @@ And in what large quotas take (collect_many.cu, collect_order.cu, entry_rank.h):
     candidates counted beside those that move      a crash
     halves not changed                             best_of_all_parts, few_ties_in_each_part
     floor not raised                               tiles_below_the_floor alone: it costs only time
-    entries below the floor counted                nothing: it costs only time
+    entries below the floor counted; floor lowered nothing: they cost only time
     tiles that just reach the floor not opened     ties_go_to_the_lower, few_ties_in_each_part
     bound of a tile without its parameters         best_of_all_parts, random_large_quotas
     quota + 1 left in the end                      a crash
