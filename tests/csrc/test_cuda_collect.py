@@ -8,6 +8,32 @@ Faults planted by hand, one at a time, and what caught them:
     those that found room before that kept, too    a crash
     room in the end not looked at                  less_room_in_the_end
     scores in place of gradients, in either way    entries_ranked_by_scores_keep_their_gradients
+
+And in what large quotas take (collect_many.cu, collect_order.cu, entry_rank.h):
+
+    last entry that ties dropped                   ties_go_to_the_lower, less_room_in_the_end
+    ties to the higher place                       ties_go_to_the_lower, then a crash
+    a call's bits of tensors, or positions, lost   few_ties_in_each_part, ties_go_to_the_lower
+    digits behind the 64th wrong                   a crash in tensors_of_large_numbers
+    words behind the 64th bit not compared         tensors_of_large_numbers
+    entries that found no room not noticed         best_of_all_parts, more_entries_in_a_call_than
+    no digits by one block where four leave many   ties_go_to_the_lower, tensors_of_large_numbers
+    candidates left out of the selection           best_of_all_parts, room_is_made_many_times
+    first digits of candidates that move lost      a crash
+    candidates counted beside those that move      a crash
+    halves not changed                             best_of_all_parts, few_ties_in_each_part
+    floor not raised                               tiles_below_the_floor alone: it costs only time
+    entries below the floor counted; floor lowered nothing: they cost only time
+    tiles that just reach the floor not opened     ties_go_to_the_lower, few_ties_in_each_part
+    bound of a tile without its parameters         best_of_all_parts, random_large_quotas
+    quota + 1 left in the end                      a crash
+    room in the end not looked at                  less_room_in_the_end
+    found_inf not looked at                        no_quota_and_a_skipped_step
+    gradient in place of the score's own           entries_ranked_by_scores_keep_their_gradients
+    least importance not noted                     best_of_all_parts
+    a run compared with itself, or left out        best_of_all_parts, random_large_quotas
+    no barrier after a run was read                best_of_all_parts
+    no barrier before the first digit              a hang
 """
 
 from __future__ import annotations
