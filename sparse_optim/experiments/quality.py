@@ -176,7 +176,7 @@ QUALITY = Experiment(
     model=MODEL,
     blocks=(
         Block(CORE_TASKS, CORE),
-        Block(TASKS, MASKS),
+        Block(CORE_TASKS, MASKS),
         Block(SMALL_TASKS, SMALL_ROWS),
         Block(SMALL_TASKS, PAPER_RATES),
         Block(TASKS, SCHEDULES),
