@@ -9,7 +9,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, FuncFormatter
 
-from sparse_optim.analysis.plot_style import GREY, new_figure, plain, run_colours, save
+from sparse_optim.analysis.plot_style import footnote, new_figure, plain, run_colours, save
 
 PANEL = (3.5, 3.0)  # inches
 
@@ -73,8 +73,7 @@ def draw_lines(grid: Sequence[Sequence[LinePanel]], title: str, path: Path, note
         _draw_panel(axes, panel, colours)
         if len(panel.lines) > 1:
             axes.legend(frameon=False, fontsize=9)
-    if note:
-        figure.supxlabel(note, fontsize=8.5, color=GREY, x=0.02, ha="left")
+    footnote(figure, note)
     save(figure, path)
 
 

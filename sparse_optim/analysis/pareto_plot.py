@@ -9,7 +9,7 @@ from pathlib import Path
 
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
-from sparse_optim.analysis.plot_style import COLOURS, GREY, new_figure, plain, save
+from sparse_optim.analysis.plot_style import COLOURS, GREY, footnote, new_figure, plain, save
 
 SHAPES = "osD^vPX*<>hp"  # markers of the methods, in order; with the colours 24 pairs
 SIZE_NOTE = "Larger marker: more trained entries. Dotted: the best with as few entries."
@@ -96,6 +96,5 @@ def draw_pareto(
     for handle in legend.legend_handles:
         if handle is not None and hasattr(handle, "set_sizes"):
             handle.set_sizes([60.0])
-    figure.supxlabel("\n".join(filter(None, (SIZE_NOTE, note))), fontsize=8.5, color=GREY, x=0.02,
-                     ha="left")  # fmt: skip
+    footnote(figure, SIZE_NOTE, note)
     save(figure, path)

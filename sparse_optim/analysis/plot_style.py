@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from textwrap import fill
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -49,6 +50,15 @@ def steps_below(axes: Axes) -> None:
     axes.set_xlabel("step")
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def footnote(figure: Figure, *notes: str) -> None:
+    """Notes below the axes, each on lines of its own that fit the figure; empty ones are left
+    out."""
+    characters = int(15 * figure.get_figwidth())  # 8.5 points: about a fifteenth of an inch each
+    lines = [fill(note, characters, break_on_hyphens=False) for note in notes if note]
+    if lines:
+        figure.supxlabel("\n".join(lines), fontsize=8.5, color=GREY, x=0.02, ha="left")
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from sparse_optim.analysis import line_plot
 from sparse_optim.analysis.line_plot import LinePanel, Point
 from sparse_optim.analysis.pareto_plot import AREAS, Tradeoff, frontier, marker_areas
-from sparse_optim.analysis.plot_style import new_figure, save
+from sparse_optim.analysis.plot_style import footnote, new_figure, save
 from sparse_optim.experiments.budgets import BUDGETS
 from sparse_optim.experiments.glue import GLUE
 from sparse_optim.experiments.overrides import Choice, choose
@@ -169,3 +169,16 @@ def test_a_picture_that_cannot_be_written_leaves_the_one_before_it(tmp_path, mon
         save(new_figure(1, 1, "other"), path)
     assert path.read_bytes() == whole
     assert [each.name for each in tmp_path.iterdir()] == ["one.png"]
+
+
+def test_notes_below_a_picture_fit_it():
+    figure = new_figure(7.0, 4.0, "title")
+    names = [f"method-{number}@linear-112827" for number in range(12)]
+    footnote(figure, "first", "", f"not shown: {', '.join(names)}")
+    text = figure._supxlabel
+    assert text.get_text().split() == f"first not shown: {', '.join(names)}".split()
+    figure.canvas.draw()
+    box = text.get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.x1
+    footnote(untouched := new_figure(7.0, 4.0, "title"), "")
+    assert untouched._supxlabel is None
