@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sparse_optim.delta._shared import Shared
-from sparse_optim.delta._tensors import Tensors, bits, gather
+from sparse_optim.delta._tensors import Tensors, gather
 from sparse_optim.delta._values import DeltaError, SparseValues
 
 Floats = NDArray[np.float64]
@@ -26,7 +26,7 @@ Mask = NDArray[np.bool_]
 
 # Entries of all deltas together: enough that calls cost little beside the work, few enough that
 # the arrays stay in the cache and their memory is used again.
-GROUP_ENTRIES = 1 << 16
+GROUP_ENTRIES = 1 << 17
 # Entries on which torch works in one thread. Longer arrays are taken in pieces: threads that wait
 # for each other made a merge ten times as long on a busy machine.
 ONE_THREAD = 1 << 15
@@ -100,24 +100,18 @@ def vectors_of(shared: Shared) -> Iterator[Vectors]:
 
 def _vectors(shared: Shared, layouts: dict[str, SparseValues]) -> Vectors:
     starts = np.cumsum([0, *(layout.numel for layout in layouts.values())], dtype=np.int64)
-    present = [
-        [
-            (at, sparse[name])
-            for name, at in zip(layouts, starts[:-1], strict=True)
-            if name in sparse
-        ]
-        for sparse in shared.changes
-    ]
-    position, slots = _union(
-        [_joined([part.position.numpy() + at for at, part in parts]) for parts in present]
+    present = [[sparse.get(name) for name in layouts] for sparse in shared.changes]
+    position, slots = _union([_flat_positions(parts, starts) for parts in present])
+    values = tuple(
+        as_floats([part.value for part in parts if part is not None]) for parts in present
     )
-    values = tuple(as_floats([part.value for _, part in parts]) for parts in present)
     vectors = Vectors(layouts, starts, position, np.zeros(position.size), slots, values)
     if shared.base is not None:
         vectors.base[:] = _base_values(shared.base, vectors)
     else:
-        for slot, parts in zip(slots, present, strict=True):  # None only without entries
-            originals = [part.original for _, part in parts if part.original is not None]
+        for slot, parts in zip(slots, present, strict=True):
+            there = [part.original for part in parts if part is not None]
+            originals = [each for each in there if each is not None]  # None only without entries
             vectors.base[slot] = as_floats(originals)
     _check_finite(vectors)
     return vectors
@@ -138,7 +132,7 @@ def _union(positions: Sequence[Integers]) -> tuple[Integers, tuple[Integers, ...
 
     The stable sort merges runs that are sorted already.
     """
-    joined = _joined(positions)
+    joined = np.concatenate(positions)
     order = joined.argsort(kind="stable")
     ascending = joined[order]
     first = np.ones(joined.size, dtype=np.bool_)
@@ -149,15 +143,22 @@ def _union(positions: Sequence[Integers]) -> tuple[Integers, tuple[Integers, ...
     return ascending[first], tuple(np.split(slots, ends[:-1]))
 
 
-def _joined(arrays: Sequence[Integers]) -> Integers:
-    return np.concatenate([np.empty(0, dtype=np.int64), *arrays])
+def _flat_positions(parts: Sequence[SparseValues | None], starts: Integers) -> Integers:
+    """Places in the flat range of the entries of one delta; None: it leaves a parameter as it is"""
+    there = [part for part in parts if part is not None]
+    if not there:
+        return np.empty(0, dtype=np.int64)
+    counts = [0 if part is None else part.num_entries for part in parts]
+    flat: Integers = starts[:-1].repeat(counts)
+    flat += torch.cat([part.position for part in there]).numpy()
+    return flat
 
 
 def as_floats(tensors: Sequence[Tensor]) -> Floats:
     """The values of floating-point tensors as one float64 array, exactly."""
     if not tensors:
         return np.zeros(0)
-    joined = torch.cat([bits(tensor) for tensor in tensors]).view(tensors[0].dtype)
+    joined = torch.cat(list(tensors))
     return np.concatenate([piece.double().numpy() for piece in joined.split(ONE_THREAD)])
 
 
