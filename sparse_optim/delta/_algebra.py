@@ -221,8 +221,9 @@ def _changed(vectors: Vectors, result: Floats, store_original: bool) -> dict[str
     index = np.flatnonzero(value != original)
     position = vectors.position[index]
     counts = np.diff(position.searchsorted(vectors.starts))
-    infinite = np.flatnonzero(~np.isfinite(as_floats([wide])[index]))
-    if infinite.size:
+    finite = np.isfinite(as_floats([wide]))
+    if not finite.all():
+        infinite = np.flatnonzero(~finite[index])
         name = list(vectors.layouts)[int(counts.cumsum().searchsorted(infinite[0], side="right"))]
         raise DeltaError(f"{name!r}: the result overflows {wide.dtype}: use smaller weights")
     columns = [value[index], *([original[index]] if store_original else ())]

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import xxhash
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sparse_optim.delta._values import DeltaError
@@ -99,6 +100,8 @@ def part_of(vectors: Vectors, at: int, scale: float, keep: "Chooser") -> Part:
     return part if kept is None else part.where(kept)
 
 
+Counts = NDArray[np.int32]
+
 # tau of the next group of parameters, (n,) float64 -> which entries stay, (n,) bool; None: all.
 Chooser = Callable[[Floats], Mask | None]
 
@@ -154,19 +157,23 @@ def combine(base: Floats, parts: Sequence[Part], elect: bool) -> Floats:
         total, count = _sum(base.size, parts)
         total /= np.maximum(count, 1)
     result = base + total
-    for part in parts:
-        if part.exact:
-            alone = count[part.slot] == 1
-            result[part.slot[alone]] = part.value[alone]
+    if any(part.exact for part in parts):
+        final = np.empty_like(result)  # what each entry is if its part is the only one
+        for part in parts:
+            final[part.slot] = part.value if part.exact else result[part.slot]
+        np.copyto(result, final, where=count == 1)
     return result
 
 
-def _sum(size: int, parts: Sequence[Part]) -> tuple[Floats, Integers]:
+def _sum(size: int, parts: Sequence[Part]) -> tuple[Floats, Counts]:
     """What the parts add to each entry, and how many they are."""
-    total, count = np.zeros(size), np.zeros(size, dtype=np.int64)
-    for part in parts:
-        total[part.slot] += part.added
-        count[part.slot] += 1
+    total, count = np.zeros(size), np.zeros(size, dtype=np.int32)
+    for number, part in enumerate(parts):
+        if number == 0:
+            total[part.slot], count[part.slot] = part.added, 1
+        else:
+            total[part.slot] += part.added
+            count[part.slot] += 1
     return total, count
 
 
