@@ -160,7 +160,10 @@ void cut(Tensor bound, Tensor position, Tensor offsets, Tensor tile_offsets, Ten
 void* check_collected(const Device& device, const Tensor& collected, int64_t max_quota) {
   STD_TORCH_CHECK(max_quota >= 0, "max_quota must not be negative, got ", max_quota);
   device.place.check(collected, "collected", ScalarType::Byte, cuda::collected_bytes(max_quota));
-  return data<uint8_t>(collected);
+  void* at = data<uint8_t>(collected);
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(at) % sizeof(uint64_t) == 0,
+                  "collected must begin at a multiple of 8 bytes");
+  return at;
 }
 
 void collect_begin(Tensor targets, Tensor progress, int64_t max_quota, Tensor collected) {
@@ -179,7 +182,9 @@ void collect(Tensor bound, Tensor position, Tensor offsets, Tensor tile_offsets,
   const cuda::Pool pool = tiled_pool_of(device, bound, tile_offsets, tile, tile_max);
   check_positions(device.place, pool.num_tensors, position, offsets);
   check_param_bound(device.place, tile_max, param_bound, exp);
-  STD_TORCH_CHECK(first_tensor >= 0, "first_tensor must not be negative, got ", first_tensor);
+  STD_TORCH_CHECK(first_tensor >= 0 && first_tensor + pool.num_tensors <= INT32_MAX,
+                  "first_tensor must be from 0 to 2^31 - 1 less the number of tensors, got ",
+                  first_tensor);
   void* at = check_collected(device, collected, max_quota);
   void* work = check_scratch(device, scratch, cuda::cut_scratch_bytes(pool.num_tiles));
   STD_CUDA_CHECK(cuda::collect(pool, data<int32_t>(position), data<int64_t>(offsets),

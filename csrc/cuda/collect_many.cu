@@ -5,8 +5,9 @@
 //      of them, that is it: the launches that follow return at once.
 //   2. Else the quota-th best of the candidates before the call and of the call's entries is looked
 //      for, digit by digit (entry_rank.h), four digits in as many launches, until little more than
-//      the quota reaches what was found. Only if even these do not leave few enough, as where half
-//      a million entries tie in a pool of 2^43 places, does one block find more digits by itself.
+//      the quota reaches what was found. Only if even these leave more than there is room for
+//      does one block find more digits by itself, slowly: where entries tie in a pool of at least
+//      16 million times as many places as half the room (2^39 for quotas up to 32,768).
 //   3. The entries that reach it are moved to the other half of the buffer. It is the new floor:
 //      at least as many as are wanted reach it, so that no other can win.
 //

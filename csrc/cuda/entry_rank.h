@@ -79,7 +79,9 @@ struct RankDigit {
   SPARSE_OPTIM_INLINE bool is_last() const { return offset + bits == kKeyBits + kPlaceBits; }
 };
 
-#if defined(SPARSE_OPTIM_EMULATED)  // small: small cases then need more digits than a call has
+#if defined(SPARSE_OPTIM_RANK_DIGIT_BITS)  // a test of its own
+constexpr int kRankDigitBits = SPARSE_OPTIM_RANK_DIGIT_BITS;
+#elif defined(SPARSE_OPTIM_EMULATED)  // small: small cases then need more digits than a call has
 constexpr int kRankDigitBits = 6;
 #else
 constexpr int kRankDigitBits = 11;

@@ -38,6 +38,8 @@ And in what large quotas take (collect_many.cu, collect_order.cu, entry_rank.h):
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from dataclasses import replace
 from itertools import pairwise
 
@@ -46,6 +48,7 @@ import pytest
 import torch
 from cuda_cases import FLOAT, TILE, Case
 from oracle import score
+from repository import ROOT
 
 from sparse_optim.backends.operands import Rule
 
@@ -312,3 +315,22 @@ def test_launches_of_the_end():
     for quota, merges in ((30, 1), (100, 2), (144, 2), (145, 3)):
         many = launches_of(Case([TILE], quota=quota, active=0.0), 0) - 4
         assert many == 1 + 1 + 14 + 3 + merges  # begin, end, digits of 6 bits, move, sort, write
+
+
+def test_the_order_of_entries_by_the_digits_of_a_gpu(tmp_path):
+    """The emulator's digits are smaller: those of a GPU are 11 bits, cut where a word ends."""
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    flags = [
+        "-std=c++17",
+        "-O1",
+        "-w",
+        "-DSPARSE_OPTIM_EMULATED",
+        "-DSPARSE_OPTIM_RANK_DIGIT_BITS=11",
+    ]
+    places = [ROOT / "csrc", ROOT / "tests/support/cuda_emulator"]
+    source, program = ROOT / "tests/support/entry_rank.cpp", tmp_path / "entry_rank"
+    includes = [f"-I{place}" for place in places]
+    subprocess.run(["g++", *flags, *includes, source, "-o", program], check=True)
+    shown = subprocess.run([program], capture_output=True, text=True, check=True).stdout
+    assert shown.splitlines() == ["11 11 11 11 11 9 11 11 7 ", "0 faults"]
