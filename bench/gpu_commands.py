@@ -59,8 +59,8 @@ def command(phase: Phase, records: Path, is_dry: bool) -> Command:
 
 def _build(phase: Phase, is_dry: bool) -> Command:
     """Build the extension and then import it; a dry run imports the one that is there."""
-    what = {"build": ["extension"], "library": ["library"]}[phase.kind]
-    return [sys.executable, "-m", "bench.gpu_build", *(["library", "--cpu"] if is_dry else what)]
+    what = ["library", "--cpu"] if is_dry else ["extension" if phase.kind == "build" else "library"]
+    return [sys.executable, "-m", "bench.gpu_build", *what]
 
 
 def _compile(phase: Phase, is_dry: bool) -> Command:

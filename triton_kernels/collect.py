@@ -257,7 +257,7 @@ def write_in_order_kernel(
 
 
 def collect_begin(active: ActiveSet, targets: Tensor, max_quota: int, collected: Tensor) -> None:
-    """Start a step's selection in `collected`, (collected_bytes(max_quota),), uint8."""
+    """See `backends.cuda`."""
     state, histogram, *_ = carve(collected, collected_pieces(0))
     with torch.cuda.device_of(collected):
         collect_begin_kernel[(1,)](
@@ -277,13 +277,7 @@ def collect(
     collected: Tensor,
     scratch: Tensor,
 ) -> None:
-    """Let the frozen entries of tensors first, first + 1, ... compete.
-
-    Args:
-        bound, tiles, active, rule, scratch: of these tensors, as in `reference.cut`; scanned.
-        scored: ranked by scores; in `bound` they take the place of gradients, and these that of
-            parameters.
-    """
+    """See `backends.cuda`."""
     num_tiles, exp = tiles.max.numel(), float(rule.exp)
     if not num_tiles or not max_quota:
         return
@@ -320,11 +314,7 @@ def collect(
 
 
 def collect_end(found_inf: Tensor, new: NewEntries, grad: Tensor, collected: Tensor) -> None:
-    """Write the step's new entries, as `reference.cut` does, and their gradients.
-
-    Args:
-        grad: as long as the new entries, float32. Mutated.
-    """
+    """See `backends.cuda`; `new` may have less room than `max_quota`."""
     max_quota = new.position.numel()
     state, _, digits, place, key, held_grad = carve(collected, collected_pieces(room_in(collected)))
     with torch.cuda.device_of(collected):

@@ -31,21 +31,40 @@ def start_two(*arguments: str) -> list[subprocess.CompletedProcess[str]]:
     return start_group(command, COLUMNS="200")
 
 
+def launch(launcher: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run the command in two processes by a launcher of this environment."""
+    environment = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "COLUMNS": "200"}
+    return subprocess.run(
+        [Path(sys.executable).parent / launcher, *arguments],
+        env={**os.environ, **environment, "PYTHONWARNINGS": "ignore"},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
 @pytest.mark.slow
 def test_two_processes_train_and_one_writes_and_prints(tmp_path: Path):
+    """By torchrun, and the same by accelerate, which starts several processes on CPUs with
+    --multi_gpu alone; without, it needs MPI."""
     folders = make_folders(tmp_path / "tiny")
-    first, second = start_two(
-        *("-m", folders["encoder"], "-d", folders["sequence"], "-o", str(tmp_path / "out")),
+    job = (
+        *("-m", "sparse_optim", "finetune", "-m", folders["encoder"], "-d", folders["sequence"]),
         *("--cpu", "--steps", "4", "--batch-size", "4", "--max-length", "16", "--budget", "500"),
-        *("--eval-fraction", "0.25", "--save-every", "2", "--best", "--threads", "1"),
+        *("--eval-fraction", "0.25", "--save-every", "2", "--best", "--threads", "1", "-o"),
     )
-    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
-    assert "4 steps of 8 examples on cpu (2 processes)" in first.stdout
-    assert "sampled gradients" in first.stdout
-    assert "yes, bit for bit" in first.stdout
-    assert second.stdout == ""
+    logs = ("--redirects", "3", "--log-dir", tmp_path / "logs")
+    done = launch(
+        "torchrun", "--standalone", "--nproc_per_node", "2", *logs, *job, tmp_path / "out"
+    )
+    (first,), (second,) = ((tmp_path / "logs").glob(f"*/attempt_0/{rank}") for rank in (0, 1))
+    assert done.returncode == 0, (first / "stderr.log").read_text()
+    shown = (first / "stdout.log").read_text()
+    assert "4 steps of 8 examples on cpu (2 processes)" in shown
+    assert "sampled gradients" in shown
+    assert "yes, bit for bit" in shown
+    assert (second / "stdout.log").read_text() == ""
     # torch's own warnings apart, which it logs on each process
-    assert not [line for line in second.stderr.splitlines() if not line.startswith("[rank1]:[W")]
+    said = (second / "stderr.log").read_text().splitlines()
+    assert not [line for line in said if not line.startswith("[rank1]:[W")]
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["used"]["processes"] == 2
     assert metrics["active_entries"] == 500 + metrics["model"]["fresh_entries"]
@@ -54,35 +73,15 @@ def test_two_processes_train_and_one_writes_and_prints(tmp_path: Path):
     manifest = tmp_path / "out" / "checkpoints" / "checkpoint-4" / "manifest.json"
     assert "rng_state_1.pth" in json.loads(manifest.read_text())["files"]
 
-
-@pytest.mark.slow
-def test_torchrun_and_accelerate_launch_give_the_same_files(tmp_path: Path):
-    """accelerate starts several CPU processes with --multi_gpu alone; without, it needs MPI."""
-    folders, launchers = make_folders(tmp_path / "tiny"), Path(sys.executable).parent
-    starts = {
-        "torchrun": ["--standalone", "--nproc_per_node", "2"],
-        "accelerate": [
-            *("launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
-            *("--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"),
-        ],
-    }
-    for launcher, options in starts.items():
-        ended = subprocess.run(
-            [
-                *(launchers / launcher, *options, "-m", "sparse_optim", "finetune", "--cpu"),
-                *("-m", folders["encoder"], "-d", folders["sequence"], "-o", tmp_path / launcher),
-                *("--steps", "4", "--batch-size", "4", "--max-length", "16", "--budget", "500"),
-                *("--threads", "1"),
-            ],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-            capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
-        assert ended.returncode == 0, ended.stderr
-        assert ended.stdout.count("4 steps of 8 examples on cpu (2 processes)") == 1
-    ours, theirs = (tmp_path / launcher for launcher in starts)
+    group = ("--multi_gpu", "--num_processes", "2", "--num_machines", "1")
+    plain = ("--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no")
+    again = launch("accelerate", "launch", *group, *plain, *job, tmp_path / "again")
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("4 steps of 8 examples on cpu (2 processes)") == 1
+    ours, theirs = tmp_path / "out", tmp_path / "again"
     assert {path.name for path in ours.iterdir()} == {path.name for path in theirs.iterdir()}
-    first, second = (folder / "delta.safetensors" for folder in (ours, theirs))
-    assert first.read_bytes() == second.read_bytes()
+    deltas = [(folder / "delta.safetensors").read_bytes() for folder in (ours, theirs)]
+    assert deltas[0] == deltas[1]
 
 
 def test_an_error_is_printed_once(tmp_path: Path):
