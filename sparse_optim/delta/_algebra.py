@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from sparse_optim.delta._combine import (
     Chooser,
@@ -205,11 +206,12 @@ def _merged(
         ]
     sparse: dict[str, SparseValues] = {}
     for vectors in groups:
-        parts = [
-            part_of(vectors, at, recipe.scale(weight), keep[at])
-            for at, (_, weight) in enumerate(inputs)
-        ]
-        result = combine(vectors.base, parts, recipe.elects)
+        with np.errstate(over="ignore", invalid="ignore"):  # `_changed` finds what overflows
+            parts = [
+                part_of(vectors, at, recipe.scale(weight), keep[at])
+                for at, (_, weight) in enumerate(inputs)
+            ]
+            result = combine(vectors.base, parts, recipe.elects)
         sparse |= _changed(vectors, result, store_original)
     return sparse
 
@@ -221,11 +223,12 @@ def _changed(vectors: Vectors, result: Floats, store_original: bool) -> dict[str
     index = np.flatnonzero(value != original)
     position = vectors.position[index]
     counts = np.diff(position.searchsorted(vectors.starts))
-    finite = np.isfinite(as_floats([wide]))
-    if not finite.all():
-        infinite = np.flatnonzero(~finite[index])
-        name = list(vectors.layouts)[int(counts.cumsum().searchsorted(infinite[0], side="right"))]
-        raise DeltaError(f"{name!r}: the result overflows {wide.dtype}: use smaller weights")
+    if not np.abs(result).max(initial=0) <= torch.finfo(vectors.dtype).max:  # or NaN, inf - inf
+        infinite = np.flatnonzero(~np.isfinite(as_floats([wide]))[index])
+        if infinite.size:
+            at = int(counts.cumsum().searchsorted(infinite[0], side="right"))
+            name = list(vectors.layouts)[at]
+            raise DeltaError(f"{name!r}: the result overflows {wide.dtype}: use smaller weights")
     columns = [value[index], *([original[index]] if store_original else ())]
     parts = split(
         list(vectors.layouts.values()),

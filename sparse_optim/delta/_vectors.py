@@ -7,6 +7,7 @@ positions, so that a step of a merge is one operation over all of them. Memory a
 the entries of the deltas, not with the model.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -83,8 +84,10 @@ def vectors_of(shared: Shared) -> Iterator[Vectors]:
         DeltaError: a value or the base's value is NaN or infinite.
     """
     layouts: dict[str, SparseValues] = {}
+    sizes: Counter[str] = Counter()
     for changes in shared.changes:
         layouts |= changes
+        sizes.update({name: values.num_entries for name, values in changes.items()})
     group: dict[str, SparseValues] = {}
     entries = 0
     for name, layout in sorted(layouts.items(), key=lambda item: (str(item[1].dtype), item[0])):
@@ -93,7 +96,7 @@ def vectors_of(shared: Shared) -> Iterator[Vectors]:
             yield _vectors(shared, group)
             group, entries = {}, 0
         group[name] = layout
-        entries += sum(sparse[name].num_entries for sparse in shared.changes if name in sparse)
+        entries += sizes[name]
     if group:
         yield _vectors(shared, group)
 
@@ -159,6 +162,8 @@ def as_floats(tensors: Sequence[Tensor]) -> Floats:
     if not tensors:
         return np.zeros(0)
     joined = torch.cat(list(tensors))
+    if joined.dtype in (torch.float32, torch.float64):
+        return joined.numpy().astype(np.float64)
     return np.concatenate([piece.double().numpy() for piece in joined.split(ONE_THREAD)])
 
 

@@ -203,6 +203,13 @@ def test_what_cannot_be_merged(arguments, message):
         merge_deltas(deltas, **{"base": base, **arguments})
 
 
+def test_a_result_that_is_no_number_is_refused():
+    base = example_base()
+    deltas = [delta_at(base, a_weight={0: value}) for value in (1e10, 2e10)]
+    with pytest.raises(DeltaError, match=r"'a.weight': the result overflows torch.bfloat16"):
+        merge_deltas(deltas, base, weights=[1e308, -1e308])  # inf - inf
+
+
 def test_no_deltas_and_increments_are_refused():
     base = example_base()
     whole = example_delta(base)
