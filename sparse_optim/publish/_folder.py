@@ -6,12 +6,15 @@ import os
 import re
 from pathlib import Path
 
+from filelock import FileLock
+
 from sparse_optim.files import replacing
 from sparse_optim.publish._manifest import PatchError
 from sparse_optim.publish._patch import MissingVersionError, Patch
 from sparse_optim.publish._publisher import WeightPublisher
 from sparse_optim.publish._receiver import WeightReceiver
 
+_LOCK, _LOCK_SECONDS = ".publishing.lock", 60
 _NAME = re.compile(r"(\d{9,})\.(whole|patch)\.safetensors")
 
 
@@ -22,7 +25,8 @@ class PatchFolder:
     000000012.whole.safetensors the same version for a receiver of any age.
 
     Args:
-        path: of the folder; `publish` makes it. One publisher writes it at a time.
+        path: of the folder; `publish` makes it. Of two publishers, the first to write a version
+            goes on, and the other gets an error.
         whole_every: increments between whole patches.
         keep: whole patches to keep, with the increments after the oldest. A receiver that is
             further behind goes on from the newest whole one.
@@ -62,9 +66,14 @@ class PatchFolder:
             ValueError: the folder has a version that the publisher does not know, of another
                 publisher or an earlier part of the run: build it with `version=folder.newest`. Or
                 as `WeightPublisher.patch`.
-            OSError: the folder is full or not writable.
+            OSError: the folder is full or not writable, or another publisher has been writing for
+                a minute.
         """
         self.path.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.path / _LOCK, timeout=_LOCK_SECONDS):
+            return self._publish_alone(publisher)
+
+    def _publish_alone(self, publisher: WeightPublisher) -> int:
         newest = self.newest
         if publisher.version < newest:
             raise ValueError(

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from publish_cases import Net, Run, assert_same
 
 from sparse_optim import files
-from sparse_optim.publish import MissingVersionError, PatchError, PatchFolder, WeightReceiver
+from sparse_optim.publish import (
+    MissingVersionError,
+    Patch,
+    PatchError,
+    PatchFolder,
+    WeightPublisher,
+    WeightReceiver,
+)
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(path.name.removesuffix(".safetensors") for path in folder.iterdir())
+    return sorted(path.name.removesuffix(".safetensors") for path in folder.glob("[!.]*"))
 
 
 def test_receivers_follow_from_wherever_they_are(tmp_path: Path):
@@ -143,6 +151,37 @@ def test_another_process_goes_on(tmp_path: Path):
     assert folder.publish(fresh.publisher) == 3
     assert folder.follow(receiver) == 3
     assert_same(receiver._model, fresh.net)
+
+
+def test_two_publishers_at_once(tmp_path: Path, monkeypatch):
+    """The second comes while the first makes its patch, and waits."""
+    first, second = Run(), Run()
+    first.step(), second.step()
+    refused: list[str] = []
+
+    def publish_second() -> None:
+        try:
+            PatchFolder(tmp_path).publish(second.publisher)
+        except ValueError as error:
+            refused.append(str(error))
+
+    thread = Thread(target=publish_second)
+
+    def interrupted() -> Patch:
+        thread.start()
+        thread.join(0.3)
+        assert thread.is_alive()
+        assert not names(tmp_path)
+        return WeightPublisher.patch(first.publisher)
+
+    monkeypatch.setattr(first.publisher, "patch", interrupted)
+    assert PatchFolder(tmp_path).publish(first.publisher) == 1
+    thread.join()
+    assert len(refused) == 1
+    assert "has version 1, the publisher would go on from 0" in refused[0]
+    receiver = WeightReceiver(Net())
+    PatchFolder(tmp_path).follow(receiver)
+    assert_same(receiver._model, first.net)
 
 
 @pytest.mark.parametrize("option", ["whole_every", "keep"])
