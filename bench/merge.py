@@ -6,10 +6,10 @@
 Both do the same arithmetic. `memory` merges what is loaded: state dicts, tensor by tensor, in
 float32; or deltas, with the base's values from the base (whose fingerprints are checked) or from
 the deltas' own originals. (Loading a delta hashes its content, which a merge records.) `files`
-reads and writes safetensors as well: base and checkpoints in, a checkpoint out; or a base folder
-and delta files in, a delta file out. The files are in the page cache, and a delta file is synced to
-disk. Merges of deltas are timed first: what checkpoints leave behind in the allocator would slow
-them down, and a merge of deltas is a process without any.
+reads and writes safetensors as well: base and checkpoints in, a checkpoint out; or delta files in,
+with a base folder or without, and a delta file out. The files are in the page cache, and a delta
+file is synced to disk. Merges of deltas are timed first: what checkpoints leave behind in the
+allocator would slow them down, and a merge of deltas is a process without any.
 
 TIES and DARE on checkpoints: the entries to keep are a share of all entries that differ from the
 base, found by one `torch.topk` (or drawn) over the whole task vector, as for the deltas.
@@ -95,9 +95,9 @@ def make(model: str, share: float, count: int) -> tuple[State, list[Delta]]:
     return base, deltas
 
 
-def _ours_in_files(folder: Path, count: int, method: str) -> None:
+def _ours_in_files(folder: Path, count: int, method: str, base: Path | None) -> None:
     deltas = [load_delta(folder / f"delta-{at}.safetensors") for at in range(count)]
-    merged = merge_deltas(deltas, folder / "base", method=method, **SETTINGS[method])
+    merged = merge_deltas(deltas, base, method=method, **SETTINGS[method])
     save_delta(merged, folder / "out.safetensors")
 
 
@@ -122,12 +122,14 @@ def measure(model: str, share: float, count: int, rounds: int) -> dict[str, Any]
         calls: dict[str, Callable[[], object]] = {}
         for method, settings in SETTINGS.items():
             ours = partial(merge_deltas, deltas, method=method, **settings)
+            in_files = partial(_ours_in_files, folder, count, method)
             calls |= {
                 f"{method}, memory: checkpoints": partial(dense_merge, base, tuned, method),
                 f"{method}, memory: deltas and base": partial(ours, base),
                 f"{method}, memory: deltas with originals": ours,
                 f"{method}, files: checkpoints": partial(_dense_in_files, folder, count, method),
-                f"{method}, files: deltas and base": partial(_ours_in_files, folder, count, method),
+                f"{method}, files: deltas and base": partial(in_files, folder / "base"),
+                f"{method}, files: deltas with originals": partial(in_files, None),
             }
         conditions = Conditions.begin()
         records = [
