@@ -24,6 +24,6 @@ def test_checkpoints_and_deltas_merge_alike(method):
 
 def test_the_report_has_every_subject():
     result = measure("tiny", 0.01, 2, rounds=1)
-    assert len(result["ms"]) == 5 * len(SETTINGS)
+    assert len(result["ms"]) == 6 * len(SETTINGS)
     assert result["times_faster"]["dare, files: checkpoints"] == 1.0
-    assert "| ties, memory: deltas with originals |" in report(result)
+    assert "| ties, files: deltas with originals |" in report(result)
