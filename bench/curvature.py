@@ -101,24 +101,30 @@ def pairs(
 def comparison(folder: Path = FOLDER, cells: Path = quality.FOLDER) -> str:
     """Show suggested and tuned rates, and how many are near."""
     lines, factors, close = [], [], 0
+    of_method: dict[str, list[float]] = {}
     for line, tried in pairs(folder, cells):
         lr = line["lr"]
         low, high = tried.good
         factor = tried.misses(lr)
         factors.append(factor)
+        of_method.setdefault(line["row"], []).append(lr / tried.best)
         close += low / FACTOR <= lr <= high * FACTOR
         span = f"{low:.2g}" if low == high else f"{low:.2g} to {high:.2g}"
         figures = [f"{line['relative_step']:.3g}", f"{line['sign_curvature']:.2g}", f"{lr:.2g}"]
         name = quality.NAMES.get(line["row"], line["row"])
         lines.append([name, line["task"], *figures, f"{tried.best:.2g}", span, f"{factor:.1f}"])
     near = sum(factor <= FACTOR for factor in factors)
+    means = [statistics.geometric_mean(quotients) for quotients in of_method.values()]
+    misses = [max(mean, 1 / mean) for mean in means]
+    right = sum(miss <= FACTOR for miss in misses)
     measures = ["relative step", "curvature", "suggested"]
     heads = ["", "task", *measures, "best tuned", "within a point", "factor"]
     return (
-        f"{near} of {len(factors)} suggested rates are within a factor of {FACTOR:g} of the best "
-        f"tuned one (median {statistics.median(factors):.1f}, at most {max(factors):.1f}), {close} "
-        f"within that factor of a rate that scores within a point of the best.\n\n"
-        + table(heads, lines)
+        f"Averaged over tasks (geometric mean), the suggested rates of {right} of {len(misses)} "
+        f"methods are within a factor of {FACTOR:g} of the best tuned ones (at most "
+        f"{max(misses):.1f}). Of single tasks, {near} of {len(factors)} are (median "
+        f"{statistics.median(factors):.1f}, at most {max(factors):.1f}), and {close} are within "
+        "that factor of a rate that scores within a point of the best.\n\n" + table(heads, lines)
     )
 
 

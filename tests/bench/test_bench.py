@@ -279,16 +279,21 @@ def test_suggested_rates_stand_beside_the_tuned_ones(tmp_path, monkeypatch):
     runs = [
         recorded_run("trec50", "full", value, stage="tune", lr=lr) for lr, value in tried.items()
     ]
-    write_runs(tmp_path, [*runs, recorded_run("trec50", "full", 0.9)])
-    (tuned,) = curvature.tuned(tmp_path).values()
+    other = recorded_run("stsb", "full", 0.7, stage="tune", lr=1.4e-2)
+    write_runs(tmp_path, [*runs, other, recorded_run("trec50", "full", 0.9)])
+    tuned = curvature.tuned(tmp_path)["trec50", "full"]
     assert (tuned.best, tuned.good, tuned.misses(5e-4)) == (2e-3, (2e-3, 4e-3), 4)
     line = {"task": "trec50", "row": "full", "entries": 100, "slope": 700.0}
     line |= {"sign_curvature": 1e5, "relative_step": 1.5}
     monkeypatch.setattr(curvature, "BEST_STEP", 1.05e-2)  # a rate of 7e-3
-    (tmp_path / "rates.jsonl").write_text(json.dumps(line) + "\n")
+    lines = [line, line | {"task": "stsb"}]  # sqrt(7e-3 / 2e-3 * 7e-3 / 1.4e-2) = 1.3
+    (tmp_path / "rates.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
     shown = curvature.comparison(tmp_path, tmp_path)
-    assert shown.startswith("0 of 1 suggested rates are within a factor of 2")
-    assert "1 within that factor of a rate that scores within a point" in shown
+    assert (
+        "rates of 1 of 1 methods are within a factor of 2 of the best tuned ones (at most 1.3)"
+        in (shown)
+    )
+    assert "Of single tasks, 1 of 2 are (median 2.8, at most 3.5), and 2 are within" in shown
     assert (
         "| full fine-tuning | trec50 | 1.5 | 1e+05 | 0.007 | 0.002 | 0.002 to 0.004 | 3.5 |"
         in shown
