@@ -1,6 +1,6 @@
 // The operators torch.ops.sparse_optim.{bind, bind_rows, scan, clip, rank, cut, append, update,
-// sampled_grad, exchange}: schemas, argument checks, and the CPU kernels behind them. LibTorch
-// stable ABI only. What each does: sparse_optim/backends/reference.py.
+// sampled_grad, gather, exchange}: schemas, argument checks, and the CPU kernels behind them.
+// LibTorch stable ABI only. What each does: sparse_optim/backends/reference.py.
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
@@ -233,12 +233,13 @@ void sampled_grad(Tensor input, Tensor grad_output, Tensor position, bool transp
                   " entries of the weight");
 }
 
-void exchange(Tensor bound, Tensor position, Tensor offsets, Tensor value) {
+template <auto visit>
+void visit_entries(Tensor bound, Tensor position, Tensor offsets, Tensor value) {
   const auto pool = pool_of(bound);
   check_exchange(kCpu, int64_t(pool.size()), position, offsets, value);
   check_entries(pool, position, offsets);
-  const bool inside = cpu::exchange(threads(), pool, data<int32_t>(position),
-                                    data<int64_t>(offsets), data<int32_t>(value));
+  const bool inside =
+      visit(threads(), pool, data<int32_t>(position), data<int64_t>(offsets), data<int32_t>(value));
   STD_TORCH_CHECK(inside, "position holds entries beyond their tensor");
 }
 
@@ -291,6 +292,7 @@ STABLE_TORCH_LIBRARY(sparse_optim, library) {
   library.def(
       "sampled_grad(Tensor input, Tensor grad_output, Tensor position, bool transposed, "
       "Tensor(a!) out) -> ()");
+  library.def("gather(Tensor bound, Tensor position, Tensor offsets, Tensor(a!) value) -> ()");
   library.def("exchange(Tensor bound, Tensor position, Tensor offsets, Tensor(a!) value) -> ()");
 }
 
@@ -304,7 +306,8 @@ STABLE_TORCH_LIBRARY_IMPL(sparse_optim, CPU, library) {
   library.impl("append", TORCH_BOX(&append));
   library.impl("update", TORCH_BOX(&update));
   library.impl("sampled_grad", TORCH_BOX(&sampled_grad));
-  library.impl("exchange", TORCH_BOX(&exchange));
+  library.impl("gather", TORCH_BOX(&visit_entries<&cpu::gather>));
+  library.impl("exchange", TORCH_BOX(&visit_entries<&cpu::exchange>));
 }
 
 }  // namespace sparse_optim

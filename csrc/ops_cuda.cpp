@@ -1,6 +1,6 @@
 // The CUDA kernels behind torch.ops.sparse_optim.{bind, bind_rows, scan, scan_one, clip, rank, cut,
-// collect_begin, collect, collect_end, append, update, sampled_grad, exchange}, whose schemas
-// csrc/ops.cpp defines. LibTorch stable ABI only; compiles without nvcc.
+// collect_begin, collect, collect_end, append, update, sampled_grad, gather, exchange}, whose
+// schemas csrc/ops.cpp defines. LibTorch stable ABI only; compiles without nvcc.
 //
 // Nothing here reads a device tensor, so that no call waits for the device and a step can be
 // captured in a CUDA graph. Checks of contents (tile_offsets, offsets, group_index, new_count,
@@ -251,12 +251,13 @@ void sampled_grad(Tensor input, Tensor grad_output, Tensor position, bool transp
                                     data<uint8_t>(scratch), bytes, device.stream));
 }
 
-void exchange(Tensor bound, Tensor position, Tensor offsets, Tensor value) {
+template <auto visit>
+void visit_entries(Tensor bound, Tensor position, Tensor offsets, Tensor value) {
   const Device device(bound, "bound");
   const cuda::Pool pool = pool_of(device, bound);
   check_exchange(device.place, pool.num_tensors, position, offsets, value);
-  STD_CUDA_CHECK(cuda::exchange(pool, data<int32_t>(position), data<int64_t>(offsets),
-                                position.numel(), data<int32_t>(value), device.stream));
+  STD_CUDA_CHECK(visit(pool, data<int32_t>(position), data<int64_t>(offsets), position.numel(),
+                       data<int32_t>(value), device.stream));
 }
 
 }  // namespace
@@ -275,7 +276,8 @@ STABLE_TORCH_LIBRARY_IMPL(sparse_optim, CUDA, library) {
   library.impl("append", TORCH_BOX(&append));
   library.impl("update", TORCH_BOX(&update));
   library.impl("sampled_grad", TORCH_BOX(&sampled_grad));
-  library.impl("exchange", TORCH_BOX(&exchange));
+  library.impl("gather", TORCH_BOX(&visit_entries<&cuda::gather>));
+  library.impl("exchange", TORCH_BOX(&visit_entries<&cuda::exchange>));
 }
 
 }  // namespace sparse_optim

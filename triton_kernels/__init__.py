@@ -13,7 +13,7 @@ from .candidate_list import collected_bytes
 from .clip import clip
 from .collect import collect, collect_begin, collect_end, collect_pieces
 from .cut import cut, cut_pieces
-from .exchange import exchange
+from .exchange import exchange, gather
 from .launch import bind, bind_rows, total_bytes
 from .rank import rank, rank_pieces
 from .sampled_grad import sampled_grad
@@ -22,8 +22,8 @@ from .update import update
 
 __all__ = [
     "TILE", "append", "bind", "bind_rows", "clip", "collect", "collect_begin", "collect_end",
-    "collected_bytes", "cut", "exchange", "rank", "sampled_grad", "scan", "scratch_bytes",
-    "update",
+    "collected_bytes", "cut", "exchange", "gather", "rank", "sampled_grad", "scan",
+    "scratch_bytes", "update",
 ]  # fmt: skip
 
 # 16 KB of float32: enough work for a program to hide its searches, and 2048 programs for eight

@@ -1,10 +1,11 @@
-"""exchange: value[e] <-> the parameter at position[e], bit by bit.
+"""exchange: value[e] <-> the parameter at position[e], bit by bit; gather: value[e] <- it.
 
 Bytes: 12 per entry streamed (position, value each way), and a 32-byte sector of the parameter each
-way per entry. Results are those of the reference; positions outside of their tensor are left out.
+way per entry; gather: 8, and one sector. Results are those of the reference; positions outside of
+their tensor are left out.
 
-3.5e6 entries: 266 MB. Predicted: bytes / bandwidth = 0.13 ms on A100 (2.0 TB/s), 0.35 ms on A6000
-(0.768), 80 us on H100 (3.35), 55 us on H200 (4.8).
+An exchange of 3.5e6 entries: 266 MB. Predicted: bytes / bandwidth = 0.13 ms on A100 (2.0 TB/s),
+0.35 ms on A6000 (0.768), 80 us on H100 (3.35), 55 us on H200 (4.8).
 Not run on a GPU yet: compiled ahead of time and interpreted.
 """
 
@@ -31,6 +32,7 @@ def exchange_kernel(
     value_ptr,
     num_tensors,
     capacity,
+    WRITES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -47,12 +49,18 @@ def exchange_kernel(
     wide_ptr = address.to(tl.pointer_type(tl.int32)) + position
     narrow_ptr = address.to(tl.pointer_type(tl.int16)) + position
 
-    value = tl.load(value_ptr + offs, mask=in_bounds, other=0)
     wide = tl.load(wide_ptr, mask=in_bounds & is_wide, other=0)
     narrow = tl.load(narrow_ptr, mask=in_bounds & (is_wide == 0), other=0)
-    tl.store(wide_ptr, value, mask=in_bounds & is_wide)
-    tl.store(narrow_ptr, value.to(tl.int16), mask=in_bounds & (is_wide == 0))
+    if WRITES:
+        value = tl.load(value_ptr + offs, mask=in_bounds, other=0)
+        tl.store(wide_ptr, value, mask=in_bounds & is_wide)
+        tl.store(narrow_ptr, value.to(tl.int16), mask=in_bounds & (is_wide == 0))
     tl.store(value_ptr + offs, tl.where(is_wide, wide, narrow.to(tl.int32) & 0xFFFF), in_bounds)
+
+
+def gather(bound: Tensor, position: Tensor, offsets: Tensor, value: Tensor) -> None:
+    """See `reference.gather`, and `exchange`."""
+    _launch(bound, position, offsets, value, writes=False)
 
 
 def exchange(bound: Tensor, position: Tensor, offsets: Tensor, value: Tensor) -> None:
@@ -63,6 +71,12 @@ def exchange(bound: Tensor, position: Tensor, offsets: Tensor, value: Tensor) ->
     Raises:
         ValueError: shapes, dtypes or devices do not match.
     """
+    _launch(bound, position, offsets, value, writes=True)
+
+
+def _launch(
+    bound: Tensor, position: Tensor, offsets: Tensor, value: Tensor, *, writes: bool
+) -> None:
     num_tensors = bound.numel() // COLUMNS.value
     check_vector("position", position, torch.int32, position.numel())
     check_vector("offsets", offsets, torch.int64, num_tensors + 1)
@@ -73,6 +87,6 @@ def exchange(bound: Tensor, position: Tensor, offsets: Tensor, value: Tensor) ->
         return
     with torch.cuda.device_of(bound):
         exchange_kernel[(blocks_of(position.numel(), EXCHANGE_BLOCK),)](
-            bound, position, offsets, value, num_tensors, position.numel(), BLOCK=EXCHANGE_BLOCK,
-            num_warps=EXCHANGE_WARPS,
+            bound, position, offsets, value, num_tensors, position.numel(), WRITES=writes,
+            BLOCK=EXCHANGE_BLOCK, num_warps=EXCHANGE_WARPS,
         )  # fmt: skip

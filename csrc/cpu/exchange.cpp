@@ -1,6 +1,7 @@
-// exchange: value[e] <-> the parameter at position[e], bit by bit.
+// exchange: value[e] <-> the parameter at position[e], bit by bit; gather: value[e] <- it.
 //
-// Bytes: 12 an entry streamed, and one cache line of the parameter each way, which takes the time.
+// Bytes: 12 an entry streamed (gather: 8), and one cache line of the parameter each way (gather:
+// one way), which takes the time.
 #include "cpu/support.h"
 
 namespace sparse_optim::cpu {
@@ -20,20 +21,20 @@ SPARSE_OPTIM_VECTORIZED bool all_inside(int64_t count, const int32_t* position, 
   return int64_t(most) < numel;
 }
 
-template <class Word>
-void exchange_task(Word* param, const int32_t* position, int64_t count, int32_t* value) {
+template <bool kWrites, class Word>
+void visit_task(Word* param, const int32_t* position, int64_t count, int32_t* value) {
   for (int64_t i = 0; i < count; ++i) {
-    if (i + kPrefetchEntries < count) __builtin_prefetch(param + position[i + kPrefetchEntries], 1);
+    if (i + kPrefetchEntries < count)
+      __builtin_prefetch(param + position[i + kPrefetchEntries], kWrites);
     const Word before = param[position[i]];
-    param[position[i]] = Word(value[i]);
+    if constexpr (kWrites) param[position[i]] = Word(value[i]);
     value[i] = int32_t(before);
   }
 }
 
-}  // namespace
-
-bool exchange(const Threads& threads, const std::vector<PoolTensor>& pool, const int32_t* position,
-              const int64_t* offsets, int32_t* value) {
+template <bool kWrites>
+bool visit(const Threads& threads, const std::vector<PoolTensor>& pool, const int32_t* position,
+           const int64_t* offsets, int32_t* value) {
   std::vector<Task> tasks;
   for (size_t t = 0; t < pool.size(); ++t) {
     for (int64_t first = offsets[t]; first < offsets[t + 1]; first += kPerTask)
@@ -51,13 +52,25 @@ bool exchange(const Threads& threads, const std::vector<PoolTensor>& pool, const
     const PoolTensor& tensor = pool[task.tensor];
     const int64_t count = task.last - task.first;
     if (bytes_of(tensor.param_dtype) == 4)
-      exchange_task(static_cast<uint32_t*>(tensor.param), position + task.first, count,
-                    value + task.first);
+      visit_task<kWrites>(static_cast<uint32_t*>(tensor.param), position + task.first, count,
+                          value + task.first);
     else
-      exchange_task(static_cast<uint16_t*>(tensor.param), position + task.first, count,
-                    value + task.first);
+      visit_task<kWrites>(static_cast<uint16_t*>(tensor.param), position + task.first, count,
+                          value + task.first);
   });
   return true;
+}
+
+}  // namespace
+
+bool exchange(const Threads& threads, const std::vector<PoolTensor>& pool, const int32_t* position,
+              const int64_t* offsets, int32_t* value) {
+  return visit<true>(threads, pool, position, offsets, value);
+}
+
+bool gather(const Threads& threads, const std::vector<PoolTensor>& pool, const int32_t* position,
+            const int64_t* offsets, int32_t* value) {
+  return visit<false>(threads, pool, position, offsets, value);
 }
 
 }  // namespace sparse_optim::cpu

@@ -60,6 +60,8 @@ bool sampled_grad(const Threads& threads, const Matrix& outer, const Matrix& inn
                   const int32_t* position, int64_t count, float* out);
 
 // False if a position is outside of its tensor; nothing is written then.
+bool gather(const Threads& threads, const std::vector<PoolTensor>& pool, const int32_t* position,
+            const int64_t* offsets, int32_t* value);
 bool exchange(const Threads& threads, const std::vector<PoolTensor>& pool, const int32_t* position,
               const int64_t* offsets, int32_t* value);
 

@@ -124,7 +124,9 @@ cudaError_t sampled_grad(const Matrix& outer, const Matrix& inner, const int32_t
                          int64_t count, float* out, void* scratch, int64_t scratch_bytes,
                          cudaStream_t stream);
 
-// Entries beyond offsets[num_tensors] are left as they are.
+// Values beyond offsets[num_tensors] are left as they are.
+cudaError_t gather(const Pool& pool, const int32_t* position, const int64_t* offsets,
+                   int64_t capacity, int32_t* value, cudaStream_t stream);
 cudaError_t exchange(const Pool& pool, const int32_t* position, const int64_t* offsets,
                      int64_t capacity, int32_t* value, cudaStream_t stream);
 

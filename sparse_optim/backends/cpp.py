@@ -105,6 +105,7 @@ def update(
 
 
 sampled_grad = _ops.sampled_grad.default
+gather = _ops.gather.default
 exchange = _ops.exchange.default
 
 
@@ -119,6 +120,6 @@ def _mutates_only(*args: object) -> None:
 
 for _name in (
     "bind", "bind_rows", "scan", "scan_one", "clip", "rank", "cut", "collect_begin", "collect",
-    "collect_end", "append", "update", "sampled_grad", "exchange",
+    "collect_end", "append", "update", "sampled_grad", "gather", "exchange",
 ):  # fmt: skip
     torch.library.register_fake(f"sparse_optim::{_name}", _mutates_only)

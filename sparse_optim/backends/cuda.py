@@ -22,6 +22,7 @@ from sparse_optim.backends.cpp import (
     clip,
     cut,
     exchange,
+    gather,
     rank,
     sampled_grad,
     scan,
@@ -31,8 +32,8 @@ from sparse_optim.backends.operands import ActiveSet, NewEntries, Rule, Tiles
 
 __all__ = [
     "TILE", "append", "bind", "bind_rows", "clip", "collect", "collect_begin", "collect_end",
-    "collected_bytes", "cut", "exchange", "rank", "sampled_grad", "scan", "scan_one",
-    "scratch_bytes", "update",
+    "collected_bytes", "cut", "exchange", "gather", "rank", "sampled_grad", "scan",
+    "scan_one", "scratch_bytes", "update",
 ]  # fmt: skip
 
 # The operators are those of `cpp`; this registers their CUDA kernels.

@@ -13,6 +13,11 @@ and one of the backward pass, for layers that need no other weight gradients:
 
     sampled_grad  the gradient of a weight matrix at its active entries
 
+and two between steps, for deltas and patches:
+
+    gather    read entries of the parameters
+    exchange  swap them with values
+
 Every backend offers these functions with these signatures, and is tested against this file.
 Selections are equal to it bit for bit; moments and parameters are equal up to fp32 rounding.
 
@@ -32,6 +37,7 @@ Reference: Agarwal et al. 2025, Step-by-Step Unmasking, TACL 13:1767-1788, Algor
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -365,6 +371,17 @@ def sampled_grad(
             sums += terms[0]
 
 
+def gather(bound: Bound, position: Tensor, offsets: Tensor, value: Tensor) -> None:
+    """Read entries of the parameters, bit by bit: value[e] <- parameter of e, at position[e].
+
+    Args and errors: as `exchange`, which also writes. Of a position outside of its tensor a GPU
+    leaves the value as it is.
+    """
+    _check_places(bound, position, offsets)
+    for param, entries in zip(bound.params, _segments(offsets), strict=True):
+        value[entries] = _words(param)[position[entries].long()].int() & _mask(param)
+
+
 def exchange(bound: Bound, position: Tensor, offsets: Tensor, value: Tensor) -> None:
     """Swap entries of the parameters with values, bit by bit.
 
@@ -384,17 +401,33 @@ def exchange(bound: Bound, position: Tensor, offsets: Tensor, value: Tensor) -> 
         RuntimeError, ValueError: a position is outside of its tensor (on a GPU it is left out);
             nothing is written.
     """
-    for index, param in enumerate(bound.params):
-        places = position[slice(*offsets[index : index + 2].tolist())]
+    _check_places(bound, position, offsets)
+    for param, entries in zip(bound.params, _segments(offsets), strict=True):
+        flat, where = _words(param), position[entries].long()
+        before = flat[where].int() & _mask(param)
+        flat[where] = value[entries].to(flat.dtype)
+        value[entries] = before
+
+
+def _check_places(bound: Bound, position: Tensor, offsets: Tensor) -> None:
+    for index, (param, entries) in enumerate(zip(bound.params, _segments(offsets), strict=True)):
+        places = position[entries]
         if places.numel() and not (places.min() >= 0 and places.max() < param.numel()):
             raise ValueError(f"position holds entries beyond the {param.numel()} of tensor {index}")
-    for index, param in enumerate(bound.params):
-        entries = slice(*offsets[index : index + 2].tolist())
-        word = torch.int32 if param.dtype.itemsize == 4 else torch.int16
-        flat, where = param.data.view(-1).view(word), position[entries].long()
-        before = flat[where].int()
-        flat[where] = value[entries].to(word)
-        value[entries] = before if word == torch.int32 else before & 0xFFFF
+
+
+def _segments(offsets: Tensor) -> list[slice]:
+    return [slice(first, last) for first, last in pairwise(offsets.tolist())]
+
+
+def _words(param: Tensor) -> Tensor:
+    """The bits of a parameter, (numel,), int32 or int16; the same memory."""
+    return param.data.view(-1).view(torch.int32 if param.dtype.itemsize == 4 else torch.int16)
+
+
+def _mask(param: Tensor) -> int:
+    """The bits of an int32 that a value of the parameter fills."""
+    return -1 if param.dtype.itemsize == 4 else 0xFFFF
 
 
 def rank_words(key: Tensor, global_index: Tensor) -> Tensor:

@@ -256,6 +256,17 @@ class Engine:
         bound, grads = bind_stand_ins(self.ops, self.pool, self.work.table, present)
         return Gradients(bound, grads, dense)
 
+    def read(self, position: Tensor, offsets: Tensor) -> Tensor:
+        """The bits of entries of the parameters, (n,) int32, as `reference.gather` gives them.
+
+        Args:
+            position, offsets: of the entries, as there.
+        """
+        table, words = torch.zeros_like(self.work.table), torch.empty_like(position)
+        bound, _ = bind_stand_ins(self.ops, self.pool, table, [False] * len(self.pool.params))
+        self.ops.gather(bound, position, offsets, words)
+        return words
+
     def begin(
         self,
         groups: Sequence[dict[str, Any]],

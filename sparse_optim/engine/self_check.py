@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sparse_optim.backends.registry import load
+from sparse_optim.backends.words import of_words
 from sparse_optim.engine.engine import Engine, Method
 from sparse_optim.engine.pool import Pool
 from sparse_optim.policy.importance import D3
@@ -161,6 +162,18 @@ def _difference(got: Engine, want: Engine, equal_scores: bool) -> str | None:
     for ours, theirs in zip(got.pool.params, want.pool.params, strict=True):
         if not _near(ours.detach(), theirs.detach()):
             return "parameters are further from the reference than rounding explains"
+    return _misread(got, count)
+
+
+def _misread(got: Engine, count: int) -> str | None:
+    """Whether an operation reads other values of active entries than torch."""
+    words = got.read(got.active.position[:count].contiguous(), got.active.offsets)
+    for index, param in enumerate(got.pool.params):
+        at = got.active.segment(index)["position"].long()
+        first = int(got.active.offsets[index])
+        want = param.detach().view(-1)[at]
+        if not torch.equal(of_words(words[first : first + at.numel()], param.dtype), want):
+            return "it reads other values of active entries than torch"
     return None
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_optim.backends.words import of_words
 from sparse_optim.delta import Delta, SparseValues
 from sparse_optim.delta._wrappers import plain_names
 from sparse_optim.engine.engine import Engine
@@ -28,16 +29,24 @@ class Moved:
     Attributes:
         position: (n,), int32, flat positions within their tensors, on the pool's device.
         offsets: S + 1 numbers: the entries of tensor i are offsets[i]:offsets[i + 1].
-        values: of each tensor its entries' values, in its dtype.
+        runs: their values: (n,) if all tensors have one dtype, else (n_i,) of each tensor.
         unmask_step: (n,), int32; None where entries leave the set again, so that none is known.
         step: steps that were taken.
     """
 
     position: Tensor
     offsets: list[int]
-    values: list[Tensor]
+    runs: Sequence[Tensor]
     unmask_step: Tensor | None
     step: int
+
+    @property
+    def values(self) -> Sequence[Tensor]:
+        """Of each tensor its entries' values, in its dtype."""
+        if len(self.runs) != 1:
+            return self.runs
+        counts = [last - first for first, last in pairwise(self.offsets)]
+        return torch.split(self.runs[0], counts)
 
 
 @dataclass(frozen=True)
@@ -94,6 +103,7 @@ def delta_of(engine: Engine, layout: Layout) -> Delta:
     engine.pool.check_unchanged()
     sparse, of_base = {}, {}
     moved = moved_entries(engine)
+    values = moved.values
     for index, (first, last) in enumerate(pairwise(moved.offsets)):
         if last > first:
             name, steps = layout.names[index], moved.unmask_step
@@ -101,7 +111,7 @@ def delta_of(engine: Engine, layout: Layout) -> Delta:
                 shape=tuple(layout.params[index].shape),
                 dtype=layout.params[index].dtype,
                 position=moved.position[first:last].long(),
-                value=moved.values[index],
+                value=values[index],
                 unmask_step=None if steps is None else steps[first:last],
             )
             of_base[name] = layout.fingerprints[index]
@@ -237,20 +247,21 @@ def moved_entries(engine: Engine) -> Moved:
         values = [piece.to(param.dtype) for piece, param in zip(pieces, params, strict=True)]
         return Moved(active.position[:count], offsets, values, active.unmask_step[:count], step)
     if not engine.method.selection.replaces:
-        offsets = engine.active.offsets.tolist()
+        bounds = engine.active.offsets
+        offsets = bounds.tolist()
         position = engine.active.position[: offsets[-1]]
         steps = engine.active.unmask_step[: offsets[-1]]
     else:
         index, steps = engine.touched.index(), None
-        ends = torch.tensor(list(accumulate(param.numel() for param in params)))
-        bounds = torch.searchsorted(index, ends.to(index.device))
-        offsets = [0, *bounds.tolist()]
-        starts = (ends - torch.tensor([param.numel() for param in params])).to(index.device)
-        counts = bounds.diff(prepend=bounds.new_zeros(1))
-        position = (index - starts.repeat_interleave(counts)).int()
-    pieces = position.split([last - first for first, last in pairwise(offsets)])
-    with torch.no_grad():
-        values = [
-            param.view(-1).index_select(0, at) for param, at in zip(params, pieces, strict=True)
-        ]
-    return Moved(position, offsets, values, steps, step)
+        starts = torch.tensor([0, *accumulate(param.numel() for param in params)])
+        starts = starts.to(index.device)
+        bounds = torch.searchsorted(index, starts)
+        offsets = bounds.tolist()
+        position = (index - starts[:-1].repeat_interleave(bounds.diff())).int()
+    words = engine.read(position, bounds)
+    dtypes = [param.dtype for param in params]
+    if len(set(dtypes)) == 1:
+        return Moved(position, offsets, [of_words(words, dtypes[0])], steps, step)
+    pieces = words.split([last - first for first, last in pairwise(offsets)])
+    runs = [of_words(piece, dtype) for piece, dtype in zip(pieces, dtypes, strict=True)]
+    return Moved(position, offsets, runs, steps, step)

@@ -114,7 +114,7 @@ class WeightPublisher:
             parent=manifest.digest,
             new=torch.tensor(moved.offsets, dtype=torch.int32).diff(),
             position=position,
-            value=_bytes(moved.values, self._dtype),
+            value=_bytes(moved.runs, self._dtype),
             dense=_bytes([whole_of(tensor) for tensor in layout.dense.values()], self._dtype),
             manifest=manifest,
         )

@@ -1,4 +1,4 @@
-"""exchange: entries of the parameters swapped with values, bit by bit.
+"""exchange and gather: entries of the parameters swapped with values or read, bit by bit.
 
 That these tests can fail: faults that were planted by hand in csrc/cpu/exchange.cpp, and a test
 that saw each.
@@ -38,8 +38,9 @@ def test_sizes_dtypes_views(ops, name):
     assert_exchanged(ops, name, CASES[name])
 
 
+@pytest.mark.parametrize("name", ["gather", "exchange"])
 @pytest.mark.parametrize("place", [-(2**31), -1, 4100, 2**31 - 1])
-def test_nothing_is_written_where_one_is_wrong(ops, place):
+def test_nothing_is_written_where_one_is_wrong(ops, place, name):
     """Also where positions do not ascend, so that the ends do not show it."""
     case = make_exchange([4100, 4100], 1.0)
     for entry in (8000, 8199):
@@ -47,25 +48,25 @@ def test_nothing_is_written_where_one_is_wrong(ops, place):
         wrong.position[entry] = place
         before = wrong.copy()
         with pytest.raises((RuntimeError, ValueError), match="position"):
-            wrong.run(ops)
+            wrong.run(ops, name)
         assert torch.equal(wrong.value, before.value)
         for a, b in zip(wrong.params, before.params, strict=True):
             assert torch.equal(bits_of(a), bits_of(b))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+@pytest.mark.parametrize("operator", ["gather", "exchange"])
 @pytest.mark.parametrize("name", ["no tensors", "many tensors 0.3"])
-def test_opcheck(cpp, name):
-    case = CASES[name].copy()
+def test_opcheck(cpp, name, operator):
+    case, op = CASES[name].copy(), getattr(torch.ops.sparse_optim, operator).default
     table = torch.zeros(len(case.params), 4, dtype=torch.int64)
     bound = cpp.bind([param[:0] for param in case.params], case.params, table)
     args = (bound, case.position, case.offsets, case.value)
-    results = torch.library.opcheck(torch.ops.sparse_optim.exchange.default, args)
+    results = torch.library.opcheck(op, args)
     assert set(results.values()) == {"SUCCESS"}
     meta = [arg.to("meta") for arg in args]
-    assert torch.ops.sparse_optim.exchange.default(*meta) is None
-    schema = torch.ops.sparse_optim.exchange.default._schema
-    assert [arg.name for arg in schema.arguments if arg.alias_info] == ["value"]
+    assert op(*meta) is None
+    assert [arg.name for arg in op._schema.arguments if arg.alias_info] == ["value"]
 
 
 @pytest.mark.parametrize(

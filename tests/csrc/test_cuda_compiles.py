@@ -50,7 +50,7 @@ def test_cuda_sources_compile_link_and_import_without_spills():
     kernels = LINE.findall(checked.stdout)
     for known in (
         "scan_kernel", "write_kernel<ExpAny>", "rank_kernel<Sampled>", "sampled_grad_kernel",
-        "exchange_kernel",        "collect_kernel<Exp0>", "move_kernel",
+        "exchange_kernel", "collect_kernel<Exp0>", "move_kernel",
     ):  # fmt: skip
         archs = {arch for _, arch, name, *_ in kernels if name == known}
         assert ARCHS <= archs <= ARCHS | NEW_ARCHS

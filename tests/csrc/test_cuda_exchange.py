@@ -55,7 +55,10 @@ def test_positions_outside_of_their_tensor_are_left_out():
     for entry, place in places.items():
         wrong.position[entry] = place
     value, params = wrong.value.clone(), [param.clone() for param in wrong.params]
+    read = wrong.copy()
+    read.run(emulated_cuda, "gather")
     wrong.run(emulated_cuda)
+    assert torch.equal(read.value, wrong.value)
     want = case.expected()
     for entry in range(80):
         at = divmod(entry, 40)

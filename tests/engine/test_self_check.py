@@ -37,7 +37,17 @@ def backend_with(monkeypatch):
 
     def install(**operations):
         module = types.ModuleType("tried_backend")
-        names = ("bind", "scan", "clip", "rank", "cut", "append", "update", "sampled_grad")
+        names = (
+            "bind",
+            "scan",
+            "clip",
+            "rank",
+            "cut",
+            "append",
+            "update",
+            "sampled_grad",
+            "gather",
+        )
         for name in ("TILE", "scratch_bytes", *names):
             setattr(module, name, operations.get(name, getattr(reference, name)))
         monkeypatch.setitem(sys.modules, "tried_backend", module)
@@ -134,12 +144,24 @@ def update_that_moves_frozen_entries(bound, active, scalars, bias_correction):
     bound.params[0].detach().view(torch.int32)[frozen] ^= 1
 
 
+def gather_of_the_entry_before(bound, position, offsets, value):
+    """In the last tensor."""
+    shifted = position.clone()
+    shifted[offsets[-2] :] = (shifted[offsets[-2] :] - 1).clamp(min=0)
+    reference.gather(bound, shifted, offsets, value)
+
+
 FAULTS = [
     ("cut", cut_with_ties_to_the_higher_index, "it unmasks other entries.*step 2 of D3"),
     ("cut", cut_with_a_wrong_threshold, "the least importance that it unmasks differs"),
     ("cut", cut_with_a_root_that_rounds_otherwise, r"the least importance.*exp=0\.5"),
     ("cut", cut_by_another_power, r"it unmasks other entries.*step 1 of D3\(exp=1\.7"),
     ("sampled_grad", sampled_grad_without_the_last_token, "weight gradients of active entries are"),
+    (
+        "gather",
+        gather_of_the_entry_before,
+        "it reads other values of active entries than torch",
+    ),
     ("cut", fails, "it raised ValueError: no such kernel$"),
     ("bind", fails, "it raised ValueError: no such kernel$"),
     ("rank", fails, "it raised ValueError: no such kernel$"),

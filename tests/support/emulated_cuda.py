@@ -239,6 +239,11 @@ def sampled_grad(input, grad_output, position, transposed, out, scratch_bytes=No
         )  # fmt: skip
 
 
+def gather(bound, position, offsets, value) -> None:
+    count = ctypes.c_int64(position.numel())
+    _call("gather", _pool(bound), position, offsets, count, value)
+
+
 def exchange(bound, position, offsets, value) -> None:
     count = ctypes.c_int64(position.numel())
     _call("exchange", _pool(bound), position, offsets, count, value)

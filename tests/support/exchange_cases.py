@@ -1,4 +1,4 @@
-"""Cases of the operation `exchange`, and what must come of them."""
+"""Cases of the operations `exchange` and `gather`, and what must come of them."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ class Exchange:
             self.value.to(device, copy=True),
         )
 
-    def run(self, ops: Any) -> Exchange:
-        """Do it, in place."""
+    def run(self, ops: Any, name: str = "exchange") -> Exchange:
+        """Do it, in place; or `gather`."""
         device = self.offsets.device
         table = torch.zeros(len(self.params), 4, dtype=torch.int64, device=device)
         bound = ops.bind([param.new_empty(0) for param in self.params], self.params, table)
-        ops.exchange(bound, self.position, self.offsets, self.value)
+        getattr(ops, name)(bound, self.position, self.offsets, self.value)
         return self
 
     def expected(self) -> Exchange:
@@ -121,8 +121,13 @@ def exchange_cases() -> Iterator[tuple[str, Exchange]]:
 
 
 def assert_exchanged(ops: Any, name: str, case: Exchange, device: str = "cpu") -> None:
-    """The operation does what it should, and undoes it."""
+    """The operation does what it should, and undoes it; before, `gather` reads what it replaces."""
     want, got = case.expected(), case.copy(device)
+    read = case.copy(device)
+    read.run(ops, "gather")
+    assert torch.equal(read.value.cpu(), want.value), f"gather {name}"
+    for index, (a, b) in enumerate(zip(read.params, case.params, strict=True)):
+        assert torch.equal(bits_of(a.cpu()), bits_of(b)), f"gather {name}: tensor {index}"
     for expected in (want, case):
         got.run(ops)
         assert torch.equal(got.value.cpu(), expected.value), name

@@ -142,6 +142,7 @@ def swap_entries() -> None:
     table = torch.zeros(2, 4, dtype=torch.int64)
     bound = ops.bind([param[:0] for param in params], params, table)
     position, value = (torch.zeros(7, dtype=torch.int32) for _ in range(2))
+    ops.gather(bound, position, torch.tensor([0, 3, 7]), value)
     ops.exchange(bound, position, torch.tensor([0, 3, 7]), value)
 
 

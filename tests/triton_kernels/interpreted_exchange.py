@@ -36,7 +36,10 @@ def test_positions_outside_of_their_tensor_are_left_out() -> None:
     for entry, place in places.items():
         wrong.position[entry] = place
     value, params = wrong.value.clone(), [param.clone() for param in wrong.params]
+    read = wrong.copy()
+    read.run(kernels, "gather")
     wrong.run(kernels)
+    assert torch.equal(read.value, wrong.value)
     want = case.expected()
     for entry in range(80):
         tensor, at = divmod(entry, 40)

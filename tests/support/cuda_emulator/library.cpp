@@ -129,6 +129,11 @@ int sampled_grad(const int64_t* outer, const int64_t* inner, const int32_t* posi
                             scratch_bytes, nullptr);
 }
 
+int gather(Pool pool, const int32_t* position, const int64_t* offsets, int64_t capacity,
+           int32_t* value) {
+  return cuda::gather(pool, position, offsets, capacity, value, nullptr);
+}
+
 int exchange(Pool pool, const int32_t* position, const int64_t* offsets, int64_t capacity,
              int32_t* value) {
   return cuda::exchange(pool, position, offsets, capacity, value, nullptr);

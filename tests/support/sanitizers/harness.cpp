@@ -442,7 +442,7 @@ uint32_t word(const Buffer& of, int64_t i) {
   return bits;
 }
 
-// The active entries of all tensors, swapped with random bits; then one that is nowhere.
+// The active entries of all tensors, read, and swapped with random bits; then one that is nowhere.
 void check_exchange(Case& c) {
   const int64_t count = c.progress[1];
   std::unique_ptr<int32_t[]> value(new int32_t[count]);
@@ -459,6 +459,11 @@ void check_exchange(Case& c) {
   const auto run = [&] {
     return exchange(c.threads, c.pool, c.position.get(), &c.offsets[0], value.get());
   };
+  std::unique_ptr<int32_t[]> read(new int32_t[count]);
+  EXPECT(gather(c.threads, c.pool, c.position.get(), &c.offsets[0], read.get()), "refused");
+  each_entry([&](size_t t, size_t i) {
+    EXPECT(uint32_t(read[i]) == before[i], "entry %zu of tensor %zu is read", i, t);
+  });
   for (const auto* there : {&brought, &before}) {
     const auto& kept = there == &brought ? before : brought;
     EXPECT(run(), "%lld entries refused", (long long)count);

@@ -59,7 +59,7 @@ def check_sampled() -> int:
 
 
 def check_exchange() -> int:
-    """Entries swapped with values."""
+    """Entries read, and swapped with values."""
     cases = dict(exchange_cases())
     for name, case in cases.items():
         assert_exchanged(cpp, name, case)
@@ -81,7 +81,7 @@ def right_arguments(name: str) -> tuple[dict[str, Any], Any]:
     if name == "sampled_grad":
         case = make_sampled(20, 30, 20, 40, dtype=torch.bfloat16)
         return vars(case), case
-    if name == "exchange":
+    if name in ("gather", "exchange"):
         swap = make_exchange([600, 30], 0.1)
         table = torch.zeros(2, 4, dtype=torch.int64)
         bound = cpp.bind([param[:0] for param in swap.params], swap.params, table)
@@ -137,7 +137,7 @@ def wrong_tensors(value: Tensor) -> Iterator[Tensor]:
 def check_errors() -> tuple[int, int]:
     """Every argument of every operator, wrong in every way; (cases, refused)."""
     cases = refused = 0
-    for name in (*OPS, "sampled_grad", "exchange"):
+    for name in (*OPS, "sampled_grad", "gather", "exchange"):
         for argument in right_arguments(name)[0]:
             for number in range(1000):
                 args, _alive = right_arguments(name)
