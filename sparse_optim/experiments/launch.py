@@ -74,6 +74,8 @@ def show_plan(runner: Runner, console: Console) -> None:
     rest = f"; {unknown} cells without an estimate (none of their task has run)" if unknown else ""
     is_known = left or not unknown
     time = f"about {left / 60:.0f} minutes left" if is_known else "time left: unknown"
+    if runner.experiment.widen and any(cell.lr is None for cell in planned):
+        rest += "; more cells follow where the best rate is at an end of those listed"
     summary = f"{len(planned)} cells, {finished} finished, {time}{rest}"
     for line in (summary, "Cells in order, with the estimated time of each:", *lines):
         console.print(line, highlight=False, soft_wrap=True)

@@ -432,6 +432,25 @@ def test_the_command_lists_runs_records_and_goes_on(tmp_path):
     assert "4 cells, 4 finished, about 0 minutes left" in again.output
 
 
+def test_a_plan_says_that_its_grids_may_grow(tmp_path):
+    common = (
+        "quality",
+        "--tasks",
+        "trec50",
+        "--methods",
+        "pafi",
+        "--output",
+        str(tmp_path / "out"),
+    )
+    more = "more cells follow where the best rate is at an end"
+    grows = invoke(*common, "--dry-run")
+    assert grows.exit_code == 0, grows.output
+    assert more in grows.output.splitlines()[0]
+    fixed = invoke(*common, "--lrs", "8e-3", "--dry-run")
+    assert fixed.exit_code == 0, fixed.output
+    assert more not in fixed.output
+
+
 def test_processes_that_share_a_folder_leave_one_table(tmp_path):
     for task in ("rte", "cola"):
         assert tiny(tmp_path, "--tasks", task, "--only", "full").exit_code == 0
