@@ -159,7 +159,8 @@ def draw_tradeoffs(experiment: Experiment, summaries: Sequence[Summary], path: P
     rows, note = tradeoffs(summaries)
     if len({row.entries for row in rows if row.entries > 0}) < 2:
         return False
-    columns = averaged_columns(experiment, summaries)
+    filled = {column for summary in summaries for column in summary["columns"]}
+    columns = averaged_columns(experiment, filled)
     draw_pareto(rows, *pareto_text(experiment, columns), path, note)
     return True
 

@@ -139,6 +139,7 @@ class Experiment:
             best rate is at that end; 0: only the row's own rates.
         settings: further fields of `FinetuneConfig`, for all runs.
         paper: the paper's figures. paper_note: where the paper has them, or why there are none.
+        averaged: columns of the average, where they have values; else all that have.
         pictures: keys of `sparse_optim.experiments.pictures.PICTURES`, drawn beside the table.
     """
 
@@ -153,6 +154,7 @@ class Experiment:
     settings: Mapping[str, Any] = field(default_factory=dict)
     paper: PaperTable = field(default_factory=dict)
     paper_note: str = ""
+    averaged: tuple[str, ...] = ()
     pictures: tuple[str, ...] = ("pareto",)
     widen: float = 0
 

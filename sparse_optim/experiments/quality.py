@@ -187,6 +187,7 @@ QUALITY = Experiment(
     protocol="tuned",
     kept=3,
     settings=SETTINGS | {"amp": "none"},
+    averaged=tuple(task.name for task in CORE_TASKS),
     widen=WIDEN,
 )
 

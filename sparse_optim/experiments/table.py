@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,34 +53,36 @@ def top_mean(values: Sequence[float], kept: int) -> tuple[float, float | None, i
 def summarise(experiment: Experiment, outcomes: Iterable[Outcome]) -> list[Summary]:
     """One summary for each row of the experiment that has finished runs."""
     runs = [outcome for outcome in outcomes if outcome["cell"]["stage"] == "run"]
-    shown = shown_columns(experiment, runs)
+    averaged = averaged_columns(experiment, {column for run in runs for column in run["values"]})
     found = []
     for row in experiment.rows:
         mine = [run for run in runs if run["cell"]["row"] == row.label]
         if mine:
-            found.append(summarise_row(experiment, row, mine, shown))
+            found.append(summarise_row(experiment, row, mine, averaged))
     return found
 
 
-def shown_columns(experiment: Experiment, runs: Sequence[Outcome]) -> tuple[str, ...]:
-    """The columns in which any row has a value."""
-    filled = {column for run in runs for column in run["values"]}
-    return tuple(column for column in experiment.columns if column in filled)
+def averaged_columns(experiment: Experiment, filled: Collection[str]) -> list[str]:
+    """The columns that the average is of: those with a value in any row, without shifted sets; of
+    these, those that the experiment names, if it names any.
 
-
-def averaged_columns(experiment: Experiment, summaries: Iterable[Summary]) -> list[str]:
-    """The columns that the average is of: those with a value in any row, without shifted sets."""
-    filled = {column for summary in summaries for column in summary["columns"]}
-    filled -= experiment.shifted_columns
-    return [column for column in experiment.columns if column in filled]
+    Args:
+        filled: columns in which any row has a value.
+    """
+    found = set(filled) - experiment.shifted_columns
+    wanted = found.intersection(experiment.averaged) or found
+    return [column for column in experiment.columns if column in wanted]
 
 
 def summarise_row(
-    experiment: Experiment, row: Row, runs: list[Outcome], shown: Sequence[str]
+    experiment: Experiment, row: Row, runs: list[Outcome], averaged: Sequence[str]
 ) -> Summary:
     """Means by column, their average if the row fills its columns, and medians of costs.
 
     "lr" is the rate of the best run (the first of equals) by task.
+
+    Args:
+        averaged: the columns of the average.
     """
     columns: dict[str, Any] = {}
     best_rates: dict[str, float] = {}
@@ -94,7 +96,6 @@ def summarise_row(
             if values:
                 mean, deviation, count = top_mean(values, experiment.kept)
                 columns[column] = {"mean": mean, "deviation": deviation, "runs": count}
-    averaged = [name for name in shown if name not in experiment.shifted_columns]
     means = [columns[name]["mean"] for name in averaged if name in columns]
     sizes = [run["delta_bytes"] for run in runs if "delta_bytes" in run]
     return {
@@ -183,7 +184,7 @@ def markdown(experiment: Experiment, summaries: Sequence[Summary]) -> str:
     """The table as Markdown: our line, and below it the paper's if it has one."""
     filled = {column for summary in summaries for column in summary["columns"]}
     shown = [column for column in experiment.columns if column in filled]
-    averaged = averaged_columns(experiment, summaries)
+    averaged = averaged_columns(experiment, filled)
     is_whole = len(averaged) == len(experiment.columns) - len(experiment.shifted_columns)
     average = ["average"] if len(averaged) > 1 else []
     tasks = [task.name for task in experiment.tasks if any(task.name in s["lr"] for s in summaries)]
@@ -206,6 +207,8 @@ def markdown(experiment: Experiment, summaries: Sequence[Summary]) -> str:
     body = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     notes = legend(experiment, summaries) + (SHIFTED if experiment.shifted_columns & filled else "")
     notes += FORGETTING if losses else ""
+    if average and experiment.averaged and set(shown) != set(averaged):
+        notes += f" Average: of {', '.join(averaged)}."
     return f"**{experiment.title}**\n\n{body}\n{notes}\n"
 
 

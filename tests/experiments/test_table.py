@@ -75,6 +75,22 @@ def test_a_row_that_lacks_a_shown_column_has_no_average(tmp_path):
     assert (whole["average"], part["average"]) == (0.5, None)
 
 
+def test_an_experiment_names_the_columns_of_its_average(tmp_path):
+    names = ("one", "two", "more")
+    block = Block(tuple(map(tiny_task, names)), (Row("id3", (1e-3,), "100"),))
+    experiment = tiny_experiment(tmp_path, blocks=(block,), averaged=("one", "two"))
+    values = dict(zip(names, (0.8, 0.6, 0.1), strict=True))
+    outcomes = [outcome(name, "id3-100", value) for name, value in values.items()]
+    (summary,) = summarise(experiment, outcomes)
+    assert summary["average"] == pytest.approx(0.7)
+    text = markdown(experiment, [summary])
+    assert "| one | two | more | average |" in text
+    assert "Average: of one, two." in text
+    (other,) = summarise(experiment, outcomes[2:])  # none of them has run: of what has
+    assert other["average"] == pytest.approx(0.1)
+    assert "Average" not in markdown(experiment, [other])
+
+
 def test_a_diverged_run_is_said_so_and_is_null_in_json(tmp_path):
     experiment = two_tasks(tmp_path)
     write_table(experiment, [outcome("one", "id3-100", None)], tmp_path)
