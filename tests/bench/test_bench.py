@@ -255,22 +255,38 @@ def test_the_tables_of_scores_show_what_ran(tmp_path, monkeypatch):
         for seed in range(3)
     ]
     write_runs(tmp_path, runs)
-    monkeypatch.setattr(quality, "step_times", lambda: {"r-mask@linear-112827": 105.2})
+    found = {"r-mask@linear-112827": {"step_ms": 105.2, "delta_bytes": 990_000}}
+    monkeypatch.setattr(quality, "costs", lambda: found)
     shown = quality.full_table(tmp_path)
     scores = "79.2 ± 0.0 | " * 4
     line = f"| random mask | Linear | 0.001, 0.001, 0.001 | {scores}99.0% |"
     assert line in shown.splitlines()
-    assert "| random mask | 1,000 | 105 | 2.00 | 1.00 | 0.800 -> 0.400 |" in shown.splitlines()
+    assert (
+        "| random mask | 1,000 | 105 | 2.00 | 0.99 | 0.800 -> 0.400 ± 0.000 |" in shown.splitlines()
+    )
     assert "PaFi" not in shown
     assert "CoLA" not in shown
     assert "0.05%" not in shown
     text = quality.headline(tmp_path)
     assert "fine-tuning 80.0" in text
     assert "random mask (Linear) 79.2, 99.0% of full" in text
+    assert "further tasks" not in shown
     small = [recorded_run(task, "pafi@linear-11282", 0.5) for task in quality.SMALL_TASKS]
-    write_runs(tmp_path, [*runs, *small])
+    more = [
+        recorded_run("mrpc", label, 0.7, seed) for label in ("full", "lora-r3") for seed in (0, 1)
+    ]
+    write_runs(tmp_path, [*runs, *small, *more])
     assert "0.05%" in quality.full_table(tmp_path)
-    assert quality.points(tmp_path)["PaFi"] == [(1000, quality.Score(50.0, None, 1))]
+    line = "| LoRA |  | 0.001 | 70.0 ± 0.0 (n = 2) | 70.0 ± 0.0 (n = 2) | 100.0% |"
+    assert line in quality.full_table(tmp_path).splitlines()
+    assert "PaFi" not in quality.points(tmp_path)  # with all seeds alone
+    small = [
+        recorded_run(task, "pafi@linear-11282", 0.5, seed)
+        for task in quality.SMALL_TASKS
+        for seed in range(3)
+    ]
+    write_runs(tmp_path, [*runs, *small])
+    assert quality.points(tmp_path)["PaFi"] == [(1000, quality.Score(50.0, 0.0, 3))]
     quality.runs.cache_clear()
 
 
@@ -289,11 +305,9 @@ def test_suggested_rates_stand_beside_the_tuned_ones(tmp_path, monkeypatch):
     lines = [line, line | {"task": "stsb"}]  # sqrt(7e-3 / 2e-3 * 7e-3 / 1.4e-2) = 1.3
     (tmp_path / "rates.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
     shown = curvature.comparison(tmp_path, tmp_path)
-    assert (
-        "rates of 1 of 1 methods are within a factor of 2 of the best tuned ones (at most 1.3)"
-        in (shown)
-    )
-    assert "Of single tasks, 1 of 2 are (median 2.8, at most 3.5), and 2 are within" in shown
+    assert shown.startswith("1 of 2 suggested rates are within a factor of 2")
+    assert "(median 2.8, at most 3.5); 2 are within that factor of a rate" in shown
+    assert "the rates of 1 of 1 methods are (at most 1.3)" in shown
     assert (
         "| full fine-tuning | trec50 | 1.5 | 1e+05 | 0.007 | 0.002 | 0.002 to 0.004 | 3.5 |"
         in shown
