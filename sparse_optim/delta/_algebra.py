@@ -21,7 +21,7 @@ from sparse_optim.delta._content import known_fingerprint
 from sparse_optim.delta._joined import split
 from sparse_optim.delta._shared import Base, Shared, share
 from sparse_optim.delta._tensors import bits
-from sparse_optim.delta._types import Delta
+from sparse_optim.delta._types import Delta, check_delta
 from sparse_optim.delta._values import DeltaError, SparseValues
 from sparse_optim.delta._vectors import Floats, Vectors, as_floats, vectors_of
 
@@ -73,10 +73,13 @@ def merge_deltas(
     Raises:
         DeltaError: another base or different bases, wrong settings, an increment, integer or
             complex entries, NaN or infinite ones, different heads, or a result that overflows.
+        TypeError: one of `deltas` is not a Delta.
 
     References: Ilharco et al. 2023, arXiv 2212.04089; Yadav et al. 2023, arXiv 2306.01708;
     Yu et al. 2024, arXiv 2311.03099.
     """
+    for at, delta in enumerate(deltas):
+        check_delta(delta, f"deltas[{at}]")
     recipe = Recipe.of(method, density, seed)
     scales = _checked_weights(weights, len(deltas))
     if dense is not None and not 0 <= dense < len(deltas):
@@ -127,6 +130,8 @@ def unmerge(merged: Delta, delta: Delta, rest: Sequence[Delta], base: Base | Non
         DeltaError: `merged` was not made by `merge_deltas`, or its inputs are not `delta` and
             `rest`; or as `merge_deltas`.
     """
+    for label, each in (("merged", merged), ("delta", delta)):
+        check_delta(each, label)
     record: dict[str, Any] = dict(merged.method)
     if record.get("name") != "merge":
         raise DeltaError("merged: expected a delta that merge_deltas made")

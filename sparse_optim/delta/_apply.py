@@ -28,7 +28,7 @@ from sparse_optim.delta._tensors import (
     scatter_,
     storage_key,
 )
-from sparse_optim.delta._types import Delta
+from sparse_optim.delta._types import Delta, check_delta
 from sparse_optim.delta._values import DeltaError
 from sparse_optim.warn import warn_user
 
@@ -136,8 +136,20 @@ def apply_delta(model: Model, delta: Delta, strict: bool = True) -> AppliedDelta
     Raises:
         DeltaError: a name, shape, dtype, fingerprint or kind of storage does not fit, or `delta`
             is an increment. The model is untouched.
+        TypeError: `delta` is not a Delta.
     """
     tensors = named_tensors(model)
+    writes, originals, skipped = checked_writes(tensors, delta, strict)
+    write_all(tensors, writes, undo=originals)
+    return AppliedDelta(model, writes, originals, skipped)
+
+
+def checked_writes(
+    tensors: Tensors, delta: Delta, strict: bool = True
+) -> tuple[list[Write], list[Write], tuple[str, ...]]:
+    """What brings a delta into a live model, what takes it out again, and the names that the model
+    lacks (`strict=False`). Nothing is written; raises as `apply_delta`."""
+    check_delta(delta, "delta")
     delta, skipped = _fitted(tensors, delta, strict)
     writes = _writes(delta)
     check_base(tensors, delta, delta.sparse)
@@ -145,9 +157,7 @@ def apply_delta(model: Model, delta: Delta, strict: bool = True) -> AppliedDelta
         if write.position is None:
             _check_target(tensors, write.name, write.shape, write.value.dtype)
     writes = _drop_tied(tensors, writes)
-    originals = _read_all(tensors, writes)
-    write_all(tensors, writes, undo=originals)
-    return AppliedDelta(model, writes, originals, skipped)
+    return writes, _read_all(tensors, writes), skipped
 
 
 @one_thread_at_a_time
@@ -163,6 +173,7 @@ def revert_delta(model: Model, delta: Delta, strict: bool = True) -> None:
         DeltaError: an original is not stored, the delta is not in the model, or the result would
             not be the base (by its fingerprints). The model is untouched.
     """
+    check_delta(delta, "delta")
     tensors = named_tensors(model)
     delta, _ = _fitted(tensors, delta, strict)
     kept = () if strict else tuple(delta.dense.keys() - delta.dense_original.keys())
@@ -194,6 +205,7 @@ def merge(delta: Delta, state_dict: Tensors) -> dict[str, Tensor]:
         DeltaError: a sparse parameter is missing, or its shape, dtype or fingerprint differs, or
             `delta` is an increment.
     """
+    check_delta(delta, "delta")
     tensors = named_tensors(state_dict)
     _require_whole(delta)
     naming = match_names(delta, tensors)

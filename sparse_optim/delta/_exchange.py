@@ -46,6 +46,7 @@ def can_swap(tensor: Tensor) -> bool:
         and tensor.dtype in DTYPES
         and tensor.is_contiguous()
         and tensor.numel() <= MAX_NUMEL
+        and not tensor.is_inference()  # which counts no versions
     )
 
 

@@ -7,18 +7,18 @@ nothing but versions: tensors that other code has written since are checked in f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from threading import Condition, local
 
 from torch import Tensor
 
-from sparse_optim.delta._apply import Write, apply_delta, one_thread_at_a_time
+from sparse_optim.delta._apply import Write, checked_writes, one_thread_at_a_time
 from sparse_optim.delta._exchange import Exchange
 from sparse_optim.delta._fingerprint import fingerprint
 from sparse_optim.delta._tensors import Model, Tensors, gather, named_tensors, same_bits, scatter_
-from sparse_optim.delta._types import Delta
+from sparse_optim.delta._types import Delta, check_delta
 from sparse_optim.delta._values import DeltaError
 from sparse_optim.warn import warn_user
 
@@ -112,7 +112,10 @@ class Task:
 class DeltaSwitcher:
     """Several deltas over one base, one of them (or none) in the model at a time.
 
-    Threads may share it: switches wait for one another, and for the `using` blocks of others.
+    Threads may share it: switches, `add` and `remove` wait for one another, and for the `using`
+    blocks of others. An error or an interrupt leaves in the model what was there before. Writes by
+    other code are noticed where torch counts them: not those through `.data`, or to tensors of
+    inference mode.
     Holds 12 to 16 bytes an entry of each delta; with the model on a GPU, these on the host and 8 on
     the GPU, where a switch is two kernels for all tensors (unrun on a GPU so far).
 
@@ -142,9 +145,9 @@ class DeltaSwitcher:
         self._tasks: dict[str, Task] = {}
         self._marks: dict[str, Mark] = {}
         self._turn = Condition()
-        self._readers = 0
+        self._blocks: set[object] = set()  # that threads are in
         self._queue: list[object] = []  # of threads that wait, in the order in which they came
-        self._mine = local()  # `depth`: blocks that this thread is in
+        self._mine = local()  # `blocks`: those of this thread
         for name, delta in (deltas or {}).items():
             self.add(name, delta)
 
@@ -157,39 +160,30 @@ class DeltaSwitcher:
         """Check a delta against the base and keep it for switches; takes the active one out.
 
         Raises:
-            DeltaError: the name is taken, or the delta does not fit the base. The model holds the
-                base then.
+            DeltaError: the name is taken, the delta does not fit the base (the model holds the base
+                then), or this thread is in a `using` block.
+            TypeError: `delta` is not a Delta.
         """
-        if name in self._tasks:
-            raise DeltaError(f"a delta {name!r} is there already: remove it first")
-        with self._alone(None):
-            handle = apply_delta(self._model, delta)
-            handle.revert()
-            tensors = named_tensors(self._model)
-            known = {write.name for write in handle.writes} & delta.fingerprints.keys()
-            prints = {each: delta.fingerprints[each] for each in known}
-            task = Task(handle.writes, handle.originals, prints)
-            try:
-                task.enter(tensors)
-                task.leave(tensors)
-                task.settle(tensors)
-            except BaseException:
-                task.rewrite(tensors, task.originals)
-                self._note(tensors)
-                raise
-            self._tasks[name] = task
-            self._note(tensors)
+        check_delta(delta, f"delta {name!r}")
+        with self._when_unread(f"add {name!r}"):
+            if name in self._tasks:
+                raise DeltaError(f"a delta {name!r} is there already: remove it first")
+            if self.active is not None:
+                self._switch(None)
+            self._tasks[name] = self._checked(delta)
+            self._note(named_tensors(self._model))
 
     def remove(self, name: str) -> None:
         """Forget a delta; if it is active, the model holds the base then.
 
         Raises:
-            DeltaError: no such name.
+            DeltaError: no such name, or this thread is in a `using` block.
         """
-        self._check_name(name)
-        if self.active == name:
-            self.use(None)
-        del self._tasks[name]
+        with self._when_unread(f"remove {name!r}"):
+            self._check_name(name)
+            if self.active == name:
+                self._switch(None)
+            del self._tasks[name]
 
     def use(self, name: str | None) -> None:
         """Replace the current delta by delta `name` (None: the base alone).
@@ -198,7 +192,7 @@ class DeltaSwitcher:
             DeltaError: no such name, this thread is in a `using` block of another one, or other
                 code has written the tensors since. The model is unchanged.
         """
-        with self._alone(name):
+        with self._with(name):
             pass
 
     @contextmanager
@@ -209,51 +203,100 @@ class DeltaSwitcher:
         Raises:
             DeltaError: as `use`.
         """
-        with self._alone(name):
-            self._readers += 1
-            self._mine.depth = self._depth + 1
+        block = object()
         try:
-            yield
-        finally:
-            with self._turn:
-                self._readers -= 1
-                self._mine.depth = self._depth - 1
-                self._turn.notify_all()
+            try:
+                with self._with(name):
+                    self._blocks.add(block)
+                    self._my_blocks.add(block)
+                yield
+            finally:
+                self._leave(block)
+        finally:  # once more, should an interrupt come in the line above
+            self._leave(block)
+
+    def _leave(self, block: object) -> None:
+        with self._turn:
+            self._blocks.discard(block)
+            self._my_blocks.discard(block)
+            self._turn.notify_all()
 
     @property
-    def _depth(self) -> int:
-        return getattr(self._mine, "depth", 0)
+    def _my_blocks(self) -> set[object]:
+        found: set[object] = vars(self._mine).setdefault("blocks", set())
+        return found
 
     @contextmanager
-    def _alone(self, name: str | None) -> Iterator[None]:
+    def _with(self, name: str | None) -> Iterator[None]:
         """Hold the lock, with delta `name` in the model."""
         self._check_name(name)
-        with self._turn:
-            if not self._depth:
-                ticket = object()
-                self._queue.append(ticket)
-                try:
-                    self._turn.wait_for(
-                        lambda: (
-                            self._queue[0] is ticket and (self.active == name or not self._readers)
-                        )
-                    )
-                finally:
-                    self._queue.remove(ticket)
-                    self._turn.notify_all()
-            elif self.active != name:
+        if self._my_blocks:
+            if self.active != name:
                 raise DeltaError(
                     f"this thread is in a block with {self.active!r} in the model: end it before "
                     f"you use {name!r}"
                 )
+            with self._turn:
+                yield
+            return
+        with self._at_turn(lambda: self.active == name or not self._blocks):
+            self._check_name(name)  # or it was removed meanwhile
             if self.active != name:
                 self._switch(name)
             yield
 
+    @contextmanager
+    def _when_unread(self, what: str) -> Iterator[None]:
+        """Hold the lock while no thread is in a block."""
+        if self._my_blocks:
+            raise DeltaError(
+                f"this thread is in a block with {self.active!r} in the model: end it before you "
+                f"{what}"
+            )
+        with self._at_turn(lambda: not self._blocks):
+            yield
+
+    @contextmanager
+    def _at_turn(self, may_go: Callable[[], bool]) -> Iterator[None]:
+        """Hold the lock, after the threads that came before, once `may_go`."""
+        ticket = object()
+        with self._turn:
+            try:
+                try:
+                    self._queue.append(ticket)
+                    self._turn.wait_for(lambda: self._queue[0] is ticket and may_go())
+                finally:
+                    self._drop(ticket)
+            finally:  # as in `using`
+                self._drop(ticket)
+            yield
+
+    def _drop(self, ticket: object) -> None:
+        self._queue = [other for other in self._queue if other is not ticket]
+        self._turn.notify_all()
+
+    @one_thread_at_a_time
+    def _checked(self, delta: Delta) -> Task:
+        """A delta that was in the model, which holds the base, and was taken out again."""
+        tensors = named_tensors(self._model)
+        writes, originals, _ = checked_writes(tensors, delta)
+        known = {write.name for write in writes} & delta.fingerprints.keys()
+        task = Task(writes, originals, {name: delta.fingerprints[name] for name in known})
+        try:
+            task.enter(tensors)
+            task.leave(tensors)
+            task.settle(tensors)
+        except BaseException:
+            task.rewrite(tensors, task.originals)
+            self._note(tensors)
+            raise
+        return task
+
     @one_thread_at_a_time
     def _switch(self, name: str | None) -> None:
         tensors = named_tensors(self._model)
-        before = None if self.active is None else self._tasks[self.active]
+        was = self.active
+        before = None if was is None else self._tasks[was]
         after = None if name is None else self._tasks[name]
         self._check_unchanged(tensors, before)
         try:
@@ -261,15 +304,16 @@ class DeltaSwitcher:
                 before.leave(tensors)
             if after:
                 after.enter(tensors)
+            self._note(tensors)
+            self.active = name
         except BaseException:  # also an interrupt: never leave half a delta
+            self.active = was
             if after:
                 after.rewrite(tensors, after.originals)
             if before:
                 before.rewrite(tensors, before.writes)
             self._note(tensors)
             raise
-        self.active = name
-        self._note(tensors)
 
     def _check_unchanged(self, tensors: Tensors, active: Task | None) -> None:
         """Raise DeltaError if tensors of any delta no longer hold base or active delta.
@@ -307,7 +351,7 @@ class DeltaSwitcher:
 
 
 def _mark(tensor: Tensor) -> Mark:
-    return id(tensor), tensor.data_ptr(), tensor._version
+    return id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
 def _written(name: str) -> str:

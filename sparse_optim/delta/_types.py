@@ -301,6 +301,14 @@ class Delta:
         )
 
 
+def check_delta(value: object, label: str) -> None:
+    """Raise TypeError for what is no delta, such as the path of one."""
+    if not isinstance(value, Delta):
+        raise TypeError(
+            f"{label}: expected a Delta, got {type(value).__name__}; load_delta(path) reads a file"
+        )
+
+
 def plain_tensors(model: Model) -> dict[str, Tensor]:
     """The tensors of a module or mapping by their names without wrappers."""
     tensors = named_tensors(model)

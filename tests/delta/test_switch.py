@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from delta_cases import assert_identical, clone, example_base, example_delta, tied_pair, with_head
+from interrupts import at_every_line, code_of
 
 from sparse_optim.backends import reference, registry
 from sparse_optim.delta import Delta, DeltaError, DeltaSwitcher, _exchange, _switch, merge
@@ -144,6 +146,47 @@ def test_a_switch_that_fails_leaves_the_delta_in_place(base, deltas, monkeypatch
     assert_identical(base, pristine)
 
 
+CALLS = {
+    "use": lambda tasks, delta: tasks.use("two"),
+    "using": lambda tasks, delta: read_twice(tasks),
+    "add": lambda tasks, delta: tasks.add("three", delta),
+    "remove": lambda tasks, delta: tasks.remove("one"),
+}
+
+
+def read_twice(tasks):
+    with tasks.using("two"), tasks.using("two"):
+        pass
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_interrupts_at_every_line(base, deltas, name):
+    """The model holds what `active` says, and no one waits for ever."""
+    pristine = clone(base)
+    wanted = {each: merge(delta, pristine) for each, delta in deltas.items()} | {None: pristine}
+    model, tasks = clone(base), DeltaSwitcher(clone(base))
+
+    def prepare():
+        nonlocal model, tasks
+        model = clone(pristine)
+        tasks = DeltaSwitcher(model, deltas)
+        tasks.use("one")
+        return lambda: CALLS[name](tasks, deltas["two"])
+
+    code = code_of(DeltaSwitcher, _switch.Task, _exchange.Exchange, _exchange._Part)
+    lines = 0
+    for _ended in at_every_line(code, prepare):
+        lines += 1
+        assert_identical(model, wanted[tasks.active])
+        assert not tasks._queue
+        assert not tasks._blocks
+        assert not tasks._my_blocks
+        for after in ("two", None):
+            tasks.use(after)
+            assert_identical(model, wanted[after])
+    assert lines > 20
+
+
 def test_threads_read_while_switches_wait(base, deltas):
     pristine, tasks = clone(base), DeltaSwitcher(base, deltas)
     wanted = {name: merge(delta, pristine) for name, delta in deltas.items()} | {None: pristine}
@@ -195,7 +238,70 @@ def test_a_block_cannot_switch_below_itself(base, deltas):
     tasks = DeltaSwitcher(base, deltas)
     with tasks.using("one"), pytest.raises(DeltaError, match="in a block with 'one'"):
         tasks.use("two")
+    for name in ("one", None):
+        with tasks.using(name), pytest.raises(DeltaError, match="end it before you add 'three'"):
+            tasks.add("three", deltas["two"])
+        with tasks.using(name), pytest.raises(DeltaError, match="end it before you remove 'two'"):
+            tasks.remove("two")
     tasks.use("two")
+
+
+def test_no_delta_joins_or_goes_while_a_thread_reads(base, deltas):
+    pristine, tasks = clone(base), DeltaSwitcher(base, {"one": deltas["one"]})
+    names = itertools.cycle(["a", "b"])
+    stop = threading.Event()
+
+    def join_and_go():
+        for _, name in zip(range(30), names, strict=False):
+            tasks.add(name, deltas["two"])
+            tasks.remove(name)
+        stop.set()
+
+    def read(name):
+        found = 0
+        while not stop.is_set():
+            with tasks.using(name):
+                assert_identical(base, pristine if name is None else merged)
+            found += 1
+        return found
+
+    merged = merge(deltas["one"], pristine)
+    with ThreadPoolExecutor(3) as threads:
+        reads = [threads.submit(read, name) for name in (None, "one")]
+        threads.submit(join_and_go).result(60)
+        assert all(each.result(60) for each in reads)
+    tasks.use(None)
+    assert_identical(base, pristine)
+
+
+def test_a_delta_that_goes_while_a_thread_waits_for_it(base, deltas):
+    tasks = DeltaSwitcher(base, deltas)
+    with ThreadPoolExecutor(2) as threads:
+        with tasks.using(None):
+            gone = threads.submit(tasks.remove, "two")
+            while not tasks._queue:
+                threading.Event().wait(0.001)
+            waits = threads.submit(tasks.use, "two")
+            while len(tasks._queue) < 2:
+                threading.Event().wait(0.001)
+        gone.result(10)
+        with pytest.raises(DeltaError, match="no delta 'two'"):
+            waits.result(10)
+    assert tasks.active is None
+
+
+def test_models_made_in_inference_mode(base, deltas):
+    with torch.inference_mode():
+        model = clone(base)
+        tasks = DeltaSwitcher(model, deltas)
+        for name in ("one", "two", None):
+            tasks.use(name)
+            assert_identical(model, merge(deltas[name], base) if name else base)
+
+
+def test_what_is_no_delta_is_named(base):
+    with pytest.raises(TypeError, match=r"'a': expected a Delta, got str; load_delta\(path\)"):
+        DeltaSwitcher(base, {"a": "a.safetensors"})
 
 
 def test_one_operation_writes_what_it_can(base, deltas, backend, monkeypatch):

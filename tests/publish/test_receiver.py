@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import itertools
-import sys
 import threading
 from typing import Any
 
 import pytest
 import torch
+from interrupts import at_every_line, code_of
 from publish_cases import Net, Run, assert_same, change, states, whole_patch
 from torch import nn
 
@@ -21,6 +20,8 @@ from sparse_optim.publish import (
     _held,
     _targets,
 )
+from sparse_optim.publish._held import Held
+from sparse_optim.publish._targets import Located, Target
 
 
 def test_patches_come_late_twice_and_in_any_order(published):
@@ -355,39 +356,26 @@ def test_a_write_that_fails_after_other_tensors_came_is_undone(published, number
 def test_interrupts_at_every_line(published):
     """The model holds a whole version, and the receiver knows which."""
     patches, _, weights = published
-    code = {
-        function.__code__
-        for function in vars(WeightReceiver).values()
-        if hasattr(function, "__code__")
-    }
-    for number in itertools.count(1):
-        net, left = Net(), number
-        receiver = WeightReceiver(net)
+    receiver = WeightReceiver(Net())
+
+    def prepare():
+        nonlocal receiver
+        receiver = WeightReceiver(Net())
         receiver.receive(patches[1])
 
-        def tracer(frame, event, _):
-            nonlocal left
-            if event == "line":
-                left -= 1
-                if left == 0:
-                    raise KeyboardInterrupt
-            return tracer if frame.f_code in code else None
-
-        before = sys.gettrace()
-        sys.settrace(tracer)
-        try:
+        def call():
             receiver.receive(patches[2])
             receiver.reset()
-        except KeyboardInterrupt:
-            pass
-        finally:
-            sys.settrace(before)
-        assert_same(net, weights[receiver.version])
+
+        return call
+
+    lines = 0
+    for ended in at_every_line(code_of(WeightReceiver, Held, Located, Target), prepare):
+        lines += 1
+        assert_same(receiver._model, weights[receiver.version])
         receiver.verify()
-        if left > 0:
-            assert receiver.version == 0
-            break
-    assert number > 50
+        assert receiver.version == 0 or not ended
+    assert lines > 50
 
 
 def test_other_tensors_come_or_the_old_ones_stay(published):
