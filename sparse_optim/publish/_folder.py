@@ -53,6 +53,7 @@ class PatchFolder:
                 f"whole_every and keep: expected at least 1, got {whole_every} and {keep}"
             )
         self.path, self._whole_every, self._keep = Path(path), whole_every, keep
+        self._taken: object = None  # the file that `follow` gave last
 
     @property
     def newest(self) -> int:
@@ -100,8 +101,9 @@ class PatchFolder:
         To stay at an earlier version after `receiver.rollback()`, do not call this until the next.
 
         Raises:
-            PatchError: the folder is missing, files are damaged, or nothing here leads on from the
-                receiver's version. The receiver holds the last version that it reached.
+            PatchError: the folder is missing, files are damaged or of another run, or nothing here
+                leads on from the receiver's version. The receiver holds the last version that it
+                reached.
         """
         if not self.path.is_dir():
             raise PatchError(f"{self.path} is not a folder (yet): is this what the trainer writes?")
@@ -111,6 +113,16 @@ class PatchFolder:
             except PatchError:
                 if self.newest == newest:  # else files have come and gone meanwhile
                     raise
+        if newest < receiver.version:
+            raise PatchError(
+                f"the newest version in {self.path} is {newest}, the receiver holds "
+                f"{receiver.version}: the folder was emptied, or is of another run; "
+                "receiver.reset() takes the model back to the base"
+            )
+        kind = "patch" if self._file(newest, "patch").is_file() else "whole"
+        path = self._file(newest, kind)
+        if path.is_file() and self._taken != _identity(path):
+            self._give(receiver, newest, kind)  # of another run with as many versions?
         return receiver.version
 
     def _advance(self, receiver: WeightReceiver) -> None:
@@ -135,7 +147,7 @@ class PatchFolder:
         """False where the file is not there (any more)."""
         path = self._file(version, kind)
         try:
-            data = path.read_bytes()
+            identity, data = _identity(path), path.read_bytes()
         except FileNotFoundError:
             return False
         try:
@@ -146,6 +158,7 @@ class PatchFolder:
             raise PatchError(f"{path}: {error}") from error
         if receiver.version < version:
             raise PatchError(f"{path}: it is not of version {version}")
+        self._taken = identity
         return True
 
     def _write(self, patch: Patch, kind: str) -> None:
@@ -159,3 +172,9 @@ class PatchFolder:
         paths = self.path.iterdir() if self.path.is_dir() else ()
         found = (_NAME.fullmatch(path.name) for path in paths)
         return [int(match[1]) for match in found if match and match[2] == kind]
+
+
+def _identity(path: Path) -> object:
+    """Another one for a file that was replaced."""
+    found = path.stat()
+    return path.name, found.st_ino, found.st_mtime_ns, found.st_size

@@ -84,6 +84,7 @@ class WeightPublisher:
         self._rounded: dict[str, tuple[str, str]] = {}  # fingerprints of the base, and rounded
         # Names and manifest, and the tensors that they are of.
         self._described: tuple[Layout, Manifest, list[Mark]] | None = None
+        self._versions: dict[str, int] = {}  # of the tensors that no patch carries
         # The newest version as a whole patch, and the optimizer's steps until then. One attribute,
         # since a thread that serves `whole` may read it while `patch` runs.
         self._newest: tuple[Patch, int] | None = None
@@ -102,7 +103,8 @@ class WeightPublisher:
         `load_state_dict` has taken entries back.
 
         Raises:
-            RuntimeError, ValueError: as `MaskedAdamW.delta`. Nothing is published then.
+            RuntimeError, ValueError: as `MaskedAdamW.delta`, or other code has changed a tensor of
+                `model` that is not trained. Nothing is published then.
         """
         moved = self._optimizer.moved()
         layout, manifest = self._describe(moved.step)
@@ -154,9 +156,24 @@ class WeightPublisher:
         if known is None or not _same(marks, known[2]):
             layout = self._optimizer.layout(self._model)
             known = layout, self._manifest(layout), marks
+            self._versions = {name: tensor._version for name, tensor in layout.fixed.items()}
             # Before the first step, other weights may still be loaded.
             self._described = known if step else None
+        self._check_fixed(known[0], known[1])
         return known[0], known[1]
+
+    def _check_fixed(self, layout: Layout, manifest: Manifest) -> None:
+        """Raise RuntimeError if other code has changed a tensor that no patch carries."""
+        for spec, tensor in zip(manifest.fixed, layout.fixed.values(), strict=True):
+            if self._versions[spec.name] == tensor._version:
+                continue
+            if self._fingerprint(tensor) != spec.fingerprint:
+                raise RuntimeError(
+                    f"other code has changed {spec.name!r}, which the optimizer does not train, so "
+                    "that receivers keep the old values: add it to a group with unmask='all', or "
+                    "undo that"
+                )
+            self._versions[spec.name] = tensor._version
 
     def _manifest(self, layout: Layout) -> Manifest:
         prints = [*layout.fingerprints]

@@ -69,6 +69,7 @@ class WeightReceiver:
         self._staged: tuple[Patch, Tensor | None] | None = None  # and which entries are new
         self._sparse: list[Held] = []
         self._dense: list[tuple[Located, list[Tensor]]] = []  # with each target's original
+        self._fixed: list[Held] = []  # that no version changes
 
     @property
     def version(self) -> int:
@@ -168,7 +169,7 @@ class WeightReceiver:
             if self._now is not None:
                 self._move(base_of(self._now))
             self._now, self._before, self._staged = None, None, None
-            self._sparse, self._dense = [], []
+            self._sparse, self._dense, self._fixed = [], [], []
 
     def verify(self) -> None:
         """Read all tensors of the run and compare them with base and version.
@@ -182,6 +183,8 @@ class WeightReceiver:
             self._check_unwritten()
             for held, value in zip(self._sparse, self._now.values(), strict=True):
                 held.check(value)
+            for held in self._fixed:
+                held.check(held.original)
             for (located, _), wholes in zip(self._dense, self._wholes(self._now), strict=True):
                 _check_dense(located, wholes)
 
@@ -212,9 +215,11 @@ class WeightReceiver:
             for part in (manifest.sparse, manifest.dense)
         )
         check_disjoint([*sparse, *dense])
-        for spec in manifest.fixed:
-            if spec.name in views:
-                Held.base(Located(spec, [spec.name], views))
+        self._fixed = [
+            Held.base(Located(spec, [spec.name], views))
+            for spec in manifest.fixed
+            if spec.name in views
+        ]
         self._sparse = [Held.base(located) for located in sparse]
         self._dense = [
             (located, [host_copy(target.view) for target in located.targets]) for located in dense
@@ -226,12 +231,12 @@ class WeightReceiver:
         assert self._now is not None
         now, before = self._now, self._before
         self._move(base_of(now))
-        base = self._sparse, self._dense, self._now
+        base = self._sparse, self._dense, self._fixed, self._now
         try:
             self._join(whole)
             self._move(whole)
         except BaseException:
-            self._sparse, self._dense, self._now = base
+            self._sparse, self._dense, self._fixed, self._now = base
             self._move(now)
             self._before = before
             raise
@@ -289,7 +294,8 @@ class WeightReceiver:
             located.note(views)
 
     def _located(self) -> list[Located]:
-        return [*(held.located for held in self._sparse), *(located for located, _ in self._dense)]
+        held = (each.located for each in (*self._sparse, *self._fixed))
+        return [*held, *(located for located, _ in self._dense)]
 
     def _check_unwritten(self) -> Patch:
         """The version; PatchError if the tensors no longer hold it. Reads only those that were
@@ -302,6 +308,9 @@ class WeightReceiver:
             if not held.located.is_noted(views):
                 values = values or now.values()
                 self._sparse[index] = held.found_again(views, values[index])
+        for index, held in enumerate(self._fixed):
+            if not held.located.is_noted(views):
+                self._fixed[index] = held.found_again(views, held.original)
         wholes = self._wholes(now)
         for index, (old, originals) in enumerate(self._dense):
             if not old.is_noted(views):

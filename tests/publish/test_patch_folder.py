@@ -153,6 +153,30 @@ def test_another_process_goes_on(tmp_path: Path):
     assert_same(receiver._model, fresh.net)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_a_folder_that_another_run_began_anew(tmp_path: Path, steps: int):
+    """With fewer, as many, or more versions than the receiver holds."""
+    old, new, receiver = Run(), Run(), WeightReceiver(Net())
+    for _ in range(2):
+        old.step()
+        PatchFolder(tmp_path).publish(old.publisher)
+    folder = PatchFolder(tmp_path)
+    assert folder.follow(receiver) == folder.follow(receiver) == 2
+    for path in tmp_path.glob("[!.]*"):
+        path.unlink()
+    for _ in range(steps):
+        new.step()
+        PatchFolder(tmp_path, whole_every=1).publish(new.publisher)
+    if steps < 3:
+        for each in (folder, PatchFolder(tmp_path)):
+            with pytest.raises(PatchError, match=r"reset\(\)"):
+                each.follow(receiver)
+        assert_same(receiver._model, old.net)
+        receiver.reset()
+    assert folder.follow(receiver) == steps
+    assert_same(receiver._model, new.net)
+
+
 def test_two_publishers_at_once(tmp_path: Path, monkeypatch):
     """The second comes while the first makes its patch, and waits."""
     first, second = Run(), Run()

@@ -221,6 +221,21 @@ def test_weights_that_other_code_wrote_are_not_published():
     assert run.publisher.whole() is before
 
 
+def test_tensors_that_nobody_trains_must_stay():
+    """A patch does not carry them."""
+    run = Run()
+    run.net.register_parameter("extra", torch.nn.Parameter(torch.ones(7)))
+    run.next()
+    with torch.no_grad():
+        run.net.extra.add_(1)
+    with pytest.raises(RuntimeError, match="other code has changed 'extra', which the optimizer"):
+        run.publisher.patch()
+    assert run.publisher.version == 1
+    with torch.no_grad():
+        run.net.extra.sub_(1)
+    assert run.publisher.patch().version == 2
+
+
 def test_published_versions_do_not_change_with_the_run():
     run = Run()
     whole = run.next()

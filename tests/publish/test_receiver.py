@@ -178,6 +178,28 @@ def test_outside_writes_are_noticed(published):
     assert_same(net, weights[2])
 
 
+@pytest.mark.parametrize("counted", [True, False])
+def test_writes_to_tensors_that_nobody_trains_are_noticed(counted):
+    run, net = Run(), Net()
+    for each in (run.net, net):
+        each.register_parameter("extra", nn.Parameter(torch.ones(7)))
+    receiver = WeightReceiver(net)
+    receiver.receive(run.next())
+    written = net.extra.detach() if counted else net.extra.data
+    written[3] += 1
+    with pytest.raises(PatchError, match="other code has changed 'extra'"):
+        receiver.verify()
+    patch = run.next()
+    if counted:
+        with pytest.raises(PatchError, match="other code has changed 'extra'"):
+            receiver.receive(patch)
+        assert receiver.version == 1
+    written[3] -= 1
+    assert receiver.receive(patch)
+    receiver.verify()
+    receiver.reset()
+
+
 def test_writes_that_torch_does_not_count_are_found_by_verify(published):
     patches, wholes, _ = published
     net = Net()
