@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -90,12 +90,13 @@ def merge(
     "cosine" and "cosine_both" (over the entries in both)}.
     """
     names = [str(path) for path in delta_files]
-    with one_line_errors(), _by_file_name(names):
+    with one_line_errors(), _by_file_name({f"deltas[{i}]": name for i, name in enumerate(names)}):
         quiet_libraries()
         from sparse_optim.delta import DeltaError, conflicts, merge_deltas, save_delta
 
         if out is None and not report:
             raise DeltaError("nothing to do: give --out FILE, --report, or both")
+        _check_out(out, delta_files)
         if dense is not None and names.count(str(dense)) != 1:
             raise DeltaError(f"--dense {dense}: expected one of the deltas to merge, named once")
         numbers = None if weights is None else _numbers(weights)
@@ -142,10 +143,14 @@ def unmerge(
 
     Weights and settings are those that the merged file records.
     """
-    with one_line_errors():
+    names = {"merged": str(merged_file), "delta": str(delta_file), "rest": "the other deltas"}
+    for number, path in enumerate(rest):
+        names |= {f"rest[{number}]": str(path), f"deltas[{number}]": str(path)}
+    with one_line_errors(), _by_file_name(names):
         quiet_libraries()
         from sparse_optim import delta as deltas
 
+        _check_out(out, [merged_file, delta_file, *rest])
         result = deltas.unmerge(
             _load(merged_file),
             _load(delta_file),
@@ -157,15 +162,35 @@ def unmerge(
 
 
 @contextmanager
-def _by_file_name(names: list[str]) -> Iterator[None]:
-    """Let errors say the files' names instead of "deltas[0]"."""
+def _by_file_name(names: Mapping[str, str]) -> Iterator[None]:
+    """Let errors say the files' names instead of those of arguments, such as "deltas[0]"."""
     try:
         yield
     except SparseOptimError as error:
-        told = re.sub(r"\bdeltas\[(\d+)\]", lambda found: names[int(found[1])], str(error))
+        told = re.sub(
+            r"\bdeltas\[\d+\]|^(merged|delta|rest)(\[\d+\])?(?=:)",
+            lambda found: names.get(found[0], found[0]),
+            str(error),
+        )
         if told == str(error):
             raise
         raise type(error)(told) from error
+
+
+def _check_out(out: Path | None, inputs: Sequence[Path]) -> None:
+    """Raise DeltaError for a place to which nothing can be written, or that would be lost."""
+    from sparse_optim.delta import DeltaError
+    from sparse_optim.finetune.reuse import find_delta
+
+    if out is None:
+        return
+    if out.is_dir():
+        raise DeltaError(f"--out {out}: it is a folder, name a file in it")
+    if not out.parent.is_dir():
+        raise DeltaError(f"--out {out}: there is no folder {out.parent}")
+    for path in inputs:
+        if out.exists() and out.samefile(find_delta(path)):
+            raise DeltaError(f"--out {out}: it is one of the deltas, which would be lost")
 
 
 def _say_written(out: Path, delta: Delta) -> None:
@@ -195,6 +220,10 @@ def base_folder(base: str | None) -> Path | None:
 
     if base is None or Path(base).is_dir():
         return None if base is None else Path(base)
+    if Path(base).is_file():
+        from sparse_optim.delta import DeltaError
+
+        raise DeltaError(f"--base {base}: it is a file, name the folder of the model")
     return local_folder(find_model(base))
 
 

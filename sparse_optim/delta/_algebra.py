@@ -134,7 +134,7 @@ def unmerge(merged: Delta, delta: Delta, rest: Sequence[Delta], base: Base | Non
         check_delta(each, label)
     record: dict[str, Any] = dict(merged.method)
     if record.get("name") != "merge":
-        raise DeltaError("merged: expected a delta that merge_deltas made")
+        raise DeltaError("merged: expected a delta that a merge made")
     weights: dict[str, list[float]] = {}
     for entry in _inputs(record):
         weights.setdefault(entry["fingerprint"], []).append(entry["weight"])
@@ -144,11 +144,16 @@ def unmerge(merged: Delta, delta: Delta, rest: Sequence[Delta], base: Base | Non
     found = []
     for label, text in (("delta", out), *((f"rest[{at}]", text) for at, text in enumerate(kept))):
         if not weights.get(text):
-            raise DeltaError(f"{label}: it is not an input of the merged delta: {text}")
+            raise DeltaError(f"{label}: it is not an input of the merged delta, or was named twice")
         found.append(weights[text].pop())
     missing = [text for text, left in weights.items() if left]
     if missing:
-        raise DeltaError(f"rest: expected all other inputs, {missing[0]} is missing")
+        entry = next(each for each in _inputs(record) if each["fingerprint"] == missing[0])
+        raise DeltaError(
+            f"rest: expected all other inputs of the merge, {len(_inputs(record)) - 1}; missing is "
+            f"one of method {entry.get('method')!r}, weight {entry['weight']}, fingerprint "
+            f"{entry['fingerprint']}"
+        )
     if not rest:
         raise DeltaError("delta: it is the only input, nothing would be left: use the base")
     return merge_deltas(

@@ -113,10 +113,34 @@ def test_the_report(run, files, tmp_path):
         (("-o", "{tmp}/x", "--weights", "1"), "weights: expected 2"),
         (("-o", "{tmp}/x", "--method", "mean"), "method: expected one of sum, ties"),
         (("-o", "{tmp}/x", "--base", "{tmp}"), "no model.safetensors and no"),
+        (("-o", "{tmp}/x", "--base", "{tmp}/c.safetensors"), "it is a file, name the folder"),
+        (("-o", "{tmp}/base"), "it is a folder, name a file in it"),
+        (("-o", "{tmp}/none/x"), "there is no folder {tmp}/none"),
+        (("-o", "{tmp}/a.safetensors"), "it is one of the deltas, which would be lost"),
     ],
 )
 def test_errors_in_one_line(run, files, tmp_path, options, message):
     _, a, b, _ = files
+    before = a.read_bytes()
     text = run("merge", a, b, *(option.format(tmp=tmp_path) for option in options), code=1)
-    assert message in text
+    assert message.format(tmp=tmp_path) in text
     assert not (tmp_path / "x").exists()
+    assert a.read_bytes() == before
+
+
+def test_errors_of_unmerge_name_files(run, files, tmp_path):
+    _, a, b, c = files
+    out, less = tmp_path / "out", tmp_path / "less"
+    run("merge", b, c, "-o", out)
+    for arguments, message in (
+        ((out, a, b), f"{a}: it is not an input of the merged delta"),
+        ((out, b, a), f"{a}: it is not an input of the merged delta"),
+        ((a, b, c), f"{a}: expected a delta that a merge made"),
+    ):
+        assert message in run("unmerge", *arguments, "-o", less, code=1)
+    run("merge", a, b, c, "-o", out, "--dense", a)
+    text = run("unmerge", out, b, c, "-o", less, code=1)
+    assert "the other deltas: expected all other inputs of the merge, 2; missing is one of" in text
+    text = run("unmerge", out, a, b, c, "-o", out, code=1)
+    assert "it is one of the deltas, which would be lost" in text
+    assert not less.exists()
