@@ -81,7 +81,7 @@ class WeightReceiver:
         """Of the version; "" of the base."""
         return "" if self._now is None else self._now.digest
 
-    def receive(self, patch: Patch | bytes) -> bool:
+    def receive(self, patch: Patch | bytes | bytearray | memoryview) -> bool:
         """Stage a patch and commit it. Returns and raises as `stage` and `commit`."""
         with self.lock:
             wanted = self.stage(patch)
@@ -89,7 +89,7 @@ class WeightReceiver:
                 self.commit()
             return wanted
 
-    def stage(self, patch: Patch | bytes) -> bool:
+    def stage(self, patch: Patch | bytes | bytearray | memoryview) -> bool:
         """Check a patch in full and keep it for `commit`; the model is not touched.
 
         Returns:
@@ -98,10 +98,14 @@ class WeightReceiver:
         Raises:
             MissingVersionError: it builds on a version that the model does not hold.
             PatchError: it is damaged, forged, or of another run.
+            TypeError: it is neither a Patch nor bytes.
         """
         with self.lock:
             self._staged = None
-            patch = patch if isinstance(patch, Patch) else Patch.from_bytes(patch)
+            if isinstance(patch, bytes | bytearray | memoryview):
+                patch = Patch.from_bytes(patch)
+            if not isinstance(patch, Patch):
+                raise TypeError(f"patch: expected a Patch or its bytes, got {type(patch).__name__}")
             if self._now is not None and patch.version <= self.version:
                 same_run = patch.run == self._now.run
                 if not same_run or (patch.version == self.version and patch.digest != self.digest):

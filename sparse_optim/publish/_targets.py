@@ -180,8 +180,13 @@ def runtime_views(
         `WeightReceiver` a function that makes them, `lambda: runtime_views(model, shapes, packed)`.
 
     Raises:
-        ValueError: a fused tensor has other rows than its parts, or the shape of a part is missing.
+        ValueError: a fused tensor has other rows than its parts, the shape of a part is missing, or
+            a transposed weight has more than two dimensions.
+        TypeError: a string in place of several names.
     """
+    for label, names in (("transposed", transposed), *(packed or {}).items()):
+        if isinstance(names, str):
+            raise TypeError(f"{label}: expected several names, got {names!r}: write ({names!r},)")
     tensors, views = plain_tensors(model), {}
     fused_of = {part: fused for fused, parts in (packed or {}).items() for part in parts}
     for name, shape in shapes.items():
@@ -195,6 +200,8 @@ def runtime_views(
             continue
         whole = tensors[source].detach()
         if any(piece in transposed for piece in source.split(".")):
+            if whole.dim() > 2:
+                raise ValueError(f"transposed: {source!r} has {whole.dim()} dimensions")
             whole = whole.t()
         if source != name:
             missing = [each for each in beside if not shapes.get(each)]

@@ -274,6 +274,9 @@ def test_views_are_made_anew_for_a_model_that_moves(published):
         param.data = param.data.clone()
     receiver.receive(patches[2])
     assert_same(net, weights[2])
+    for wrong in ("patch.safetensors", None):
+        with pytest.raises(TypeError, match="patch: expected a Patch or its bytes, got"):
+            WeightReceiver(Net()).receive(wrong)
     with pytest.raises(TypeError, match="model: expected a module, a mapping of tensors, or"):
         WeightReceiver("a folder")
 

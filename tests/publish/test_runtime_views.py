@@ -127,6 +127,12 @@ def test_what_does_not_fit_a_fused_tensor():
     with pytest.raises(ValueError, match=r"'a.qkv.weight' has 9 rows, its parts \[4, 4\] together"):
         runtime_views(model, shapes, {"qkv": ["q", "k"]})
     assert runtime_views({"b": torch.zeros(2)}, shapes, {"qkv": ["q", "k"]}) == {}
+    with pytest.raises(TypeError, match=r"qkv: expected several names, got 'qk': write \('qk',\)"):
+        runtime_views(model, shapes, {"qkv": "qk"})
+    with pytest.raises(TypeError, match="transposed: expected several names, got 'qkv'"):
+        runtime_views(model, shapes, {"qkv": ["q", "k"]}, "qkv")
+    with pytest.raises(ValueError, match="transposed: 'c.weight' has 3 dimensions"):
+        runtime_views({"c.weight": torch.zeros(2, 2, 2)}, {"c.weight": (2, 2, 2)}, {}, ["c"])
 
 
 def test_views_of_interleaved_heads():
