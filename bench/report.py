@@ -3,7 +3,7 @@
 Without --write, prints all tables of the CPU and GPU results. With it, writes
 
     README.md                   headlines, between the markers bench:begin/end and quality:begin/end
-    docs/benchmarks.md          the main tables, between the same markers
+    docs/benchmarks.md          the main tables, between the same markers and deltas:begin/end
     bench/results/tables.md     all tables
     bench/results/*-steps.png   plots of step times
 """
@@ -19,6 +19,7 @@ from bench import (
     backward,
     console,
     curvature,
+    deltas,
     goals,
     gpu_report,
     quality,
@@ -294,7 +295,11 @@ def blocks(results: Results) -> dict[Path, dict[str, str]]:
     docs = ROOT / "docs"
     return {
         ROOT / "README.md": {"bench": headline(results), "quality": quality.headline()},
-        docs / "benchmarks.md": {"bench": main_tables(results), "quality": quality.full_table()},
+        docs / "benchmarks.md": {
+            "bench": main_tables(results),
+            "deltas": deltas.section(),
+            "quality": quality.full_table(),
+        },
         docs / "learning-rates.md": {"rates": curvature.section()},
         docs / "scale.md": {"scale": scale.section()},
     }

@@ -72,7 +72,7 @@ def draw_changes(
 
 
 def _label(size: bool) -> str:
-    return "size of the change / size of the base's values" if size else "entries changed"
+    return "size of the change /\nsize of the base's values" if size else "entries changed"
 
 
 def _number(change: Change | None, size: bool) -> float:

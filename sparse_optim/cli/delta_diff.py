@@ -82,7 +82,7 @@ def _chance(total: Mapping[str, Any]) -> str:
     number = _number(total["expected"])
     if not total["both"] or not total["expected"]:
         return number
-    return f"{number} (there are {total['both'] / total['expected']:,.3g} times as many)"
+    return f"{number} (found: {total['both'] / total['expected']:,.3g} times that)"
 
 
 def _number(expected: float) -> str:

@@ -177,5 +177,5 @@ def _check_finite(vectors: Vectors) -> None:
     at = int(vectors.starts.searchsorted(place, side="right")) - 1
     raise DeltaError(
         f"{list(vectors.layouts)[at]!r}: NaN or infinite at position {place - vectors.starts[at]}, "
-        "in a delta or in the base: such entries cannot be added up"
+        "in a delta or in the base: it can be neither merged nor compared"
     )

@@ -14,6 +14,7 @@ from repository import ROOT
 from bench import (
     backward,
     curvature,
+    deltas,
     goals,
     host,
     memory,
@@ -288,6 +289,21 @@ def test_the_tables_of_scores_show_what_ran(tmp_path, monkeypatch):
     write_runs(tmp_path, [*runs, *small])
     assert quality.points(tmp_path)["PaFi"] == [(1000, quality.Score(50.0, 0.0, 3))]
     quality.runs.cache_clear()
+
+
+def test_the_tables_of_deltas_have_goals_and_records(tmp_path):
+    assert deltas.section(tmp_path) == ""
+    times = dict.fromkeys(("patch", "gather", "snapshot diff"), 2.0) | {"snapshot diff": 90.0}
+    times |= {"patch with new entries": 3.0, "gather with new entries": 1.0}
+    part = {"milliseconds": times, "bytes": {"patch": 10.0, "snapshot diff": 70.0}}
+    record = {"date": "2026-01-02", "commit": "c" * 40, "versions": {"torch": "9"}, "model": "tiny"}
+    record |= {"machine": {"cpu": "CPU", "threads": 1}, "0.1%": part}
+    (tmp_path / "publishing-2026-01-02.json").write_text(json.dumps(record))
+    shown = deltas.section(tmp_path)
+    assert "at 0.1% 1.0 and 3.0 times the gather, 45 times less time, 7 times fewer bytes." in shown
+    assert "| patch with new entries | 3.00 | 3.00 | 30.0 |" in shown.splitlines()
+    assert "CPU, 1 thread, torch 9, commit cccccccc, 2026-01-02." in shown
+    assert "Switching" not in shown
 
 
 def test_suggested_rates_stand_beside_the_tuned_ones(tmp_path, monkeypatch):

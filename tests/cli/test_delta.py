@@ -254,7 +254,7 @@ def test_diff_of_two_deltas_shows_the_overlap(tmp_path, run):
     assert rows["entries in both"] == "6"
     assert rows["entries in A"] == "18 (33.33% in both)"
     assert rows["entries in B"] == "6 (100.00% in both)"
-    assert rows["in both by chance"].endswith("times as many)")
+    assert rows["in both by chance"].endswith("times that)")
     assert rows["Jaccard"] == "0.3333"
     assert rows["in both, equal bits"] == "6"
     assert rows["dense in both"] == "1"

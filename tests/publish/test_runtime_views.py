@@ -131,7 +131,7 @@ def test_what_does_not_fit_a_fused_tensor():
         runtime_views(model, shapes, {"qkv": "qk"})
     with pytest.raises(TypeError, match="transposed: expected several names, got 'qkv'"):
         runtime_views(model, shapes, {"qkv": ["q", "k"]}, "qkv")
-    with pytest.raises(ValueError, match="transposed: 'c.weight' has 3 dimensions"):
+    with pytest.raises(ValueError, match=r"transposed: 'c\.weight' has 3 dimensions"):
         runtime_views({"c.weight": torch.zeros(2, 2, 2)}, {"c.weight": (2, 2, 2)}, {}, ["c"])
 
 
