@@ -193,9 +193,11 @@ def _overlaid(names: Sequence[str], parent: Delta, increment: Delta) -> list[Spa
         for name, start in zip(names, starts_of(before.parts).tolist(), strict=True)
         if name in increment.removed
     ]
-    for key in (new.key, *([np.concatenate(removed)] if removed else ())):
-        slot, found = find(key, before.key)
+    if removed:
+        slot, found = find(np.concatenate(removed), before.key)
         kept[slot[found]] = False
+    slot, found = find(new.key, before.key)
+    kept[slot[found]] = False
     index = np.flatnonzero(kept)
     if not index.size:
         return list(new.parts)
@@ -203,7 +205,8 @@ def _overlaid(names: Sequence[str], parent: Delta, increment: Delta) -> list[Spa
         first = next(name for name, count in zip(names, before.counts(index), strict=True) if count)
         raise DeltaError(f"{first!r}: parent and increment do not store the same columns")
     # Where the entries of the increment come to stand among those of the parent.
-    place = before.key[index].searchsorted(new.key) + np.arange(new.key.size)
+    ahead = np.concatenate([[0], kept.cumsum()])  # how many of the parent's stay, before each
+    place = ahead[slot + (before.key[slot] < new.key)] + np.arange(new.key.size)
     is_old = np.ones(index.size + new.key.size, dtype=np.bool_)
     is_old[place] = False
     old_place = np.flatnonzero(is_old)
