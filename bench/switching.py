@@ -8,7 +8,8 @@ take turns in one process:
     apply, revert   apply_delta and revert, which check everything each time
     dense copy      another task's weights copied over all of the model
     LoRA            peft, r = 16, two adapters: `set_adapter`, which changes no weight and makes
-                    each forward pass slower; and merging one into the weights, and out again
+                    each forward pass slower; loading one from a file; and merging one into the
+                    weights, and out again
 
 `--write` records bench/results/switching-<date>.json.
 """
@@ -18,7 +19,9 @@ from __future__ import annotations
 import copy
 import json
 import statistics
+import tempfile
 from datetime import date
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,8 +53,12 @@ def changed(model: nn.Module, seed: int) -> nn.Module:
     return tuned
 
 
-def subjects_of(model: nn.Module, adapters: Any) -> list[Subject]:
-    """What is compared; each leaves the model with one of the deltas, or none."""
+def subjects_of(model: nn.Module, adapters: Any, folder: Path) -> list[Subject]:
+    """What is compared; each leaves the model with one of the deltas, or none.
+
+    Args:
+        folder: with the second adapter.
+    """
     tuned = [changed(model, seed) for seed in (1, 2)]
     deltas = [Delta.from_models(model, each) for each in tuned]
     tasks = DeltaSwitcher(model, {str(number): delta for number, delta in enumerate(deltas)})
@@ -89,6 +96,13 @@ def subjects_of(model: nn.Module, adapters: Any) -> list[Subject]:
             fresh()
             tasks.use("0")
 
+    def unload() -> None:
+        if "loaded" in adapters.peft_config:
+            adapters.delete_adapter("loaded")
+
+    def load() -> None:
+        adapters.load_adapter(folder / "second", "loaded")
+
     def merge() -> None:
         adapters.base_model.merge_adapter(["second"])
         adapters.base_model.unmerge_adapter()
@@ -101,7 +115,8 @@ def subjects_of(model: nn.Module, adapters: Any) -> list[Subject]:
         Subject({"name": "apply_delta and revert"}, apply, prepare=fresh),
         Subject({"name": "dense copy of all weights"}, copy_all, prepare=fresh),
         Subject({"name": "LoRA: set_adapter"}, lambda: adapters.set_adapter("second")),
-        Subject({"name": "LoRA: merge and unmerge"}, merge),
+        Subject({"name": "LoRA: load_adapter"}, load, prepare=unload),
+        Subject({"name": "LoRA: merge and unmerge"}, merge, prepare=unload),
     ]
 
 
@@ -113,7 +128,9 @@ def measure(dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]:
     config = peft.LoraConfig(r=16, target_modules="all-linear", lora_dropout=0.0)
     adapters = peft.get_peft_model(copy.deepcopy(model), config)
     adapters.add_adapter("second", config)
-    return interleave(subjects_of(model, adapters), rounds, warmup=2)
+    with tempfile.TemporaryDirectory() as name:
+        adapters.save_pretrained(name, selected_adapters=["second"])
+        return interleave(subjects_of(model, adapters, Path(name)), rounds, warmup=2)
 
 
 def main() -> None:

@@ -167,6 +167,24 @@ def test_dare_drops_at_random_and_divides_the_rest(method, dtype):
     assert changed(merge(other, base), model)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dare_ties_is_ties_of_what_dare_leaves(dtype):
+    base, *tuned = models(3, dtype, [0.5, 0.5, 0.5])
+    deltas, weights = [sparse_delta(base, state) for state in tuned], [1.0, -1.0, 0.5]
+    kept = []
+    for delta in deltas:
+        alone = merge_deltas([delta], base, method="dare", density=0.5, seed=4)
+        sparse = {
+            name: delta.sparse[name].take(torch.isin(delta.sparse[name].position, left.position))
+            for name, left in alone.sparse.items()
+        }
+        kept.append(Delta(sparse, fingerprints={n: delta.fingerprints[n] for n in sparse}))
+        assert 0 < kept[-1].num_entries < delta.num_entries
+    expected = merge_deltas(kept, base, method="ties", weights=[2 * w for w in weights])
+    found = merge_deltas(deltas, base, method="dare-ties", weights=weights, density=0.5, seed=4)
+    assert_equal_models(merge(found, base), merge(expected, base))
+
+
 def test_dare_is_unbiased():
     base = {"w": torch.zeros(20_000)}
     delta = sparse_delta(base, {"w": torch.ones(20_000)})

@@ -290,6 +290,28 @@ def test_a_delta_that_goes_while_a_thread_waits_for_it(base, deltas):
     assert tasks.active is None
 
 
+def test_memory_grows_with_the_entries_alone():
+    base = {"w": torch.zeros(1000, 1000)}
+    tasks = DeltaSwitcher(base)
+    entries = 0
+    for seed in range(3):
+        tuned = {"w": base["w"].clone()}
+        tuned["w"].view(-1)[seed : 5000 : 7 + seed] = 1
+        delta = Delta.from_models(base, tuned)
+        entries += delta.num_entries
+        tasks.add(str(seed), delta)
+    storages = {}
+    for task in tasks._tasks.values():
+        held = [each for write in (*task.writes, *task.originals) for each in vars(write).values()]
+        if task._exchange is not None:
+            held += [each for part in task._exchange._parts for each in vars(part).values()]
+        for each in held:
+            if isinstance(each, torch.Tensor):
+                storage = each.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+    assert sum(storages.values()) <= 24 * entries + 3 * 1000
+
+
 def test_models_made_in_inference_mode(base, deltas):
     with torch.inference_mode():
         model = clone(base)
