@@ -2,11 +2,14 @@
 
     python -m bench.curvature --data-folder GLUE_FOLDER [--tasks trec50,cola]
 
+    python -m bench.curvature --data-folder GLUE_FOLDER --tasks trec50 --sharpness
+
 For each task and row one line in bench/results/curvature/rates.jsonl: the size of AdamW's first
 step relative to the weights, from which `finetune --lr auto` takes its rate, and slope and
 curvature of the loss along it. Lines that are there are not measured again. Tuned rates come from
 bench/results/quality/cells.jsonl; `bench.report` writes table and picture into
-docs/learning-rates.md.
+docs/learning-rates.md. With --sharpness, sharpness.jsonl gets the largest eigenvalue of the Hessian
+on the entries of a mask, which takes minutes a row, and how they crowd in rows and columns.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ FOLDER = RESULTS / "curvature"
 PICTURE = RESULTS / "learning-rates.png"
 FACTOR = 2.0  # the goal: within this factor of the best rate
 STEPS = {task.name: task.steps or 0 for block in QUALITY.blocks for task in block.tasks}
+ITERATIONS = 10  # of the power method
 CLOSE = 0.01  # a rate with a score as near to the best is as good
 
 
@@ -72,9 +76,7 @@ def tuned(folder: Path = quality.FOLDER) -> dict[tuple[str, str], Tuned]:
 
 def measured(folder: Path = FOLDER) -> list[dict[str, Any]]:
     """The lines of rates.jsonl, and the rate that follows from each."""
-    path = folder / "rates.jsonl"
-    lines = map(json.loads, path.read_text().splitlines() if path.exists() else [])
-    return [line | {"lr": suggested(line)} for line in lines]
+    return [line | {"lr": suggested(line)} for line in _lines(folder / "rates.jsonl")]
 
 
 def suggested(line: Mapping[str, Any]) -> float:
@@ -131,7 +133,10 @@ def comparison(folder: Path = FOLDER, cells: Path = quality.FOLDER) -> str:
 
 def section() -> str:
     """The picture and the comparison, for docs/learning-rates.md."""
-    return f"![Learning rates](../bench/results/{PICTURE.name})\n\n{comparison()}"
+    return (
+        f"![Learning rates](../bench/results/{PICTURE.name})\n\n{comparison()}\n\n"
+        f"Before training, of the masks at 0.5%:\n\n{sharpness_table()}"
+    )
 
 
 def draw(folder: Path = FOLDER, cells: Path = quality.FOLDER, path: Path = PICTURE) -> None:
@@ -143,42 +148,101 @@ def draw(folder: Path = FOLDER, cells: Path = quality.FOLDER, path: Path = PICTU
     draw_rates(drawn, FACTOR, path)
 
 
-def measure(data_folder: Path | None, tasks: set[str], rows: set[str], threads: int | None) -> None:
-    """Add the missing lines."""
+def sharpness_table(folder: Path = FOLDER, cells: Path = quality.FOLDER) -> str:
+    """Show the largest eigenvalues and the crowding beside the best rates."""
+    rates, rows = tuned(cells), []
+    for line in _lines(folder / "sharpness.jsonl"):
+        row = line["row"]
+        crowds = [
+            "" if line[key] is None else f"{line[key]:.0f}" for key in ("in_row", "in_column")
+        ]
+        best = rates.get((line["task"], row))
+        rows.append([quality.NAMES.get(row, row), line["task"], f"{line['sharpness']:.2g}", *crowds,
+                     "" if best is None else f"{best.best:.2g}"])  # fmt: skip
+    heads = ["", "task", "largest eigenvalue", "entries in an entry's row", "in its column"]
+    return table([*heads, "best tuned rate"], rows)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to measure: tasks and rows by name, all if empty."""
+
+    data_folder: Path | None
+    tasks: set[str]
+    rows: set[str]
+    threads: int | None
+
+
+def prepared(wanted: Wanted, done: set[tuple[str, str]]) -> Iterator[tuple[str, str, Any]]:
+    """Task, row, and the model with batches and mask of what is wanted and not `done`."""
     # transformers: not needed to draw
     from rich.console import Console
 
-    from sparse_optim.analysis.curvature import curvature
-    from sparse_optim.analysis.relative_step import relative_step
     from sparse_optim.experiments.cells import Cell
     from sparse_optim.experiments.runner import Runner, RunOptions
     from sparse_optim.finetune.auto_rate import prepare
     from sparse_optim.finetune.models import set_threads
 
-    set_threads(threads)
+    tasks, rows = wanted.tasks, wanted.rows
+    set_threads(wanted.threads)
     FOLDER.mkdir(parents=True, exist_ok=True)
-    done = {(line["task"], line["row"]) for line in measured()}
-    runner = Runner(QUALITY, RunOptions(FOLDER, data_folder), Console())
+    runner = Runner(QUALITY, RunOptions(FOLDER, wanted.data_folder), Console())
     for block in QUALITY.blocks:
         for task in block.tasks:
             for row in block.rows:
-                wanted = (not tasks or task.name in tasks) and (not rows or row.label in rows)
-                if not wanted or (task.name, row.label) in done:
+                chosen = (not tasks or task.name in tasks) and (not rows or row.label in rows)
+                if not chosen or (task.name, row.label) in done:
                     continue
                 done.add((task.name, row.label))
                 config = runner.config(Cell(task, row, 1e-3, 0, "tune"))
-                found = prepare(config, runner.inputs_of(config))
-                what = found.model, found.batches, found.mask
-                step = None if found.is_head else relative_step(*what)
-                if step is None:  # no weight of a Linear module moves
-                    continue
-                bent = curvature(*what, iterations=0)
-                line = {"task": task.name, "row": row.label, "relative_step": step.size}
-                line |= {"entries": bent.entries, "slope": bent.slope}
-                line |= {"sign_curvature": bent.sign_curvature}
-                print(line, flush=True)
-                with (FOLDER / "rates.jsonl").open("a") as file:
-                    file.write(json.dumps(line) + "\n")
+                yield task.name, row.label, prepare(config, runner.inputs_of(config))
+
+
+def measure(wanted: Wanted) -> None:
+    """Add the missing lines."""
+    from sparse_optim.analysis.curvature import curvature
+    from sparse_optim.analysis.relative_step import relative_step
+
+    done = {(line["task"], line["row"]) for line in measured()}
+    for task, row, found in prepared(wanted, done):
+        what = found.model, found.batches, found.mask
+        step = None if found.is_head else relative_step(*what)
+        if step is None:  # no weight of a Linear module moves
+            continue
+        bent = curvature(*what, iterations=0)
+        line = {"task": task, "row": row, "relative_step": step.size}
+        line |= {"entries": bent.entries, "slope": bent.slope}
+        _add("rates.jsonl", line | {"sign_curvature": bent.sign_curvature})
+
+
+def measure_sharpness(wanted: Wanted) -> None:
+    """Add the missing lines of largest eigenvalues and crowding."""
+    from sparse_optim.analysis.curvature import crowding, curvature
+    from sparse_optim.optim.param_groups import linear_weights
+
+    done = {(line["task"], line["row"]) for line in _lines(FOLDER / "sharpness.jsonl")}
+    for task, row, found in prepared(wanted, done):
+        bent = curvature(found.model, found.batches, found.mask, iterations=ITERATIONS)
+        linear = linear_weights(found.model)
+        shapes = {
+            name: tuple(param.shape)
+            for name, param in found.model.named_parameters()
+            if id(param) in linear and found.mask.get(name) is not None
+        }
+        crowd = None if row.startswith("lora") else crowding(shapes, found.mask)
+        line = {"task": task, "row": row, "sharpness": bent.sharpness}
+        line |= {"in_row": crowd and crowd.row, "in_column": crowd and crowd.column}
+        _add("sharpness.jsonl", line)
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _add(name: str, line: Mapping[str, Any]) -> None:
+    print(line, flush=True)
+    with (FOLDER / name).open("a") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def main() -> None:
@@ -190,10 +254,16 @@ def main() -> None:
     parser.add_argument("--tasks", default="", help="only these, separated by commas")
     parser.add_argument("--rows", default="", help="only these, separated by commas")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--sharpness", action="store_true", help="largest eigenvalues and crowding")
     arguments = parser.parse_args()
     tasks, rows = (set(filter(None, text.split(","))) for text in (arguments.tasks, arguments.rows))
-    measure(arguments.data_folder, tasks, rows, arguments.threads)
-    print(comparison())
+    wanted = Wanted(arguments.data_folder, tasks, rows, arguments.threads)
+    if arguments.sharpness:
+        measure_sharpness(wanted)
+        print(sharpness_table())
+    else:
+        measure(wanted)
+        print(comparison())
 
 
 if __name__ == "__main__":
