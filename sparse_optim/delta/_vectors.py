@@ -27,7 +27,7 @@ Mask = NDArray[np.bool_]
 
 # Entries of all deltas together: enough that calls cost little beside the work, few enough that
 # the arrays stay in the cache and their memory is used again.
-GROUP_ENTRIES = 1 << 17
+GROUP_ENTRIES = 1 << 15
 # Entries on which torch works in one thread. Longer arrays are taken in pieces: threads that wait
 # for each other made a merge ten times as long on a busy machine.
 ONE_THREAD = 1 << 15
