@@ -3,7 +3,7 @@
 Tensors, for every sparse parameter NAME and every dense tensor NAME:
 
     position/NAME        (n,) uint32, or int64 when the parameter has more than 2^32 entries;
-                         in version 3 low/NAME and high/NAME in its place, uint8: see `_packing`
+                         packed low/NAME and high/NAME in its place, uint8: see `_packing`
     value/NAME           (n,) in the parameter's dtype
     unmask_step/NAME     (n,) int32, optional
     original/NAME        (n,) in the parameter's dtype, optional
@@ -15,7 +15,9 @@ Metadata (text to text): `format`, `format_version`, `method` (JSON), `sparse` (
 dtype and base fingerprint of every parameter, in parameter order), `dense` (JSON: names in order),
 `content` (hash of all of the above, with positions as they are), in an increment `parent` (the
 parent's `content`), and from version 2 on `tied` (JSON: further names of tensors). A file with
-packed positions is of version 3; another one of version 2 if it has tied names, else of 1.
+packed positions is of version 4; another one of version 2 if it has tied names, else of 1. In
+version 4 a sparse parameter's tensors have its place in `sparse`, 0, 1, ..., for NAME, since names
+would be a tenth of a small file. (Version 3 was version 4 with names.)
 The same delta always gives the same bytes.
 """
 
@@ -46,7 +48,8 @@ from sparse_optim.delta._values import DeltaError, SparseValues, check_shape
 from sparse_optim.files import replacing
 
 FORMAT = "sparse_optim.delta"
-FORMAT_VERSIONS = ("1", "2", "3")
+FORMAT_VERSIONS = ("1", "2", "3", "4")
+NUMBERED = "4"  # tensors of sparse parameters have numbers for names
 # Reading a header takes up to 60 times its bytes; 20,000 tensors with all columns take 12 MB.
 MAX_HEADER_BYTES = 16 << 20
 CHANGED_BYTES = 1 << 20  # of a piece that is copied and changed; a multiple of every dtype's width
@@ -162,19 +165,27 @@ def _changed(tensor: Tensor, values: SparseValues) -> Iterator[memoryview]:
 
 
 def _packed(delta: Delta) -> dict[str, Tensor]:
-    columns = columns_of(delta)
-    for name, values in delta.sparse.items():
-        del columns[f"position/{name}"]
-        columns[f"low/{name}"], columns[f"high/{name}"] = pack(values.position, values.numel)
+    numbers = {name: number for number, name in enumerate(delta.sparse)}
+    columns: dict[str, Tensor] = {}
+    for key, tensor in columns_of(delta).items():
+        kind, _, name = key.partition("/")
+        if kind.startswith("dense"):
+            columns[key] = tensor
+        elif kind == "position":
+            values, number = delta.sparse[name], numbers[name]
+            low, high = pack(values.position, values.numel)
+            columns[f"low/{number}"], columns[f"high/{number}"] = low, high
+        else:
+            columns[f"{kind}/{numbers[name]}"] = tensor
     return columns
 
 
 def _metadata(delta: Delta, packed: bool) -> dict[str, str]:
     description = description_of(delta)
     parent = description.pop("parent")
-    version = FORMAT_VERSIONS[2 if packed else 1 if delta.tied else 0]
+    version = NUMBERED if packed else FORMAT_VERSIONS[1 if delta.tied else 0]
     metadata = {"format": FORMAT, "format_version": version}
-    metadata |= {key: json.dumps(part) for key, part in description.items()}
+    metadata |= {key: json.dumps(part, separators=(",", ":")) for key, part in description.items()}
     metadata["content"] = content_fingerprint(delta)
     return metadata if parent is None else metadata | {"parent": parent}
 
@@ -248,19 +259,20 @@ def _parse(metadata: Mapping[str, str], tensors: dict[str, Tensor]) -> Delta:
     sparse: dict[str, SparseValues] = {}
     fingerprints: dict[str, str] = {}
     removed: dict[str, Tensor] = {}
-    for entry in _json(metadata, "sparse", list):
+    for number, entry in enumerate(_json(metadata, "sparse", list)):
         if not isinstance(entry, dict) or entry.keys() != {"name", "shape", "dtype", "fingerprint"}:
             raise DeltaError("metadata 'sparse': expected name, shape, dtype and fingerprint each")
         name = entry["name"]
         if not isinstance(name, str) or name in sparse:
             raise DeltaError(f"metadata 'sparse': {str(name)[:80]!r} is no name, or appears twice")
         try:
-            sparse[name] = _sparse_values(entry, tensors)
+            called = str(number) if metadata["format_version"] == NUMBERED else name
+            sparse[name] = _sparse_values(entry, called, tensors)
         except DeltaError as error:
             raise DeltaError(f"{name!r}: {error}") from error
         fingerprints[name] = entry["fingerprint"]
-        if f"removed/{name}" in tensors:
-            removed[name] = _positions(tensors, f"removed/{name}", sparse[name].position_dtype)
+        if f"removed/{called}" in tensors:
+            removed[name] = _positions(tensors, f"removed/{called}", sparse[name].position_dtype)
     dense: dict[str, Tensor] = {}
     dense_original: dict[str, Tensor] = {}
     for name in _json(metadata, "dense", list):
@@ -288,8 +300,9 @@ def _parse(metadata: Mapping[str, str], tensors: dict[str, Tensor]) -> Delta:
     return delta
 
 
-def _sparse_values(entry: dict[str, Any], tensors: dict[str, Tensor]) -> SparseValues:
-    name, shape, code = entry["name"], entry["shape"], entry["dtype"]
+def _sparse_values(entry: dict[str, Any], called: str, tensors: dict[str, Tensor]) -> SparseValues:
+    """The values of a parameter; `called`: the name of its tensors."""
+    shape, code = entry["shape"], entry["dtype"]
     if not isinstance(shape, list) or any(type(size) is not int for size in shape):
         raise DeltaError(f"shape: expected a list of integers, got {str(shape)[:80]}")
     if not isinstance(code, str) or code not in DTYPES:
@@ -298,22 +311,22 @@ def _sparse_values(entry: dict[str, Any], tensors: dict[str, Tensor]) -> SparseV
     layout = SparseValues(
         tuple(shape), DTYPES[code], position=torch.empty(0, dtype=torch.int64), value=empty
     )
-    value = _pop(tensors, f"value/{name}")
-    if f"high/{name}" in tensors:
-        low, high = _pop(tensors, f"low/{name}"), _pop(tensors, f"high/{name}")
+    value = _pop(tensors, f"value/{called}")
+    if f"high/{called}" in tensors:
+        low, high = _pop(tensors, f"low/{called}"), _pop(tensors, f"high/{called}")
         try:
             position = unpack(low, high, value.numel(), layout.numel)
         except ValueError as error:
             raise DeltaError(f"damaged: {error}") from error
     else:
-        position = _positions(tensors, f"position/{name}", layout.position_dtype)
+        position = _positions(tensors, f"position/{called}", layout.position_dtype)
     return SparseValues(
         shape=layout.shape,
         dtype=layout.dtype,
         position=position,
         value=value,
-        unmask_step=tensors.pop(f"unmask_step/{name}", None),
-        original=tensors.pop(f"original/{name}", None),
+        unmask_step=tensors.pop(f"unmask_step/{called}", None),
+        original=tensors.pop(f"original/{called}", None),
     )
 
 
