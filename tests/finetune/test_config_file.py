@@ -123,7 +123,7 @@ def test_what_is_written_is_read_back(tmp_path, changed):
 
 @pytest.mark.parametrize(
     ("method", "lr", "budget"),
-    [("id3", 1e-3, 0.01), ("full", 1.25e-4, None), ("top-tuning", 1e-3, None)],
+    [("id3", 1e-3, 0.01), ("full", 1e-4, None), ("top-tuning", 1e-3, None)],
 )
 def test_defaults_of_the_method_are_filled_in(method, lr, budget):
     found = resolved(FinetuneConfig(**BASE, method=method))

@@ -139,7 +139,7 @@ def test_metrics_have_the_values_that_were_used(folders, tmp_path):
     assert used["dense_entries"] == 2 * 32 + 2
     other = config(folders, tmp_path / "full", "encoder", "sequence", method="full", steps=1)
     used = run(other).metrics["used"]
-    assert (used["lr"], used["budget_entries"], used["backend"]) == (1.25e-4, 0, "torch")
+    assert (used["lr"], used["budget_entries"], used["backend"]) == (1e-4, 0, "torch")
 
 
 def test_tensorboard_files_are_where_people_look(folders, tmp_path):
