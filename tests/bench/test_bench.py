@@ -119,7 +119,10 @@ def test_kinds_of_gradients_are_kept_apart(recorded):
     (run,) = recorded.data["runs"]
     assert run["grads"] == results.SYNTHETIC
     old = {name: value for name, value in run.items() if name != "grads"}
-    slow = [{**record, "us": [2 * us for us in record["us"]]} for record in run["subjects"]]
+    slow = [  # delays, too: else other calls would be clean ones
+        {**record, **{key: [2 * us for us in record[key]] for key in ("us", "delay_us")}}
+        for record in run["subjects"]
+    ]
     rows = {**run, "grads": results.ROW_SCALED, "subjects": slow}
     both = results.Results({**recorded.data, "runs": [old, rows]})
     assert both.grads() == [results.SYNTHETIC, results.ROW_SCALED]
