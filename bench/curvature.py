@@ -1,7 +1,6 @@
 """Measure curvature for the rows of the quality experiment, and compare tuned rates with it.
 
     python -m bench.curvature --data-folder GLUE_FOLDER [--tasks trec50,cola]
-
     python -m bench.curvature --data-folder GLUE_FOLDER --tasks trec50 --sharpness
 
 For each task and row one line in bench/results/curvature/rates.jsonl: the size of AdamW's first
@@ -9,7 +8,7 @@ step relative to the weights, from which `finetune --lr auto` takes its rate, an
 curvature of the loss along it. Lines that are there are not measured again. Tuned rates come from
 bench/results/quality/cells.jsonl; `bench.report` writes table and picture into
 docs/learning-rates.md. With --sharpness, sharpness.jsonl gets the largest eigenvalue of the Hessian
-on the entries of a mask, which takes minutes a row, and how they crowd in rows and columns.
+on the entries of a mask, which takes a minute a row, and how they crowd in rows and columns.
 """
 
 from __future__ import annotations

@@ -9,13 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bench import merge, publishing, switching
+from bench import merge, switching
 from bench.environment import RESULTS
+from bench.publishing import DIFF, LIMIT, NEW, NEW_LIMIT
 from bench.results import newest
 from bench.tables import table
 
 MERGES = (("BERT-base", 0.001), ("BERT-base", 0.0005), ("MiniLM", 0.01))
-NEW, NEW_LIMIT = "patch with new entries", "gather with new entries"
 SWITCH_GOAL, PATCH_GOAL, TIME_GOAL, BYTES_GOAL, INCREMENT_GOAL = 2.0, 2.0, 50, 20, 2.0
 
 
@@ -58,7 +58,7 @@ def _patches(folder: Path) -> str:
     shares = [key for key in data if key.endswith("%")]
     for share in shares:
         times, sizes = data[share]["milliseconds"], data[share]["bytes"]
-        limit, diff = times[publishing.LIMIT], times[publishing.DIFF]
+        limit, diff = times[LIMIT], times[DIFF]
         own = {name: limit for name in times}
         own |= {name: times[NEW_LIMIT] for name in (NEW, NEW_LIMIT)}
         rows = [
@@ -66,7 +66,7 @@ def _patches(folder: Path) -> str:
             for name, spent in times.items()
         ]
         parts.append(table([f"{share} active", "ms", "/ gather", "snapshot diff /"], rows))
-        fewer = sizes[publishing.DIFF] / sizes["patch"]
+        fewer = sizes[DIFF] / sizes["patch"]
         joining = times[NEW] / times[NEW_LIMIT]
         goals.append(
             f"at {share} {times['patch'] / limit:.1f} and {joining:.1f} times the gather, "

@@ -40,6 +40,7 @@ from sparse_optim.publish import WeightPublisher, WeightReceiver
 
 VERSIONS, UNMASKING, ANCHOR = 30, 20, 10
 LIMIT, DIFF = "gather", "snapshot diff"
+NEW, NEW_LIMIT = "patch with new entries", "gather with new entries"
 
 
 class Scene:
@@ -135,11 +136,11 @@ def measure_times(model: str, share: float, rounds: int) -> dict[str, float]:
         Subject({"name": "receive"}, lambda: receiver.receive(data[0]), prepare=publish_next),
         Subject({"name": "dense copy"}, spent.copy_all, prepare=spent.step),
         Subject(
-            {"name": "patch with new entries"},
+            {"name": NEW},
             lambda: further.patch().to_bytes(),
             prepare=growing.step,
         ),
-        Subject({"name": "gather with new entries"}, growing.gather, prepare=growing.step),
+        Subject({"name": NEW_LIMIT}, growing.gather, prepare=growing.step),
     ]
     records = interleave(subjects, rounds, warmup=2)
     return {each["name"]: statistics.median(each["us"]) / 1e3 for each in records}

@@ -262,8 +262,8 @@ def headline(folder: Path = FOLDER) -> str:
     )
     return (
         "![Score against trained entries](bench/results/quality.png)\n\n"
-        "The picture has the two tasks that were run at both budgets; points at one budget are "
-        "moved apart sideways. On four tasks: MiniLM (22.7M), 0.5% of its entries, rates tuned for "
+        "The picture has the two tasks that were run at both budgets; points at the same budget "
+        "are shifted sideways. On four tasks: MiniLM (22.7M), 0.5% of its entries, rates tuned for "
         "each method and task, mean of "
         f"{', '.join(TASKS[task].split(',')[0] for task in tasks)} over three seeds: full "
         f"fine-tuning {whole:.1f}, LoRA of the same size {lora:.1f}, {best.name} ({best.pool}) "

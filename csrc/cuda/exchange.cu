@@ -2,10 +2,9 @@
 //
 // Entries of all tensors in one launch. Bytes: 12 an entry streamed (position, value each way), and
 // one 32-byte sector of the parameter each way; gather: 8 and one sector. An exchange of 3.5e6
-// entries: 266 MB. Predicted, not measured:
-// bytes / bandwidth = 0.13 ms on A100 (2.0 TB/s), 0.35 on A6000 (0.77), 0.08 on H100 (3.35), 0.06
-// on H200 (4.8). The searches for an entry's tensor read offsets from L1. No arithmetic: results
-// are those of the reference.
+// entries: 266 MB. Predicted, not measured: bytes / bandwidth = 0.13 ms on A100 (2.0 TB/s), 0.35 on
+// A6000 (0.77), 0.08 on H100 (3.35), 0.06 on H200 (4.8). The searches for an entry's tensor read
+// offsets from L1. No arithmetic: results are those of the reference.
 #include "cuda/device.h"
 
 namespace sparse_optim::cuda {

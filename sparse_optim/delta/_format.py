@@ -16,8 +16,8 @@ dtype and base fingerprint of every parameter, in parameter order), `dense` (JSO
 `content` (hash of all of the above, with positions as they are), in an increment `parent` (the
 parent's `content`), and from version 2 on `tied` (JSON: further names of tensors). A file with
 packed positions is of version 4; another one of version 2 if it has tied names, else of 1. In
-version 4 a sparse parameter's tensors have its place in `sparse`, 0, 1, ..., for NAME, since names
-would be a tenth of a small file. (Version 3 was version 4 with names.)
+version 4 a sparse parameter's tensors have its place in `sparse`, 0, 1, ..., for NAME: names would
+be up to 5% of a small file. (Version 3 was version 4 with names.)
 The same delta always gives the same bytes.
 """
 

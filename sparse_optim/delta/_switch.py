@@ -17,7 +17,15 @@ from torch import Tensor
 from sparse_optim.delta._apply import Write, checked_writes, one_thread_at_a_time
 from sparse_optim.delta._exchange import Exchange
 from sparse_optim.delta._fingerprint import fingerprint
-from sparse_optim.delta._tensors import Model, Tensors, gather, named_tensors, same_bits, scatter_
+from sparse_optim.delta._tensors import (
+    Model,
+    Tensors,
+    gather,
+    named_tensors,
+    same_bits,
+    scatter_,
+    version_of,
+)
 from sparse_optim.delta._types import Delta, check_delta
 from sparse_optim.delta._values import DeltaError
 from sparse_optim.warn import warn_user
@@ -351,7 +359,7 @@ class DeltaSwitcher:
 
 
 def _mark(tensor: Tensor) -> Mark:
-    return id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+    return id(tensor), tensor.data_ptr(), version_of(tensor)
 
 
 def _written(name: str) -> str:

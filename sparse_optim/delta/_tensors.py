@@ -70,6 +70,11 @@ def storage_key(tensor: Tensor) -> Hashable:
     return tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
+def version_of(tensor: Tensor) -> int:
+    """The writes that torch has counted; 0 for tensors of inference mode, which count none."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def host_copy(tensor: Tensor) -> Tensor:
     """A contiguous copy on the host that shares memory with nothing."""
     return tensor.detach().clone(memory_format=torch.contiguous_format).cpu()

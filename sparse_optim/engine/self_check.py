@@ -167,7 +167,7 @@ def _difference(got: Engine, want: Engine, equal_scores: bool) -> str | None:
 
 def _misread(got: Engine, count: int) -> str | None:
     """Whether an operation reads other values of active entries than torch."""
-    words = got.read(got.active.position[:count].contiguous(), got.active.offsets)
+    words = got.read(got.active.position[:count], got.active.offsets)
     for index, param in enumerate(got.pool.params):
         at = got.active.segment(index)["position"].long()
         first = int(got.active.offsets[index])

@@ -9,7 +9,7 @@ from pathlib import Path
 from sparse_optim.analysis.line_plot import LinePanel, Point, draw_lines
 from sparse_optim.analysis.pareto_plot import Tradeoff, draw_pareto
 from sparse_optim.experiments.presets import Experiment, TaskPreset
-from sparse_optim.experiments.table import Summary, averaged_columns
+from sparse_optim.experiments.table import Summary, averaged_columns, filled_columns
 from sparse_optim.finetune.config import parse_budget
 
 SWEPT = {"d3_eps": "eps", "d3_exp": "exp"}
@@ -159,8 +159,7 @@ def draw_tradeoffs(experiment: Experiment, summaries: Sequence[Summary], path: P
     rows, note = tradeoffs(summaries)
     if len({row.entries for row in rows if row.entries > 0}) < 2:
         return False
-    filled = {column for summary in summaries for column in summary["columns"]}
-    columns = averaged_columns(experiment, filled)
+    columns = averaged_columns(experiment, filled_columns(summaries))
     draw_pareto(rows, *pareto_text(experiment, columns), path, note)
     return True
 

@@ -74,6 +74,11 @@ def averaged_columns(experiment: Experiment, filled: Collection[str]) -> list[st
     return [column for column in experiment.columns if column in wanted]
 
 
+def filled_columns(summaries: Iterable[Summary]) -> set[str]:
+    """The columns in which any row has a value."""
+    return {column for summary in summaries for column in summary["columns"]}
+
+
 def summarise_row(
     experiment: Experiment, row: Row, runs: list[Outcome], averaged: Sequence[str]
 ) -> Summary:
@@ -182,7 +187,7 @@ def rates(found: Mapping[str, float], tasks: Sequence[str]) -> str:
 
 def markdown(experiment: Experiment, summaries: Sequence[Summary]) -> str:
     """The table as Markdown: our line, and below it the paper's if it has one."""
-    filled = {column for summary in summaries for column in summary["columns"]}
+    filled = filled_columns(summaries)
     shown = [column for column in experiment.columns if column in filled]
     averaged = averaged_columns(experiment, filled)
     is_whole = len(averaged) == len(experiment.columns) - len(experiment.shifted_columns)

@@ -120,8 +120,7 @@ class PatchFolder:
                 "receiver.reset() takes the model back to the base"
             )
         kind = "patch" if self._file(newest, "patch").is_file() else "whole"
-        path = self._file(newest, kind)
-        if path.is_file() and self._taken != _identity(path):
+        if _identity(self._file(newest, kind)) not in (None, self._taken):
             self._give(receiver, newest, kind)  # of another run with as many versions?
         return receiver.version
 
@@ -175,6 +174,9 @@ class PatchFolder:
 
 
 def _identity(path: Path) -> object:
-    """Another one for a file that was replaced."""
-    found = path.stat()
+    """Another one for a file that was replaced; None for one that is not there (any more)."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
     return path.name, found.st_ino, found.st_mtime_ns, found.st_size

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_optim.delta._fingerprint import fingerprint
-from sparse_optim.delta._tensors import DTYPE_CODES, Model, bytes_of
+from sparse_optim.delta._tensors import DTYPE_CODES, Model, bytes_of, version_of
 from sparse_optim.delta._types import plain_tensors
 from sparse_optim.optim.masked_adamw import MaskedAdamW
 from sparse_optim.optim.readout import Layout, Moved
@@ -156,7 +156,7 @@ class WeightPublisher:
         if known is None or not _same(marks, known[2]):
             layout = self._optimizer.layout(self._model)
             known = layout, self._manifest(layout), marks
-            self._versions = {name: tensor._version for name, tensor in layout.fixed.items()}
+            self._versions = {name: version_of(tensor) for name, tensor in layout.fixed.items()}
             # Before the first step, other weights may still be loaded.
             self._described = known if step else None
         self._check_fixed(known[0], known[1])
@@ -165,7 +165,7 @@ class WeightPublisher:
     def _check_fixed(self, layout: Layout, manifest: Manifest) -> None:
         """Raise RuntimeError if other code has changed a tensor that no patch carries."""
         for spec, tensor in zip(manifest.fixed, layout.fixed.values(), strict=True):
-            if self._versions[spec.name] == tensor._version:
+            if self._versions[spec.name] == version_of(tensor):
                 continue
             if self._fingerprint(tensor) != spec.fingerprint:
                 raise RuntimeError(
@@ -173,7 +173,7 @@ class WeightPublisher:
                     "that receivers keep the old values: add it to a group with unmask='all', or "
                     "undo that"
                 )
-            self._versions[spec.name] = tensor._version
+            self._versions[spec.name] = version_of(tensor)
 
     def _manifest(self, layout: Layout) -> Manifest:
         prints = [*layout.fingerprints]

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from sparse_optim.delta._tensors import Model, bits, storage_key
+from sparse_optim.delta._tensors import Model, bits, storage_key, version_of
 from sparse_optim.delta._types import plain_tensors
 from sparse_optim.publish._manifest import PatchError, TensorSpec
 
@@ -106,7 +106,7 @@ class Located:
                 view.data_ptr(),
                 view.stride(),
                 view.dtype,
-                0 if view.is_inference() else view._version,
+                version_of(view),
             )
             for view in _given(self._names, views)
         ]

@@ -16,6 +16,7 @@ from sparse_optim.publish import (
     PatchFolder,
     WeightPublisher,
     WeightReceiver,
+    _folder,
 )
 
 
@@ -175,6 +176,25 @@ def test_a_folder_that_another_run_began_anew(tmp_path: Path, steps: int):
         receiver.reset()
     assert folder.follow(receiver) == steps
     assert_same(receiver._model, new.net)
+
+
+def test_a_file_that_goes_while_it_is_looked_at(tmp_path: Path, monkeypatch):
+    """As increments do, once a whole patch of their version is there."""
+    run, folder = Run(), PatchFolder(tmp_path)
+    for _ in range(2):
+        run.step()
+        folder.publish(run.publisher)
+    receiver = WeightReceiver(Net())
+    assert folder.follow(receiver) == 2
+    look = _folder._identity
+
+    def gone(path: Path) -> object:
+        path.unlink()
+        return look(path)
+
+    monkeypatch.setattr(_folder, "_identity", gone)
+    assert PatchFolder(tmp_path).follow(receiver) == 2
+    assert_same(receiver._model, run.net)
 
 
 def test_two_publishers_at_once(tmp_path: Path, monkeypatch):
