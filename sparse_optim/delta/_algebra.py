@@ -5,17 +5,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from sparse_optim.delta._combine import (
     Chooser,
+    Part,
     Recipe,
     combine,
-    keep_all,
     keep_at_random,
     keep_largest,
-    part_of,
-    rounded,
 )
 from sparse_optim.delta._content import known_fingerprint
 from sparse_optim.delta._joined import split
@@ -23,7 +20,7 @@ from sparse_optim.delta._shared import Base, Shared, share
 from sparse_optim.delta._tensors import bits
 from sparse_optim.delta._types import Delta, check_delta
 from sparse_optim.delta._values import DeltaError, SparseValues
-from sparse_optim.delta._vectors import Floats, Vectors, as_floats, vectors_of
+from sparse_optim.delta._vectors import TaskVector, Vectors, finite, vectors_of
 
 
 def merge_deltas(
@@ -205,46 +202,50 @@ def _merged(
 ) -> dict[str, SparseValues]:
     """The entries that differ from the base; `inputs`: content and weight of each delta."""
     groups: Iterable[Vectors] = vectors_of(shared)
-    keep: list[Chooser] = [keep_all] * len(inputs)
+    keep: Sequence[Chooser | None] = [None] * len(inputs)
     if recipe.seed is not None:
         keep = [keep_at_random(recipe.density, f"{recipe.seed}/{content}") for content, _ in inputs]
     elif recipe.trims:
         groups = list(groups)
         keep = [
-            keep_largest([vectors.task_vector(at) for vectors in groups], recipe.density)
+            keep_largest([vectors.deltas[at].tau for vectors in groups], recipe.density)
             for at in range(len(inputs))
         ]
     sparse: dict[str, SparseValues] = {}
     for vectors in groups:
         with np.errstate(over="ignore", invalid="ignore"):  # `_changed` finds what overflows
             parts = [
-                part_of(vectors, at, recipe.scale(weight), keep[at])
+                Part.of(vectors.deltas[at], recipe.scale(weight), keep[at])
                 for at, (_, weight) in enumerate(inputs)
             ]
-            result = combine(vectors.base, parts, recipe.elects)
+            result = combine(parts, recipe.elects)
         sparse |= _changed(vectors, result, store_original)
     return sparse
 
 
-def _changed(vectors: Vectors, result: Floats, store_original: bool) -> dict[str, SparseValues]:
-    """The entries of `result`, (u,), that differ from the base, by parameter."""
-    wide = rounded(result, vectors.dtype)
-    value, original = bits(wide).numpy(), bits(rounded(vectors.base, vectors.dtype)).numpy()
+def _changed(vectors: Vectors, result: TaskVector, store_original: bool) -> dict[str, SparseValues]:
+    """The entries of the result that differ from the base, by parameter."""
+    right = finite(result.value)
+    if not right.all():  # or NaN, from inf - inf
+        at = int(vectors.starts.searchsorted(result.position[right.argmin()], side="right")) - 1
+        raise DeltaError(
+            f"{list(vectors.layouts)[at]!r}: the result overflows {vectors.dtype}: use smaller "
+            "weights"
+        )
+    position, value, original = (
+        result.position,
+        bits(result.value).numpy(),
+        bits(result.base).numpy(),
+    )
     index = np.flatnonzero(value != original)
-    position = vectors.position[index]
+    if index.size < position.size:
+        position, value, original = position[index], value[index], original[index]
     counts = np.diff(position.searchsorted(vectors.starts))
-    if not np.abs(result).max(initial=0) <= torch.finfo(vectors.dtype).max:  # or NaN, inf - inf
-        infinite = np.flatnonzero(~np.isfinite(as_floats([wide]))[index])
-        if infinite.size:
-            at = int(counts.cumsum().searchsorted(infinite[0], side="right"))
-            name = list(vectors.layouts)[at]
-            raise DeltaError(f"{name!r}: the result overflows {wide.dtype}: use smaller weights")
-    columns = [value[index], *([original[index]] if store_original else ())]
     parts = split(
         list(vectors.layouts.values()),
         counts.tolist(),
         position - vectors.starts[:-1].repeat(counts),
-        columns,
+        (value, original) if store_original else (value,),
         (vectors.dtype, False, store_original),
     )
     return dict(zip(vectors.layouts, parts, strict=True))

@@ -10,7 +10,7 @@ from torch import Tensor
 from sparse_optim.delta._shared import Base, share
 from sparse_optim.delta._tensors import bits
 from sparse_optim.delta._types import Delta
-from sparse_optim.delta._vectors import vectors_of
+from sparse_optim.delta._vectors import as_floats, vectors_of
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,9 @@ def tensor_changes(
     shared = share({"the delta": delta}, base)
     squares: dict[str, tuple[float, float]] = {}
     for vectors in vectors_of(shared):
-        change, before = vectors.task_vector(0) ** 2, vectors.base**2
-        for name, _, part in vectors.parts(vectors.position):
+        [vector] = vectors.deltas
+        change, before = vector.tau**2, as_floats(vector.base) ** 2
+        for name, part in vectors.parts(vector.position):
             squares[name] = (float(np.sum(change[part])), float(np.sum(before[part])))
     found = {
         name: Change(values.num_entries, values.numel, squares.get(name))

@@ -23,7 +23,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sparse_optim.delta._values import DeltaError
-from sparse_optim.delta._vectors import ONE_THREAD, Floats, Integers, Mask, Vectors
+from sparse_optim.delta._vectors import (
+    ONE_THREAD,
+    Floats,
+    Integers,
+    Mask,
+    TaskVector,
+    as_floats,
+)
 
 METHODS = ("sum", "ties", "dare", "dare-ties")
 
@@ -81,36 +88,42 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Part:
-    """What a delta adds: n entries at `slot`. `exact`: it adds tau itself, so value is final."""
+    """What a delta contributes to a merge: n entries.
 
-    slot: Integers
-    value: Floats
-    added: Floats
-    exact: bool
+    Attributes:
+        position: (n,), int64, ascending. Places in the flat range.
+        base: (n,), the parameters' dtype.
+        value: (n,), as `base`. What an entry becomes if only this delta contributes to it.
+        added: (n,), float64. The scaled task vector; None: the task vector itself.
+    """
 
-    def where(self, keep: Mask) -> "Part":
-        return Part(self.slot[keep], self.value[keep], self.added[keep], self.exact)
+    position: Integers
+    base: Tensor
+    value: Tensor
+    added: Floats | None
 
-
-def part_of(vectors: Vectors, at: int, scale: float, keep: "Chooser") -> Part:
-    """The scaled task vector of a delta, less what `keep` drops."""
-    tau = vectors.task_vector(at)
-    part = Part(vectors.slots[at], vectors.values[at], scale * tau, exact=scale == 1)
-    kept = keep(tau)
-    return part if kept is None else part.where(kept)
+    @classmethod
+    def of(cls, vector: TaskVector, scale: float, keep: "Chooser | None") -> "Part":
+        """A delta's task vector times `scale`, without what `keep` drops."""
+        position, base, value = vector.position, vector.base, vector.value
+        kept = keep and keep(vector.tau)
+        if kept is not None:
+            index = torch.from_numpy(np.flatnonzero(kept))
+            position, base, value = position[kept], base[index], value[index]
+        if scale == 1:
+            return cls(position, base, value, None)
+        before = as_floats(base)
+        added = scale * (as_floats(value) - before)
+        return cls(position, base, rounded(before + added, base.dtype), added)
 
 
 Counts = NDArray[np.int32]
 
-# tau of the next group of parameters, (n,) float64 -> which entries stay, (n,) bool; None: all.
-Chooser = Callable[[Floats], Mask | None]
+# tau of the next group of parameters, (n,) float64 -> which entries stay, (n,) bool
+Chooser = Callable[[Floats], Mask]
 
 
-def keep_all(tau: Floats) -> None:
-    """Every entry stays."""
-
-
-def keep_largest(taus: Sequence[Floats], density: float) -> Chooser:
+def keep_largest(taus: Sequence[Floats], density: float) -> Chooser | None:
     """round(density n) entries of all `taus` stay, at least one; the first of equal ones.
 
     Args:
@@ -119,7 +132,7 @@ def keep_largest(taus: Sequence[Floats], density: float) -> Chooser:
     magnitude = np.abs(np.concatenate([np.zeros(0), *taus]))
     count = max(1, round(density * magnitude.size))
     if count >= magnitude.size:
-        return keep_all
+        return None
     bound = np.partition(magnitude, -count)[-count]
     ties = count - int((magnitude > bound).sum())
 
@@ -147,33 +160,98 @@ def keep_at_random(density: float, key: str) -> Chooser:
     return keep
 
 
-def combine(base: Floats, parts: Sequence[Part], elect: bool) -> Floats:
-    """base + the sum of the parts, or with `elect` + the mean of those of the sum's sign."""
-    total, count = _sum(base.size, parts)
+def combine(parts: Sequence[Part], elect: bool) -> TaskVector:
+    """base + the sum of the parts, or with `elect` + the mean of those of the sum's sign.
+
+    Few entries of sparse deltas are shared, so the sum is computed for those alone.
+
+    Returns:
+        The entries of all parts, each once.
+    """
+    position = np.concatenate([part.position for part in parts])
+    order = position.argsort(kind="stable")  # which merges runs that are sorted already
+    position = position[order]
+    value = torch.cat([part.value for part in parts])
+    base = torch.cat([part.base for part in parts])
+    again = np.zeros(position.size, dtype=np.bool_)
+    np.equal(position[1:], position[:-1], out=again[1:])
+    if again.any():
+        _combine_shared(parts, elect, order, again, value)
+        first = np.flatnonzero(~again)
+        order, position = order[first], position[first]
+    index = torch.from_numpy(order)
+    return TaskVector(position, value[index], base[index])
+
+
+def _combine_shared(
+    parts: Sequence[Part], elect: bool, order: Integers, again: Mask, value: Tensor
+) -> None:
+    """Compute the entries to which several parts contribute.
+
+    Args:
+        order: (n,): the entries of all parts, one part after the other, by position.
+        again: (n,): whether an entry of that order has the position of the one before it.
+        value: (n,): of the entries of all parts. The first of each shared entry is written.
+    """
+    shared = again.copy()
+    shared[:-1] |= again[1:]
+    index, starts = order[shared], ~again[shared]
+    slot, first = starts.cumsum() - 1, torch.from_numpy(index[starts])
+    base = as_floats(torch.cat([part.base for part in parts])[first])
+    ends = np.cumsum([part.position.size for part in parts])
+    owner = ends.searchsorted(index, side="right")
+    shares = []
+    for number, part in enumerate(parts):
+        mine = np.flatnonzero(owner == number)
+        at = index[mine] - (ends[number] - part.position.size)
+        shares.append(_Share.of(part, at, slot[mine]))
+    value[first] = rounded(_arithmetic(base, shares, elect), value.dtype)
+
+
+@dataclass(frozen=True)
+class _Share:
+    """A part at shared entries: n of them, at `slot`. `exact`: it adds tau itself."""
+
+    slot: Integers
+    value: Floats
+    added: Floats
+    exact: bool
+
+    @classmethod
+    def of(cls, part: Part, at: Integers, slot: Integers) -> "_Share":
+        index = torch.from_numpy(at)
+        value = as_floats(part.value[index])
+        if part.added is None:
+            return cls(slot, value, value - as_floats(part.base[index]), True)
+        return cls(slot, value, part.added[at], False)
+
+    def where(self, keep: Mask) -> "_Share":
+        return _Share(self.slot[keep], self.value[keep], self.added[keep], self.exact)
+
+
+def _arithmetic(base: Floats, shares: Sequence[_Share], elect: bool) -> Floats:
+    total, count = _sum(base.size, shares)
     if elect:
         sign = np.sign(total)
-        agree = [part.added * sign[part.slot] > 0 for part in parts]
-        parts = [part.where(keep) for part, keep in zip(parts, agree, strict=True)]
-        total, count = _sum(base.size, parts)
+        agree = [share.added * sign[share.slot] > 0 for share in shares]
+        shares = [share.where(keep) for share, keep in zip(shares, agree, strict=True)]
+        total, count = _sum(base.size, shares)
         total /= np.maximum(count, 1)
     result = base + total
-    if any(part.exact for part in parts):
-        final = np.empty_like(result)  # what each entry is if its part is the only one
-        for part in parts:
-            final[part.slot] = part.value if part.exact else result[part.slot]
+    if elect and any(share.exact for share in shares):
+        final = np.empty_like(result)  # what each entry is if its share is the only one
+        for share in shares:
+            final[share.slot] = share.value if share.exact else result[share.slot]
         np.copyto(result, final, where=count == 1)
     return result
 
 
-def _sum(size: int, parts: Sequence[Part]) -> tuple[Floats, Counts]:
-    """What the parts add to each entry, and how many they are."""
+def _sum(size: int, shares: Sequence[_Share]) -> tuple[Floats, Counts]:
+    """What the shares add to each entry, and how many they are."""
     total, count = np.zeros(size), np.zeros(size, dtype=np.int32)
-    for number, part in enumerate(parts):
-        if number == 0:
-            total[part.slot], count[part.slot] = part.added, 1
-        else:
-            total[part.slot] += part.added
-            count[part.slot] += 1
+    for share in shares:
+        total[share.slot] += share.added
+        count[share.slot] += 1
     return total, count
 
 

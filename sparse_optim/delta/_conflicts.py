@@ -211,13 +211,15 @@ COLUMNS = 10
 def _compare(vectors: Vectors, a: int, b: int) -> dict[str, Floats]:
     """The sums of COLUMNS over the entries of each parameter."""
     names = list(vectors.layouts)
-    sizes = [part.stop - part.start for _, _, part in vectors.parts(vectors.position)]
+    position = np.union1d(vectors.deltas[a].position, vectors.deltas[b].position)
+    sizes = [part.stop - part.start for _, part in vectors.parts(position)]
     owner = np.arange(len(names)).repeat(sizes)  # parameter of each entry of the union
     first, second = np.zeros(owner.size), np.zeros(owner.size)
     in_a, in_b = np.zeros(owner.size, dtype=np.bool_), np.zeros(owner.size, dtype=np.bool_)
     for at, tau, inside in ((a, first, in_a), (b, second, in_b)):
-        tau[vectors.slots[at]] = vectors.task_vector(at)
-        inside[vectors.slots[at]] = True
+        slot = position.searchsorted(vectors.deltas[at].position)
+        tau[slot] = vectors.deltas[at].tau
+        inside[slot] = True
     product, both = first * second, in_a & in_b
     squares = first**2, second**2
     columns = [in_a, in_b, both, np.zeros(0), product < 0, product, *squares]

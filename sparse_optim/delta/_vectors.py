@@ -1,6 +1,6 @@
-"""Task vectors as arrays over the union of the entries that several deltas change.
+"""What deltas over one base change, as arrays.
 
-    tau_i = value_i - base        float64, at the entries of delta i; 0 elsewhere
+    tau = value - base        float64: the task vector of a delta, at its entries; 0 elsewhere
 
 A group of parameters of one dtype at a time: they follow one another in one range of flat
 positions, so that a step of a merge is one operation over all of them. Memory and time grow with
@@ -31,48 +31,53 @@ GROUP_ENTRIES = 1 << 15
 # Entries on which torch works in one thread. Longer arrays are taken in pieces: threads that wait
 # for each other made a merge ten times as long on a busy machine.
 ONE_THREAD = 1 << 15
+NUMPY_HAS = (torch.float64, torch.float32)
+
+
+@dataclass(frozen=True)
+class TaskVector:
+    """What a delta changes in a group of parameters: n entries.
+
+    Attributes:
+        position: (n,), int64, ascending. Places in the flat range.
+        value: (n,), the parameters' dtype, on the host. Final values.
+        base: (n,), as `value`.
+    """
+
+    position: Integers
+    value: Tensor
+    base: Tensor
+
+    @property
+    def tau(self) -> Floats:
+        """(n,), float64."""
+        return as_floats(self.value) - as_floats(self.base)
 
 
 @dataclass(frozen=True)
 class Vectors:
-    """Deltas as arrays; u entries are in their union, n_i in delta i.
+    """The task vectors of several deltas in a group of parameters.
 
     Attributes:
         layouts: an example of each parameter's values, all of one dtype, in the order of the flat
             range.
         starts: (parameters + 1,), int64. Where each parameter begins in the flat range.
-        position: (u,), int64, ascending. Places in the flat range.
-        base: (u,), float64.
-        slots: (n_i,), int64, ascending. Places of the entries of delta i in `position`.
-        values: (n_i,), float64. Final values of delta i.
+        deltas: of each delta, without entries too.
     """
 
     layouts: dict[str, SparseValues]
     starts: Integers
-    position: Integers
-    base: Floats
-    slots: tuple[Integers, ...]
-    values: tuple[Floats, ...]
+    deltas: tuple[TaskVector, ...]
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the parameters."""
         return next(iter(self.layouts.values())).dtype
 
-    def task_vector(self, index: int) -> Floats:
-        """tau of a delta at its entries, (n_i,) float64."""
-        tau: Floats = self.values[index] - self.base[self.slots[index]]
-        return tau
-
-    def parts(self, position: Integers) -> Iterator[tuple[str, int, slice]]:
-        """Each parameter's name, its start in the flat range, and its part of `position`.
-
-        Args:
-            position: (n,), int64, ascending. Places in the flat range.
-        """
+    def parts(self, position: Integers) -> Iterator[tuple[str, slice]]:
+        """Each parameter's name and its part of `position`, (n,), int64, ascending."""
         edges = pairwise(position.searchsorted(self.starts).tolist())
-        for name, start, part in zip(self.layouts, self.starts[:-1].tolist(), edges, strict=True):
-            yield name, start, slice(*part)
+        return zip(self.layouts, (slice(*each) for each in edges), strict=True)
 
 
 def vectors_of(shared: Shared) -> Iterator[Vectors]:
@@ -103,47 +108,46 @@ def vectors_of(shared: Shared) -> Iterator[Vectors]:
 
 def _vectors(shared: Shared, layouts: dict[str, SparseValues]) -> Vectors:
     starts = np.cumsum([0, *(layout.numel for layout in layouts.values())], dtype=np.int64)
+    dtype = next(iter(layouts.values())).dtype
     present = [[sparse.get(name) for name in layouts] for sparse in shared.changes]
-    position, slots = _union([_flat_positions(parts, starts) for parts in present])
-    values = tuple(
-        as_floats([part.value for part in parts if part is not None]) for parts in present
+    bases: Sequence[Sequence[Tensor | None]] = (
+        [[part.original for part in parts if part is not None] for parts in present]
+        if shared.base is None
+        else _base_values(shared.base, list(layouts), present)
     )
-    vectors = Vectors(layouts, starts, position, np.zeros(position.size), slots, values)
-    if shared.base is not None:
-        vectors.base[:] = _base_values(shared.base, vectors)
-    else:
-        for slot, parts in zip(slots, present, strict=True):
-            there = [part.original for part in parts if part is not None]
-            originals = [each for each in there if each is not None]  # None only without entries
-            vectors.base[slot] = as_floats(originals)
+    deltas = tuple(
+        TaskVector(
+            _flat_positions(parts, starts),
+            _joined([part.value for part in parts if part is not None], dtype),
+            _joined(base, dtype),
+        )
+        for parts, base in zip(present, bases, strict=True)
+    )
+    vectors = Vectors(layouts, starts, deltas)
     _check_finite(vectors)
     return vectors
 
 
-def _base_values(tensors: Tensors, vectors: Vectors) -> Floats:
-    return as_floats(
-        [
-            gather(tensors[name], torch.from_numpy(vectors.position[part] - start))
-            for name, start, part in vectors.parts(vectors.position)
-            if part.start < part.stop
-        ]
-    )
+def _base_values(
+    tensors: Tensors, names: Sequence[str], present: Sequence[Sequence[SparseValues | None]]
+) -> list[list[Tensor]]:
+    """The base's values at the entries of each delta, by parameter; each tensor is read once."""
+    found: list[list[Tensor]] = [[] for _ in present]
+    for name, parts in zip(names, zip(*present, strict=True), strict=True):
+        position = [torch.empty(0, dtype=torch.int64) if p is None else p.position for p in parts]
+        counts = [each.numel() for each in position]
+        if not any(counts):
+            continue
+        values = gather(tensors[name], torch.cat(position))
+        for pieces, piece in zip(found, values.split(counts), strict=True):
+            pieces.append(piece)
+    return found
 
 
-def _union(positions: Sequence[Integers]) -> tuple[Integers, tuple[Integers, ...]]:
-    """The union of ascending arrays, ascending, and the place of each entry in it.
-
-    The stable sort merges runs that are sorted already.
-    """
-    joined = np.concatenate(positions)
-    order = joined.argsort(kind="stable")
-    ascending = joined[order]
-    first = np.ones(joined.size, dtype=np.bool_)
-    first[1:] = ascending[1:] != ascending[:-1]
-    slots = np.empty(joined.size, dtype=np.int64)
-    slots[order] = first.cumsum() - 1
-    ends = np.cumsum([array.size for array in positions])
-    return ascending[first], tuple(np.split(slots, ends[:-1]))
+def _joined(parts: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
+    """The parts one after the other; None has no entries."""
+    there = [part for part in parts if part is not None]
+    return torch.cat(there) if there else torch.empty(0, dtype=dtype)
 
 
 def _flat_positions(parts: Sequence[SparseValues | None], starts: Integers) -> Integers:
@@ -157,25 +161,27 @@ def _flat_positions(parts: Sequence[SparseValues | None], starts: Integers) -> I
     return flat
 
 
-def as_floats(tensors: Sequence[Tensor]) -> Floats:
-    """The values of floating-point tensors as one float64 array, exactly."""
-    if not tensors:
-        return np.zeros(0)
-    joined = torch.cat(list(tensors))
-    if joined.dtype in (torch.float32, torch.float64):
-        return joined.numpy().astype(np.float64)
-    return np.concatenate([piece.double().numpy() for piece in joined.split(ONE_THREAD)])
+def as_floats(values: Tensor) -> Floats:
+    """The values of a floating-point tensor, (n,), in float64, exactly."""
+    if values.dtype in NUMPY_HAS:
+        return values.numpy().astype(np.float64)
+    return np.concatenate([piece.double().numpy() for piece in values.split(ONE_THREAD)])
+
+
+def finite(values: Tensor) -> Mask:
+    """Which values of a floating-point tensor, (n,), are neither NaN nor infinite."""
+    found: Mask = np.isfinite(values.numpy() if values.dtype in NUMPY_HAS else as_floats(values))
+    return found
 
 
 def _check_finite(vectors: Vectors) -> None:
-    if all(np.isfinite(array).all() for array in (vectors.base, *vectors.values)):
-        return
-    wrong = ~np.isfinite(vectors.base)
-    for slot, value in zip(vectors.slots, vectors.values, strict=True):
-        wrong[slot] |= ~np.isfinite(value)
-    place = vectors.position[wrong.argmax()]
-    at = int(vectors.starts.searchsorted(place, side="right")) - 1
-    raise DeltaError(
-        f"{list(vectors.layouts)[at]!r}: NaN or infinite at position {place - vectors.starts[at]}, "
-        "in a delta or in the base: it can be neither merged nor compared"
-    )
+    for each in vectors.deltas:
+        right = finite(each.value), finite(each.base)
+        if not (right[0].all() and right[1].all()):
+            place = each.position[(right[0] & right[1]).argmin()]
+            at = int(vectors.starts.searchsorted(place, side="right")) - 1
+            raise DeltaError(
+                f"{list(vectors.layouts)[at]!r}: NaN or infinite at position "
+                f"{place - vectors.starts[at]}, in a delta or in the base: it can be neither "
+                "merged nor compared"
+            )
