@@ -173,8 +173,8 @@ def report(data: dict[str, Any]) -> str:
         [name, f"{ms:.1f}", f"{data['times_faster'][name]:.1f}"] for name, ms in data["ms"].items()
     ]
     return (
-        f"Merging {data['deltas']} deltas of {data['share']:.1%} of {data['entries']:,} entries "
-        f"({data['model']} shapes, {data['machine']['threads']} threads, commit "
+        f"Merging {data['deltas']} deltas of {100 * data['share']:g}% of {data['entries']:,} "
+        f"entries ({data['model']} shapes, {data['machine']['threads']} threads, commit "
         f"{data['commit'][:8]}; goal: {GOAL} times faster):\n\n"
         f"{table(['merge', 'ms', 'times faster'], rows)}"
     )
