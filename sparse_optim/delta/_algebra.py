@@ -227,16 +227,10 @@ def _changed(vectors: Vectors, result: TaskVector, store_original: bool) -> dict
     """The entries of the result that differ from the base, by parameter."""
     right = finite(result.value)
     if not right.all():  # or NaN, from inf - inf
-        at = int(vectors.starts.searchsorted(result.position[right.argmin()], side="right")) - 1
-        raise DeltaError(
-            f"{list(vectors.layouts)[at]!r}: the result overflows {vectors.dtype}: use smaller "
-            "weights"
-        )
-    position, value, original = (
-        result.position,
-        bits(result.value).numpy(),
-        bits(result.base).numpy(),
-    )
+        name, _ = vectors.locate(int(result.position[right.argmin()]))
+        raise DeltaError(f"{name!r}: the result overflows {vectors.dtype}: use smaller weights")
+    position = result.position
+    value, original = bits(result.value).numpy(), bits(result.base).numpy()
     index = np.flatnonzero(value != original)
     if index.size < position.size:
         position, value, original = position[index], value[index], original[index]

@@ -22,6 +22,7 @@ import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sparse_optim.delta._tensors import bits
 from sparse_optim.delta._values import DeltaError
 from sparse_optim.delta._vectors import (
     ONE_THREAD,
@@ -30,6 +31,7 @@ from sparse_optim.delta._vectors import (
     Mask,
     TaskVector,
     as_floats,
+    take,
 )
 
 METHODS = ("sum", "ties", "dare", "dare-ties")
@@ -108,8 +110,7 @@ class Part:
         position, base, value = vector.position, vector.base, vector.value
         kept = keep and keep(vector.tau)
         if kept is not None:
-            index = torch.from_numpy(np.flatnonzero(kept))
-            position, base, value = position[kept], base[index], value[index]
+            position, base, value = position[kept], take(base, kept), take(value, kept)
         if scale == 1:
             return cls(position, base, value, None)
         before = as_floats(base)
@@ -125,6 +126,8 @@ Chooser = Callable[[Floats], Mask]
 
 def keep_largest(taus: Sequence[Floats], density: float) -> Chooser | None:
     """round(density n) entries of all `taus` stay, at least one; the first of equal ones.
+
+    None if all stay.
 
     Args:
         taus: the task vector by groups; the chooser is called with each of them in this order.
@@ -176,28 +179,27 @@ def combine(parts: Sequence[Part], elect: bool) -> TaskVector:
     again = np.zeros(position.size, dtype=np.bool_)
     np.equal(position[1:], position[:-1], out=again[1:])
     if again.any():
-        _combine_shared(parts, elect, order, again, value)
+        _combine_shared(parts, elect, order, again, base, value)
         first = np.flatnonzero(~again)
         order, position = order[first], position[first]
-    index = torch.from_numpy(order)
-    return TaskVector(position, value[index], base[index])
+    return TaskVector(position, take(value, order), take(base, order))
 
 
 def _combine_shared(
-    parts: Sequence[Part], elect: bool, order: Integers, again: Mask, value: Tensor
+    parts: Sequence[Part], elect: bool, order: Integers, again: Mask, base: Tensor, value: Tensor
 ) -> None:
     """Compute the entries to which several parts contribute.
 
     Args:
         order: (n,): the entries of all parts, one part after the other, by position.
         again: (n,): whether an entry of that order has the position of the one before it.
-        value: (n,): of the entries of all parts. The first of each shared entry is written.
+        base: (n,), of the entries of all parts.
+        value: (n,), as `base`. The first of each shared entry is written.
     """
     shared = again.copy()
     shared[:-1] |= again[1:]
     index, starts = order[shared], ~again[shared]
-    slot, first = starts.cumsum() - 1, torch.from_numpy(index[starts])
-    base = as_floats(torch.cat([part.base for part in parts])[first])
+    slot, first = starts.cumsum() - 1, index[starts]
     ends = np.cumsum([part.position.size for part in parts])
     owner = ends.searchsorted(index, side="right")
     shares = []
@@ -205,7 +207,8 @@ def _combine_shared(
         mine = np.flatnonzero(owner == number)
         at = index[mine] - (ends[number] - part.position.size)
         shares.append(_Share.of(part, at, slot[mine]))
-    value[first] = rounded(_arithmetic(base, shares, elect), value.dtype)
+    result = _arithmetic(as_floats(take(base, first)), shares, elect)
+    bits(value).numpy()[first] = bits(rounded(result, value.dtype)).numpy()
 
 
 @dataclass(frozen=True)
@@ -219,10 +222,9 @@ class _Share:
 
     @classmethod
     def of(cls, part: Part, at: Integers, slot: Integers) -> "_Share":
-        index = torch.from_numpy(at)
-        value = as_floats(part.value[index])
+        value = as_floats(take(part.value, at))
         if part.added is None:
-            return cls(slot, value, value - as_floats(part.base[index]), True)
+            return cls(slot, value, value - as_floats(take(part.base, at)), True)
         return cls(slot, value, part.added[at], False)
 
     def where(self, keep: Mask) -> "_Share":
@@ -230,6 +232,7 @@ class _Share:
 
 
 def _arithmetic(base: Floats, shares: Sequence[_Share], elect: bool) -> Floats:
+    """base, (u,), + the sum or the elected mean of the shares."""
     total, count = _sum(base.size, shares)
     if elect:
         sign = np.sign(total)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sparse_optim.delta._shared import Shared
-from sparse_optim.delta._tensors import Tensors, gather
+from sparse_optim.delta._tensors import Tensors, bits, gather
 from sparse_optim.delta._values import DeltaError, SparseValues
 
 Floats = NDArray[np.float64]
@@ -79,6 +79,11 @@ class Vectors:
         edges = pairwise(position.searchsorted(self.starts).tolist())
         return zip(self.layouts, (slice(*each) for each in edges), strict=True)
 
+    def locate(self, place: int) -> tuple[str, int]:
+        """The parameter that has a place of the flat range, and the position in it."""
+        at = int(self.starts.searchsorted(place, side="right")) - 1
+        return list(self.layouts)[at], place - int(self.starts[at])
+
 
 def vectors_of(shared: Shared) -> Iterator[Vectors]:
     """The task vectors of deltas over one base, by groups of parameters.
@@ -118,8 +123,8 @@ def _vectors(shared: Shared, layouts: dict[str, SparseValues]) -> Vectors:
     deltas = tuple(
         TaskVector(
             _flat_positions(parts, starts),
-            _joined([part.value for part in parts if part is not None], dtype),
-            _joined(base, dtype),
+            _concatenated([part.value for part in parts if part is not None], dtype),
+            _concatenated(base, dtype),
         )
         for parts, base in zip(present, bases, strict=True)
     )
@@ -144,7 +149,7 @@ def _base_values(
     return found
 
 
-def _joined(parts: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
+def _concatenated(parts: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
     """The parts one after the other; None has no entries."""
     there = [part for part in parts if part is not None]
     return torch.cat(there) if there else torch.empty(0, dtype=dtype)
@@ -159,6 +164,11 @@ def _flat_positions(parts: Sequence[SparseValues | None], starts: Integers) -> I
     flat: Integers = starts[:-1].repeat(counts)
     flat += torch.cat([part.position for part in there]).numpy()
     return flat
+
+
+def take(values: Tensor, index: Integers | Mask) -> Tensor:
+    """values[index] of a tensor on the host, (n,), in one thread."""
+    return torch.from_numpy(bits(values).numpy()[index]).view(values.dtype)
 
 
 def as_floats(values: Tensor) -> Floats:
@@ -178,10 +188,8 @@ def _check_finite(vectors: Vectors) -> None:
     for each in vectors.deltas:
         right = finite(each.value), finite(each.base)
         if not (right[0].all() and right[1].all()):
-            place = each.position[(right[0] & right[1]).argmin()]
-            at = int(vectors.starts.searchsorted(place, side="right")) - 1
+            name, at = vectors.locate(int(each.position[(right[0] & right[1]).argmin()]))
             raise DeltaError(
-                f"{list(vectors.layouts)[at]!r}: NaN or infinite at position "
-                f"{place - vectors.starts[at]}, in a delta or in the base: it can be neither "
-                "merged nor compared"
+                f"{name!r}: NaN or infinite at position {at}, in a delta or in the base: it can be "
+                "neither merged nor compared"
             )
